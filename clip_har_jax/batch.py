@@ -1,0 +1,15 @@
+"""Batch: the one contract between data, steps and metrics."""
+
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """A batch of labelled images; fields are numpy arrays on the host, `jax.Array` on the mesh.
+
+    A row with mask 0 (padding of the last batch, or an image that could not be read) counts nowhere.
+    """
+
+    image: Any  # uint8 [b, height, width, 3]
+    label: Any  # int32 [b]
+    mask: Any  # float32 [b]: 1 counts, 0 does not
+    index: Any  # int32 [b]: position in the source, -1 for padding

@@ -1,0 +1,280 @@
+"""RunConfig: every default of a run, held once.
+
+A config file gives `get_config()`, an `ml_collections.ConfigDict` with only what differs; the command line adds
+`--config.KEY=VALUE`. Both are checked against the dataclasses here: an unknown key or a wrong type is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import runpy
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.text import DEFAULT_TEMPLATES
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    crop_scale_min: float = 0.6  # smallest share of the image's area that a random resized crop keeps; 1.0: no crop
+    flip: bool = True  # mirror half of the images; off where left and right matter
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = "synthetic?split=train"  # SPEC of the training data
+    val: str = ""  # SPEC of the validation data; empty: hold out val_fraction of the training data
+    val_fraction: float = 0.1
+    labels: tuple[str, ...] = ()  # the classes and their order; empty: those of the training data
+    max_bad_fraction: float = 0.01  # share of unreadable images above which the run ends
+    max_megapixels: float = 50.0  # larger images are refused before decoding
+    num_threads: int = 4  # decoding threads of a process
+    num_workers: int = 0  # decoding processes; 0: decode in threads of the trainer
+    prefetch_batches: int = 4  # decoded batches that wait in host memory
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES  # each holds {}, filled with the class's phrase
+    descriptions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # further prompts of a class, verbatim
+    phrases: dict[str, str] = field(default_factory=dict)  # how a label is said, where the default is wrong
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "tiny"  # a named size (random start), a Hub name, or a model folder
+    image_size_px: int | None = None  # position embeddings are interpolated to it; None: the model's own
+    compute_dtype: str = "float32"  # or bfloat16; parameters are float32 always
+    remat: str = "none"  # none, dots or full: what the backward pass computes again
+    attention: str = "auto"  # auto, xla or cudnn (flash attention, on GPUs in bfloat16)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    name: str = "full"  # how the model is fine-tuned
+    towers: str = "both"  # image, text or both: what is trainable
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    strategy: str = "dp"  # dp, fsdp, tp or fsdp_tp: puts all devices on its axis or axes
+    data: int | None = None  # devices on each axis; set explicitly, they override the strategy's shape
+    fsdp: int | None = None
+    tensor: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_epochs: float = 10.0
+    num_steps: int | None = None  # overrides num_epochs
+    global_batch_size: int = 64  # over all devices of all hosts
+    log_every_steps: int = 10
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = 1e-5  # peak
+    warmup_fraction: float = 0.05  # share of the steps with a linearly growing rate; then cosine to 0
+    weight_decay: float = 0.1  # on matrices; never on biases, norms, embeddings or the logit scale
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    clip_norm: float = 1.0  # of the gradient over all parameters
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 500
+    keep_latest: int = 2
+    keep_best: int = 1  # by val/top1
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every_steps: int = 500
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the values, independent of the file that gave them."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+CHOICES = {
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "method.towers": ("image", "text", "both"),
+    "mesh.strategy": ("dp", "fsdp", "tp", "fsdp_tp"),
+}
+POSITIVE = (
+    "data.max_megapixels data.num_threads data.prefetch_batches model.image_size_px train.num_epochs train.num_steps "
+    "train.global_batch_size train.log_every_steps optim.learning_rate optim.eps optim.clip_norm mesh.data mesh.fsdp "
+    "mesh.tensor checkpoint.every_steps checkpoint.keep_latest eval.every_steps eval.batch_size"
+).split()
+NOT_NEGATIVE = "data.num_workers optim.weight_decay checkpoint.keep_best seed".split()
+FRACTIONS = (
+    "data.val_fraction data.max_bad_fraction data.augment.crop_scale_min method.label_smoothing "
+    "optim.warmup_fraction optim.b1 optim.b2"
+).split()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config file and the `--config.KEY=VALUE` overrides of a command line.
+
+    Raises:
+      UserError: no such file, no `get_config` in it, an unknown key, a value of the wrong type or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config={path}: no such file; configs/ holds the ready ones")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UserError(f"--config={path}: defines no get_config()")
+    return make_config(get_config().to_dict(), overrides)
+
+
+def make_config(values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The defaults, changed by nested `values`, then by `--config.KEY=VALUE` overrides; checked.
+
+    Raises:
+      UserError: an unknown key, a value of the wrong type or out of range.
+    """
+    config = _build(RunConfig, values or {}, "")
+    if overrides:
+        config = _build(RunConfig, _apply_overrides(config, overrides), "")
+    _check_ranges(config)
+    return config
+
+
+def _apply_overrides(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    from absl import flags
+    from ml_collections import ConfigDict, config_flags
+
+    flat = dict(leaves(config))
+    for override in overrides:
+        key = override.lstrip("-").split("=", 1)[0].removeprefix("config.")
+        _check_key(key, flat)
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = _placeholder(key) if value is None else value
+    argv = ["", *overrides]
+    flag_values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dict(
+        "config", ConfigDict(tree, convert_dict=False), flag_values=flag_values, sys_argv=argv
+    )
+    try:
+        flag_values(argv)
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
+    return holder.value.to_dict()
+
+
+def _placeholder(key: str) -> Any:
+    from ml_collections import config_dict
+
+    hint: Any = RunConfig
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint)[name]
+    return config_dict.placeholder(typing.get_args(hint)[0])
+
+
+def _check_key(key: str, flat: Mapping[str, Any]) -> None:
+    if key not in flat:
+        last = {name.rsplit(".", 1)[-1]: name for name in flat}
+        hint = nearest(key, list(flat))
+        if "did you mean" not in hint:  # the section may be what was forgotten: learning_rate, not optim.learning_rate
+            name = key.rsplit(".", 1)[-1]
+            hint = f"did you mean {last[name]!r}?" if name in last else hint
+        raise UserError(f"--config.{key}: unknown key; {hint}")
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of every setting of a config dataclass."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"config key {prefix + str(name)!r} is unknown; {nearest(str(name), list(hints))}")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"config key {prefix + name!r} holds keys of its own, not {value!r}")
+            arguments[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _typed(value, hints[name], prefix + name)
+    return cls(**arguments)
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """`value` as `hint` says; an int serves as a float, a list as a tuple; nothing else is converted."""
+    wrong = UserError(f"config key {key!r} takes {getattr(hint, '__name__', hint)}, not {value!r}")
+    if isinstance(hint, types.UnionType):
+        inner = [arm for arm in typing.get_args(hint) if arm is not type(None)][0]
+        return None if value is None else _typed(value, inner, key)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise wrong
+        return tuple(_typed(item, typing.get_args(hint)[0], key) for item in value)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        return {str(name): _typed(item, typing.get_args(hint)[1], f"{key}.{name}") for name, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:  # a bool is an int to isinstance
+        raise wrong
+    return value
+
+
+def _check_ranges(config: RunConfig) -> None:
+    values = dict(leaves(config))
+    for key, accepted in CHOICES.items():
+        if values[key] not in accepted:
+            raise UserError(f"config key {key!r} is {values[key]!r}; {nearest(values[key], list(accepted))}")
+    for key in POSITIVE:
+        if values[key] is not None and not values[key] > 0:
+            raise UserError(f"config key {key!r} must be above 0, not {values[key]!r}")
+    for key in NOT_NEGATIVE:
+        if values[key] < 0:
+            raise UserError(f"config key {key!r} must be 0 or more, not {values[key]!r}")
+    for key in FRACTIONS:
+        if not 0 <= values[key] <= 1:
+            raise UserError(f"config key {key!r} is a share, 0 to 1, not {values[key]!r}")

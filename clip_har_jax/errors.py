@@ -1,0 +1,16 @@
+"""The one exception for a person's mistakes, so that programs can tell it from a bug."""
+
+
+class UserError(ValueError):
+    """A mistake in what a person gave: a flag, a file, a config.
+
+    The message is one line: what is wrong, where, and what to do. Programs print it without a traceback and exit 2.
+    """
+
+
+def nearest(name: str, accepted: list[str]) -> str:
+    """Words to append to an error: the accepted name most like `name`, else all of them."""
+    import difflib
+
+    close = difflib.get_close_matches(name, accepted, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(map(repr, accepted))}"

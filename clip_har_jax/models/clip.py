@@ -1,0 +1,306 @@
+"""CLIPConfig and FlaxCLIPModel: CLIP (Radford et al. 2021) in flax.nnx, with Hugging Face's configuration and call.
+
+transformers 5 dropped its Flax classes; this one takes the same arguments and gives the same outputs, and adds what
+training needs: scanned layers, rematerialisation, logical axis names for sharding, a choice of attention.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.models.layers import ACTIVATIONS, Runtime, TowerConfig, apply_layers, layer_norm, linear, make_layers
+
+
+@dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class TextConfig(TowerConfig):
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_layers: int = 12
+    num_heads: int = 8
+    vocab_size: int = 49408
+    context_length: int = 77
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 1
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The configuration of a CLIP; its defaults, like Hugging Face's, are those of ViT-B/32."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+
+
+# our field -> the key in Hugging Face's config.json
+_TOWER_KEYS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "hidden_act": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+}
+_VISION_KEYS = _TOWER_KEYS | {"image_size": "image_size", "patch_size": "patch_size"}
+_TEXT_KEYS = _TOWER_KEYS | {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+
+
+def config_from_hf(values: dict[str, Any]) -> CLIPConfig:
+    """Reads the contents of a Hugging Face config.json; keys left out have Hugging Face's defaults.
+
+    Raises:
+      UserError: not a CLIP, or an activation that isn't one of CLIP's.
+    """
+    if values.get("model_type", "clip") != "clip":
+        raise UserError(f"config.json: model_type is {values['model_type']!r}, a 'clip' is needed")
+
+    def tower(cls: type, name: str, keys: dict[str, str]) -> Any:
+        given = {**(values.get(name) or {}), **(values.get(f"{name}_dict") or {})}  # older files have both
+        return cls(**{ours: given[theirs] for ours, theirs in keys.items() if given.get(theirs) is not None})
+
+    config = CLIPConfig(
+        tower(TextConfig, "text_config", _TEXT_KEYS),
+        tower(VisionConfig, "vision_config", _VISION_KEYS),
+        **{key: values[key] for key in ("projection_dim", "logit_scale_init_value") if key in values},
+    )
+    check_config(config)
+    return config
+
+
+def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
+    """The contents of config.json, as `transformers.CLIPModel` reads it."""
+    text = {theirs: getattr(config.text, ours) for ours, theirs in _TEXT_KEYS.items()}
+    vision = {theirs: getattr(config.vision, ours) for ours, theirs in _VISION_KEYS.items()}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.projection_dim,
+        "logit_scale_init_value": config.logit_scale_init_value,
+        "text_config": {"model_type": "clip_text_model", "projection_dim": config.projection_dim, **text},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": config.projection_dim, **vision},
+        "torch_dtype": "float32",
+    }
+
+
+def check_config(config: CLIPConfig) -> None:
+    """Refuses sizes that don't fit together.
+
+    Raises:
+      UserError: heads that don't divide the width, patches that don't fill the image, an unknown activation.
+    """
+    for name, tower in (("text", config.text), ("vision", config.vision)):
+        if tower.hidden_size % tower.num_heads:
+            raise UserError(f"{name} tower: {tower.num_heads} heads don't divide a width of {tower.hidden_size}")
+        if tower.hidden_act not in ACTIVATIONS:
+            raise UserError(f"{name} tower: activation {nearest(tower.hidden_act, list(ACTIVATIONS))}")
+    if config.vision.image_size < config.vision.patch_size:
+        raise UserError(f"an image of {config.vision.image_size} px holds no patch of {config.vision.patch_size} px")
+
+
+class VisionTransformer(nnx.Module):
+    """The image tower up to the pooled, normalised class token; before the projection."""
+
+    def __init__(self, config: VisionConfig, runtime: Runtime, rngs: nnx.Rngs):
+        dim, patch_dim = config.hidden_size, 3 * config.patch_size**2
+        self.config, self.runtime = config, runtime
+        normal = nnx.initializers.normal(dim**-0.5)
+        self.class_embedding = nnx.Param(normal(rngs.params(), (dim,)), out_sharding=("embed",))
+        self.patch_embedding = linear(
+            patch_dim, dim, (None, "embed"), rngs, runtime, std=patch_dim**-0.5, use_bias=False
+        )
+        self.position_embedding = nnx.Param(
+            normal(rngs.params(), (config.num_patches + 1, dim)), out_sharding=(None, "embed")
+        )
+        self.pre_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
+        self.layers = make_layers(config, runtime, rngs)
+        self.post_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
+
+    def tokens(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """The last layer's tokens, class token first, before the last norm."""
+        batch, size, patch = images.shape[0], self.config.image_size, self.config.patch_size
+        if images.shape[1:3] != (size, size):
+            raise ValueError(f"images are {images.shape[2]}x{images.shape[1]} px, the model takes {size}x{size}")
+        grid = size // patch
+        # The patch convolution as one matrix product: strided convolutions are slow on CPUs, equal elsewhere.
+        images = images[:, : grid * patch, : grid * patch]
+        patches = images.reshape(batch, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patch_embedding(patches.reshape(batch, grid * grid, patch * patch * 3))
+        class_token = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (batch, 1, x.shape[-1]))
+        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(x.dtype)
+        return apply_layers(self.layers, self.pre_norm(x), self.runtime)
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        return self.post_norm(self.tokens(images)[:, 0])
+
+
+class TextTransformer(nnx.Module):
+    """The text tower up to the pooled end token; before the projection."""
+
+    def __init__(self, config: TextConfig, runtime: Runtime, rngs: nnx.Rngs):
+        dim = config.hidden_size
+        self.config, self.runtime = config, runtime
+        self.token_embedding = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (config.vocab_size, dim)), out_sharding=("vocab", "embed")
+        )
+        self.position_embedding = nnx.Param(
+            nnx.initializers.normal(0.01)(rngs.params(), (config.context_length, dim)), out_sharding=(None, "embed")
+        )
+        self.layers = make_layers(config, runtime, rngs)
+        self.final_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
+
+    def end_positions(self, input_ids: Int[Array, "b t"]) -> Int[Array, " b"]:
+        """Where each text is pooled: at its first end token.
+
+        OpenAI's published configurations say `eos_token_id: 2`, which stands for the largest id (Hugging Face's rule).
+        """
+        if self.config.eos_token_id == 2:
+            return jnp.argmax(input_ids, axis=-1)
+        return jnp.argmax(input_ids == self.config.eos_token_id, axis=-1)
+
+    def __call__(
+        self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b d"]:
+        length = input_ids.shape[1]
+        if length > self.config.context_length:
+            raise ValueError(f"texts of {length} tokens; the model takes at most {self.config.context_length}")
+        dtype = self.runtime.dtype
+        x = self.token_embedding[...].astype(dtype)[input_ids] + self.position_embedding[:length].astype(dtype)
+        mask = None if attention_mask is None else attention_mask[:, None, None, :].astype(bool)
+        x = self.final_norm(apply_layers(self.layers, x, self.runtime, mask=mask, is_causal=True))
+        return jnp.take_along_axis(x, self.end_positions(input_ids)[:, None, None], axis=1)[:, 0]
+
+
+class CLIPOutput(NamedTuple):
+    """What `FlaxCLIPModel` returns, under Hugging Face's names; embeddings are L2-normalised."""
+
+    logits_per_image: Float[Array, "i t"]
+    logits_per_text: Float[Array, "t i"]
+    text_embeds: Float[Array, "t d"]
+    image_embeds: Float[Array, "i d"]
+
+
+def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Unit length along the last dim, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class FlaxCLIPModel(nnx.Module):
+    """CLIP with Hugging Face's parameters and call.
+
+    Args:
+      config: the sizes.
+      runtime: data type, rematerialisation, attention implementation, scanned or unrolled layers.
+      rngs: where random starting weights come from.
+    """
+
+    def __init__(self, config: CLIPConfig, runtime: Runtime = Runtime(), *, rngs: nnx.Rngs):
+        check_config(config)
+        self.config, self.runtime = config, runtime
+        with nnx.use_eager_sharding(False):  # axis names are met by parallel/sharding.py, not while being created
+            self.text = TextTransformer(config.text, runtime, rngs)
+            self.vision = VisionTransformer(config.vision, runtime, rngs)
+            for name, tower in (("text_projection", config.text), ("visual_projection", config.vision)):
+                dim = tower.hidden_size
+                projection = linear(
+                    dim, config.projection_dim, ("embed", None), rngs, runtime, std=dim**-0.5, use_bias=False
+                )
+                setattr(self, name, projection)
+            self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "t n"],
+        pixel_values: Float[Array, "i 3 h w"],
+        attention_mask: Int[Array, "t n"] | None = None,
+    ) -> CLIPOutput:
+        """Scores each image against each text.
+
+        Args:
+          input_ids: token ids, padded after the end token.
+          pixel_values: normalised images, channels first as in Hugging Face's.
+          attention_mask: 1 for tokens, 0 for padding.
+        """
+        text = l2_normalize(self.get_text_features(input_ids, attention_mask))
+        image = l2_normalize(self.get_image_features(pixel_values))
+        logits = jnp.exp(self.logit_scale[...]) * image @ text.T
+        return CLIPOutput(logits, logits.T, text, image)
+
+    def get_text_features(
+        self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b d"]:
+        """Projected text features, not normalised."""
+        return self.text_projection(self.text(input_ids, attention_mask))
+
+    def get_image_features(self, pixel_values: Float[Array, "b 3 h w"]) -> Float[Array, "b d"]:
+        """Projected image features, not normalised."""
+        return self.visual_projection(self.vision(pixel_values.transpose(0, 2, 3, 1)))
+
+    def encode_text(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
+        """L2-normalised text embeddings in float32."""
+        return l2_normalize(self.get_text_features(input_ids))
+
+    def encode_image(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """L2-normalised embeddings in float32 of normalised images, channels last."""
+        return l2_normalize(self.visual_projection(self.vision(images.astype(self.runtime.dtype))))
+
+    def encode_classes(
+        self, input_ids: Int[Array, "p t"], class_of_prompt: Int[Array, " p"], num_classes: int
+    ) -> Float[Array, "c d"]:
+        """Class embeddings: the mean of each class's normalised prompt embeddings, normalised again."""
+        sums = jax.ops.segment_sum(self.encode_text(input_ids), class_of_prompt, num_classes)
+        counts = jax.ops.segment_sum(jnp.ones(len(class_of_prompt)), class_of_prompt, num_classes)
+        return l2_normalize(sums / counts[:, None])
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str, runtime: Runtime = Runtime()) -> "FlaxCLIPModel":
+        """Loads a Hub name or a folder in the Hugging Face layout; see `models.pretrained.load_pretrained`."""
+        from clip_har_jax.models.pretrained import load_pretrained
+
+        return load_pretrained(name_or_folder, runtime)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes config.json and model.safetensors, which `transformers.CLIPModel.from_pretrained` opens."""
+        from clip_har_jax.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+
+def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
+    """Floating-point operations of one image's or text's forward pass: matrix products only, 2 for each multiply-add."""
+    dim = tower.hidden_size
+    if isinstance(tower, VisionConfig):
+        tokens = tower.num_patches + 1
+        embedding = 2 * tower.num_patches * 3 * tower.patch_size**2 * dim
+    else:
+        tokens, embedding = tower.context_length, 0
+    linear_layers = 2 * tokens * (4 * dim * dim + 2 * dim * tower.intermediate_size)
+    attention = 2 * 2 * tokens * tokens * dim
+    return embedding + tower.num_layers * (linear_layers + attention) + 2 * dim * projection_dim

@@ -1,0 +1,116 @@
+"""Name or path -> model, tokenizer, preprocessing."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel, TextConfig, VisionConfig
+from clip_har_jax.models.layers import Runtime
+from clip_har_jax.models.params import Params, init_params, make_model
+from clip_har_jax.models.pretrained import read_config, read_params, resize_positions, resolve_folder
+from clip_har_jax.preprocess import Preprocess
+from clip_har_jax.text import Tokenizer
+
+_LARGE_TEXT = TextConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12)
+_LARGE_VISION = VisionConfig(hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, patch_size=14)
+
+# Sizes of Radford et al. 2021, tables 19 and 20; tiny is this project's own.
+NAMED_SIZES = {
+    "tiny": CLIPConfig(
+        TextConfig(hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2, context_length=24),
+        VisionConfig(
+            hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, image_size=64, patch_size=8
+        ),
+        projection_dim=64,
+    ),
+    "ViT-B/32": CLIPConfig(),
+    "ViT-B/16": CLIPConfig(vision=VisionConfig(patch_size=16)),
+    "ViT-L/14": CLIPConfig(_LARGE_TEXT, _LARGE_VISION, projection_dim=768),
+    "ViT-L/14@336": CLIPConfig(_LARGE_TEXT, dataclasses.replace(_LARGE_VISION, image_size=336), projection_dim=768),
+}
+VOCABULARY_SIZE = 1024  # of a tokenizer trained on a run's own prompts
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from; `params` None: random weights of `config`."""
+
+    config: CLIPConfig
+    params: Params | None
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what turns images and texts into its inputs."""
+
+    model: FlaxCLIPModel
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+    path: Path
+
+
+def make_start(name: str, prompts: Sequence[str], image_size_px: int | None = None) -> Start:
+    """The starting point that a config's `model` section names.
+
+    A named size has random weights and a tokenizer trained on `prompts`; a Hub name or folder has its own.
+
+    Raises:
+      UserError: an unknown name, or a folder that isn't a whole CLIP.
+    """
+    if name in NAMED_SIZES:
+        tokenizer = Tokenizer.train(prompts, VOCABULARY_SIZE)
+        config = _resized(NAMED_SIZES[name], image_size_px)
+        text = dataclasses.replace(
+            config.text,
+            vocab_size=tokenizer.vocab_size,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        config = dataclasses.replace(config, text=text)
+        return Start(config, None, tokenizer, Preprocess(image_size_px=config.vision.image_size))
+    try:
+        folder = resolve_folder(name)
+    except UserError as error:
+        raise UserError(f"model.name: {error}; named sizes: {', '.join(NAMED_SIZES)}") from error
+    old = read_config(folder)
+    config = _resized(old, image_size_px)
+    params = resize_positions(read_params(folder, old), old, config)
+    preprocess = Preprocess.from_folder(folder, old.vision.image_size)
+    if config != old:
+        preprocess = dataclasses.replace(preprocess, image_size_px=config.vision.image_size)
+    return Start(config, params, Tokenizer.from_folder(folder), preprocess)
+
+
+def _resized(config: CLIPConfig, image_size_px: int | None) -> CLIPConfig:
+    if image_size_px is None:
+        return config
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size_px))
+
+
+def start_params(start: Start, seed: int) -> Params:
+    """The starting weights, random where the start has none."""
+    return init_params(start.config, seed) if start.params is None else start.params
+
+
+def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
+    """A trained model, ready to compute.
+
+    Raises:
+      UserError: not a whole CLIP in the Hugging Face layout.
+    """
+    folder = resolve_folder(name_or_folder)
+    config = read_config(folder)
+    params = jax.tree.map(jax.numpy.asarray, read_params(folder, config))
+    return LoadedModel(
+        make_model(config, params, runtime),
+        Tokenizer.from_folder(folder),
+        Preprocess.from_folder(folder, config.vision.image_size),
+        folder,
+    )

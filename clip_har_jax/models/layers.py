@@ -1,0 +1,181 @@
+"""The transformer stack of both CLIP towers: pre-norm blocks, stacked over layers, scanned and rematerialised.
+
+Parameters carry logical axis names ('embed', 'heads', 'mlp', 'layers'); `parallel/sharding.py` maps them to a mesh.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's towers
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # LAION's
+}
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The shape of one transformer stack, in the terms of Hugging Face's `CLIPConfig`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a model is computed; nothing here changes what it computes beyond rounding."""
+
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+    scan_layers: bool = True  # False: unrolled, for exporters
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.compute_dtype)
+
+    @property
+    def attention_implementation(self) -> str:
+        """'cudnn' is flash attention, which takes 16-bit types on NVIDIA GPUs only."""
+        if self.attention == "auto":
+            return "cudnn" if jax.default_backend() == "gpu" and self.compute_dtype == "bfloat16" else "xla"
+        return self.attention
+
+
+def linear(
+    in_dim: int,
+    out_dim: int,
+    axes: tuple[str | None, str | None],
+    rngs: nnx.Rngs,
+    runtime: Runtime,
+    *,
+    std: float,
+    use_bias: bool = True,
+) -> nnx.Linear:
+    """A dense layer whose kernel [in, out] is named by `axes` and starts as a normal of deviation `std`."""
+    return nnx.Linear(
+        in_dim,
+        out_dim,
+        use_bias=use_bias,
+        dtype=runtime.dtype,
+        kernel_init=nnx.with_partitioning(nnx.initializers.normal(std), axes),
+        bias_init=nnx.with_partitioning(nnx.initializers.zeros_init(), axes[1:]),
+        rngs=rngs,
+    )
+
+
+def layer_norm(dim: int, eps: float, rngs: nnx.Rngs, runtime: Runtime) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        dim,
+        epsilon=eps,
+        dtype=runtime.dtype,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses the digits that parity with other implementations needs
+        scale_init=nnx.with_partitioning(nnx.initializers.ones_init(), ("embed",)),
+        bias_init=nnx.with_partitioning(nnx.initializers.zeros_init(), ("embed",)),
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with separate query, key and value projections."""
+
+    def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
+        dim, std = config.hidden_size, config.hidden_size**-0.5
+        self.num_heads, self.runtime = config.num_heads, runtime
+        self.query = linear(dim, dim, ("embed", "heads"), rngs, runtime, std=std)
+        self.key = linear(dim, dim, ("embed", "heads"), rngs, runtime, std=std)
+        self.value = linear(dim, dim, ("embed", "heads"), rngs, runtime, std=std)
+        self.out = linear(dim, dim, ("heads", "embed"), rngs, runtime, std=std * (2 * config.num_layers) ** -0.5)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b 1 1 n"] | None, is_causal: bool
+    ) -> Float[Array, "b n d"]:
+        batch, length, dim = x.shape
+        heads = (batch, length, self.num_heads, dim // self.num_heads)
+        attended = jax.nn.dot_product_attention(
+            self.query(x).reshape(heads),
+            self.key(x).reshape(heads),
+            self.value(x).reshape(heads),
+            mask=mask,
+            is_causal=is_causal,
+            implementation=self.runtime.attention_implementation,  # type: ignore[arg-type]
+        )
+        return self.out(attended.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
+        dim, hidden = config.hidden_size, config.intermediate_size
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = linear(dim, hidden, ("embed", "mlp"), rngs, runtime, std=(2 * dim) ** -0.5)
+        self.fc2 = linear(hidden, dim, ("mlp", "embed"), rngs, runtime, std=(2 * dim * config.num_layers) ** -0.5)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: attention and MLP, each with a residual connection."""
+
+    def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(config.hidden_size, config.layer_norm_eps, rngs, runtime)
+        self.attention = Attention(config, runtime, rngs)
+        self.norm2 = layer_norm(config.hidden_size, config.layer_norm_eps, rngs, runtime)
+        self.mlp = MLP(config, runtime, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b 1 1 n"] | None, is_causal: bool
+    ) -> Float[Array, "b n d"]:
+        x = x + self.attention(self.norm1(x), mask, is_causal)
+        return x + self.mlp(self.norm2(x))
+
+
+def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs) -> Block:
+    """All blocks of a tower as one `Block` whose parameters have a leading 'layers' dim (OpenAI's initialisation)."""
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def stack(rngs: nnx.Rngs) -> Block:
+        return Block(config, runtime, rngs)
+
+    return stack(rngs)
+
+
+def apply_layers(
+    layers: Block,
+    x: Float[Array, "b n d"],
+    runtime: Runtime,
+    *,
+    mask: Bool[Array, "b 1 1 n"] | None = None,
+    is_causal: bool = False,
+) -> Float[Array, "b n d"]:
+    """Runs the stacked blocks one after the other.
+
+    A scan compiles one block instead of all; `runtime.remat` says what its backward pass keeps.
+    """
+    graphdef, stacked = nnx.split(layers)
+
+    def block(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+        return nnx.merge(graphdef, params)(x, mask, is_causal), None
+
+    if runtime.remat != "none":
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[runtime.remat], prevent_cse=not runtime.scan_layers)
+    if runtime.scan_layers:
+        return jax.lax.scan(block, x, stacked)[0]
+    for i in range(len(jax.tree.leaves(stacked)[0])):
+        x, _ = block(x, jax.tree.map(lambda leaf: leaf[i], stacked))
+    return x
+
+

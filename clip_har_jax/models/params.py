@@ -1,0 +1,45 @@
+"""The model as a flat dict of arrays, {"vision.layers.mlp.fc1.kernel": array}, and back.
+
+Training, checkpoints, sharding and weight files all speak of parameters by these dotted paths.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx, traverse_util
+
+from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel
+from clip_har_jax.models.layers import Runtime
+
+Params = dict[str, Any]  # dotted path -> array
+
+
+def abstract_model(config: CLIPConfig, runtime: Runtime = Runtime()) -> FlaxCLIPModel:
+    """The model with shapes and axis names in place of weights."""
+    return nnx.eval_shape(lambda: FlaxCLIPModel(config, runtime, rngs=nnx.Rngs(0)))
+
+
+def flat_params(model: FlaxCLIPModel) -> Params:
+    """The model's parameters by dotted path."""
+    return {".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def axis_names(model: FlaxCLIPModel) -> dict[str, tuple[str | None, ...]]:
+    """The logical axis names of each parameter, by dotted path."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): value.get_metadata().get("out_sharding") or () for path, value in state}
+
+
+def unflatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths as the nested dict that `nnx.merge` takes."""
+    return traverse_util.unflatten_dict({tuple(name.split(".")): value for name, value in params.items()})
+
+
+def make_model(config: CLIPConfig, params: Mapping[str, Any], runtime: Runtime = Runtime()) -> FlaxCLIPModel:
+    """A model that computes with `params`."""
+    return nnx.merge(nnx.graphdef(abstract_model(config, runtime)), unflatten(params))
+
+
+def init_params(config: CLIPConfig, seed: int) -> Params:
+    """Random starting weights; a function to jit with the shardings of the mesh."""
+    return flat_params(FlaxCLIPModel(config, rngs=nnx.Rngs(seed)))

@@ -1,0 +1,1 @@
+"""Devices, meshes and shardings; knows nothing of models or data."""

@@ -1,0 +1,117 @@
+"""Logical axis names -> mesh axes, by one ordered table.
+
+A strategy is the shape of the mesh alone: the table is the same for all, and an axis of one device shards nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_har_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# logical name -> (mesh axis, may stay whole where it doesn't divide). A vocabulary can have any size; a width that
+# doesn't divide is the user's to know, since leaving it whole would silently undo the strategy.
+RULES = {
+    "vocab": ("tensor", True),
+    "heads": ("tensor", False),
+    "mlp": ("tensor", False),
+    "embed": ("fsdp", False),
+}
+Tree = TypeVar("Tree")
+
+
+def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> P:
+    """The PartitionSpec of one parameter.
+
+    Raises:
+      UserError: a dimension that the mesh axis doesn't divide; names the parameter.
+    """
+    spec: list[str | None] = []
+    for size, logical in zip(shape, axes or (None,) * len(shape), strict=True):
+        axis, may_stay_whole = RULES.get(logical or "", (None, True))
+        if axis is None or mesh.shape[axis] == 1:
+            spec.append(None)
+        elif size % mesh.shape[axis] == 0:
+            spec.append(axis)
+        elif may_stay_whole:
+            spec.append(None)
+        else:
+            raise UserError(
+                f"config.mesh: {name} has {size} in its {logical!r} dimension, which {mesh.shape[axis]} devices on "
+                f"the {axis!r} axis don't divide; choose another mesh shape"
+            )
+    return P(*spec)
+
+
+def param_shardings(
+    shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[str | None, ...]], mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """The sharding of each parameter by dotted path.
+
+    Raises:
+      UserError: as `partition_spec`.
+    """
+    return {name: NamedSharding(mesh, partition_spec(name, shapes[name], axes[name], mesh)) for name in shapes}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over all devices but those that share a parameter's shards by tensor parallelism."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def check_batch_size(size: int, mesh: Mesh, key: str) -> None:
+    """Refuses a global batch whose rows don't divide over the mesh.
+
+    Raises:
+      UserError: names the config key.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % shards:
+        raise UserError(f"config.{key} is {size}, which {shards} devices don't divide; use a multiple of {shards}")
+
+
+def process_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """(index, count) of the part of each global batch that this process reads.
+
+    Processes whose devices hold the same rows (tensor parallelism across hosts) read the same part.
+    """
+    rows = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    starts = [index[0].start or 0 for index in rows]  # type: ignore[index]
+    stops = [batch_size if index[0].stop is None else index[0].stop for index in rows]  # type: ignore[index]
+    size = max(stops) - min(starts)
+    assert batch_size % size == 0 and min(starts) % size == 0, "a process's rows are one aligned block"
+    return min(starts) // size, batch_size // size
+
+
+def place(tree: Tree, sharding: NamedSharding) -> Tree:
+    """Puts this process's rows of host arrays on the mesh as global arrays."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), tree)
+
+
+def put(tree: Tree, shardings: Any) -> Tree:
+    """Puts whole host arrays, the same on every process, on the mesh; each device takes only its shard."""
+
+    def one(value: Any, sharding: NamedSharding) -> jax.Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """The largest number of bytes of `tree` that any one device of this process holds."""
+    totals: dict[jax.Device, int] = {}
+    for array in jax.tree.leaves(tree):
+        for shard in array.addressable_shards:
+            totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
+    return max(totals.values(), default=0)

@@ -1,0 +1,1 @@
+"""The jobs that the scripts call, each as one function."""

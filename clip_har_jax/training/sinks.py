@@ -1,0 +1,112 @@
+"""Where metrics go: the Sink protocol, the JSONL file that is the truth, and the screen."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Metrics = Mapping[str, float | None]
+
+
+class Sink(Protocol):
+    """Takes the metrics of a run as they become known."""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of one step."""
+
+    def close(self) -> None:
+        """Writes what waits; nothing is written afterwards."""
+
+
+class JsonlSink:
+    """metrics.jsonl: one object a line, {"step": 10, "train/loss": ...}.
+
+    A run that continues at `resume_step` drops the lines after it, which it will write again.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
+        self._file = path.open("w")
+        self._file.writelines(kept)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()  # a killed run keeps its metrics
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file but for one that a kill cut off."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+class ConsoleSink:
+    """A progress bar with what matters while waiting; plain lines where the output isn't a terminal."""
+
+    def __init__(self, num_steps: int, start_step: int, stream: TextIO | None = None):
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._num_steps, self._start_step, self._begin = num_steps, start_step, time.monotonic()
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("", total=num_steps, completed=start_step, status="compiling")
+            self._progress.start()
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        status = describe(metrics)
+        if self._progress is None:
+            self._console.print(f"step {step}/{self._num_steps}  {status}{self._left(step)}")
+        elif any(name.startswith("train/") for name in metrics):
+            self._progress.update(self._task, completed=step, status=status)
+        else:
+            self._progress.console.print(f"step {step}  {status}")
+
+    def _left(self, step: int) -> str:
+        done = step - self._start_step
+        if done <= 0:
+            return ""
+        left_s = (time.monotonic() - self._begin) / done * (self._num_steps - step)
+        return f"  left {int(left_s // 60)}:{int(left_s % 60):02d}"
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+_SHOWN = {
+    "train/loss": "loss {:.3f}",
+    "train/images_per_s": "{:.0f} images/s",
+    "train/data_wait_fraction": "waiting for data {:.0%}",
+    "val/top1": "val top-1 {:.3f}",
+    "val/nll": "val nll {:.3f}",
+}
+
+
+def describe(metrics: Metrics) -> str:
+    """The metrics worth a glance, in words."""
+    shown = [(form, metrics.get(name)) for name, form in _SHOWN.items()]
+    return "  ".join(form.format(value) for form, value in shown if value is not None)
+
+
+def to_jsonable(value: Any) -> float | None:
+    """A Python float; None for what JSON can't say."""
+    value = float(value)
+    return value if value == value and abs(value) != float("inf") else None

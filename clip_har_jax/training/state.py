@@ -1,0 +1,56 @@
+"""TrainState: all that a step changes, placed on the mesh."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from clip_har_jax.models.params import Params
+from clip_har_jax.parallel.sharding import put, replicated
+
+
+class TrainState(NamedTuple):
+    """What a step takes and gives back, and a checkpoint holds."""
+
+    step: jax.Array  # int32 scalar: updates made
+    params: Params  # trainable parameters by dotted path, float32
+    opt_state: Any
+    key: jax.Array  # raw uint32 random key; a step folds its number into it
+
+
+def opt_state_shardings(
+    optimizer: optax.GradientTransformation, params: Params, shardings: Mapping[str, NamedSharding], mesh: Mesh
+) -> Any:
+    """The optimiser's state sharded as its parameters (ZeRO); its counters on every device."""
+    shapes = jax.eval_shape(optimizer.init, params)
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes,
+        dict(shardings),
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, params: Params, shardings: Mapping[str, NamedSharding], mesh: Mesh
+) -> TrainState:
+    """A `TrainState` of shardings."""
+    whole = replicated(mesh)
+    return TrainState(whole, dict(shardings), opt_state_shardings(optimizer, params, shardings, mesh), whole)
+
+
+def make_state(params: Params, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
+    """The state before the first step, from host parameters; every process gives the same."""
+    params = put(params, shardings.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    step, key = put((jnp.zeros((), jnp.int32), jax.random.PRNGKey(seed)), (shardings.step, shardings.key))
+    return TrainState(step, params, opt_state, key)
+
+
+def abstract_state(state: TrainState) -> TrainState:
+    """Shapes, types and shardings: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -1,0 +1,30 @@
+"""Fine-tunes CLIP as a config says, or continues where the run in the work folder stopped.
+
+  python scripts/train.py --config=configs/demo.py --workdir=runs/demo
+  python scripts/train.py --config=configs/vitb32.py --workdir=runs/b32 --config.optim.learning_rate=3e-6
+
+Any key of clip_har_jax/config.py can be set by --config.KEY=VALUE. The work folder receives config.json, run.json,
+metrics.jsonl, checkpoints/, eval/<step>/metrics.json and, at the end, model/. The same command again continues.
+Exits 0 when done, 2 on a mistake, 128 + N when signal N stopped it after saving.
+"""
+
+from clip_har_jax import cli
+from clip_har_jax.config import load_config
+
+
+def main() -> int:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the config, e.g. --config=configs/demo.py")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the work folder, e.g. --workdir=runs/demo")
+    arguments, overrides = cli.parse_with_overrides(parser)
+    config = load_config(arguments.config, overrides)
+
+    from clip_har_jax.pipelines.train import print_result, train
+
+    result = train(config, arguments.workdir)
+    print_result(result)
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    cli.run(main)

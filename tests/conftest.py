@@ -1,0 +1,19 @@
+"""Eight simulated CPU devices, shapes checked at run time, warnings as errors, one compilation cache for all tests."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "clip_har_jax_tests_xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("clip_har_jax", "beartype.beartype").__enter__()
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
