@@ -1,0 +1,196 @@
+"""The model folder: actions.json, and the manifest that seals it so that a changed byte is refused."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_har_jax.errors import UserError, nearest
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+HEADS = ("cosine",)
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What a model folder says of its classes.
+
+    Attributes:
+      labels: the classes, in the order of the model's logits.
+      prompts: the texts of each class; their mean embedding is the class's.
+      temperature: what logits are divided by before the softmax.
+      head: how features become logits; cosine: similarity to the class embeddings.
+    """
+
+    labels: tuple[str, ...]
+    prompts: dict[str, tuple[str, ...]]
+    temperature: float = 1.0
+    head: str = "cosine"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON atomically: whoever reads `path` sees the old contents or the new, never a part."""
+    path = Path(path)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is needed, not a {type(value).__name__}")
+    return value
+
+
+def write_actions(folder: str | Path, actions: Actions) -> None:
+    """Writes actions.json."""
+    fields = {key: getattr(actions, key) for key in ("labels", "prompts", "temperature", "head")}
+    write_json(Path(folder) / "actions.json", fields)
+
+
+def has_actions(folder: str | Path) -> bool:
+    """Whether the folder names its own classes; a plain CLIP folder doesn't."""
+    return (Path(folder) / "actions.json").is_file()
+
+
+def read_actions(folder: str | Path) -> Actions:
+    """Reads actions.json.
+
+    Raises:
+      UserError: missing, not JSON, or a key that is missing, unknown or of a wrong value; names the file and the key.
+    """
+    path = Path(folder) / "actions.json"
+    values = _read_object(path)
+    known = ("labels", "prompts", "temperature", "head")
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"{path}: key {unknown[0]!r} is unknown; {nearest(unknown[0], list(known))}")
+    if missing := sorted({"labels", "prompts"} - set(values)):
+        raise UserError(f"{path}: key {missing[0]!r} is missing")
+    labels = _texts(values["labels"], path, "labels")
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{path}: key 'labels' holds a label twice")
+    prompts = values["prompts"]
+    if not isinstance(prompts, dict) or set(prompts) != set(labels):
+        raise UserError(f"{path}: key 'prompts' must give the texts of each of the {len(labels)} labels, and no other")
+    temperature = values.get("temperature", 1.0)
+    if type(temperature) not in (int, float) or not (math.isfinite(temperature) and temperature > 0):
+        raise UserError(f"{path}: key 'temperature' must be a number above 0, not {temperature!r}")
+    head = values.get("head", "cosine")
+    if head not in HEADS:
+        raise UserError(f"{path}: key 'head' is {head!r}; {nearest(str(head), list(HEADS))}")
+    texts = {label: _texts(prompts[label], path, f"prompts.{label}") for label in labels}
+    return Actions(labels, texts, float(temperature), head)
+
+
+def _texts(value: Any, path: Path, key: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item.strip() for item in value):
+        raise UserError(f"{path}: key {key!r} must be a list of texts, none of them empty")
+    return tuple(value)
+
+
+def _sealed_files(folder: Path) -> list[Path]:
+    """What the seal covers. Hidden files are left out: tools drop them anywhere, and nothing here reads them."""
+    outside = {folder / MANIFEST, folder / "README.md"}
+    files = [path for path in folder.rglob("*") if path.is_file() and path not in outside]
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in _sealed_files(folder):
+        with path.open("rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _digest(hashes: dict[str, str]) -> str:
+    listing = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def seal(folder: str | Path) -> str:
+    """Writes manifest.json over all files but README.md, and returns the digest of them all.
+
+    Raises:
+      UserError: the folder is sealed already; what changes a model writes a new folder.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        raise UserError(f"{folder}: sealed already; write a new folder instead of changing this one")
+    hashes = _hashes(folder)
+    digest = _digest(hashes)
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": hashes, "digest": digest})
+    return digest
+
+
+def verify(folder: str | Path) -> str | None:
+    """Checks a folder against its manifest.
+
+    Returns:
+      The digest; None where there is no manifest, as in a plain Hugging Face folder.
+
+    Raises:
+      UserError: a file was changed, removed or added, or the manifest itself is damaged; names it.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return None
+    manifest = _read_object(path)
+    version, files = manifest.get("format_version"), manifest.get("files")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}; update it")
+    if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
+        raise UserError(f"{path}: key 'files' is damaged; copy the folder again")
+    found = _hashes(Path(folder))
+    for what, names in (
+        ("missing", set(files) - set(found)),
+        ("not part of the sealed model", set(found) - set(files)),
+        ("changed since the model was sealed", {name for name in found if files.get(name) != found[name]}),
+    ):
+        if names:
+            raise UserError(f"{folder}: {', '.join(sorted(names))}: {what}; copy the folder again")
+    if manifest.get("digest") != _digest(found):
+        raise UserError(f"{path}: key 'digest' doesn't fit the files; copy the folder again")
+    return _digest(found)
+
+
+def replace_folder(target: str | Path, fill: Callable[[Path], None]) -> Path:
+    """Puts a folder written by `fill` in the place of `target`, whose old contents stay whole until the new are.
+
+    A kill at any moment leaves the old folder or the new one; what it leaves beside them goes at the next call.
+    """
+    target = Path(target)
+    partial, old = (target.with_name(f".{target.name}.{word}") for word in ("partial", "old"))
+    if old.exists() and not target.exists():  # killed between the two renames below
+        old.rename(target)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return target

@@ -1,0 +1,228 @@
+"""grain iterators: a batch is a pure function of (seed, step).
+
+So the order doesn't depend on the number of threads, workers or processes, and a run continues from the number of its
+step alone.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from clip_har_jax.batch import Batch
+from clip_har_jax.config import DataConfig
+from clip_har_jax.data.augment import augment
+from clip_har_jax.data.sources import Source
+from clip_har_jax.errors import UserError
+from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+
+
+class HostBatch(NamedTuple):
+    """A batch in host memory, and what could not be read of it."""
+
+    batch: Batch
+    errors: tuple[tuple[int, str, str], ...]  # index, name, reason
+
+
+class BatchSource:
+    """Batch number -> this process's rows of that batch; the random-access source that grain reads.
+
+    Args:
+      seed: of the order and the augmentation; None: evaluation, in the source's order, each example once.
+      rows: (first, last) row of each global batch that this process reads.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        preprocess: Preprocess,
+        seed: int | None,
+        global_batch_size: int,
+        rows: tuple[int, int],
+    ):
+        self.source, self.config, self.preprocess, self.seed = source, config, preprocess, seed
+        self.global_batch_size, self.rows = global_batch_size, rows
+        self._order = None if seed is None else grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return 2**40 // self.global_batch_size  # endless, as far as positions go
+        return -(-len(self.source) // self.global_batch_size)
+
+    def __getitem__(self, step: int) -> HostBatch:
+        start = step * self.global_batch_size
+        loaded = [self._load(start + row) for row in range(*self.rows)]
+        images, labels, mask, index = zip(*(row for row, _ in loaded), strict=True)
+        batch = Batch(
+            np.stack(images), np.asarray(labels, np.int32), np.asarray(mask, np.float32), np.asarray(index, np.int32)
+        )
+        return HostBatch(batch, tuple(error for _, error in loaded if error is not None))
+
+    def _load(self, position: int) -> tuple[tuple[np.ndarray, int, float, int], tuple[int, str, str] | None]:
+        blank = np.zeros((self.preprocess.image_size_px, self.preprocess.image_size_px, 3), np.uint8)
+        if self._order is None and position >= len(self.source):
+            return (blank, 0, 0.0, -1), None
+        index = position if self._order is None else int(self._order[position])
+        name, label = f"#{index}", int(self.source.label_ids[index])
+        try:
+            example = self.source[index]
+            name = example.name
+            image = example.data
+            if isinstance(image, bytes):
+                image = decode(image, self.config.max_megapixels)
+        except (BadImage, OSError) as error:
+            reason = f"can't be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+            name = str(getattr(error, "filename", None) or name)
+            return (blank, label, 0.0, index), (index, name, reason)
+        if self.seed is None:
+            return (evaluation_transform(image, self.preprocess), label, 1.0, index), None
+        rng = np.random.default_rng((self.seed, position // len(self.source), index))
+        image = augment(image, self.preprocess.image_size_px, self.config.augment, rng)
+        return (image, label, 1.0, index), None
+
+
+class BadInputs:
+    """The images of a source that can't be read: counted once each, logged, and the end of the run when too many.
+
+    Args:
+      max_fraction: of the source; one more than that ends the run.
+      log: bad_inputs.jsonl, appended to; None: counted only.
+    """
+
+    def __init__(self, source: Source, max_fraction: float, log: Path | None = None):
+        self._limit, self._size, self._log = max_fraction * len(source), len(source), log
+        self._seen: dict[str, str] = {}
+        self._logged: set[str] = set()
+        if log is not None and log.exists():  # a run that continues
+            self._logged = {json.loads(line)["input"] for line in log.read_text().splitlines() if line.endswith("}")}
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def record(self, errors: Iterable[tuple[int, str, str]]) -> None:
+        """Takes the errors of a batch.
+
+        Raises:
+          UserError: more bad images than the config allows.
+        """
+        for index, name, reason in errors:
+            if name in self._seen:
+                continue
+            self._seen[name] = reason
+            if self._log is not None and name not in self._logged:
+                with self._log.open("a") as file:
+                    file.write(json.dumps({"input": name, "index": index, "error": reason}) + "\n")
+        if len(self._seen) > self._limit:
+            name, reason = next(iter(self._seen.items()))
+            listed = f", all listed in {self._log}" if self._log is not None else ""
+            raise UserError(
+                f"{len(self._seen)} of {self._size} images can't be read, the first is {name}: {reason}{listed}; mend "
+                "or remove them, or raise config.data.max_bad_fraction"
+            )
+
+
+class BatchIterator:
+    """Batches of this process, read ahead in threads or worker processes; a context manager that ends them."""
+
+    def __init__(self, batches: BatchSource, bad_inputs: BadInputs, start_step: int = 0):
+        config = batches.config
+        dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(
+            grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch_batches)
+        )
+        if config.num_workers:
+            _let_workers_start()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+        self._iterator, self._bad_inputs = iter(dataset), bad_inputs
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        batch, errors = next(self._iterator)
+        self._bad_inputs.record(errors)
+        return batch
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends threads and workers; left alone, workers outlive a killed parent."""
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()
+
+
+def _let_workers_start() -> None:
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags when it starts workers
+        flags.FLAGS.mark_as_parsed()
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
+    if batch_size % process_count:
+        raise UserError(f"a batch of {batch_size} doesn't divide over {process_count} processes")
+    size = batch_size // process_count
+    return process_index * size, (process_index + 1) * size
+
+
+def train_batches(
+    source: Source,
+    config: DataConfig,
+    preprocess: Preprocess,
+    *,
+    seed: int,
+    global_batch_size: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    bad_inputs: BadInputs,
+) -> BatchIterator:
+    """Endless batches in an order that is shuffled anew each epoch, from `start_step` on.
+
+    Process p of P gets rows [p * B / P, (p + 1) * B / P) of each global batch, so that the global batch is the same
+    for every number of processes.
+
+    Raises:
+      UserError: a batch that doesn't divide over the processes; more bad images than the config allows.
+    """
+    rows = _rows(global_batch_size, process_index, process_count)
+    batches = BatchSource(source, config, preprocess, seed, global_batch_size, rows)
+    return BatchIterator(batches, bad_inputs, start_step)
+
+
+def eval_batches(
+    source: Source,
+    config: DataConfig,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    bad_inputs: BadInputs,
+) -> BatchIterator:
+    """Each example once, in the source's order; the last batch is padded with rows of mask 0.
+
+    Raises:
+      UserError: as `train_batches`.
+    """
+    rows = _rows(batch_size, process_index, process_count)
+    return BatchIterator(BatchSource(source, config, preprocess, None, batch_size, rows), bad_inputs)
+
+
+def prefetch_to_mesh(batches: Iterator[Batch], place: Callable[[Batch], Any], size: int = 2) -> Iterator[Any]:
+    """Keeps `size` batches on their way to the devices while another is computed with."""
+    placed: deque[Any] = deque()
+    for batch in batches:
+        placed.append(place(batch))
+        if len(placed) > size:
+            yield placed.popleft()
+    yield from placed

@@ -1,0 +1,52 @@
+"""Pictures of an evaluation, drawn without pyplot's global state."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+LIGHT = {"page": "#ffffff", "ink": "#1c2430", "low": "#f2f5f9", "high": "#0b4f9c", "on_high": "#ffffff"}
+DARK = {"page": "#161b22", "ink": "#e2e8f0", "low": "#1f2630", "high": "#7cc0ff", "on_high": "#0b1117"}
+MAX_COUNTED_CLASSES = 40  # above, the cells are too small for numbers
+MAX_SIDE_IN = 24.0
+MAX_LABEL_LENGTH = 28
+
+
+def draw_confusion(confusion: Int[np.ndarray, "c c"], labels: Sequence[str], dark: bool = False) -> bytes:
+    """A confusion matrix as a PNG: colour is the share of the true class, numbers are examples."""
+    count = len(labels)
+    side = min(count * (0.44 if count <= MAX_COUNTED_CLASSES else 0.17), MAX_SIDE_IN)
+    colors = DARK if dark else LIGHT
+    figure = Figure(figsize=(max(side, 2.5), max(side, 2.5)), facecolor=colors["page"])
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap=LinearSegmentedColormap.from_list("share", (colors["low"], colors["high"])), vmin=0, vmax=1)
+    _name_axes(axes, labels, colors, font_pt=9 if count <= MAX_COUNTED_CLASSES else 72 * side / count * 0.6)
+    if count <= MAX_COUNTED_CLASSES:
+        for row, column in np.argwhere(confusion > 0):
+            color = colors["on_high"] if share[row, column] > 0.5 else colors["ink"]
+            text = str(confusion[row, column])
+            size = 9 if len(text) < 4 else 6
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # labels may be in any script
+        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
+    return buffer.getvalue()
+
+
+def _name_axes(axes: Axes, labels: Sequence[str], colors: dict[str, str], font_pt: float) -> None:
+    names = [label if len(label) <= MAX_LABEL_LENGTH else label[: MAX_LABEL_LENGTH - 1] + "…" for label in labels]
+    style: dict[str, Any] = {"color": colors["ink"], "fontsize": font_pt, "parse_math": False}
+    axes.set_xticks(range(len(names)), names, rotation=90, **style)
+    axes.set_yticks(range(len(names)), names, **style)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted", color=colors["ink"], fontsize=11)
+    axes.set_ylabel("true", color=colors["ink"], fontsize=11)
+    axes.spines[:].set_visible(False)

@@ -1,0 +1,1 @@
+"""From images to predictions, over one protocol of backends."""

@@ -1,0 +1,164 @@
+"""One protocol over what can run a model; JAX is imported only by the backend that needs it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError
+from clip_har_jax.preprocess import Preprocess
+from clip_har_jax.text import make_prompts, phrase
+
+PROMPTS_AT_ONCE = 64  # bounds the text tower's memory for long lists of classes
+
+
+class Backend(Protocol):
+    """A loaded model with its classes; images come as `preprocess` leaves them, in any number."""
+
+    path: Path
+    digest: str | None  # of the sealed model folder; None: not sealed
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+
+    def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Class logits, temperature included."""
+
+    def predict(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Class probabilities."""
+
+    def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
+        """L2-normalised image embeddings."""
+
+
+def split_classes(text: str | None) -> tuple[str, ...]:
+    """The names in the value of --classes, divided by commas; None: no names.
+
+    Raises:
+      UserError: an empty name.
+    """
+    names = tuple(name.strip() for name in text.split(",")) if text is not None else ()
+    if not all(names):
+        raise UserError(f'--classes={text!r}: a name is empty; write e.g. --classes="riding a bike,sleeping"')
+    return names
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Refuses classes that no model could tell apart.
+
+    Raises:
+      UserError: fewer than two, or two that are said alike.
+    """
+    if len(classes) < 2:
+        raise UserError(f"--classes: two or more are needed, not {', '.join(map(repr, classes)) or 'none'}")
+    seen: dict[str, str] = {}
+    for label in classes:
+        if phrase(label) in seen:
+            raise UserError(f"--classes: {seen[phrase(label)]!r} and {label!r} mean the same; leave one out")
+        seen[phrase(label)] = label
+
+
+def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequence[str] = ()) -> bundle.Actions:
+    """The classes to tell apart: `classes` if given, else the folder's own, else `default_classes`.
+
+    Raises:
+      UserError: there are none, or they can't be told apart.
+    """
+    if not classes and bundle.has_actions(folder):
+        return bundle.read_actions(folder)
+    labels = tuple(classes or default_classes)
+    if not labels:
+        raise UserError(f'{folder}: no actions.json in it; name the actions, e.g. --classes="riding a bike,sleeping"')
+    check_classes(labels)
+    return bundle.Actions(labels, make_prompts(labels))
+
+
+class JaxBackend:
+    """A model folder, or any CLIP in the Hugging Face layout, run by JAX.
+
+    Args:
+      name_or_folder: a model folder or a Hub name.
+      classes: the actions to tell apart; empty: the folder's own.
+      default_classes: the actions where neither is given.
+      batch_size: images that are computed at once; fewer are padded, so that nothing is compiled again.
+
+    Raises:
+      UserError: not a whole model, a sealed one with a changed file, or no classes.
+    """
+
+    def __init__(
+        self,
+        name_or_folder: str | Path,
+        classes: Sequence[str] = (),
+        default_classes: Sequence[str] = (),
+        batch_size: int = 32,
+    ):
+        import jax
+        from flax import nnx
+
+        from clip_har_jax.models.factory import load
+        from clip_har_jax.models.pretrained import resolve_folder
+
+        if batch_size < 1:
+            raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
+        self.path, self.batch_size = resolve_folder(str(name_or_folder)), batch_size
+        self.digest = bundle.verify(self.path)
+        actions = choose_actions(self.path, classes, default_classes)
+        loaded = load(str(self.path))
+        self.labels, self.preprocess = actions.labels, loaded.preprocess
+        graphdef, self._state = nnx.split(loaded.model)
+        mean, std = (np.asarray(values, np.float32) for values in (self.preprocess.mean, self.preprocess.std))
+
+        def forward(state: Any, classes: jax.Array, scale: float, images: jax.Array) -> tuple[jax.Array, ...]:
+            embeddings = nnx.merge(graphdef, state).encode_image((images / np.float32(255) - mean) / std)
+            logits = scale * embeddings @ classes.T
+            return logits, jax.nn.softmax(logits), embeddings
+
+        self._forward = jax.jit(forward)
+        self._encode_text = jax.jit(lambda state, ids: nnx.merge(graphdef, state).encode_text(ids))
+        prompts = [actions.prompts[label] for label in actions.labels]
+        texts, length = [text for group in prompts for text in group], loaded.model.config.text.context_length
+        ids, _ = loaded.tokenizer(texts, length)
+        self._classes = jax.numpy.asarray(self._embed_classes(ids, [len(group) for group in prompts]))
+        self._scale = float(np.exp(loaded.model.logit_scale[...])) / actions.temperature
+
+    def _embed_classes(self, ids: Int32[np.ndarray, "p t"], counts: Sequence[int]) -> Float32[np.ndarray, "c d"]:
+        """The mean of each class's normalised text embeddings, normalised again; `counts` are the classes' prompts."""
+        size, parts = min(PROMPTS_AT_ONCE, len(ids)), []
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
+            parts.append(np.asarray(self._encode_text(self._state, _pad(part, size)))[: len(part)])
+        groups = np.split(np.concatenate(parts), np.cumsum(counts)[:-1])
+        means = np.stack([group.mean(axis=0) for group in groups])
+        return means / np.linalg.norm(means, axis=-1, keepdims=True)
+
+    def _run(self, images: UInt8[np.ndarray, "b h w 3"]) -> tuple[np.ndarray, ...]:
+        """Logits, probabilities and embeddings; compiled for one image and for `batch_size` images, nothing else."""
+        size, parts = 1 if len(images) == 1 else self.batch_size, []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            outputs = self._forward(self._state, self._classes, self._scale, _pad(part, size))
+            parts.append([np.asarray(output)[: len(part)] for output in outputs])
+        logits, probs, embeddings = (np.concatenate(output) for output in zip(*parts, strict=True))
+        if not np.isfinite(logits).all():
+            raise UserError(f"{self.path}: the model gives NaN or infinity; its weights are damaged")
+        return logits, probs, embeddings
+
+    def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Class logits, temperature included."""
+        return self._run(images)[0]
+
+    def predict(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Class probabilities."""
+        return self._run(images)[1]
+
+    def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
+        """L2-normalised image embeddings."""
+        return self._run(images)[2]
+
+
+def _pad(rows: np.ndarray, size: int) -> np.ndarray:
+    """`size` rows, the missing ones zero."""
+    return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])

@@ -1,0 +1,138 @@
+"""Images -> predictions."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.preprocess import BadImage, decode, evaluation_transform, read_image
+from clip_har_jax.specs import IMAGE_SUFFIXES, find_images
+
+# A path, an encoded image, a PIL image, or uint8 [h, w, 3] in RGB.
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+
+MAX_TOP = 5
+PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # 8 bits a channel
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one input; with an `error` there is no label."""
+
+    input: str
+    label: str | None = None
+    score: float | None = None  # probability of the label
+    top: tuple[tuple[str, float], ...] = ()  # at most 5 (label, probability), the most probable first
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `predict.py --json` prints."""
+        if self.error is not None:
+            return {"input": self.input, "error": self.error}
+        top = [{"label": label, "score": score} for label, score in self.top]
+        return {"input": self.input, "label": self.label, "score": self.score, "top": top}
+
+
+class Predictor:
+    """A model with its classes, ready to tell actions in images.
+
+    Args:
+      path: a model folder, or any CLIP in the Hugging Face layout.
+      classes: the actions to tell apart, in any words; None: those of the model folder.
+      batch_size: images computed at once.
+
+    Raises:
+      UserError: no usable model there, or no classes.
+    """
+
+    def __init__(self, path: str | Path, classes: Sequence[str] | None = None, batch_size: int = 32):
+        self.backend = JaxBackend(path, classes or (), batch_size=batch_size)
+        self.batch_size = batch_size
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The actions that are told apart."""
+        return self.backend.labels
+
+    def predict(self, inputs: Iterable[ImageLike]) -> list[Prediction]:
+        """One prediction for each input, in order; an input that can't be read has an error, and the rest go on."""
+        return list(self.stream(inputs))
+
+    def stream(self, inputs: Iterable[ImageLike]) -> Iterator[Prediction]:
+        """As `predict`, batch after batch; `inputs` are taken as they are needed."""
+        numbered = enumerate(inputs)
+        while chunk := list(islice(numbered, self.batch_size)):
+            names = [_name(item, position) for position, item in chunk]
+            loaded = [self._try_load(item) for _, item in chunk]
+            images = [image for image in loaded if not isinstance(image, str)]
+            probs = iter(self.backend.predict(np.stack(images)) if images else ())
+            for name, image in zip(names, loaded, strict=True):
+                yield Prediction(name, error=image) if isinstance(image, str) else self._prediction(name, next(probs))
+
+    def embed(self, inputs: Iterable[ImageLike]) -> Float32[np.ndarray, "n d"]:
+        """L2-normalised image embeddings.
+
+        Raises:
+          BadImage: an input can't be read.
+        """
+        return self.backend.embed(np.stack([self._load(item) for item in inputs]))
+
+    def _prediction(self, name: str, probs: Float32[np.ndarray, " c"]) -> Prediction:
+        order = np.argsort(-probs, kind="stable")[:MAX_TOP]
+        top = tuple((self.labels[i], float(probs[i])) for i in order)
+        return Prediction(name, *top[0], top)
+
+    def _try_load(self, item: ImageLike) -> np.ndarray | str:
+        try:
+            return self._load(item)
+        except BadImage as error:
+            return str(error)
+
+    def _load(self, item: ImageLike) -> UInt8[np.ndarray, "size size 3"]:
+        return evaluation_transform(_to_array(item), self.backend.preprocess)
+
+
+def _name(item: ImageLike, position: int) -> str:
+    return str(item) if isinstance(item, str | Path) else f"#{position}"
+
+
+def _to_array(item: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
+    if isinstance(item, str | Path):
+        return read_image(item)
+    if isinstance(item, bytes):
+        return decode(item)
+    if isinstance(item, Image.Image):
+        if item.mode not in PLAIN_MODES:
+            raise BadImage(f"a PIL image of mode {item.mode}; give the file itself, which is converted rightly")
+        return np.asarray(ImageOps.exif_transpose(item).convert("RGB"))
+    if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or 0 in item.shape:
+        raise BadImage(f"an array of {item.dtype} {list(item.shape)}; uint8 [height, width, 3] is needed")
+    return item
+
+
+def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes]) -> Iterator[str]:
+    """The image files that a command line names: files, folders' images (sorted), - for the lines of `stdin`.
+
+    Raises:
+      UserError: a folder without images; before anything is read.
+    """
+    parts: list[Iterable[str]] = []
+    for argument in arguments:
+        if argument == "-":
+            parts.append(os.fsdecode(line.rstrip(b"\r\n")) for line in stdin if line.strip())
+        elif Path(argument).is_dir():
+            found = [str(path) for path in find_images(Path(argument))]
+            if not found:
+                raise UserError(f"{argument}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            parts.append(found)
+        else:
+            parts.append([argument])
+    return chain.from_iterable(parts)

@@ -1,0 +1,143 @@
+"""A model folder and a data set in, metrics and a report out."""
+
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clip_har_jax.batch import Batch
+from clip_har_jax.config import DataConfig, EvalConfig, make_config
+from clip_har_jax.data.pipeline import BadInputs, eval_batches
+from clip_har_jax.data.sources import Example, Source, make_source
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
+from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.text import phrase
+
+NUM_MISTAKES = 12  # shown in the report
+
+
+class ClassedSource:
+    """A source under the classes of a model, which remembers the names of what was read.
+
+    Raises:
+      UserError: an example's label is none of the classes.
+    """
+
+    def __init__(self, source: Source, classes: Sequence[str], where: str):
+        self.labels, self.fingerprint = tuple(classes), source.fingerprint
+        self.label_ids = _match_labels(source, classes, where)[source.label_ids]
+        self.names: dict[int, str] = {}
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> Example:
+        example = self._source[i]
+        self.names[i] = example.name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
+        return example._replace(label=int(self.label_ids[i]))
+
+
+def _match_labels(source: Source, classes: Sequence[str], where: str) -> np.ndarray:
+    """The class of each of the source's labels: of the same name, or said alike; -1 for labels without examples."""
+    by_name = {label: i for i, label in enumerate(classes)}
+    by_phrase = {phrase(label): i for i, label in enumerate(classes)}
+    counts = np.bincount(source.label_ids, minlength=len(source.labels))
+    matched = [by_name.get(label, by_phrase.get(phrase(label), -1)) for label in source.labels]
+    for label, count, match in zip(source.labels, counts, matched, strict=True):
+        if count and match < 0:
+            raise UserError(
+                f"--data={where}: label {label!r} ({count} images) is none of the {len(classes)} classes; "
+                f"{nearest(label, list(classes))}"
+            )
+    return np.asarray(matched, np.int32)
+
+
+def evaluate_model(
+    model: str,
+    data: str,
+    output: str | Path,
+    classes: Sequence[str] = (),
+    batch_size: int = EvalConfig.batch_size,
+    max_bad_fraction: float = DataConfig.max_bad_fraction,
+) -> EvalResult:
+    """Evaluates a model folder, or any CLIP in the Hugging Face layout, and writes metrics, predictions and report.
+
+    Args:
+      model: a folder or a Hub name.
+      data: the SPEC of the data.
+      output: the folder to write to.
+      classes: the actions to tell apart; empty: the folder's own, else the data's own labels.
+      batch_size: images computed at once.
+      max_bad_fraction: share of unreadable images above which the evaluation ends; they are listed in
+        bad_inputs.jsonl.
+
+    Raises:
+      UserError: a mistake in the arguments, the model or the data.
+    """
+    config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
+    data_source = make_source(data, "test")
+    backend = JaxBackend(model, classes, data_source.labels, batch_size)
+    source = ClassedSource(data_source, backend.labels, data)
+    output = _make_output(output)
+    log = output / "bad_inputs.jsonl"
+    log.unlink(missing_ok=True)  # of an earlier evaluation
+    bad_inputs = BadInputs(source, max_bad_fraction, log)
+    with eval_batches(source, config.data, backend.preprocess, batch_size=batch_size, bad_inputs=bad_inputs) as batches:
+        shown = _with_progress(batches, -(-len(source) // batch_size))
+        result = evaluate(lambda batch: backend.logits(batch.image), shown, backend.labels, NUM_MISTAKES)
+    about = {
+        "model": str(backend.path),
+        "model digest": backend.digest or "none: the folder is not sealed",
+        "data": data,
+        "data fingerprint": source.fingerprint,
+        "command": _command(model, data, output, classes, batch_size, max_bad_fraction),
+    }
+    write_result(result, output, [source.names[i] for i in result.predictions.index.tolist()], about)
+    return result
+
+
+def _make_output(output: str | Path) -> Path:
+    output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: can't be made ({error.strerror})") from error
+    return output
+
+
+def _command(
+    model: str, data: str, output: Path, classes: Sequence[str], batch_size: int, max_bad_fraction: float
+) -> str:
+    """What to type to get the same result."""
+    flags = [f"--model={model}", f"--data={data}", f"--output={output}"]
+    flags += [f"--classes={','.join(classes)}"] if classes else []
+    flags += [f"--batch_size={batch_size}", f"--max_bad_fraction={max_bad_fraction:g}"]
+    return shlex.join(["python", "scripts/evaluate.py", *flags])
+
+
+def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+    """A bar on the terminal; nothing where there is none."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(file=sys.stderr)
+    yield from track(batches, "evaluating", total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def print_result(result: EvalResult, output: str | Path) -> None:
+    """A short table: the result and where things lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table, metrics = Table(show_header=False, box=None), result.metrics
+    table.add_row("images", str(metrics["num_examples"]))
+    if metrics["num_unreadable"]:
+        table.add_row("unreadable", f"{metrics['num_unreadable']}, listed in {Path(output) / 'bad_inputs.jsonl'}")
+    for name, title in (("top1", "top-1"), ("top5", "top-5"), ("macro_f1", "macro F1"), ("nll", "NLL"), ("ece", "ECE")):
+        table.add_row(title, f"{metrics[name]:.3f}")
+    table.add_row("report", str(Path(output) / "report.html"))
+    Console(highlight=False, soft_wrap=True).print(table)

@@ -1,0 +1,290 @@
+"""Bytes -> uint8 image, and the exact CLIP evaluation transform; numpy and PIL only, so that a server needs no more.
+
+Whatever reads images for a model reads them by this file; `PREPROCESS_VERSION` changes when its result does.
+"""
+
+import io
+import json
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps
+
+from clip_har_jax.errors import UserError
+
+PREPROCESS_VERSION = 1
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of openai/CLIP's clip.py, in RGB, of values 0 to 1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_MEGAPIXELS = 50.0
+MIN_SIDE_PX = 2
+MAX_ASPECT = 200  # longer side over shorter
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others can run programs (EPS) or hide their size (ICO)
+
+
+class BadImage(ValueError):  # noqa: N818  its name says what is bad, not that a program erred
+    """An image that can't serve; the message is the reason alone, since who reads it knows the file's name."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes a model's input.
+
+    Attributes:
+      image_size_px: side of the square that the model takes.
+      resize_px: what the shorter side is resized to before the centre crop; None: image_size_px.
+      mean, std: of the normalisation, for values 0 to 1 in RGB.
+      keep_aspect: False resizes both sides to resize_px instead, as folders with a height and width ask for.
+    """
+
+    image_size_px: int
+    resize_px: int | None = None
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    keep_aspect: bool = True
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, image_size_px: int) -> "Preprocess":
+        """Reads preprocessor_config.json in its published forms; without one, CLIP's own for `image_size_px`.
+
+        transformers 5 saves a processor's as a part of processor_config.json; that is read first, as it does.
+
+        Raises:
+          UserError: a step that this transform doesn't do, or a size that isn't the model's.
+        """
+        for path, part in (
+            (Path(folder) / "processor_config.json", "image_processor"),
+            (Path(folder) / "preprocessor_config.json", None),
+        ):
+            values = _read_settings(path)
+            values = values.get(part) if part and values else values
+            if values is not None:
+                return cls._from_settings(values, path, image_size_px)
+        return cls(image_size_px)
+
+    @classmethod
+    def _from_settings(cls, values: dict[str, Any], path: Path, image_size_px: int) -> "Preprocess":
+        _refuse_other_transforms(values, path)
+        crop, _ = _side(values.get("crop_size", image_size_px), path)
+        resize, keep_aspect = _side(values.get("size", crop), path)
+        if not values.get("do_center_crop", True):
+            if keep_aspect:
+                raise UserError(f"{path}: do_center_crop false leaves images that aren't square; set it to true")
+            crop = resize
+        if crop != image_size_px:
+            raise UserError(f"{path}: images of {crop} px, but the model takes {image_size_px} px")
+        mean, std = _triple(values, "image_mean", CLIP_MEAN, path), _triple(values, "image_std", CLIP_STD, path)
+        if not values.get("do_normalize", True):
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        return cls(crop, None if resize == crop else resize, mean, std, keep_aspect)
+
+    def to_json(self) -> str:
+        """The contents of preprocessor_config.json, as `transformers.CLIPImageProcessor` reads them."""
+        side, resize = self.image_size_px, self.resize_px or self.image_size_px
+        values = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": resize} if self.keep_aspect else {"height": resize, "width": resize},
+            "resample": int(Image.Resampling.BICUBIC),
+            "do_center_crop": True,
+            "crop_size": {"height": side, "width": side},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        return json.dumps(values, indent=2) + "\n"
+
+    def save(self, folder: str | Path) -> None:
+        """Writes preprocessor_config.json."""
+        (Path(folder) / "preprocessor_config.json").write_text(self.to_json(), encoding="utf-8")
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not an object of settings; copy it again")
+    return values
+
+
+def _refuse_other_transforms(values: dict[str, Any], path: Path) -> None:
+    expected = {
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "resample": int(Image.Resampling.BICUBIC),
+    }
+    for name, value in expected.items():
+        given = values.get(name)
+        if given is not None and (not isinstance(given, int | float) or abs(given - value) > 1e-6):
+            raise UserError(f"{path}: {name} {given!r}; only CLIP's own transform is done here, with {value!r}")
+
+
+def _side(value: Any, path: Path) -> tuple[int, bool]:
+    """Side and keep_aspect of a size as published: 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    side, keep_aspect = value, True
+    if isinstance(value, dict):
+        given = {key: number for key, number in value.items() if number is not None}
+        keep_aspect = set(given) == {"shortest_edge"}
+        square = set(given) == {"height", "width"} and given["height"] == given["width"]
+        side = next(iter(given.values())) if keep_aspect or square else None
+    if type(side) is not int or side < 1:
+        raise UserError(f"{path}: size {value!r}; a number, a shortest_edge, or an equal height and width are needed")
+    return side, keep_aspect
+
+
+def _triple(
+    values: dict[str, Any], key: str, default: tuple[float, float, float], path: Path
+) -> tuple[float, float, float]:
+    given = values.get(key) or default
+    try:
+        red, green, blue = (float(number) for number in given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {key} {given!r}; three numbers are needed") from error
+    return red, green, blue
+
+
+class _QuietPillow:
+    """Hides Pillow's warnings while any thread decodes.
+
+    `warnings.catch_warnings` in each thread would do it for one thread; of several, the last to leave would put
+    back the filters that another had set.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._threads, self._filters = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._threads == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._threads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet_pillow = _QuietPillow()
+
+
+def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes one image to RGB, turned as its EXIF orientation says (as transformers' own loader does).
+
+    The header is checked before any pixel is decoded: a small file can hold a huge image. Safe in many threads.
+
+    Args:
+      data: the bytes of an image file.
+      max_megapixels: what is refused above; Pillow itself refuses above 178.
+
+    Raises:
+      BadImage: not an image, cut off, animated, too large, too small or too long.
+    """
+    if not data:
+        raise BadImage("empty file")
+    with _quiet_pillow:
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_header(image, max_megapixels)
+                image.load()
+                return np.asarray(_to_rgb(_upright(image)))
+        except BadImage:
+            raise
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"over {max_megapixels:g} megapixels; make it smaller") from error
+        except Image.UnidentifiedImageError as error:
+            raise BadImage(f"not an image ({', '.join(FORMATS)}); convert or remove it") from error
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BadImage(f"damaged ({reason}); save it again") from error
+
+
+def _check_header(image: Image.Image, max_megapixels: float) -> None:
+    width, height = image.size
+    if width * height > max_megapixels * 1e6:
+        raise BadImage(f"{width}x{height} px, over {max_megapixels:g} megapixels; make it smaller")
+    if min(width, height) < MIN_SIDE_PX:
+        raise BadImage(f"{width}x{height} px is too small to show anything; remove it")
+    if max(width, height) > MAX_ASPECT * min(width, height):  # resized by its shorter side it would fill the memory
+        raise BadImage(f"{width}x{height} px, one side over {MAX_ASPECT} times the other; crop it")
+    # A phone's photograph of format MPO carries a preview or depth map as its second picture; the first is meant.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise BadImage(f"animated ({frames} frames); save one frame as an image")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata says nothing of the pixels, which are decoded already
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any mode; Pillow's own conversion clips 16-bit, 32-bit and float values, to white or black."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+        # What these modes hold isn't said: 0 to 1 (floats alone), 0 to 255, or 16 bits.
+        scales = (255, 1, 1 / 257) if image.mode == "F" else (1, 1 / 257)
+        scale = next((scale for scale in scales if values.max() * scale <= 255), scales[-1])
+        image = Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes an image file.
+
+    Raises:
+      BadImage: as `decode`, or the file can't be read.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(f"can't be read ({error.strerror})") from error
+    return decode(data, max_megapixels)
+
+
+def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preprocess) -> UInt8[np.ndarray, "size size 3"]:
+    """Resized (PIL's bicubic), centre cropped: bit-equal to transformers' CLIP image processor on Pillow."""
+    height, width = image.shape[:2]
+    size, resize = preprocess.image_size_px, preprocess.resize_px or preprocess.image_size_px
+    long = int(resize * max(height, width) / min(height, width)) if preprocess.keep_aspect else resize
+    shape = (resize, long) if width <= height else (long, resize)  # width, height
+    resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return _crop(resized, top, left, size)
+
+
+def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
+    """A square crop; where the image is smaller, black fills it (Hugging Face's rule)."""
+    if top >= 0 and left >= 0:
+        return np.ascontiguousarray(image[top : top + size, left : left + size])
+    height, width = image.shape[:2]
+    canvas = np.zeros((max(size, height), max(size, width), 3), np.uint8)
+    row, column = -(-(canvas.shape[0] - height) // 2), -(-(canvas.shape[1] - width) // 2)
+    canvas[row : row + height, column : column + width] = image
+    return _crop(canvas, max(top + row, 0), max(left + column, 0), size)
+
+
+def normalize(
+    images: UInt8[np.ndarray, "*b h w 3"], mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Float32[np.ndarray, "*b h w 3"]:
+    """CLIP's normalisation on the host, for runtimes whose graph doesn't hold it."""
+    return (images.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

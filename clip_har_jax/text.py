@@ -1,0 +1,274 @@
+"""From class names to token ids: prompts, and CLIP's byte-pair tokenizer (the `tokenizers` library)."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clip_har_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+DEFAULT_TEMPLATES = (
+    "a photo of a person {}.",
+    "a photo of someone {}.",
+    "a person is {}.",
+)
+
+# The labels of the Human Action Recognition set, as people say them.
+HAR15_PHRASES = {
+    "calling": "talking on the phone",
+    "clapping": "clapping their hands",
+    "cycling": "riding a bike",
+    "dancing": "dancing",
+    "drinking": "drinking",
+    "eating": "eating",
+    "fighting": "fighting",
+    "hugging": "hugging someone",
+    "laughing": "laughing",
+    "listening_to_music": "listening to music",
+    "running": "running",
+    "sitting": "sitting",
+    "sleeping": "sleeping",
+    "texting": "texting on a phone",
+    "using_laptop": "using a laptop",
+}
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+_SPLIT = rf"{re.escape(BOS)}|{re.escape(EOS)}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"
+
+
+def phrase(label: str) -> str:
+    """How a label is said in a prompt: "using_laptop" -> "using a laptop", "ApplyLipstick" -> "apply lipstick"."""
+    if label in HAR15_PHRASES:
+        return HAR15_PHRASES[label]
+    if " " in label:  # words already, with the capitals that belong to them
+        return " ".join(label.split())
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-]", " ", label)
+    return " ".join(words.lower().split())
+
+
+def make_prompts(
+    labels: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+    phrases: Mapping[str, str] | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """The prompts of each class: its templates filled in, then its descriptions as they stand.
+
+    Raises:
+      UserError: a template without {}, a description or phrase of no class, a class without prompts.
+    """
+    descriptions, phrases = descriptions or {}, phrases or {}
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UserError(f"text.templates: {template!r} needs one {{}}, where the action's name goes")
+    for name, given in (("descriptions", descriptions), ("phrases", phrases)):
+        if unknown := sorted(set(given) - set(labels)):
+            raise UserError(f"text.{name}: {unknown[0]!r} is no class of the data; classes: {', '.join(labels)}")
+    prompts = {
+        label: (
+            *(template.replace("{}", phrases.get(label, phrase(label))) for template in templates),
+            *descriptions.get(label, ()),
+        )
+        for label in labels
+    }
+    if empty := [label for label, texts in prompts.items() if not texts]:
+        raise UserError(f"class {empty[0]!r} has no prompts; set text.templates or text.descriptions")
+    return prompts
+
+
+def _clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> "tokenizers.Tokenizer":
+    """CLIP's tokenizer (openai/CLIP simple_tokenizer.py) over a vocabulary, as Hugging Face builds it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False, unk_token=EOS
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (EOS, vocab[EOS]), (BOS, vocab[BOS]), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+class Tokenizer:
+    """Texts -> token ids of a CLIP text tower; safe to share between threads.
+
+    Args:
+      tokenizer: holds the special tokens, and adds the begin and end tokens itself.
+      pad_token: what fills a text up; published folders differ in it.
+    """
+
+    def __init__(self, tokenizer: "tokenizers.Tokenizer", pad_token: str = EOS):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            _token_id(tokenizer, token) for token in (BOS, EOS, pad_token)
+        )
+        self._tokenizer, self.pad_token = tokenizer, pad_token
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the begin and end of a text included."""
+        return self._tokenizer.get_vocab_size()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Reads tokenizer.json, else vocab.json and merges.txt.
+
+        Raises:
+          UserError: neither is there, or they can't be read.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        folder = Path(folder)
+        whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
+            raise UserError(f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, are needed")
+        try:
+            backend = Backend.from_str(_read(whole)) if whole.is_file() else _from_vocabulary(vocab, merges)
+            settings = _read_settings(folder)
+            _add_special_tokens(backend, settings)
+            return cls(backend, _content(settings["pad_token"]))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+        except Exception as error:  # the library raises bare Exception on a damaged file
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: the tokenizer can't be read ({reason}); copy it again") from error
+
+    @classmethod
+    def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
+        """A small byte-pair tokenizer of CLIP's kind from a run's own prompts; the same texts give the same one.
+
+        It holds every byte, alone and at the end of a word, so any text can be typed.
+
+        Args:
+          vocab_size: at most so many tokens; at least the 514 that hold bytes and the begin and end of a text.
+        """
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models, pre_tokenizers, trainers
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        base = [*alphabet, *(f"{byte}</w>" for byte in alphabet)]
+        if vocab_size < len(base) + 2:
+            raise UserError(f"tokenizer: vocab_size {vocab_size} is too small; at least {len(base) + 2} are needed")
+        words = _clip_tokenizer({token: i for i, token in enumerate([*base, BOS, EOS])}, [])
+        learner = Backend(models.BPE(end_of_word_suffix="</w>"))
+        learner.normalizer, learner.pre_tokenizer = words.normalizer, words.pre_tokenizer
+        # Named as special tokens the bytes have fixed ids: without, equally frequent pairs merge in a random order.
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2, special_tokens=base, end_of_word_suffix="</w>", show_progress=False
+        )
+        learner.train_from_iterator(texts, trainer)
+        merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+        tokens = dict.fromkeys([*base, *("".join(pair) for pair in merges), BOS, EOS])
+        tokenizer = _clip_tokenizer({token: i for i, token in enumerate(tokens)}, merges)
+        tokenizer.add_special_tokens([BOS, EOS])
+        return cls(tokenizer)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers opens."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self._tokenizer.to_str(pretty=True)
+        model = json.loads(text)["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        settings = {"tokenizer_class": "CLIPTokenizer", "bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+        files = {
+            "tokenizer.json": text,
+            "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
+            "merges.txt": "\n".join(["#version: 0.2", *merges]),
+            "tokenizer_config.json": json.dumps(settings | {"pad_token": self.pad_token}, indent=2, ensure_ascii=False),
+        }
+        for name, content in files.items():
+            (folder / name).write_text(content + "\n", encoding="utf-8")
+
+    def __call__(self, texts: Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and attention masks, int32 [n, context_length] each.
+
+        Long texts are cut and keep their end token; short ones are filled with the pad token, mask 0.
+        """
+        assert context_length >= 2, "no room for the begin and end tokens"
+        ids = np.full((len(texts), context_length), self.pad_token_id, np.int32)
+        mask = np.zeros_like(ids)
+        # Cut and filled here: the library's own truncation and padding are settings that threads would share.
+        for row, encoding in enumerate(self._tokenizer.encode_batch_fast(list(texts))):
+            tokens = encoding.ids
+            if len(tokens) > context_length:
+                tokens = [*tokens[: context_length - 1], self.eos_token_id]
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return ids, mask
+
+
+def _token_id(tokenizer: "tokenizers.Tokenizer", token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise UserError(f"the tokenizer's vocabulary has no {token!r}; a CLIP tokenizer is needed")
+    return number
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _from_vocabulary(vocab: Path, merges: Path) -> "tokenizers.Tokenizer":
+    lines = [line for line in _read(merges).splitlines() if line.strip() and not line.startswith("#version")]
+    pairs = [(left, right) for left, right in (line.split() for line in lines)]
+    return _clip_tokenizer(json.loads(_read(vocab)), pairs)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """The folder's special tokens: each a string, or an object with its content and flags.
+
+    The older file, special_tokens_map.json, counts first, unless the newer lists the added tokens (transformers' rule).
+    """
+    newer, older = (
+        json.loads(_read(path)) if path.is_file() else {}
+        for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+    )
+    settings = older | newer if "added_tokens_decoder" in newer else newer | older
+    defaults = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS, "added_tokens_decoder": {}}
+    return {name: settings.get(name) or default for name, default in defaults.items()}
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _add_special_tokens(tokenizer: "tokenizers.Tokenizer", settings: dict[str, Any]) -> None:
+    """Adds those listed, then those named that are still lacking; of two with one content the last one's flags hold.
+
+    The pad token is one of them: where "!" pads, a typed "!" is that token too (as in transformers).
+    """
+    listed = [token for _, token in sorted(settings["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
+    tokenizer.add_special_tokens([_added_token(token) for token in listed])
+    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    named = [settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
+    for token in named:
+        _token_id(tokenizer, _content(token))  # a token beyond the vocabulary would have no embedding
+    tokenizer.add_special_tokens([_added_token(token) for token in named if _content(token) not in present])
+
+
+def _added_token(token: str | dict[str, Any]) -> "tokenizers.AddedToken":
+    from tokenizers import AddedToken
+
+    known = ("lstrip", "rstrip", "normalized", "single_word")
+    flags = {name: token[name] for name in known if name in token} if isinstance(token, dict) else {}
+    return AddedToken(_content(token), special=True, **flags)

@@ -1,0 +1,61 @@
+"""Evaluates a model on labelled images.
+
+  python scripts/evaluate.py --model=runs/demo/model --data=synthetic --output=runs/demo/test
+  python scripts/evaluate.py --model=openai/clip-vit-base-patch32 --data=folder:photos --output=out \\
+      --classes="riding a bike,sleeping"
+
+Writes metrics.json, predictions.parquet, confusion_matrix.png and report.html to the output folder, and
+bad_inputs.jsonl where images could not be read. Exits 0 when done, 2 on a mistake.
+"""
+
+from clip_har_jax import cli
+from clip_har_jax.config import DataConfig, EvalConfig
+
+
+def main() -> int:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="the labelled images: synthetic, folder:PATH, csv:FILE, tfds:NAME or hf:OWNER/NAME, e.g. "
+        "--data=folder:photos",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="where to write, e.g. --output=runs/demo/test")
+    parser.add_argument(
+        "--classes",
+        metavar="NAMES",
+        help="tell these actions apart, in any words, without training; left out: the model folder's own actions, else "
+        'the labels of the data, e.g. --classes="riding a bike,sleeping"',
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=EvalConfig.batch_size,
+        metavar="N",
+        help=f"images computed at once, e.g. --batch_size={EvalConfig.batch_size} (default)",
+    )
+    parser.add_argument(
+        "--max_bad_fraction",
+        type=float,
+        default=DataConfig.max_bad_fraction,
+        metavar="SHARE",
+        help=f"end if a larger share of images can't be read, e.g. --max_bad_fraction={DataConfig.max_bad_fraction:g} "
+        "(default)",
+    )
+    arguments = parser.parse_args()
+
+    from clip_har_jax.inference.backends import split_classes
+    from clip_har_jax.pipelines.evaluate import evaluate_model, print_result
+
+    arguments.classes = split_classes(arguments.classes)
+    result = evaluate_model(**vars(arguments))
+    print_result(result, arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
