@@ -189,7 +189,7 @@ def _apply_overrides(config: RunConfig, overrides: Sequence[str]) -> dict[str, A
     argv = ["", *overrides]
     flag_values = flags.FlagValues()
     holder = config_flags.DEFINE_config_dict(
-        "config", ConfigDict(tree, convert_dict=False), flag_values=flag_values, sys_argv=argv
+        "config", ConfigDict(tree), flag_values=flag_values, sys_argv=argv
     )
     try:
         flag_values(argv)

@@ -1,0 +1,379 @@
+"""The embedded action set: the 15 actions of the Human Action Recognition set, drawn as scenes from a seed.
+
+Articulated figures act before a background, among clutter that can be anything of the scenes: bikes, chairs, tables,
+beds, cups, phones, bystanders. Colours, size, view, proportions and occlusion vary alike in every class, so that only
+the pose and what is in hand tell the class.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+
+VERSION = 1  # changes when the same seed draws another picture
+LABELS = (
+    "calling",
+    "clapping",
+    "cycling",
+    "dancing",
+    "drinking",
+    "eating",
+    "fighting",
+    "hugging",
+    "laughing",
+    "listening_to_music",
+    "running",
+    "sitting",
+    "sleeping",
+    "texting",
+    "using_laptop",
+)
+SPLITS = {"train": 30000, "val": 600, "test": 600}  # number of examples; no split shares a seed with another
+DEFAULT_SIZE_PX = 64
+SUPERSAMPLING = 2
+
+# Lengths in units of a person's height.
+TORSO, NECK, HEAD = 0.30, 0.13, 0.085
+ARM, LEG = 0.17, 0.24  # of each of the two parts
+
+Point = tuple[float, float]  # x to the right, y up
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where a person's parts are; hands from the neck, feet from the hip, facing right. Angles in degrees."""
+
+    hands: tuple[Point, Point] = ((0.05, -0.32), (-0.06, -0.32))
+    feet: tuple[Point, Point] = ((0.06, -0.47), (-0.06, -0.47))
+    lean: float = 0.0  # of the torso, forwards
+    nod: float = 0.0  # of the head, forwards, beyond the lean
+    turn: float = 0.0  # of the whole body; 90 lies on its back
+    mouth: float = 0.0  # how far open, 0 to 1
+    knees: float = 1.0  # 1: bend forwards
+
+
+@dataclass(frozen=True)
+class Look:
+    """A person's colours and proportions."""
+
+    skin: Colour
+    hair: Colour
+    shirt: Colour
+    trousers: Colour
+    thickness: float
+
+
+class Canvas:
+    """Draws in scene units: 1 is a person's height, the origin a point of the picture, y up."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw, origin: Point, scale_px: float, mirror: bool, roll: float):
+        self.draw, self.origin, self.scale_px, self.mirror = draw, origin, scale_px, mirror
+        self._cos, self._sin = math.cos(math.radians(roll)), math.sin(math.radians(roll))
+
+    def at(self, origin: Point, scale: float = 1.0, mirror: bool = False) -> "Canvas":
+        """A canvas whose origin is a point of this one."""
+        other = Canvas(self.draw, self.to_px(origin), self.scale_px * scale, self.mirror != mirror, 0.0)
+        other._cos, other._sin = self._cos, self._sin
+        return other
+
+    def to_px(self, point: Point) -> Point:
+        x, y = point[0] * self._cos - point[1] * self._sin, point[0] * self._sin + point[1] * self._cos
+        x = -x if self.mirror else x
+        return self.origin[0] + x * self.scale_px, self.origin[1] - y * self.scale_px
+
+    def line(self, points: list[Point], colour: Colour, width: float) -> None:
+        pixels, width_px = [self.to_px(point) for point in points], max(1, round(width * self.scale_px))
+        self.draw.line(pixels, fill=colour, width=width_px)
+        for x, y in pixels:  # round ends and joints
+            radius = width_px / 2
+            self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+    def disc(self, centre: Point, radius: float, colour: Colour | None, outline: Colour | None = None) -> None:
+        (x, y), size = self.to_px(centre), radius * self.scale_px
+        width = max(1, round(0.025 * self.scale_px))
+        self.draw.ellipse((x - size, y - size, x + size, y + size), fill=colour, outline=outline, width=width)
+
+    def polygon(self, points: list[Point], colour: Colour) -> None:
+        self.draw.polygon([self.to_px(point) for point in points], fill=colour)
+
+
+def _add(a: Point, b: Point) -> Point:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _rotate(point: Point, degrees: float) -> Point:
+    """Clockwise: forwards for a person who faces right."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return point[0] * cos + point[1] * sin, point[1] * cos - point[0] * sin
+
+
+def _joint(start: Point, end: Point, part: float, bend: float) -> tuple[Point, Point]:
+    """The elbow or knee of a limb of two equal parts, and where it ends, at most at full stretch."""
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    distance = math.hypot(dx, dy) or 1e-6
+    reach = min(distance, 1.98 * part)
+    end = (start[0] + dx / distance * reach, start[1] + dy / distance * reach)
+    height = math.sqrt(part**2 - (reach / 2) ** 2) * bend
+    middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+    return (middle[0] - dy / distance * height, middle[1] + dx / distance * height), end
+
+
+@dataclass(frozen=True)
+class Body:
+    """The places of a drawn person that objects are put at."""
+
+    neck: Point
+    head: Point
+    hands: tuple[Point, Point]
+    up: float  # angle of the head, degrees forwards
+
+
+def draw_person(canvas: Canvas, pose: Pose, look: Look) -> Body:
+    """Draws a person whose hip is at the canvas's origin."""
+    neck = _rotate((0.0, TORSO), pose.lean + pose.turn)
+    up = pose.lean + pose.turn + pose.nod
+    head = _add(neck, _rotate((0.0, NECK), up))
+    hands = []
+    width = look.thickness
+
+    def leg(i: int) -> None:
+        knee, foot = _joint((0.0, 0.0), _rotate(pose.feet[i], pose.turn), LEG, pose.knees)
+        canvas.line([(0.0, 0.0), knee, foot], look.trousers, width)
+        canvas.line([foot, _add(foot, _rotate((0.05, 0.0), pose.turn))], look.hair, width * 0.8)
+
+    def arm(i: int) -> None:
+        elbow, hand = _joint(neck, _add(neck, _rotate(pose.hands[i], pose.turn)), ARM, -1.0)
+        canvas.line([neck, elbow], look.shirt, width * 0.85)
+        canvas.line([elbow, hand], look.skin, width * 0.7)
+        hands.append(hand)
+
+    leg(1)
+    arm(1)
+    leg(0)
+    canvas.line([(0.0, 0.0), neck], look.shirt, width * 1.7)
+    canvas.line([neck, head], look.skin, width * 0.7)
+    canvas.disc(_add(head, _rotate((-0.02, 0.02), up)), HEAD * 1.05, look.hair)
+    canvas.disc(head, HEAD * 0.92, look.skin)
+    if pose.mouth:
+        canvas.disc(_add(head, _rotate((0.045, -0.035), up)), 0.042 * pose.mouth, (60, 10, 20))
+    arm(0)
+    return Body(neck, head, (hands[1], hands[0]), up)
+
+
+def draw_bike(canvas: Canvas, colour: Colour) -> None:
+    """A bike whose saddle is at the origin."""
+    back, front, crank = (-0.25, -0.40), (0.33, -0.40), (0.02, -0.40)
+    for wheel in (back, front):
+        canvas.disc(wheel, 0.18, None, colour)
+    canvas.line([back, crank, (0.24, -0.10), (-0.04, -0.12), back], colour, 0.025)
+    canvas.line([front, (0.22, 0.0), (0.30, 0.04)], colour, 0.025)
+    canvas.line([crank, (-0.05, -0.03)], colour, 0.025)
+
+
+def draw_chair(canvas: Canvas, colour: Colour) -> None:
+    """A chair whose seat is at the origin, for someone who faces right."""
+    canvas.line([(-0.14, 0.26), (-0.12, -0.06), (0.12, -0.06)], colour, 0.035)
+    canvas.line([(-0.12, -0.06), (-0.13, -0.30)], colour, 0.03)
+    canvas.line([(0.12, -0.06), (0.13, -0.30)], colour, 0.03)
+
+
+def draw_table(canvas: Canvas, colour: Colour) -> None:
+    """A table whose top begins at the origin and goes to the right."""
+    canvas.line([(0.0, 0.0), (0.40, 0.0)], colour, 0.035)
+    canvas.line([(0.05, 0.0), (0.05, -0.36)], colour, 0.03)
+    canvas.line([(0.35, 0.0), (0.35, -0.36)], colour, 0.03)
+
+
+def draw_bed(canvas: Canvas, colour: Colour) -> None:
+    """A bed on whose middle the origin is."""
+    canvas.polygon([(-0.56, -0.06), (0.56, -0.06), (0.56, -0.15), (-0.56, -0.15)], colour)
+    canvas.line([(-0.55, 0.10), (-0.55, -0.22)], colour, 0.03)
+    canvas.line([(0.55, -0.06), (0.55, -0.22)], colour, 0.03)
+
+
+def draw_laptop(canvas: Canvas, colour: Colour) -> None:
+    """A laptop whose near edge is at the origin, its screen to the right."""
+    canvas.line([(0.0, 0.0), (0.16, 0.0)], colour, 0.03)
+    canvas.line([(0.16, 0.0), (0.22, 0.17)], colour, 0.03)
+
+
+def draw_phone(canvas: Canvas, colour: Colour) -> None:
+    canvas.polygon([(-0.025, -0.06), (0.03, -0.06), (0.03, 0.07), (-0.025, 0.07)], colour)
+
+
+def draw_cup(canvas: Canvas, colour: Colour) -> None:
+    canvas.polygon([(-0.04, -0.06), (0.04, -0.06), (0.055, 0.07), (-0.055, 0.07)], colour)
+
+
+def draw_plate(canvas: Canvas, colour: Colour) -> None:
+    canvas.polygon([(-0.09, 0.02), (0.09, 0.02), (0.05, -0.02), (-0.05, -0.02)], colour)
+
+
+OBJECTS: tuple[Callable[[Canvas, Colour], None], ...] = (
+    draw_bike,
+    draw_chair,
+    draw_table,
+    draw_bed,
+    draw_laptop,
+    draw_phone,
+    draw_cup,
+    draw_plate,
+)
+
+
+def _seated(**changes: object) -> Pose:
+    pose = Pose(hands=((0.20, -0.25), (0.16, -0.27)), feet=((0.26, -0.24), (0.20, -0.25)))
+    return replace(pose, **changes)  # type: ignore[arg-type]
+
+
+POSES = {
+    "calling": Pose(hands=((0.10, 0.12), (-0.07, -0.32))),
+    "clapping": Pose(hands=((0.26, 0.05), (0.25, -0.01))),
+    "cycling": Pose(hands=((0.12, -0.22), (0.11, -0.22)), feet=((0.10, -0.34), (-0.02, -0.44)), lean=40),
+    "dancing": Pose(hands=((0.16, 0.28), (-0.30, 0.14)), feet=((0.34, -0.28), (-0.05, -0.47))),
+    "drinking": Pose(hands=((0.15, 0.11), (-0.07, -0.32)), nod=-25),
+    "eating": _seated(hands=((0.14, 0.06), (0.20, -0.20)), nod=10),
+    "fighting": Pose(hands=((0.33, 0.03), (0.13, 0.04)), feet=((0.18, -0.43), (-0.20, -0.42)), lean=8),
+    "hugging": Pose(hands=((0.22, -0.03), (0.22, -0.12)), lean=6, nod=12),
+    "laughing": Pose(hands=((0.09, -0.20), (0.06, -0.22)), lean=-16, nod=-18, mouth=1.0),
+    "listening_to_music": Pose(hands=((0.10, 0.13), (-0.12, 0.13)), nod=5),
+    "running": Pose(hands=((0.23, -0.04), (-0.20, -0.16)), feet=((0.28, -0.30), (-0.36, -0.24)), lean=18),
+    "sitting": _seated(),
+    "sleeping": Pose(turn=-90, feet=((0.03, -0.47), (-0.01, -0.47)), hands=((0.04, -0.30), (0.0, -0.31))),
+    "texting": Pose(hands=((0.17, -0.08), (0.16, -0.10)), nod=35),
+    "using_laptop": _seated(hands=((0.26, -0.17), (0.23, -0.17)), lean=8, nod=12),
+}
+ACTORS_OFFSET = {"fighting": 0.27, "hugging": 0.10}  # half the distance between two who act together
+
+
+def _jitter(pose: Pose, rng: np.random.Generator) -> Pose:
+    def near(point: Point, amount: float) -> Point:
+        return point[0] + rng.normal(0, amount), point[1] + rng.normal(0, amount)
+
+    return replace(
+        pose,
+        hands=(near(pose.hands[0], 0.012), near(pose.hands[1], 0.012)),
+        feet=(near(pose.feet[0], 0.02), near(pose.feet[1], 0.02)),
+        lean=pose.lean + rng.normal(0, 3),
+        nod=pose.nod + rng.normal(0, 4),
+        turn=pose.turn + rng.normal(0, 2),
+    )
+
+
+def _colour(rng: np.random.Generator, lightness: tuple[float, float], saturation: float = 0.6) -> Colour:
+    """A random hue of a lightness (0 to 1)."""
+    light, chroma, hue = rng.uniform(*lightness), rng.uniform(0, saturation), rng.uniform(0, 2 * math.pi)
+    offsets = (math.cos(hue), math.cos(hue - 2.094), math.cos(hue + 2.094))
+    red, green, blue = (int(255 * min(1.0, max(0.0, light + 0.35 * chroma * offset))) for offset in offsets)
+    return red, green, blue
+
+
+def _behind(canvas: Canvas, label: str, colour: Colour) -> None:
+    """What the person acts on."""
+    if label == "cycling":
+        draw_bike(canvas, colour)
+    elif label in ("eating", "sitting", "using_laptop"):
+        draw_chair(canvas, colour)
+    elif label == "sleeping":
+        draw_bed(canvas, colour)
+
+
+def _in_hand(canvas: Canvas, label: str, body: Body, colour: Colour, furniture: Colour) -> None:
+    """What the person holds or wears."""
+    hand = canvas.at(body.hands[0])
+    if label == "calling":
+        draw_phone(canvas.at(_add(body.head, _rotate((0.07, 0.0), body.up))), colour)
+    elif label == "drinking":
+        draw_cup(hand.at((-0.01, 0.03)), colour)
+    elif label == "texting":
+        draw_phone(hand.at((0.02, 0.04)), colour)
+    elif label == "eating":
+        draw_table(canvas.at((0.12, 0.06)), furniture)
+        draw_plate(canvas.at((0.30, 0.10)), colour)
+        hand.line([(0.05, -0.03), (-0.05, 0.03)], colour, 0.025)
+    elif label == "using_laptop":
+        draw_table(canvas.at((0.14, 0.06)), furniture)
+        draw_laptop(canvas.at((0.22, 0.10)), colour)
+    elif label == "listening_to_music":
+        arc = [_add(body.head, _rotate((0.11 * math.cos(a), 0.11 * math.sin(a)), body.up)) for a in np.linspace(0, math.pi, 8)]
+        canvas.line(arc, colour, 0.03)
+        canvas.line([arc[0], _add(arc[0], (0.0, -0.05))], colour, 0.05)
+        canvas.line([arc[-1], _add(arc[-1], (0.0, -0.05))], colour, 0.05)
+
+
+def _act(canvas: Canvas, label: str, rng: np.random.Generator, dark: bool) -> None:
+    """One or two people at an action; feet of a standing person 0.47 below the origin."""
+    tones = (0.0, 0.28) if dark else (0.72, 1.0)
+    thing, furniture = _colour(rng, tones), _colour(rng, tones)
+    offset = ACTORS_OFFSET.get(label, 0.0)
+    for side in (-1, 1) if offset else (-1,):
+        actor = canvas.at((side * offset, 0.0), mirror=side > 0)
+        pose = _jitter(POSES[label], rng)
+        look = Look(
+            _colour(rng, (0.15, 0.35) if dark else (0.65, 0.85), 0.5),
+            _colour(rng, (0.0, 0.2) if dark else (0.8, 1.0), 0.4),
+            _colour(rng, tones),
+            _colour(rng, tones),
+            rng.uniform(0.065, 0.085),
+        )
+        _behind(actor, label, furniture)
+        body = draw_person(actor, pose, look)
+        _in_hand(actor, label, body, thing, furniture)
+
+
+def _background(size: int, rng: np.random.Generator, dark: bool) -> Image.Image:
+    """A gradient with a horizon and some flat shapes, lighter than dark actors and darker than light ones."""
+    tones = (0.5, 0.95) if dark else (0.05, 0.5)
+    corners = np.array([_colour(rng, tones, 0.5) for _ in range(4)], np.uint8).reshape(2, 2, 3)
+    image = Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(image)
+    if rng.random() < 0.7:
+        draw.rectangle((0, int(size * rng.uniform(0.6, 0.85)), size, size), fill=_colour(rng, tones, 0.5))
+    for _ in range(rng.integers(0, 4)):
+        x, y, width, height = rng.uniform(0, size), rng.uniform(0, size), *rng.uniform(0.05 * size, 0.3 * size, 2)
+        shape = draw.rectangle if rng.random() < 0.5 else draw.ellipse
+        shape((x, y, x + width, y + height), fill=_colour(rng, tones, 0.5))
+    return image
+
+
+def _clutter(canvas: Canvas, rng: np.random.Generator, dark: bool) -> None:
+    """Things and bystanders of any scene, smaller than the actors and off the middle."""
+    tones = (0.25, 0.5) if dark else (0.5, 0.75)
+    for _ in range(rng.integers(0, 3)):
+        side = rng.choice((-1, 1)) * rng.uniform(0.42, 0.65)
+        place = canvas.at((side, rng.uniform(-0.45, 0.45)), rng.uniform(0.35, 0.6), bool(rng.random() < 0.5))
+        thing = rng.integers(0, len(OBJECTS) + 2)
+        if thing < len(OBJECTS):
+            OBJECTS[thing](place, _colour(rng, tones))
+        else:
+            colours = [_colour(rng, tones) for _ in range(4)]
+            draw_person(place, _jitter(Pose(), rng), Look(*colours, thickness=0.07))
+
+
+def label_of(split: str, index: int) -> int:
+    """The class of an example; classes take turns, so every split is balanced."""
+    assert 0 <= index < SPLITS[split]
+    return index % len(LABELS)
+
+
+def draw(split: str, index: int, size_px: int = DEFAULT_SIZE_PX) -> UInt8[np.ndarray, "size size 3"]:
+    """Draws one example; a pure function of its arguments."""
+    label = LABELS[label_of(split, index)]
+    rng = np.random.default_rng((list(SPLITS).index(split), index, VERSION))
+    size = size_px * SUPERSAMPLING
+    dark = bool(rng.random() < 0.5)
+    image = _background(size, rng, dark)
+    scale = size * rng.uniform(0.68, 0.84)
+    origin = (size * rng.uniform(0.42, 0.58), size * rng.uniform(0.46, 0.56))
+    canvas = Canvas(ImageDraw.Draw(image), origin, scale, bool(rng.random() < 0.5), rng.normal(0, 4))
+    _clutter(canvas, rng, dark)
+    _act(canvas, label, rng, dark)
+    if rng.random() < 0.3:  # something before the camera
+        x, y = rng.uniform(0, size, 2)
+        half = rng.uniform(0.03, 0.09) * size
+        canvas.draw.ellipse((x - half, y - half, x + half, y + half), fill=_colour(rng, (0.0, 1.0)))
+    return np.asarray(image.reduce(SUPERSAMPLING))
