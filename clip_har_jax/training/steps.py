@@ -24,14 +24,19 @@ from clip_har_jax.training.state import TrainState
 MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 
 
+def _per_example(name: str) -> Callable[..., dict[str, jax.Array]]:
+    """Reads the output `name`, whose rows of mask 0 don't count."""
+    return lambda *, example_mask, **outputs: {"values": outputs[name], "mask": example_mask}
+
+
 @struct.dataclass
 class TrainMetrics(clu_metrics.Collection):
     """One step's metrics; merging several gives their average over examples (loss, top1) and steps (the rest)."""
 
-    loss: clu_metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    top1: clu_metrics.Average.from_output("top1")  # type: ignore[valid-type]
-    grad_norm: clu_metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
-    learning_rate: clu_metrics.LastValue.from_output("learning_rate")  # type: ignore[valid-type]
+    loss: clu_metrics.Average.from_fun(_per_example("loss"))
+    top1: clu_metrics.Average.from_fun(_per_example("top1"))
+    grad_norm: clu_metrics.Average.from_output("grad_norm")
+    learning_rate: clu_metrics.LastValue.from_output("learning_rate")
 
 
 def normalize(images: UInt8[Array, "b h w 3"], preprocess: Preprocess) -> Float[Array, "b h w 3"]:
@@ -73,12 +78,12 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         if "logit_scale" in params:
             params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
-        mask = batch.mask.astype(bool)
-        metrics = TrainMetrics(
-            loss=clu_metrics.Average.from_model_output(losses, mask=mask),
-            top1=clu_metrics.Average.from_model_output(correct.astype(jnp.float32), mask=mask),
-            grad_norm=clu_metrics.Average.from_model_output(optax.global_norm(grads)),
-            learning_rate=clu_metrics.LastValue.from_model_output(jnp.asarray(schedule(state.step), jnp.float32)),
+        metrics = TrainMetrics.single_from_model_output(
+            loss=losses,
+            top1=correct.astype(jnp.float32),
+            example_mask=batch.mask.astype(bool),
+            grad_norm=optax.global_norm(grads),
+            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
         )
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
