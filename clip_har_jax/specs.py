@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 from clip_har_jax.errors import UserError, nearest
 
@@ -18,6 +17,13 @@ KINDS = {
     "csv": ("FILE", ("images",)),
     "tfds": ("NAME", ("split", "data_dir")),
     "hf": ("OWNER/NAME", ("split",)),
+}
+
+# What the folders of a split, or the splits of a prepared data set, are called; the first one found serves.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "test"),
+    "test": ("test", "testing"),
 }
 
 
@@ -35,23 +41,47 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Parses a SPEC.
+    """Parses a SPEC; its options are taken as typed, without the escapes of an address.
 
     Raises:
-      UserError: an unknown kind or option, or a path where none goes; names the nearest that is known.
+      UserError: an unknown kind or option, an option without a value, a path missing or where none goes.
     """
-    head, _, query = text.partition("?")
+    head, mark, query = text.partition("?")
     kind, _, path = head.partition(":")
     if kind not in KINDS:
-        hint = f"folder:{text}" if Path(head).is_dir() else nearest(kind, list(KINDS))
-        raise UserError(f"data {text!r}: unknown kind {kind!r}; {hint if 'folder:' not in hint else f'write {hint}'}")
+        raise UserError(f"data {text!r}: unknown kind {kind!r}; {_kind_hint(kind, head)}")
     wanted, options = KINDS[kind]
     if bool(path) != bool(wanted):
         raise UserError(f"data {text!r}: write {f'{kind}:{wanted}' if wanted else kind}")
-    given = dict(parse_qsl(query, keep_blank_values=True))
+    given = dict(_option(text, item) for item in query.split("&")) if mark else {}
     if unknown := [name for name in given if name not in options]:
         raise UserError(f"data {text!r}: unknown option {unknown[0]!r}; {nearest(unknown[0], list(options))}")
     return Spec(kind, path, given)
+
+
+def _kind_hint(kind: str, head: str) -> str:
+    if Path(head).is_dir():
+        return f"write folder:{head}"
+    return f"write csv:{head}" if head.endswith(".csv") else nearest(kind, list(KINDS))
+
+
+def _option(text: str, item: str) -> tuple[str, str]:
+    name, _, value = item.partition("=")
+    if not name or not value:
+        raise UserError(f"data {text!r}: option {item!r} has no value; write ?name=value")
+    return name, value
+
+
+def find_split(split: str, available: Sequence[str], exactly: bool) -> str | None:
+    """What the split asked for is called among those available; None where there is no such.
+
+    Args:
+      split: a name; where it isn't meant `exactly`, train, val or test, which go by several names.
+      available: the names to choose from.
+      exactly: whether a person named the split, so that no other serves.
+    """
+    names = (split,) if exactly else SPLIT_NAMES.get(split, (split,))
+    return next((name for name in names if name in available), None)
 
 
 def list_files(spec: Spec, split: str) -> list[tuple[Path, str]]:
@@ -59,42 +89,64 @@ def list_files(spec: Spec, split: str) -> list[tuple[Path, str]]:
 
     Args:
       spec: of kind folder or csv.
-      split: train, val or test; what a folder with such sub-folders gives where the spec says nothing.
+      split: train, val or test; what a folder with such sub-folders gives where the spec says nothing. Without
+        validation images, val is test.
 
     Raises:
       UserError: nothing is there, or it isn't what it should be; says what to do.
     """
-    return _list_folder(spec, split) if spec.kind == "folder" else _list_csv(spec)
+    try:
+        return _list_folder(spec, split) if spec.kind == "folder" else _list_csv(spec)
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
 
 
 def _list_folder(spec: Spec, split: str) -> list[tuple[Path, str]]:
     root = _split_folder(Path(spec.path).expanduser(), spec, split)
-    classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = _class_folders(root)
     if not classes:
-        raise UserError(f"{root}: no class folders in it; one folder for each class of images is needed")
+        raise UserError(f"{root}: no class folders in it; put the images of each class in a folder of its name")
     files = [(file, folder.name) for folder in classes for file in find_images(folder)]
     if not files:
-        raise UserError(f"{root}: no images in its {len(classes)} class folders ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"{root}: no images in its {len(classes)} class folders; names that end in {suffixes} count")
     return files
+
+
+def _class_folders(root: Path) -> list[Path]:
+    """The folders in `root` by name, less hidden ones and links back to where they lie."""
+    here = root.resolve()
+    folders = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted((path for path in folders if not here.is_relative_to(path.resolve())), key=lambda path: path.name)
 
 
 def _split_folder(root: Path, spec: Spec, split: str) -> Path:
     """The folder that holds the classes: PATH, or its sub-folder of a split."""
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder" if not root.exists() else f"{root}: a file, not a folder")
-    if "split" in spec.options:
-        if not (root / spec.options["split"]).is_dir():
-            raise UserError(f"{root}: no folder {spec.options['split']!r} in it, which {str(spec)!r} asks for")
-        return root / spec.options["split"]
-    candidates = {"val": ("val", "validation", "valid", "test")}.get(split, (split,))
-    found = [root / name for name in candidates if (root / name).is_dir()]
-    return found[0] if found and (root / "train").is_dir() else root
+        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; check the path of {spec}")
+    exactly = "split" in spec.options
+    split = spec.options.get("split", split)
+    folders = {path.name: path for path in _class_folders(root)}
+    known = {name for names in SPLIT_NAMES.values() for name in names}
+    # An action may be called "test" or "train": a split's folder holds folders, an action's holds images.
+    splits = [name for name, path in folders.items() if (exactly or name in known) and _class_folders(path)]
+    found = find_split(split, splits, exactly)
+    if found is None and (splits or exactly):
+        raise UserError(
+            f"{root}: no folder {split!r} of class folders in it; it has {', '.join(map(repr, folders)) or 'none'}; "
+            f"{'say another' if exactly else 'choose one with'} folder:{root}?split=NAME"
+        )
+    return root if found is None else folders[found]
 
 
 def find_images(folder: Path) -> Iterator[Path]:
-    """The image files below a folder, sorted; follows symbolic links, but no folder twice."""
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    """The image files below a folder, sorted; follows symbolic links, but none back up and no folder twice.
+
+    Raises:
+      UserError: a folder that can't be read.
+    """
+    seen = {str(parent) for parent in folder.resolve().parents}
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
@@ -104,50 +156,57 @@ def find_images(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, n) for n in sorted(names) if Path(n).suffix.lower() in IMAGE_SUFFIXES)
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
+
+
 def _list_csv(spec: Spec) -> list[tuple[Path, str]]:
     path = Path(spec.path).expanduser()
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; check the path of {spec}")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             if not {"filename", "label"} <= set(columns):
-                raise UserError(f"{path}: columns filename,label are needed; it has {', '.join(columns) or 'none'}")
-            rows = [(row["filename"], row["label"]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: can't be read as a CSV ({error})") from error
+                had = ",".join(columns) or "nothing"
+                raise UserError(f"{path}: its first line must be filename,label (comma-separated); it has {had!r}")
+            rows = [(reader.line_num, (r["filename"] or "").strip(), (r["label"] or "").strip()) for r in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: can't be read as a CSV ({error}); save it as comma-separated UTF-8") from error
     if not rows:
-        raise UserError(f"{path}: no rows below the header")
-    if blank := [i for i, (name, label) in enumerate(rows, 2) if not name or not label]:
-        raise UserError(f"{path}: line {blank[0]} has no filename or no label")
+        raise UserError(f"{path}: no rows below the header; add one for each image")
+    if blank := [line for line, name, label in rows if not name or not label]:
+        raise UserError(f"{path}: line {blank[0]} has no filename or no label ({len(blank)} such lines); fill it in")
     return _beside(path, spec, rows)
 
 
-def _beside(path: Path, spec: Spec, rows: Sequence[tuple[str, str]]) -> list[tuple[Path, str]]:
+def _beside(path: Path, spec: Spec, rows: Sequence[tuple[int, str, str]]) -> list[tuple[Path, str]]:
     """The rows' files: in `?images=DIR`, or beside the CSV, or in the folder of its name."""
+    places = [path.parent, path.with_suffix("")]
     if "images" in spec.options:
         places = [Path(spec.options["images"]).expanduser()]
-    else:
-        places = [path.parent, path.with_suffix("")]
-    root = next((place for place in places if (place / rows[0][0]).is_file()), places[0])
-    missing = [name for name, _ in rows if not (root / name).is_file()]
+    found = [next((p / name for p in places if (p / name).is_file()), None) for _, name, _ in rows]
+    missing = [row for row, file in zip(rows, found, strict=True) if file is None]
     if missing:
-        looked = " and ".join(str(place) for place in places)
+        line, name, _ = missing[0]
         raise UserError(
-            f"{path}: {len(missing)} of {len(rows)} files are missing, the first is {missing[0]!r}; looked in {looked}; "
-            f"say csv:{path}?images=DIR if they are elsewhere"
+            f"{path}: {len(missing)} of {len(rows)} files are missing, the first is {name!r} (line {line}); looked in "
+            f"{' and '.join(map(str, places))}; say csv:{path}?images=DIR if they are elsewhere"
         )
-    return [(root / name, label) for name, label in rows]
+    return [(file, label) for file, (_, _, label) in zip(found, rows, strict=True) if file is not None]
 
 
 def label_ids(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
     """The position of each example's label in the list of classes.
 
     Raises:
-      UserError: a label outside the list; names it and the nearest one.
+      UserError: a label outside the list (names it and the nearest one), or a class listed twice.
     """
     ids = {label: i for i, label in enumerate(labels)}
+    if len(ids) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise UserError(f"{where}: class {twice!r} is listed twice; list each class once")
     if unknown := sorted(set(names) - set(ids)):
         raise UserError(
             f"{where}: label {unknown[0]!r} ({names.count(unknown[0])} images) is none of the {len(labels)} classes; "

@@ -11,14 +11,9 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "data": {
-                "train": "synthetic?split=train",
-                "val": "synthetic?split=val",
-                "augment": {"crop_scale_min": 1.0},
-            },
-            "model": {"name": "tiny"},
+            "data": {"val": "synthetic?split=val", "augment": {"crop_scale_min": 1.0}},
             "text": {"templates": ("a photo of a person {}.",)},
-            "train": {"num_steps": 600, "global_batch_size": 64, "log_every_steps": 20},
+            "train": {"num_steps": 600, "log_every_steps": 20},
             "optim": {"learning_rate": 1e-3, "weight_decay": 0.05},
             "eval": {"every_steps": 300},
             "checkpoint": {"every_steps": 300},

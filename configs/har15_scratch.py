@@ -13,7 +13,6 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "data": {"train": "csv:har15/train.csv", "augment": {"crop_scale_min": 0.4}},
-            "model": {"name": "tiny"},
             "train": {"num_epochs": 60.0, "global_batch_size": 32},
             "optim": {"learning_rate": 5e-4, "weight_decay": 0.2},
             "method": {"label_smoothing": 0.1},

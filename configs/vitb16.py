@@ -14,8 +14,7 @@ def get_config() -> ConfigDict:
         {
             "data": {"train": "hf:Bingsu/Human_Action_Recognition?split=train", "num_workers": 4},
             "model": {"name": "openai/clip-vit-base-patch16", "compute_dtype": "bfloat16"},
-            "train": {"num_epochs": 10.0, "global_batch_size": 256},
-            "optim": {"learning_rate": 1e-5},
+            "train": {"global_batch_size": 256},
             "eval": {"batch_size": 256},
         }
     )

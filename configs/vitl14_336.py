@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "data": {"train": "hf:Bingsu/Human_Action_Recognition?split=train", "num_workers": 4},
             "model": {"name": "openai/clip-vit-large-patch14-336", "compute_dtype": "bfloat16", "remat": "dots"},
             "mesh": {"strategy": "fsdp"},
-            "train": {"num_epochs": 10.0, "global_batch_size": 256},
+            "train": {"global_batch_size": 256},
             "optim": {"learning_rate": 5e-6},
             "eval": {"batch_size": 256},
         }

@@ -5,6 +5,10 @@ step alone.
 """
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,16 +20,19 @@ import numpy as np
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
-from clip_har_jax.data.sources import Source
+from clip_har_jax.data.sources import Example, Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+
+Row = tuple[np.ndarray, int, float, int]  # image, label, mask, index
+BadInput = tuple[int, str, str]  # index, name, reason
 
 
 class HostBatch(NamedTuple):
     """A batch in host memory, and what could not be read of it."""
 
     batch: Batch
-    errors: tuple[tuple[int, str, str], ...]  # index, name, reason
+    errors: tuple[BadInput, ...]
 
 
 class BatchSource:
@@ -63,67 +70,91 @@ class BatchSource:
         )
         return HostBatch(batch, tuple(error for _, error in loaded if error is not None))
 
-    def _load(self, position: int) -> tuple[tuple[np.ndarray, int, float, int], tuple[int, str, str] | None]:
-        blank = np.zeros((self.preprocess.image_size_px, self.preprocess.image_size_px, 3), np.uint8)
+    def _load(self, position: int) -> tuple[Row, BadInput | None]:
+        size = self.preprocess.image_size_px
+        blank = np.zeros((size, size, 3), np.uint8)
         if self._order is None and position >= len(self.source):
             return (blank, 0, 0.0, -1), None
         index = position if self._order is None else int(self._order[position])
-        name, label = f"#{index}", int(self.source.label_ids[index])
+        label, name = int(self.source.label_ids[index]), f"example {index}"
         try:
             example = self.source[index]
             name = example.name
-            image = example.data
-            if isinstance(image, bytes):
-                image = decode(image, self.config.max_megapixels)
-        except (BadImage, OSError) as error:
-            reason = f"can't be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-            name = str(getattr(error, "filename", None) or name)
-            return (blank, label, 0.0, index), (index, name, reason)
+            return (self._transform(example, position, index), label, 1.0, index), None
+        except BadImage as error:
+            return (blank, label, 0.0, index), (index, name, str(error))
+        except OSError as error:
+            name = name if error.filename is None else str(error.filename)
+            return (blank, label, 0.0, index), (index, name, f"can't be read ({error.strerror or error})")
+        except Exception as error:  # a bug; of its kind nothing is sure, not even that a worker can send it
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+
+    def _transform(self, example: Example, position: int, index: int) -> np.ndarray:
+        image = example.data
+        if isinstance(image, bytes):
+            image = decode(image, self.config.max_megapixels)
         if self.seed is None:
-            return (evaluation_transform(image, self.preprocess), label, 1.0, index), None
+            return evaluation_transform(image, self.preprocess)
         rng = np.random.default_rng((self.seed, position // len(self.source), index))
-        image = augment(image, self.preprocess.image_size_px, self.config.augment, rng)
-        return (image, label, 1.0, index), None
+        return augment(image, self.preprocess.image_size_px, self.config.augment, rng)
 
 
 class BadInputs:
     """The images of a source that can't be read: counted once each, logged, and the end of the run when too many.
 
     Args:
-      max_fraction: of the source; one more than that ends the run.
-      log: bad_inputs.jsonl, appended to; None: counted only.
+      source: whose examples are meant.
+      max_fraction: share of the source; one image more ends the run.
+      log: bad_inputs.jsonl, appended to; None: counted only. Sources and continued runs can share one: an input that
+        is in it already isn't logged again.
     """
 
     def __init__(self, source: Source, max_fraction: float, log: Path | None = None):
         self._limit, self._size, self._log = max_fraction * len(source), len(source), log
-        self._seen: dict[str, str] = {}
-        self._logged: set[str] = set()
-        if log is not None and log.exists():  # a run that continues
-            self._logged = {json.loads(line)["input"] for line in log.read_text().splitlines() if line.endswith("}")}
+        self._seen: dict[int, str] = {}
+        self._logged = _logged_inputs(log) if log is not None else set()
 
     def __len__(self) -> int:
         return len(self._seen)
 
-    def record(self, errors: Iterable[tuple[int, str, str]]) -> None:
+    def _logged(self) -> set[str]:
+        """What stands in the log already, from the run's other source or from before it continued."""
+        if self._log is None or not self._log.exists():
+            return set()
+        return {json.loads(line)["input"] for line in self._log.read_text().splitlines() if line.endswith("}")}
+
+    def record(self, errors: Iterable[BadInput]) -> None:
         """Takes the errors of a batch.
 
         Raises:
           UserError: more bad images than the config allows.
         """
         for index, name, reason in errors:
-            if name in self._seen:
-                continue
-            self._seen[name] = reason
-            if self._log is not None and name not in self._logged:
-                with self._log.open("a") as file:
-                    file.write(json.dumps({"input": name, "index": index, "error": reason}) + "\n")
+            if index not in self._seen:
+                self._seen[index] = f"{name}: {reason}"
+                self._write({"input": name, "index": index, "error": reason})
         if len(self._seen) > self._limit:
-            name, reason = next(iter(self._seen.items()))
-            listed = f", all listed in {self._log}" if self._log is not None else ""
+            listed = f", all so far in {self._log}" if self._log is not None else ""
             raise UserError(
-                f"{len(self._seen)} of {self._size} images can't be read, the first is {name}: {reason}{listed}; mend "
-                "or remove them, or raise config.data.max_bad_fraction"
+                f"{len(self._seen)} of {self._size} images can't be read, the first is "
+                f"{next(iter(self._seen.values()))}{listed}; mend or remove them, or raise config.data.max_bad_fraction"
             )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._log is not None and entry["input"] not in self._logged:
+            self._logged.add(entry["input"])
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _logged_inputs(log: Path) -> set[str]:
+    """The inputs in a log; ends a line that a killed run left unfinished, so that the next stands alone."""
+    if not log.exists():
+        return set()
+    text = log.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        log.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    return {json.loads(line)["input"] for line in text.split("\n")[:-1]}
 
 
 class BatchIterator:
@@ -131,20 +162,27 @@ class BatchIterator:
 
     def __init__(self, batches: BatchSource, bad_inputs: BadInputs, start_step: int = 0):
         config = batches.config
+        threads = min(config.num_threads, config.prefetch_batches)  # a thread reads a whole batch
         dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(
-            grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch_batches)
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch_batches)
         )
         if config.num_workers:
             _let_workers_start()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
-        self._iterator, self._bad_inputs = iter(dataset), bad_inputs
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _guard_worker)
+        self._iterator, self._bad_inputs, self._closed = iter(dataset), bad_inputs, False
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> Batch:
-        batch, errors = next(self._iterator)
-        self._bad_inputs.record(errors)
+        if self._closed:
+            raise StopIteration
+        try:
+            batch, errors = next(self._iterator)
+            self._bad_inputs.record(errors)
+        except BaseException:  # the end of the data, or of the run: nothing is read any more
+            self.close()
+            raise
         return batch
 
     def __enter__(self) -> "BatchIterator":
@@ -154,22 +192,37 @@ class BatchIterator:
         self.close()
 
     def close(self) -> None:
-        """Ends threads and workers; left alone, workers outlive a killed parent."""
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()
+        """Ends the threads and workers."""
+        self._closed = True
+        self._iterator.close()
 
 
 def _let_workers_start() -> None:
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # grain reads absl flags when it starts workers
+    if not flags.FLAGS.is_parsed():  # grain reads absl's flags when it starts workers
         flags.FLAGS.mark_as_parsed()
+
+
+def _guard_worker(worker_index: int, worker_count: int) -> None:
+    """Ties a worker's life to the trainer's: it outlives neither a kill of it nor dies before it at a Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the trainer ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "workers are started by a trainer"
+
+    def end_with_trainer() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_trainer, daemon=True).start()
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
     if batch_size % process_count:
-        raise UserError(f"a batch of {batch_size} doesn't divide over {process_count} processes")
+        raise UserError(
+            f"a batch of {batch_size} images doesn't divide over {process_count} processes; make it a multiple"
+        )
     size = batch_size // process_count
     return process_index * size, (process_index + 1) * size
 

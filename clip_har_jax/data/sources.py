@@ -4,15 +4,17 @@ A source holds names and labels, and reads an image only when it is asked for; i
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from clip_har_jax.data import synthetic
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.specs import Spec, label_ids, list_files, parse_spec
+from clip_har_jax.specs import Spec, find_split, label_ids, list_files, parse_spec
 
 
 class Example(NamedTuple):
@@ -23,6 +25,7 @@ class Example(NamedTuple):
     name: str  # by which a person finds it
 
 
+@runtime_checkable
 class Source(Protocol):
     """Labelled examples with random access."""
 
@@ -87,16 +90,19 @@ class TableSource:
       read: row number -> encoded image; opens what it needs on first use, so that it can be sent to a worker.
       names: how the data set calls its classes.
       ids: each row's class in `names`.
+      labels: the classes and their order; empty: `names`.
+      where: by which a person finds the data set.
+      identity: what tells this version of the data set from others.
     """
 
     def __init__(
         self,
-        read: Callable[[int], bytes | np.ndarray],
+        read: Callable[[int], bytes],
         names: Sequence[str],
         ids: Sequence[int],
         labels: Sequence[str],
         where: str,
-        identity: object,
+        identity: str,
     ):
         self.labels = tuple(labels) or tuple(names)
         self.label_ids = np.asarray(label_ids([names[i] for i in ids], self.labels, where), np.int32)
@@ -107,7 +113,11 @@ class TableSource:
         return len(self.label_ids)
 
     def __getitem__(self, i: int) -> Example:
-        return Example(self.read(i), int(self.label_ids[i]), f"{self.where}#{i}")
+        name = f"{self.where}#{i}"
+        try:
+            return Example(self.read(i), int(self.label_ids[i]), name)
+        except Exception as error:  # what a damaged record raises is the library's choice
+            raise OSError(None, str(error) or type(error).__name__, name) from error
 
 
 class SubsetSource:
@@ -125,9 +135,7 @@ class SubsetSource:
         return self.source[int(self.indices[i])]
 
 
-def make_source(
-    text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False
-) -> Source:
+def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False) -> Source:
     """The examples that a SPEC names.
 
     Args:
@@ -142,15 +150,19 @@ def make_source(
     spec = parse_spec(text)
     makers = {"synthetic": _synthetic, "folder": _files, "csv": _files, "tfds": _tfds, "hf": _hf}
     source = makers[spec.kind](spec, spec.options.get("split", default_split), labels)
+    if not len(source):
+        raise UserError(f"{spec}: no examples in it; choose another split")
     found = np.unique(source.label_ids)
     if several_classes and len(found) < 2:
-        raise UserError(f"{spec}: all {len(source)} images are of one class, {source.labels[found[0]]!r}; two are needed")
+        raise UserError(
+            f"{spec}: all {len(source)} images are of one class, {source.labels[found[0]]!r}; training needs two"
+        )
     return source
 
 
 def _synthetic(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     if split not in synthetic.SPLITS:
-        raise UserError(f"{spec}: split {nearest(split, list(synthetic.SPLITS))}")
+        raise UserError(f"{spec}: no split {split!r}; {nearest(split, list(synthetic.SPLITS))}")
     return SyntheticSource(split, labels)
 
 
@@ -158,67 +170,96 @@ def _files(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     return FileSource(list_files(spec, split), labels, str(spec))
 
 
+def _require(package: str, spec: Spec) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{spec}: needs {package} ({error}); pip install 'clip-har-jax[data]'") from error
+
+
+def _split_of(spec: Spec, split: str, available: Sequence[str]) -> str:
+    """What the data set calls the split; a part of one, as in `train[:10%]`, is for its library to read."""
+    found = find_split(split.partition("[")[0], available, "split" in spec.options)
+    if found is None:
+        raise UserError(f"{spec}: no split {split!r}; it has {', '.join(available)}; say ?split=NAME")
+    return split if "[" in split else found
+
+
+def _columns(spec: Spec, features: Mapping[str, Any], image: type, label: type) -> tuple[str, str]:
+    """The first column of images and the first of class labels."""
+    images = [name for name, feature in features.items() if isinstance(feature, image)]
+    classes = [name for name, feature in features.items() if isinstance(feature, label)]
+    if not images or not classes:
+        missing = "image" if not images else "class label"
+        raise UserError(f"{spec}: has no {missing} column, only {', '.join(features)}; use another data set")
+    return images[0], classes[0]
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class _TfdsReader:
     """Reads encoded images of a prepared TFDS data set, without TensorFlow."""
 
-    def __init__(self, name: str, split: str, data_dir: str | None, key: str):
-        self.arguments, self.key = (name, split, data_dir), key
-        self._source: Any = None
+    def __init__(self, folder: str, split: str, key: str):
+        self.folder, self.split, self.key = folder, split, key
+        self._rows: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None}  # file handles don't travel
+        return {**self.__dict__, "_rows": None}  # file handles don't travel
 
     def __call__(self, i: int) -> bytes:
-        if self._source is None:
-            self._source = _tfds_source(*self.arguments, self.key)
-        return self._source[i][self.key]
+        if self._rows is None:
+            self._rows = _encoded_rows(self.folder, self.split)
+        return self._rows[i][self.key]
 
 
-def _tfds_source(name: str, split: str, data_dir: str | None, key: str) -> Any:
+def _encoded_rows(folder: str, split: str) -> Any:
+    """Rows with random access, whose images stay encoded."""
     import tensorflow_datasets as tfds
 
-    return tfds.data_source(name, split=split, data_dir=data_dir, decoders={key: tfds.decode.SkipDecoding()})
+    builder = tfds.builder_from_directory(folder)
+    images = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    return builder.as_data_source(split, decoders={name: tfds.decode.SkipDecoding() for name in images})
 
 
 def _tfds(spec: Spec, split: str, labels: Sequence[str]) -> Source:
-    import tensorflow_datasets as tfds
+    tfds = _require("tensorflow_datasets", spec)
+    builder = _tfds_builder(spec, tfds)
+    split = _split_of(spec, split, list(builder.info.splits))
+    features = builder.info.features
+    image, label = _columns(spec, features, tfds.features.Image, tfds.features.ClassLabel)
+    folder = str(builder.data_path)
+    # ArrayRecord has no columns: every record is read once for its label, but no image is decoded.
+    ids = [int(row[label]) for row in _encoded_rows(folder, split)]
+    return TableSource(
+        _TfdsReader(folder, split, image), features[label].names, ids, labels, str(spec), builder.info.full_name
+    )
 
+
+def _tfds_builder(spec: Spec, tfds: Any) -> Any:
+    """The builder of a data set that was prepared with random access.
+
+    Raises:
+      UserError: unknown, not prepared, or prepared as TFRecord.
+    """
     data_dir = spec.options.get("data_dir")
+    where = f", data_dir={data_dir!r}" if data_dir else ""
+    prepare = f"prepare it with tfds.builder({spec.path!r}{where}, file_format='array_record').download_and_prepare()"
     try:
         builder = tfds.builder(spec.path, data_dir=data_dir)
     except Exception as error:  # TFDS raises its own kinds for unknown names, import errors and unreadable folders
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{spec}: TFDS doesn't know it or it isn't prepared ({reason})") from error
-    features = builder.info.features
-    images = [name for name, item in features.items() if isinstance(item, tfds.features.Image)]
-    classes = [name for name, item in features.items() if isinstance(item, tfds.features.ClassLabel)]
-    if not images or not classes:
-        raise UserError(f"{spec}: an image and a class label are needed; it has {', '.join(features)}")
-    splits = list(builder.info.splits or {})
-    if not splits:
+        raise UserError(f"{spec}: TFDS can't open it ({_reason(error)}); check the name, or {prepare}") from error
+    if not builder.info.splits:
+        raise UserError(f"{spec}: not prepared in {builder.data_path}; {prepare}")
+    file_format = builder.info.file_format
+    if file_format is not None and file_format.value != "array_record":
         raise UserError(
-            f"{spec}: not prepared in {builder.data_path}; prepare it with tfds.builder({spec.path!r}, "
-            "file_format='array_record').download_and_prepare()"
+            f"{spec}: {builder.data_path} holds {file_format.value} files, which have no random access; {prepare}"
         )
-    split = _known_split(spec, split, splits)
-    if builder.info.file_format is not None and builder.info.file_format.value != "array_record":
-        raise UserError(
-            f"{spec}: {builder.data_path} holds {builder.info.file_format.value} files, which have no random access; "
-            "prepare it again with file_format='array_record'"
-        )
-    reader = _TfdsReader(spec.path, split, data_dir, images[0])
-    rows = tfds.data_source(spec.path, split=split, data_dir=data_dir, decoders={images[0]: tfds.decode.SkipDecoding()})
-    ids = [int(row[classes[0]]) for row in rows]
-    return TableSource(reader, features[classes[0]].names, ids, labels, str(spec), builder.info.full_name)
-
-
-def _known_split(spec: Spec, split: str, splits: Sequence[str]) -> str:
-    """The split asked for; where the SPEC leaves it open, validation data may be called validation, val or test."""
-    same = {"val": ("validation", "val", "valid", "test")}.get(split, (split,))
-    found = [name for name in same if name in splits]
-    if not found:
-        raise UserError(f"{spec}: no split {split!r}; it has {', '.join(splits)}; say ?split=NAME")
-    return found[0]
+    return builder
 
 
 class _HubReader:
@@ -233,27 +274,38 @@ class _HubReader:
 
 
 def _hf(spec: Spec, split: str, labels: Sequence[str]) -> Source:
-    import datasets
-
+    datasets = _require("datasets", spec)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
-        splits = list(datasets.get_dataset_split_names(spec.path))
-        rows = datasets.load_dataset(spec.path, split=_known_split(spec, split, splits))
+        builder = datasets.load_dataset_builder(spec.path)
+        builder.download_and_prepare()
+        split = _split_of(spec, split, list(builder.info.splits))
+        rows = builder.as_dataset(split)
     except UserError:
         raise
     except Exception as error:  # the Hub's client, the network and the file formats raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{spec}: can't be loaded ({reason}); check the name and the network") from error
-    images = [name for name, item in rows.features.items() if isinstance(item, datasets.Image)]
-    classes = [name for name, item in rows.features.items() if isinstance(item, datasets.ClassLabel)]
-    if not images or not classes:
-        raise UserError(f"{spec}: an image and a class label are needed; it has {', '.join(rows.features)}")
-    names, ids = rows.features[classes[0]].names, list(rows[classes[0]])
-    unlabelled = [i for i in ids if not 0 <= i < len(names)]
-    if unlabelled or (len(ids) > 1 and len(names) > 1 and len(set(ids)) == 1):
-        value = repr(names[ids[0]]) if not unlabelled else "no class"
         raise UserError(
-            f"{spec}: the {split} split carries no labels (all {len(unlabelled) or len(ids)} rows say {value}); use "
-            f"hf:{spec.path}?split=train and hold out a part of it (data.val_fraction)"
-        )
-    rows = rows.cast_column(images[0], datasets.Image(decode=False))
-    return TableSource(_HubReader(rows, images[0]), names, ids, labels, str(spec), rows._fingerprint)
+            f"{spec}: can't be loaded ({_reason(error)}); check the name and the network, or download it and give the "
+            "folder as hf:PATH"
+        ) from error
+    image, label = _columns(spec, rows.features, datasets.Image, datasets.ClassLabel)
+    names, ids = rows.features[label].names, list(rows[label])
+    _check_labelled(spec, split, names, ids)
+    identity = rows._fingerprint
+    rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return TableSource(_HubReader(rows, image), names, ids, labels, str(spec), identity)
+
+
+def _check_labelled(spec: Spec, split: str, names: Sequence[str], ids: Sequence[int | None]) -> None:
+    """Refuses a split whose labels were withheld, as test splits of competitions are: none, -1, or all the first."""
+    unlabelled = sum(i is None or i < 0 for i in ids)
+    same = len(ids) > 1 and len(names) > 1 and len(set(ids)) == 1
+    if not unlabelled and not same:
+        return
+    say = "no class" if unlabelled else repr(names[ids[0] or 0])
+    share = f"all {len(ids)} rows" if same or unlabelled == len(ids) else f"{unlabelled} of {len(ids)} rows"
+    raise UserError(
+        f"{spec}: the {split} split of {spec.path} carries no labels ({share} say {say}); use ?split=train, and hold a "
+        "part of it out for validation (config.data.val_fraction)"
+    )

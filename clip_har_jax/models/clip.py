@@ -153,7 +153,7 @@ class VisionTransformer(nnx.Module):
         patches = images.reshape(batch, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch_embedding(patches.reshape(batch, grid * grid, patch * patch * 3))
         class_token = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (batch, 1, x.shape[-1]))
-        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(x.dtype)
+        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(x.dtype)[None]
         return apply_layers(self.layers, self.pre_norm(x), self.runtime)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
@@ -191,7 +191,7 @@ class TextTransformer(nnx.Module):
         if length > self.config.context_length:
             raise ValueError(f"texts of {length} tokens; the model takes at most {self.config.context_length}")
         dtype = self.runtime.dtype
-        x = self.token_embedding[...].astype(dtype)[input_ids] + self.position_embedding[:length].astype(dtype)
+        x = self.token_embedding[...].astype(dtype)[input_ids] + self.position_embedding[:length].astype(dtype)[None]
         mask = None if attention_mask is None else attention_mask[:, None, None, :].astype(bool)
         x = self.final_norm(apply_layers(self.layers, x, self.runtime, mask=mask, is_causal=True))
         return jnp.take_along_axis(x, self.end_positions(input_ids)[:, None, None], axis=1)[:, 0]

@@ -167,7 +167,7 @@ def apply_layers(
     """
     graphdef, stacked = nnx.split(layers)
 
-    def block(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+    def block(x: jax.Array, params: object) -> tuple[jax.Array, None]:
         return nnx.merge(graphdef, params)(x, mask, is_causal), None
 
     if runtime.remat != "none":

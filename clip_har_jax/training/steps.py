@@ -41,7 +41,7 @@ class TrainMetrics(clu_metrics.Collection):
 
 def normalize(images: UInt8[Array, "b h w 3"], preprocess: Preprocess) -> Float[Array, "b h w 3"]:
     """CLIP's normalisation, on the device: a quarter of the bytes cross to it."""
-    mean, std = (jnp.asarray(values, jnp.float32) for values in (preprocess.mean, preprocess.std))
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (preprocess.mean, preprocess.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
@@ -82,7 +82,7 @@ def make_train_step(
             loss=losses,
             top1=correct.astype(jnp.float32),
             example_mask=batch.mask.astype(bool),
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
         )
         return TrainState(state.step + 1, params, opt_state, state.key), metrics

@@ -1,0 +1,1 @@
+"""Measurements against other implementations: `python -m benchmarks.NAME`. Each ends with one JSON line."""

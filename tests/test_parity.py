@@ -1,0 +1,164 @@
+"""FlaxCLIPModel against the outputs of Hugging Face's CLIPModel (torch) and FlaxCLIPModel in tests/golden."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_har_jax.models.clip import CLIPConfig, CLIPOutput, config_from_hf
+from clip_har_jax.models.factory import NAMED_SIZES
+from clip_har_jax.models.layers import Runtime
+from clip_har_jax.models.params import Params, init_params, make_model
+from clip_har_jax.models.pretrained import TABLE, params_from_hf, params_to_hf
+from tests.make_golden import CASES, GOLDEN, make_inputs, make_weight
+
+TOLERANCE = 1e-5  # largest error over largest value of the reference, in float32
+OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+
+
+def relative_error(value: jax.Array, reference: np.ndarray) -> float:
+    assert value.shape == reference.shape
+    return float(np.abs(np.asarray(value, np.float32) - reference).max() / np.abs(reference).max())
+
+
+@cache
+def golden(source: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{source}.npz") as arrays:
+        return dict(arrays)
+
+
+def hf_shapes(name: str) -> dict[str, list[int]]:
+    return json.loads((GOLDEN / "shapes.json").read_text())[name]
+
+
+@cache
+def case_params(name: str) -> tuple[CLIPConfig, Params]:
+    """A case's configuration and weights, by the rule that made the golden files, of the shapes that transformers has."""
+    config = config_from_hf(CASES[name])
+    abstract = jax.eval_shape(partial(init_params, config, 0))
+    weights = {key: np.asarray(make_weight(key, shape)) for key, shape in hf_shapes(name).items()}
+    return config, params_from_hf(weights, {key: value.shape for key, value in abstract.items()}, name)
+
+
+def case_inputs(name: str) -> dict[str, jax.Array]:
+    return {key: jnp.asarray(value) for key, value in make_inputs(CASES[name]).items()}
+
+
+def run(config: CLIPConfig, params: Params, inputs: dict[str, jax.Array]) -> tuple[CLIPOutput, jax.Array]:
+    """The model's output and the last patch's hidden values."""
+
+    @jax.jit
+    def forward(params: Params, inputs: dict[str, jax.Array]) -> tuple[CLIPOutput, jax.Array]:
+        model = make_model(config, params)
+        return model(**inputs), model.vision.tokens(inputs["pixel_values"].transpose(0, 2, 3, 1))[:, -1]
+
+    return forward(params, inputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_are_the_named_sizes(name: str) -> None:
+    case, size = config_from_hf(CASES[name]), NAMED_SIZES[name]
+    if name != "tiny":  # whose layers are few enough to keep all
+        one_layer = {tower: dataclasses.replace(getattr(size, tower), num_layers=1) for tower in ("text", "vision")}
+        size = dataclasses.replace(size, **one_layer)
+    assert case == size
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_equal_hugging_face(name: str) -> None:
+    config, params = case_params(name)
+    output, tokens = run(config, params, case_inputs(name))
+    for source in ("torch", "flax"):
+        reference = {key: golden(source)[f"{name}|{key}"] for key in (*OUTPUTS, "image_tokens")}
+        errors = {key: relative_error(getattr(output, key), reference[key]) for key in OUTPUTS}
+        errors["image_tokens"] = relative_error(tokens, reference["image_tokens"])
+        assert max(errors.values()) < TOLERANCE, f"{source}: {errors}"
+
+
+@cache
+def tiny_forward(runtime: Runtime = Runtime()) -> Callable[[Params], CLIPOutput]:
+    config, _ = case_params("tiny")
+    inputs = case_inputs("tiny")
+    return jax.jit(lambda params: make_model(config, params, runtime)(**inputs))
+
+
+@pytest.mark.parametrize("weight", TABLE)
+def test_one_changed_weight_is_seen(weight: str) -> None:
+    """Every parameter counts in the comparison: one number of its last layer is enough."""
+    _, params = case_params("tiny")
+    changed = np.array(params[weight])
+    token = case_inputs("tiny")["input_ids"][0, 1]
+    changed[(token, -1) if weight == "text.token_embedding" else (-1,) * changed.ndim] += 0.05
+    output = tiny_forward()(params | {weight: changed})
+    error = relative_error(output.logits_per_image, golden("torch")["tiny|logits_per_image"])
+    if weight.endswith("attention.key.bias"):  # adds the same to all scores of a query: the softmax takes it away
+        assert error < TOLERANCE
+    else:
+        assert error > TOLERANCE
+
+
+@pytest.mark.parametrize("size", ["tiny", "ViT-B/32"])
+def test_weights_go_back_unchanged(size: str) -> None:
+    _, params = case_params(size)
+    weights = params_to_hf(params)
+    assert {name: list(value.shape) for name, value in weights.items()} == hf_shapes(size)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, make_weight(name, value.shape), err_msg=name)
+
+
+@cache
+def loss_and_grads(runtime: Runtime) -> tuple[jax.Array, Params]:
+    config, params = case_params("tiny")
+    inputs = case_inputs("tiny")
+
+    def loss(params: Params) -> jax.Array:
+        log_probs = jax.nn.log_softmax(make_model(config, params, runtime)(**inputs).logits_per_image)
+        return -log_probs[0, 0] - log_probs[1, 1]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        Runtime(remat="dots"),
+        Runtime(remat="full"),
+        Runtime(scan_layers=False),
+        Runtime(scan_layers=False, remat="full"),
+        Runtime(attention="xla"),
+    ],
+    ids=lambda runtime: f"remat {runtime.remat}, attention {runtime.attention}, scan {runtime.scan_layers}",
+)
+def test_runtime_changes_no_gradient(runtime: Runtime) -> None:
+    loss, grads = loss_and_grads(runtime)
+    expected_loss, expected = loss_and_grads(Runtime())
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        # The key biases' gradients are rounding alone (see above), so all are held against the largest gradient.
+        np.testing.assert_allclose(grad, expected[name], rtol=1e-4, atol=1e-6 * largest(expected), err_msg=name)
+
+
+def largest(grads: Params) -> float:
+    return max(float(jnp.abs(grad).max()) for grad in grads.values())
+
+
+def test_every_parameter_has_a_gradient() -> None:
+    _, grads = loss_and_grads(Runtime())
+    without = [name for name, grad in grads.items() if jnp.abs(grad).max() < 1e-6 * largest(grads)]
+    assert without == ["text.layers.attention.key.bias", "vision.layers.attention.key.bias"]
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_bfloat16_stays_near_float32(remat: str) -> None:
+    _, params = case_params("tiny")
+    output = tiny_forward(Runtime(compute_dtype="bfloat16", remat=remat))(params)
+    for key in OUTPUTS:
+        assert getattr(output, key).dtype == jnp.float32
+        error = relative_error(getattr(output, key), golden("torch")[f"tiny|{key}"])
+        assert TOLERANCE < error < 0.03, f"{key}: {error}"  # bfloat16 has 8 bits: 0.004 a rounding

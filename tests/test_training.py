@@ -1,0 +1,221 @@
+"""Training, end to end on a very small model: what it leaves, that it continues bit-equal, that all meshes agree."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from model_folders import write_image, write_images, write_model
+
+from clip_har_jax.config import make_config
+from clip_har_jax.errors import UserError
+from clip_har_jax.models.factory import load
+from clip_har_jax.models.params import flat_params
+from clip_har_jax.pipelines import train as pipeline
+from clip_har_jax.pipelines.train import train
+from clip_har_jax.training import checkpoint
+
+LABELS = ("cycling", "running", "sleeping")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("start")
+    return write_model(root / "model"), write_images(root / "images", LABELS, per_class=8)
+
+
+def config_for(folders, num_steps=6, **sections):
+    values = {
+        "data": {"train": f"folder:{folders[1]}", "val_fraction": 0.25},
+        "model": {"name": str(folders[0])},
+        "train": {"num_steps": num_steps, "global_batch_size": 8, "log_every_steps": 2},
+        "optim": {"learning_rate": 1e-3},
+        "eval": {"every_steps": 3, "batch_size": 8},
+        "checkpoint": {"every_steps": 2},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return make_config(values)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    """A whole run, which several tests look at."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return train(config_for(folders), workdir, quiet=True)
+
+
+def test_a_run_leaves_what_is_promised(finished, folders):
+    workdir = finished.workdir
+    assert finished.exit_code == 0
+    lines = read_lines(workdir / "metrics.jsonl")
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == [2, 3, 4, 6]  # every 2, and before each evaluation
+    keys = {"train/loss", "train/images_per_s", "train/data_wait_fraction", "train/mfu", "train/learning_rate"}
+    assert all(keys <= set(line) for line in training)
+    assert training[0]["train/mfu"] is None  # a CPU's peak isn't known
+    assert [line["step"] for line in lines if "val/top1" in line] == [3, 6]
+    for step in (3, 6):
+        assert json.loads((workdir / "eval" / str(step) / "metrics.json").read_text())["num_examples"] == 6
+    record = json.loads((workdir / "run.json").read_text())
+    assert record["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert record["num_processes"] == 1
+    assert record["data"]["train"]["num_examples"] == 18
+    total = sum(value.nbytes for value in flat_params(load(str(folders[0])).model).values())
+    assert record["param_bytes_per_device"] == total
+    assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 6
+
+
+def test_the_model_folder_is_sealed_and_predicts(finished):
+    from clip_har_jax.inference.predictor import Predictor
+
+    predictor = Predictor(finished.model)
+    assert predictor.labels == LABELS
+    prediction = predictor.predict([np.zeros((40, 40, 3), np.uint8)])[0]
+    assert prediction.label in LABELS
+    (finished.workdir / "copy").mkdir()
+    for path in finished.model.iterdir():
+        (finished.workdir / "copy" / path.name).write_bytes(path.read_bytes())
+    with (finished.workdir / "copy" / "actions.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match=r"actions\.json"):
+        Predictor(finished.workdir / "copy")
+
+
+def test_the_best_checkpoint_becomes_the_model(finished):
+    with checkpoint.Checkpointer(finished.workdir / "checkpoints", config_for((".", "."), 6).checkpoint) as kept:
+        best = kept.best_step()
+    top1 = {
+        step: json.loads((finished.workdir / "eval" / str(step) / "metrics.json").read_text())["top1"]
+        for step in (3, 6)
+    }
+    assert finished.steps == best
+    assert top1[best] == max(top1.values())
+
+
+def params_of(folder):
+    return {name: np.asarray(value) for name, value in flat_params(load(str(folder)).model).items()}
+
+
+def test_stopped_and_continued_is_bit_equal(folders, finished, tmp_path):
+    """SIGTERM after the third step, then the same command again."""
+
+    class StopAt:
+        def write(self, step, metrics):
+            if step == 2 and "train/loss" in metrics:
+                signal.raise_signal(signal.SIGTERM)
+
+        def close(self):
+            pass
+
+    config = config_for(folders)
+    first = train(config, tmp_path, sinks=[StopAt()], quiet=True)
+    assert first.exit_code == 128 + signal.SIGTERM
+    assert first.model is None
+    assert first.steps == 3  # step 2's metrics are read while step 3 is computed
+    second = train(config, tmp_path, quiet=True)
+    assert second.exit_code == 0
+    whole, continued = params_of(finished.model), params_of(second.model)
+    assert whole.keys() == continued.keys()
+    assert all(np.array_equal(whole[name], continued[name]) for name in whole)
+
+    def deterministic(path):
+        return [
+            {k: v for k, v in line.items() if k in ("step", "train/loss", "train/grad_norm", "val/top1", "val/nll")}
+            for line in read_lines(path)
+            if line["step"] != 3 or "val/top1" in line
+        ]
+
+    assert deterministic(tmp_path / "metrics.jsonl")[-3:] == deterministic(finished.workdir / "metrics.jsonl")[-3:]
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 6
+    record, before = (json.loads((path / "run.json").read_text()) for path in (tmp_path, finished.workdir))
+    assert record["run_id"] != before["run_id"]
+
+
+def test_a_checkpoint_is_not_changed_by_the_steps_after_it(folders, tmp_path):
+    """Saves run in the background while the state's buffers are donated and written again."""
+    config = config_for(folders, num_steps=2)
+    train(config, tmp_path / "two", quiet=True)
+    train(config_for(folders, num_steps=2, checkpoint={"every_steps": 1, "keep_latest": 5}), tmp_path / "each", quiet=True)
+    data = pipeline._load_data(config)
+    start = pipeline.make_start(str(folders[0]), [], None)
+    run = pipeline._Run(config, tmp_path / "x", data, start)
+    states = []
+    for folder in ("two", "each"):
+        with checkpoint.Checkpointer(tmp_path / folder / "checkpoints", config.checkpoint) as kept:
+            states.append(kept.restore(run.state, 2)[0])
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with checkpoint.Checkpointer(tmp_path / "each" / "checkpoints", config.checkpoint) as kept:
+        first, position = kept.restore(run.state, 1)
+    assert int(first.step) == 1
+    assert position == {"step": 1, "examples_seen": 8, "global_batch_size": 8}
+    changed = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.params, states[1].params)), strict=True)]
+    assert any(changed)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "tp", "fsdp_tp"])
+def test_all_strategies_give_equal_losses(folders, finished, strategy, tmp_path):
+    result = train(config_for(folders, mesh={"strategy": strategy}), tmp_path, quiet=True)
+    ours, theirs = (
+        [line["train/loss"] for line in read_lines(run.workdir / "metrics.jsonl") if "train/loss" in line]
+        for run in (result, finished)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    bytes_of = [json.loads((run.workdir / "run.json").read_text())["param_bytes_per_device"] for run in (result, finished)]
+    assert bytes_of[0] < bytes_of[1] * (0.2 if strategy == "fsdp" else 0.8)  # tp leaves an odd vocabulary whole
+
+
+@pytest.mark.parametrize("towers", ["image", "text"])
+def test_a_frozen_tower_does_not_change(folders, towers, tmp_path):
+    result = train(config_for(folders, num_steps=2, method={"towers": towers}), tmp_path, quiet=True)
+    before, after = params_of(folders[0]), params_of(result.model)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    trained = "text" if towers == "text" else "vis"
+    assert changed == {name for name in before if name.startswith(trained) or name == "logit_scale"}
+
+
+def test_another_config_is_refused_at_resume(folders, finished):
+    with pytest.raises(UserError, match=r"optim\.learning_rate"):
+        train(config_for(folders, optim={"learning_rate": 1e-2}), finished.workdir, quiet=True)
+
+
+def test_bad_images_are_logged_and_count_nowhere(folders, tmp_path):
+    images = write_images(tmp_path / "images", LABELS, per_class=6)
+    bad = write_image(images / "running" / "bad.png", seed=1)
+    bad.write_bytes(bad.read_bytes()[:60])
+    data = {"train": f"folder:{images}", "val": f"folder:{images}", "max_bad_fraction": 0.1}
+    result = train(config_for(folders, num_steps=4, data=data), tmp_path / "run", quiet=True)
+    lines = read_lines(tmp_path / "run" / "bad_inputs.jsonl")
+    assert [line["input"] for line in lines] == [str(bad)]
+    assert result.metrics["num_examples"] == 18
+    assert result.metrics["num_unreadable"] == 1
+    with pytest.raises(UserError, match="max_bad_fraction") as error:
+        train(config_for(folders, num_steps=4, data={**data, "max_bad_fraction": 0.0}), tmp_path / "strict", quiet=True)
+    assert str(bad) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"global_batch_size": 9}}, "multiple of 8"),
+        ({"eval": {"batch_size": 9}}, "multiple of 8"),
+        ({"mesh": {"data": 3}}, "this run has 8"),
+        ({"method": {"name": "ful"}}, "did you mean 'full'"),
+        ({"model": {"name": "ViT-B/33"}}, "ViT-B/32"),
+        ({"text": {"templates": ("a photo",)}}, "needs one {}"),
+        ({"text": {"descriptions": {"runing": ("fast",)}}}, "'runing'"),
+        ({"data": {"train": "folder:/nowhere"}}, "/nowhere"),
+        ({"data": {"labels": ("running", "sleeping")}}, "'cycling'"),
+    ],
+)
+def test_mistakes_are_refused_before_any_compute(folders, tmp_path, sections, message):
+    with pytest.raises(UserError) as error:
+        train(config_for(folders, **sections), tmp_path, quiet=True)
+    assert message in str(error.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
