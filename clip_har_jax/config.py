@@ -188,9 +188,7 @@ def _apply_overrides(config: RunConfig, overrides: Sequence[str]) -> dict[str, A
         node[name] = _placeholder(key) if value is None else value
     argv = ["", *overrides]
     flag_values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_dict(
-        "config", ConfigDict(tree), flag_values=flag_values, sys_argv=argv
-    )
+    holder = config_flags.DEFINE_config_dict("config", ConfigDict(tree), flag_values=flag_values, sys_argv=argv)
     try:
         flag_values(argv)
     except (flags.Error, ValueError, TypeError) as error:
@@ -246,7 +244,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     """`value` as `hint` says; an int serves as a float, a list as a tuple; nothing else is converted."""
     wrong = UserError(f"config key {key!r} takes {getattr(hint, '__name__', hint)}, not {value!r}")
     if isinstance(hint, types.UnionType):
-        inner = [arm for arm in typing.get_args(hint) if arm is not type(None)][0]
+        inner = next(arm for arm in typing.get_args(hint) if arm is not type(None))
         return None if value is None else _typed(value, inner, key)
     origin = typing.get_origin(hint)
     if origin is tuple:

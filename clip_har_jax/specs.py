@@ -60,7 +60,7 @@ def parse_spec(text: str) -> Spec:
 
 
 def _kind_hint(kind: str, head: str) -> str:
-    if Path(head).is_dir():
+    if os.path.isdir(head):
         return f"write folder:{head}"
     return f"write csv:{head}" if head.endswith(".csv") else nearest(kind, list(KINDS))
 

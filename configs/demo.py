@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
         {
             "data": {"val": "synthetic?split=val", "augment": {"crop_scale_min": 1.0}},
             "text": {"templates": ("a photo of a person {}.",)},
-            "train": {"num_steps": 600, "log_every_steps": 20},
-            "optim": {"learning_rate": 1e-3, "weight_decay": 0.05},
+            "train": {"num_steps": 900, "log_every_steps": 25},
+            "optim": {"learning_rate": 2e-3, "weight_decay": 0.05},
             "eval": {"every_steps": 300},
             "checkpoint": {"every_steps": 300},
         }

@@ -2,8 +2,9 @@
 
     python scripts/train.py --config=configs/vitb16.py --workdir=runs/vitb16
 
-Hardware: meant for one GPU of 40 GB or a TPU v5e-4; not measured. Expected result: not measured. Validation is a tenth of the
-labelled images, held out by class, since the set's own test split carries no labels.
+Hardware: meant for one GPU of 40 GB or a TPU v5e-4; not measured. Expected result: not measured.
+
+Validation is a tenth of the labelled images, held out by class: the set's own test split carries no labels.
 """
 
 from ml_collections import ConfigDict

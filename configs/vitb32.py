@@ -2,8 +2,9 @@
 
     python scripts/train.py --config=configs/vitb32.py --workdir=runs/vitb32
 
-Hardware: meant for one GPU of 24 GB or one TPU chip; not measured. Expected result: not measured. Validation is a tenth of the
-labelled images, held out by class, since the set's own test split carries no labels.
+Hardware: meant for one GPU of 24 GB or one TPU chip; not measured. Expected result: not measured.
+
+Validation is a tenth of the labelled images, held out by class: the set's own test split carries no labels.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,9 @@
 
     python scripts/train.py --config=configs/vitl14.py --workdir=runs/vitl14
 
-Hardware: meant for 4 GPUs of 80 GB or a TPU v5e-16; not measured. Expected result: not measured. Validation is a tenth of the
-labelled images, held out by class, since the set's own test split carries no labels.
+Hardware: meant for 4 GPUs of 80 GB or a TPU v5e-16; not measured. Expected result: not measured.
+
+Validation is a tenth of the labelled images, held out by class: the set's own test split carries no labels.
 """
 
 from ml_collections import ConfigDict

@@ -185,7 +185,6 @@ def main_torch() -> None:
 
 def write_torch_folders(make: Callable[[dict[str, Any]], Any]) -> list[str]:
     """One folder for each quirk of published checkpoints, saved by transformers 5; returns their names."""
-    import torch
     from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
     folders = {

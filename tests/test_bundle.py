@@ -66,7 +66,9 @@ def test_wrong_actions_name_file_and_key(folder: Path, change: dict[str, Any], n
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"prompts": {}}', '{"labels": ["a"], "prompts": {"a": ["b"]}, "temperature": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"prompts": {}}', '{"labels": ["a"], "prompts": {"a": ["b"]}, "temperature": NaN}']
+)
 def test_damaged_actions_are_refused(folder: Path, text: str) -> None:
     (folder / "actions.json").write_text(text)
     with pytest.raises(UserError, match=r"actions\.json"):

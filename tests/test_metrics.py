@@ -91,11 +91,18 @@ def test_padding_batches_and_merge_order_change_nothing(seed: int, count: int, b
     assert flat(merged.compute(names(6))) == pytest.approx(whole, rel=1e-12, abs=1e-12)
 
 
-def test_mergeing_is_associative_and_empty_is_neutral() -> None:
+def test_merging_is_associative_and_empty_is_neutral() -> None:
     a, b, c = (state_of(*make_examples(seed, 9, 4)) for seed in range(3))
     left, right = a.merge(b).merge(c), a.merge(b.merge(c))
     assert flat(left.compute(names(4))) == pytest.approx(flat(right.compute(names(4))), rel=1e-14)
     assert flat(a.merge(ClassificationState.empty(4)).compute(names(4))) == flat(a.compute(names(4)))
+
+
+def test_a_batch_of_padding_alone_changes_nothing() -> None:
+    logits, label = make_examples(0, 8, 4)
+    state = state_of(logits, label)
+    padded = state.update(np.full_like(logits, np.nan), label, np.zeros(8, np.float32))
+    assert flat(padded.compute(names(4))) == flat(state.compute(names(4)))
 
 
 def test_ties_go_to_the_first_class_in_top1_and_top5() -> None:

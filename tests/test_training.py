@@ -141,7 +141,9 @@ def test_a_checkpoint_is_not_changed_by_the_steps_after_it(folders, tmp_path):
     """Saves run in the background while the state's buffers are donated and written again."""
     config = config_for(folders, num_steps=2)
     train(config, tmp_path / "two", quiet=True)
-    train(config_for(folders, num_steps=2, checkpoint={"every_steps": 1, "keep_latest": 5}), tmp_path / "each", quiet=True)
+    train(
+        config_for(folders, num_steps=2, checkpoint={"every_steps": 1, "keep_latest": 5}), tmp_path / "each", quiet=True
+    )
     data = pipeline._load_data(config)
     start = pipeline.make_start(str(folders[0]), [], None)
     run = pipeline._Run(config, tmp_path / "x", data, start)
@@ -155,7 +157,9 @@ def test_a_checkpoint_is_not_changed_by_the_steps_after_it(folders, tmp_path):
         first, position = kept.restore(run.state, 1)
     assert int(first.step) == 1
     assert position == {"step": 1, "examples_seen": 8, "global_batch_size": 8}
-    changed = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.params, states[1].params)), strict=True)]
+    changed = [
+        not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.params, states[1].params)), strict=True)
+    ]
     assert any(changed)
 
 
@@ -167,7 +171,9 @@ def test_all_strategies_give_equal_losses(folders, finished, strategy, tmp_path)
         for run in (result, finished)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    bytes_of = [json.loads((run.workdir / "run.json").read_text())["param_bytes_per_device"] for run in (result, finished)]
+    bytes_of = [
+        json.loads((run.workdir / "run.json").read_text())["param_bytes_per_device"] for run in (result, finished)
+    ]
     assert bytes_of[0] < bytes_of[1] * (0.2 if strategy == "fsdp" else 0.8)  # tp leaves an odd vocabulary whole
 
 

@@ -130,9 +130,8 @@ class BadInputs:
           UserError: more bad images than the config allows.
         """
         for index, name, reason in errors:
-            if index not in self._seen:
-                self._seen[index] = f"{name}: {reason}"
-                self._write({"input": name, "index": index, "error": reason})
+            self._seen.setdefault(index, f"{name}: {reason}")
+            self._write({"input": name, "index": index, "error": reason})
         if len(self._seen) > self._limit:
             listed = f", all so far in {self._log}" if self._log is not None else ""
             raise UserError(
@@ -169,13 +168,14 @@ class BatchIterator:
         if config.num_workers:
             _let_workers_start()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _guard_worker)
-        self._iterator, self._bad_inputs, self._closed = iter(dataset), bad_inputs, False
+        self._bad_inputs = bad_inputs
+        self._iterator: Any = iter(dataset)
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> Batch:
-        if self._closed:
+        if self._iterator is None:
             raise StopIteration
         try:
             batch, errors = next(self._iterator)
@@ -193,8 +193,9 @@ class BatchIterator:
 
     def close(self) -> None:
         """Ends the threads and workers."""
-        self._closed = True
-        self._iterator.close()
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None  # collected as late as the interpreter's end, it would fail noisily
 
 
 def _let_workers_start() -> None:

@@ -207,9 +207,6 @@ class _TfdsReader:
         self.folder, self.split, self.key = folder, split, key
         self._rows: Any = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": None}  # file handles don't travel
-
     def __call__(self, i: int) -> bytes:
         if self._rows is None:
             self._rows = _encoded_rows(self.folder, self.split)

@@ -299,7 +299,10 @@ def _in_hand(canvas: Canvas, label: str, body: Body, colour: Colour, furniture: 
         draw_table(canvas.at((0.14, 0.06)), furniture)
         draw_laptop(canvas.at((0.22, 0.10)), colour)
     elif label == "listening_to_music":
-        arc = [_add(body.head, _rotate((0.11 * math.cos(a), 0.11 * math.sin(a)), body.up)) for a in np.linspace(0, math.pi, 8)]
+        arc = [
+            _add(body.head, _rotate((0.11 * math.cos(a), 0.11 * math.sin(a)), body.up))
+            for a in np.linspace(0, math.pi, 8)
+        ]
         canvas.line(arc, colour, 0.03)
         canvas.line([arc[0], _add(arc[0], (0.0, -0.05))], colour, 0.05)
         canvas.line([arc[-1], _add(arc[-1], (0.0, -0.05))], colour, 0.05)
@@ -343,15 +346,15 @@ def _background(size: int, rng: np.random.Generator, dark: bool) -> Image.Image:
 def _clutter(canvas: Canvas, rng: np.random.Generator, dark: bool) -> None:
     """Things and bystanders of any scene, smaller than the actors and off the middle."""
     tones = (0.25, 0.5) if dark else (0.5, 0.75)
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(rng.integers(0, 2)):
         side = rng.choice((-1, 1)) * rng.uniform(0.42, 0.65)
         place = canvas.at((side, rng.uniform(-0.45, 0.45)), rng.uniform(0.35, 0.6), bool(rng.random() < 0.5))
         thing = rng.integers(0, len(OBJECTS) + 2)
         if thing < len(OBJECTS):
             OBJECTS[thing](place, _colour(rng, tones))
         else:
-            colours = [_colour(rng, tones) for _ in range(4)]
-            draw_person(place, _jitter(Pose(), rng), Look(*colours, thickness=0.07))
+            skin, hair, shirt, trousers = (_colour(rng, tones) for _ in range(4))
+            draw_person(place, _jitter(Pose(), rng), Look(skin, hair, shirt, trousers, thickness=0.07))
 
 
 def label_of(split: str, index: int) -> int:
@@ -367,12 +370,12 @@ def draw(split: str, index: int, size_px: int = DEFAULT_SIZE_PX) -> UInt8[np.nda
     size = size_px * SUPERSAMPLING
     dark = bool(rng.random() < 0.5)
     image = _background(size, rng, dark)
-    scale = size * rng.uniform(0.68, 0.84)
-    origin = (size * rng.uniform(0.42, 0.58), size * rng.uniform(0.46, 0.56))
-    canvas = Canvas(ImageDraw.Draw(image), origin, scale, bool(rng.random() < 0.5), rng.normal(0, 4))
+    scale = size * rng.uniform(0.78, 0.86)
+    origin = (size * rng.uniform(0.47, 0.53), size * rng.uniform(0.49, 0.54))
+    canvas = Canvas(ImageDraw.Draw(image), origin, scale, bool(rng.random() < 0.5), rng.normal(0, 2))
     _clutter(canvas, rng, dark)
     _act(canvas, label, rng, dark)
-    if rng.random() < 0.3:  # something before the camera
+    if rng.random() < 0.2:  # something before the camera
         x, y = rng.uniform(0, size, 2)
         half = rng.uniform(0.03, 0.09) * size
         canvas.draw.ellipse((x - half, y - half, x + half, y + half), fill=_colour(rng, (0.0, 1.0)))

@@ -72,7 +72,7 @@ class ClassificationState:
             float(-log_probs[rows, label].sum()),
             np.bincount(bins, minlength=NUM_BINS),
             np.bincount(bins[predicted == label], minlength=NUM_BINS),
-            np.bincount(bins, confidence, NUM_BINS),
+            np.bincount(bins, confidence, NUM_BINS).astype(np.float64),  # of no rows, it counts in ints
         )
         return self.merge(batch)
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 LIGHT = {"page": "#ffffff", "ink": "#1c2430", "low": "#f2f5f9", "high": "#0b4f9c", "on_high": "#ffffff"}
 DARK = {"page": "#161b22", "ink": "#e2e8f0", "low": "#1f2630", "high": "#7cc0ff", "on_high": "#0b1117"}
 MAX_COUNTED_CLASSES = 40  # above, the cells are too small for numbers
+MAX_NAMED_CLASSES = 150  # above, no name could be read
 MAX_SIDE_IN = 24.0
 MAX_LABEL_LENGTH = 28
 
@@ -27,7 +28,7 @@ def draw_confusion(confusion: Int[np.ndarray, "c c"], labels: Sequence[str], dar
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap=LinearSegmentedColormap.from_list("share", (colors["low"], colors["high"])), vmin=0, vmax=1)
-    _name_axes(axes, labels, colors, font_pt=9 if count <= MAX_COUNTED_CLASSES else 72 * side / count * 0.6)
+    _name_axes(axes, labels, colors, font_pt=9.0 if count <= MAX_COUNTED_CLASSES else 72 * side / count * 0.6)
     if count <= MAX_COUNTED_CLASSES:
         for row, column in np.argwhere(confusion > 0):
             color = colors["on_high"] if share[row, column] > 0.5 else colors["ink"]
@@ -42,6 +43,8 @@ def draw_confusion(confusion: Int[np.ndarray, "c c"], labels: Sequence[str], dar
 
 
 def _name_axes(axes: Axes, labels: Sequence[str], colors: dict[str, str], font_pt: float) -> None:
+    if len(labels) > MAX_NAMED_CLASSES:
+        labels = ()
     names = [label if len(label) <= MAX_LABEL_LENGTH else label[: MAX_LABEL_LENGTH - 1] + "…" for label in labels]
     style: dict[str, Any] = {"color": colors["ink"], "fontsize": font_pt, "parse_math": False}
     axes.set_xticks(range(len(names)), names, rotation=90, **style)

@@ -44,14 +44,15 @@ table { border-collapse: collapse; width: 100%; } caption { text-align: left; co
 th, td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--line); }
 .number { text-align: right; font-variant-numeric: tabular-nums; } th[scope=row] { font-weight: 500; }
 .bar { width: 30%; min-width: 5rem; } .bar div { height: .7rem; background: var(--bar); border-radius: .2rem; }
-.mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; margin: 0;
+.mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 1rem; margin: 0;
   padding: 0; list-style: none; }
 .mistakes img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .35rem; }
 .mistakes li, .about dd, code { overflow-wrap: anywhere; }
 .about { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1rem; margin: 0; }
 .about dt { color: var(--soft); } .about dd { margin: 0; font-family: ui-monospace, monospace; font-size: .875rem; }
 @media (max-width: 30rem) { .about { grid-template-columns: 1fr; gap: 0; } .about dd { margin-bottom: .6rem; }
-  .wide img { min-width: 40rem; } }
+  .wide img { min-width: 40rem; } .bar { display: none; } th, td { padding: .35rem; font-size: .875rem; }
+  td:not(.number) { overflow-wrap: anywhere; } body { padding: .75rem; } section { padding: .75rem; } }
 """
 
 TEMPLATE = """<!doctype html>
@@ -61,7 +62,7 @@ TEMPLATE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Evaluation: top-1 {{ "%.3f"|format(metrics.top1) }} on {{ metrics.num_examples }} images</title>
-<style>{{ style }}</style>
+<style>{{ style|safe }}</style>
 </head>
 <body>
 <h1>Evaluation</h1>
@@ -85,10 +86,11 @@ TEMPLATE = """<!doctype html>
 {% if confusions %}
 <section>
 <h2>Most frequent confusions</h2>
+<p class="soft">The share is of all images of the true action.</p>
 <div class="wide" tabindex="0" role="region" aria-label="Most frequent confusions">
 <table>
 <thead><tr><th scope="col">true</th><th scope="col">predicted</th><th scope="col" class="number">images</th>
-<th scope="col" class="number">of that action</th></tr></thead>
+<th scope="col" class="number">share</th></tr></thead>
 <tbody>
 {% for row in confusions %}
 <tr><td>{{ row.label }}</td><td>{{ row.predicted }}</td><td class="number">{{ row.count }}</td>
@@ -103,14 +105,14 @@ TEMPLATE = """<!doctype html>
 <div class="wide" tabindex="0" role="region" aria-label="Each action">
 <table>
 <caption>Weakest first</caption>
-<thead><tr><th scope="col">action</th><th scope="col">F1</th><th scope="col"><span class="soft"></span></th>
+<thead><tr><th scope="col">action</th><th scope="col" class="number">F1</th><td class="bar"></td>
 <th scope="col" class="number">precision</th><th scope="col" class="number">recall</th>
 <th scope="col" class="number">images</th></tr></thead>
 <tbody>
 {% for label, row in per_class %}
 <tr><th scope="row">{{ label }}</th>
-<td class="bar"><div style="width: {{ "%.1f"|format(100 * row.f1) }}%"></div></td>
 <td class="number">{{ "%.3f"|format(row.f1) }}</td>
+<td class="bar"><div style="width: {{ "%.1f"|format(100 * row.f1) }}%"></div></td>
 <td class="number">{{ "%.3f"|format(row.precision) }}</td><td class="number">{{ "%.3f"|format(row.recall) }}</td>
 <td class="number">{{ row.support }}</td></tr>
 {% endfor %}

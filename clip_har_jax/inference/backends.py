@@ -70,7 +70,7 @@ def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequen
         return bundle.read_actions(folder)
     labels = tuple(classes or default_classes)
     if not labels:
-        raise UserError(f'{folder}: no actions.json in it; name the actions, e.g. --classes="riding a bike,sleeping"')
+        raise UserError(f'{folder}: names no actions (actions.json); say e.g. --classes="riding a bike,sleeping"')
     check_classes(labels)
     return bundle.Actions(labels, make_prompts(labels))
 
@@ -109,9 +109,9 @@ class JaxBackend:
         loaded = load(str(self.path))
         self.labels, self.preprocess = actions.labels, loaded.preprocess
         graphdef, self._state = nnx.split(loaded.model)
-        mean, std = (np.asarray(values, np.float32) for values in (self.preprocess.mean, self.preprocess.std))
+        mean, std = (np.asarray([[[v]]], np.float32) for v in (self.preprocess.mean, self.preprocess.std))
 
-        def forward(state: Any, classes: jax.Array, scale: float, images: jax.Array) -> tuple[jax.Array, ...]:
+        def forward(state: Any, classes: jax.Array, scale: jax.Array, images: jax.Array) -> tuple[jax.Array, ...]:
             embeddings = nnx.merge(graphdef, state).encode_image((images / np.float32(255) - mean) / std)
             logits = scale * embeddings @ classes.T
             return logits, jax.nn.softmax(logits), embeddings

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.backends import JaxBackend
-from clip_har_jax.preprocess import BadImage, decode, evaluation_transform, read_image
+from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
 from clip_har_jax.specs import IMAGE_SUFFIXES, find_images
 
 # A path, an encoded image, a PIL image, or uint8 [h, w, 3] in RGB.
@@ -97,7 +97,10 @@ class Predictor:
             return str(error)
 
     def _load(self, item: ImageLike) -> UInt8[np.ndarray, "size size 3"]:
-        return evaluation_transform(_to_array(item), self.backend.preprocess)
+        image = _to_array(item)
+        if max(image.shape[:2]) > MAX_ASPECT * min(image.shape[:2]):
+            raise BadImage(f"{image.shape[1]}x{image.shape[0]} px, one side over {MAX_ASPECT} times the other; crop it")
+        return evaluation_transform(image, self.backend.preprocess)
 
 
 def _name(item: ImageLike, position: int) -> str:

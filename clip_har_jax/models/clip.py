@@ -72,26 +72,41 @@ _TEXT_KEYS = _TOWER_KEYS | {
 }
 
 
-def config_from_hf(values: dict[str, Any]) -> CLIPConfig:
+def config_from_hf(values: Any) -> CLIPConfig:
     """Reads the contents of a Hugging Face config.json; keys left out have Hugging Face's defaults.
 
     Raises:
-      UserError: not a CLIP, or an activation that isn't one of CLIP's.
+      UserError: not a CLIP, a value of a wrong type, or one that `check_config` refuses.
     """
-    if values.get("model_type", "clip") != "clip":
-        raise UserError(f"config.json: model_type is {values['model_type']!r}, a 'clip' is needed")
-
-    def tower(cls: type, name: str, keys: dict[str, str]) -> Any:
-        given = {**(values.get(name) or {}), **(values.get(f"{name}_dict") or {})}  # older files have both
-        return cls(**{ours: given[theirs] for ours, theirs in keys.items() if given.get(theirs) is not None})
-
+    model_type = values.get("model_type", "clip") if isinstance(values, dict) else None
+    if model_type != "clip":
+        raise UserError(f"model_type is {model_type!r}; a 'clip' is needed")
     config = CLIPConfig(
-        tower(TextConfig, "text_config", _TEXT_KEYS),
-        tower(VisionConfig, "vision_config", _VISION_KEYS),
-        **{key: values[key] for key in ("projection_dim", "logit_scale_init_value") if key in values},
+        TextConfig(**_read_fields(TextConfig, _read_tower(values, "text_config"), _TEXT_KEYS)),
+        VisionConfig(**_read_fields(VisionConfig, _read_tower(values, "vision_config"), _VISION_KEYS)),
+        **_read_fields(CLIPConfig, values, {key: key for key in ("projection_dim", "logit_scale_init_value")}),
     )
     check_config(config)
     return config
+
+
+def _read_tower(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A tower's settings; where an older file has the second name (text_config_dict), it alone counts, as there."""
+    key = f"{name}_dict" if values.get(f"{name}_dict") is not None else name
+    given = values.get(key)
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"{key} is {given!r}; an object of settings is needed")
+    return given or {}
+
+
+def _read_fields(cls: type, given: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """Fields of the dataclass `cls` by the file's keys; null, like a missing key, means the default."""
+    fields = {ours: given[theirs] for ours, theirs in keys.items() if given.get(theirs) is not None}
+    for ours, value in fields.items():
+        kind = type(getattr(cls, ours))  # of the default
+        if not isinstance(value, int | float if kind is float else kind):
+            raise UserError(f"{keys[ours]} is {value!r}; a value of type {kind.__name__} is needed")
+    return {ours: float(value) if isinstance(getattr(cls, ours), float) else value for ours, value in fields.items()}
 
 
 def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
@@ -113,14 +128,17 @@ def check_config(config: CLIPConfig) -> None:
     """Refuses sizes that don't fit together.
 
     Raises:
-      UserError: heads that don't divide the width, patches that don't fill the image, an unknown activation.
+      UserError: sizes below 1, heads that don't divide the width, patches larger than the image, an unknown activation.
     """
     for name, tower in (("text", config.text), ("vision", config.vision)):
+        if min(tower.hidden_size, tower.intermediate_size, tower.num_layers, tower.num_heads) < 1:
+            raise UserError(f"{name} tower: sizes below 1 ({tower})")
         if tower.hidden_size % tower.num_heads:
             raise UserError(f"{name} tower: {tower.num_heads} heads don't divide a width of {tower.hidden_size}")
         if tower.hidden_act not in ACTIVATIONS:
-            raise UserError(f"{name} tower: activation {nearest(tower.hidden_act, list(ACTIVATIONS))}")
-    if config.vision.image_size < config.vision.patch_size:
+            hint = nearest(tower.hidden_act, list(ACTIVATIONS))
+            raise UserError(f"{name} tower: activation {tower.hidden_act!r} is unknown; {hint}")
+    if not 0 < config.vision.patch_size <= config.vision.image_size:
         raise UserError(f"an image of {config.vision.image_size} px holds no patch of {config.vision.patch_size} px")
 
 
@@ -212,6 +230,12 @@ def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
+def _projection(tower: TowerConfig, dim: int, runtime: Runtime, rngs: nnx.Rngs) -> nnx.Linear:
+    """From a tower's width to the space that images and texts share."""
+    width = tower.hidden_size
+    return linear(width, dim, ("embed", None), rngs, runtime, std=width**-0.5, use_bias=False)
+
+
 class FlaxCLIPModel(nnx.Module):
     """CLIP with Hugging Face's parameters and call.
 
@@ -227,12 +251,8 @@ class FlaxCLIPModel(nnx.Module):
         with nnx.use_eager_sharding(False):  # axis names are met by parallel/sharding.py, not while being created
             self.text = TextTransformer(config.text, runtime, rngs)
             self.vision = VisionTransformer(config.vision, runtime, rngs)
-            for name, tower in (("text_projection", config.text), ("visual_projection", config.vision)):
-                dim = tower.hidden_size
-                projection = linear(
-                    dim, config.projection_dim, ("embed", None), rngs, runtime, std=dim**-0.5, use_bias=False
-                )
-                setattr(self, name, projection)
+            self.text_projection = _projection(config.text, config.projection_dim, runtime, rngs)
+            self.visual_projection = _projection(config.vision, config.projection_dim, runtime, rngs)
             self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
     def __call__(
@@ -294,7 +314,7 @@ class FlaxCLIPModel(nnx.Module):
 
 
 def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
-    """Floating-point operations of one image's or text's forward pass: matrix products only, 2 for each multiply-add."""
+    """Floating-point operations of one image's or text's forward pass: matrix products, 2 for each multiply-add."""
     dim = tower.hidden_size
     if isinstance(tower, VisionConfig):
         tokens = tower.num_patches + 1

@@ -22,9 +22,7 @@ _LARGE_VISION = VisionConfig(hidden_size=1024, intermediate_size=4096, num_layer
 NAMED_SIZES = {
     "tiny": CLIPConfig(
         TextConfig(hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2, context_length=24),
-        VisionConfig(
-            hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, image_size=64, patch_size=8
-        ),
+        VisionConfig(hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, image_size=64, patch_size=16),
         projection_dim=64,
     ),
     "ViT-B/32": CLIPConfig(),

@@ -5,6 +5,7 @@ Parameters carry logical axis names ('embed', 'heads', 'mlp', 'layers'); `parall
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +48,10 @@ class Runtime:
         return jnp.dtype(self.compute_dtype)
 
     @property
-    def attention_implementation(self) -> str:
+    def attention_implementation(self) -> Literal["xla", "cudnn"]:
         """'cudnn' is flash attention, which takes 16-bit types on NVIDIA GPUs only."""
-        if self.attention == "auto":
-            return "cudnn" if jax.default_backend() == "gpu" and self.compute_dtype == "bfloat16" else "xla"
-        return self.attention
+        flash = jax.default_backend() == "gpu" and self.compute_dtype == "bfloat16"
+        return "cudnn" if self.attention == "cudnn" or (self.attention == "auto" and flash) else "xla"
 
 
 def linear(
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
             self.value(x).reshape(heads),
             mask=mask,
             is_causal=is_causal,
-            implementation=self.runtime.attention_implementation,  # type: ignore[arg-type]
+            implementation=self.runtime.attention_implementation,
         )
         return self.out(attended.reshape(x.shape))
 
@@ -175,7 +175,5 @@ def apply_layers(
     if runtime.scan_layers:
         return jax.lax.scan(block, x, stacked)[0]
     for i in range(len(jax.tree.leaves(stacked)[0])):
-        x, _ = block(x, jax.tree.map(lambda leaf: leaf[i], stacked))
+        x, _ = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
     return x
-
-

@@ -21,7 +21,9 @@ def abstract_model(config: CLIPConfig, runtime: Runtime = Runtime()) -> FlaxCLIP
 
 def flat_params(model: FlaxCLIPModel) -> Params:
     """The model's parameters by dotted path."""
-    return {".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {
+        ".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
 
 
 def axis_names(model: FlaxCLIPModel) -> dict[str, tuple[str | None, ...]]:

@@ -70,12 +70,20 @@ def _from_hf(value: np.ndarray, transform: str) -> np.ndarray:
     return value
 
 
+def _hf_shape(shape: tuple[int, ...], transform: str) -> tuple[int, ...]:
+    """What Hugging Face's tensor has, where ours has `shape`."""
+    if transform == "patch":
+        patch = round((shape[0] / 3) ** 0.5)
+        return shape[1], 3, patch, patch
+    return shape[::-1] if transform == "transpose" else shape
+
+
 def _to_hf(value: np.ndarray, transform: str) -> np.ndarray:
     if transform == "transpose":
         return np.array(value.T, order="C")
     if transform == "patch":
-        patch = round((value.shape[0] / 3) ** 0.5)
-        return np.array(value.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1), order="C")
+        dim, channels, patch, _ = _hf_shape(value.shape, transform)
+        return np.array(value.reshape(patch, patch, channels, dim).transpose(3, 2, 0, 1), order="C")
     return np.array(value, order="C")
 
 
@@ -87,7 +95,7 @@ def params_to_hf(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     if unknown := sorted(set(params) - set(TABLE)):
         raise UserError(f"not parameters of a CLIP: {', '.join(unknown)}")
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for ours, value in params.items():
         theirs, transform = TABLE[ours]
         value = np.asarray(value, np.float32)
@@ -114,12 +122,12 @@ def params_from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple
         if missing := [name for name in names if name not in tensors]:
             problems += [f"missing {name}" for name in missing]
             continue
-        wanted = shape[1:] if stacked else shape
+        wanted = _hf_shape(shape[1:] if stacked else shape, transform)
+        if wrong := [name for name in names if tensors[name].shape != wanted]:
+            problems += [f"misshapen {name}: {tensors[name].shape}, not {wanted}" for name in wrong]
+            continue
         layers = [_from_hf(np.asarray(tensors[name], np.float32), transform) for name in names]
-        wrong = [(n, layer.shape) for n, layer in zip(names, layers, strict=True) if layer.shape != wanted]
-        problems += [f"misshapen {name}: {found}, not {wanted} (as stored here)" for name, found in wrong]
-        if not wrong:
-            params[ours] = np.stack(layers) if stacked else layers[0]
+        params[ours] = np.stack(layers) if stacked else layers[0]
     problems += [f"unexpected {name}" for name in sorted(rest)]
     if problems:
         raise UserError(f"{where}: the weights don't fit config.json: {'; '.join(problems)}")
@@ -136,9 +144,11 @@ def read_config(folder: Path) -> CLIPConfig:
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; a model folder in the Hugging Face layout is needed")
     try:
-        return config_from_hf(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); copy it again") from error
 
 
 def read_params(folder: Path, config: CLIPConfig) -> Params:
@@ -160,8 +170,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if single.is_file():
         return _read_safetensors(single)
     if index.is_file():
-        tensors = {}
-        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        tensors: dict[str, np.ndarray] = {}
+        for shard in _read_shard_names(index):
             if not (folder / shard).is_file():
                 raise UserError(f"{folder}: {shard}, named by {index.name}, is missing")
             tensors |= _read_safetensors(folder / shard)
@@ -173,6 +183,13 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         f"{folder}: no model.safetensors or flax_model.msgpack (pickled weights found: {found}; they can run code "
         "when read, save the model again with safe_serialization=True)"
     )
+
+
+def _read_shard_names(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of safetensors ({error!r}); copy it again") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -194,7 +211,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
         tree = msgpack_restore(path.read_bytes())
     except Exception as error:  # msgpack raises many kinds on a damaged file
         raise UserError(f"{path}: can't be read ({error}); copy it again") from error
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, value in traverse_util.flatten_dict(tree, sep=".").items():
         name, value = name.replace(".scale", ".weight"), np.asarray(value)
         if name.endswith(".kernel"):

@@ -1,6 +1,5 @@
 """Data in, a fine-tuned model folder out."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -30,11 +28,11 @@ from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import sharding
 from clip_har_jax.parallel.mesh import AXES, make_mesh, peak_flops
 from clip_har_jax.pipelines.provenance import make_record
-from clip_har_jax.text import make_prompts, phrase
+from clip_har_jax.text import make_prompts
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.guards import StopSignal
 from clip_har_jax.training.loop import Meter, Schedule, fit
-from clip_har_jax.training.methods import Classes, Full, make_method
+from clip_har_jax.training.methods import Classes, make_method
 from clip_har_jax.training.optim import make_optimizer, make_schedule
 from clip_har_jax.training.sinks import ConsoleSink, JsonlSink, Sink
 from clip_har_jax.training.state import TrainState, make_state, state_shardings
@@ -193,7 +191,7 @@ class _Run:
         self.class_step = make_class_step(self.graphdef, len(self.data.labels), self.mesh)
         texts = [(text, i) for i, label in enumerate(self.data.labels) for text in self.data.prompts[label]]
         input_ids, _ = self.start.tokenizer([text for text, _ in texts], self.start.config.text.context_length)
-        self.prompts = sharding.put(
+        self.prompts: Any = sharding.put(
             (input_ids, np.asarray([i for _, i in texts], np.int32)), (sharding.replicated(self.mesh),) * 2
         )
 
@@ -304,12 +302,19 @@ class _Run:
         count = sum(value.size for value in params.values())
         trainable = sum(value.size for value in self.state.params.values())
         mesh = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in AXES if self.mesh.shape[axis] > 1) or "1 device"
-        print(f"data    {len(self.data.train)} training and {len(self.data.val)} validation images, "
-              f"{len(self.data.labels)} classes")
-        print(f"model   {self.config.model.name}, {count:,} parameters ({trainable:,} trainable), "
-              f"listed in {self.workdir / 'parameters.txt'}")
-        print(f"run     {self.num_steps} steps of {self.config.train.global_batch_size} images on {mesh}"
-              + (f", continuing at step {step}" if step else ""), flush=True)
+        print(
+            f"data    {len(self.data.train)} training and {len(self.data.val)} validation images, "
+            f"{len(self.data.labels)} classes"
+        )
+        print(
+            f"model   {self.config.model.name}, {count:,} parameters ({trainable:,} trainable), "
+            f"listed in {self.workdir / 'parameters.txt'}"
+        )
+        print(
+            f"run     {self.num_steps} steps of {self.config.train.global_batch_size} images on {mesh}"
+            + (f", continuing at step {step}" if step else ""),
+            flush=True,
+        )
 
     def write_model(self, state: TrainState) -> Path:
         """Writes the model folder and seals it; the old one stays whole until the new one is."""

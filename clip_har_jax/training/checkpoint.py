@@ -65,9 +65,7 @@ class Checkpointer:
             return
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))),
             metrics=dict(metrics),
             force=True,
         )

@@ -10,8 +10,10 @@ from clip_har_jax.config import OptimConfig
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 to the peak, then cosine to 0 at the last step."""
     warmup = min(round(config.warmup_fraction * num_steps), num_steps - 1)
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, num_steps) if warmup else (
-        optax.cosine_decay_schedule(config.learning_rate, num_steps)
+    return (
+        optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, num_steps)
+        if warmup
+        else (optax.cosine_decay_schedule(config.learning_rate, num_steps))
     )
 
 

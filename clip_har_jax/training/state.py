@@ -13,12 +13,12 @@ from clip_har_jax.parallel.sharding import put, replicated
 
 
 class TrainState(NamedTuple):
-    """What a step takes and gives back, and a checkpoint holds."""
+    """What a step takes and gives back, and a checkpoint holds; or, in the same places, their shapes or shardings."""
 
-    step: jax.Array  # int32 scalar: updates made
+    step: Any  # int32 scalar: updates made
     params: Params  # trainable parameters by dotted path, float32
     opt_state: Any
-    key: jax.Array  # raw uint32 random key; a step folds its number into it
+    key: Any  # raw uint32 random key; a step folds its number into it
 
 
 def opt_state_shardings(

@@ -33,10 +33,10 @@ def _per_example(name: str) -> Callable[..., dict[str, jax.Array]]:
 class TrainMetrics(clu_metrics.Collection):
     """One step's metrics; merging several gives their average over examples (loss, top1) and steps (the rest)."""
 
-    loss: clu_metrics.Average.from_fun(_per_example("loss"))
-    top1: clu_metrics.Average.from_fun(_per_example("top1"))
-    grad_norm: clu_metrics.Average.from_output("grad_norm")
-    learning_rate: clu_metrics.LastValue.from_output("learning_rate")
+    loss: clu_metrics.Average.from_fun(_per_example("loss"))  # type: ignore[valid-type]
+    top1: clu_metrics.Average.from_fun(_per_example("top1"))  # type: ignore[valid-type]
+    grad_norm: clu_metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
+    learning_rate: clu_metrics.LastValue.from_output("learning_rate")  # type: ignore[valid-type]
 
 
 def normalize(images: UInt8[Array, "b h w 3"], preprocess: Preprocess) -> Float[Array, "b h w 3"]:
@@ -71,9 +71,7 @@ def make_train_step(
     def train_step(
         state: TrainState, frozen: Params, classes: Classes, batch: Batch
     ) -> tuple[TrainState, TrainMetrics]:
-        (_, (losses, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, frozen, classes, batch
-        )
+        (_, (losses, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, classes, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if "logit_scale" in params:

@@ -1,0 +1,58 @@
+"""The public interface and the commands, from outside: light imports, exit codes, one line for a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, clip_har_jax; from clip_har_jax import load_config; print(json.dumps(sorted(sys.modules)))"
+    done = run_python("-c", f"import json; {code}")
+    heavy = {"jax", "flax", "tensorflow", "grain", "transformers", "matplotlib", "torch"} & set(json.loads(done.stdout))
+    assert not heavy
+
+
+def test_tensorflow_is_not_on_the_way_to_training():
+    done = run_python("-c", "import sys, clip_har_jax; clip_har_jax.train; print('tensorflow' in sys.modules)")
+    assert done.stdout.strip() == "False"
+
+
+def test_the_public_names_exist():
+    import clip_har_jax
+
+    assert all(getattr(clip_har_jax, name) is not None for name in clip_har_jax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = clip_har_jax.nothing
+
+
+def test_help_explains_each_flag_and_exits_0():
+    done = run_python("scripts/train.py", "--help")
+    assert done.returncode == 0
+    assert "--config=configs/demo.py" in done.stdout
+    assert "--workdir=runs/demo" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/none.py", "--workdir=x"], "configs/none.py"),
+        (["--config=configs/demo.py", "--workdir=x", "--config.optim.lr=1"], "unknown key"),
+        (["--config=configs/demo.py", "--workdir=x", "--config.seed"], "--config.seed=VALUE"),
+        (["--config=configs/demo.py", "--workdir=x", "--learning_rate=1"], "unrecognized argument"),
+        (["--config=configs/demo.py"], "--workdir"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exits_2(arguments, message):
+    done = run_python("scripts/train.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
