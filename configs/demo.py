@@ -13,9 +13,9 @@ def get_config() -> ConfigDict:
         {
             "data": {"val": "synthetic?split=val", "augment": {"crop_scale_min": 1.0}},
             "text": {"templates": ("a photo of a person {}.",)},
-            "train": {"num_steps": 900, "log_every_steps": 25},
+            "train": {"num_steps": 1000, "log_every_steps": 25},
             "optim": {"learning_rate": 2e-3, "weight_decay": 0.05},
-            "eval": {"every_steps": 300},
-            "checkpoint": {"every_steps": 300},
+            "eval": {"every_steps": 250},
+            "checkpoint": {"every_steps": 250},
         }
     )

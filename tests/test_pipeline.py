@@ -243,6 +243,15 @@ def test_continued_run_logs_no_input_again(tmp_path: Path) -> None:
     assert [json.loads(line)["input"] for line in log.read_text().splitlines()] == ["image-1", "image-4"]
 
 
+def test_sources_of_a_run_share_a_log(tmp_path: Path) -> None:
+    source, log = ArraySource(8, damaged=[1, 4]), tmp_path / "bad_inputs.jsonl"
+    both = [BadInputs(source, 1.0, log), BadInputs(source, 1.0, log)]
+    for bad_inputs in both:
+        evaluation(source, 4, bad_inputs=bad_inputs)
+        assert len(bad_inputs) == 2
+    assert len(log.read_text().splitlines()) == 2
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bug_surfaces_with_the_name_of_its_example(num_workers: int) -> None:

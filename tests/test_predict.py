@@ -2,9 +2,10 @@
 
 import io
 import json
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -192,14 +193,17 @@ def test_list_inputs(photos: Path, tmp_path: Path) -> None:
         list_inputs([str(tmp_path / "empty")], io.BytesIO())
 
 
-def run_command(model: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/predict.py", f"--model={model}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, input=stdin, check=False, timeout=120)
-
-
 def test_the_command_prints_json(model: Path, photos: Path, predictor: Predictor) -> None:
     (photos / "bad.jpg").write_bytes(b"\xff\xd8 no image")
-    done = run_command(model, "--json", str(photos), "-", stdin=f"{photos / 'a.png'}\n{photos / 'gone.png'}\n")
+    done = subprocess.run(
+        [sys.executable, "scripts/predict.py", f"--model={model}", "--json", str(photos), "-"],
+        input=f"{photos / 'a.png'}\n{photos / 'gone.png'}\n",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=120,
+    )
     assert (done.returncode, done.stderr) == (1, "")
     entries = [json.loads(line) for line in done.stdout.splitlines()]
     names = ["a.png", "b.png", "bad.jpg", "deep/er/c.png", "a.png", "gone.png"]
@@ -212,21 +216,38 @@ def test_the_command_prints_json(model: Path, photos: Path, predictor: Predictor
     assert set(entries[0]["top"][0]) == {"label", "score"}
 
 
-def test_the_command_prints_aligned_lines(model: Path, photos: Path) -> None:
-    done = run_command(model, "--classes=riding a bike,eating", str(photos))
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert [line.index(str(photos)) for line in lines] == [len("0.000  riding a bike  ")] * 3
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, model: Path) -> Callable[..., int]:
+    """Runs the script in this process, which has JAX in it already; gives the exit code."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["predict.py", f"--model={model}", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(ROOT / "scripts" / "predict.py"), run_name="__main__")
+        return int(done.value.code or 0)
+
+    return run
 
 
-def test_the_command_names_mistakes(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    done = run_command(model, str(tmp_path / "empty"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    done = run_command(model, "-")
-    assert (done.returncode, done.stderr) == (2, "error: no paths on stdin; write one a line\n")
+def test_the_command_prints_aligned_lines(
+    run_command: Callable[..., int], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = photos / "gone.png"
+    assert run_command("--classes=riding a bike,eating", str(photos), str(gone)) == 1
+    shown = capsys.readouterr()
+    columns = [line.index(str(photos)) for line in shown.out.splitlines()]
+    assert columns == [len("0.000  riding a bike  ")] * 3
+    assert shown.err == f"error: {gone}: can't be read (No such file or directory)\n"
+
+
+def test_the_command_names_mistakes(
+    run_command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(str(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no images in this folder")
+    assert run_command("-") == 2
+    assert capsys.readouterr().err == "error: no paths on stdin; write one a line\n"
 
 
 def test_an_error_is_one_json_object() -> None:

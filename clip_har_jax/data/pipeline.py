@@ -105,23 +105,16 @@ class BadInputs:
     Args:
       source: whose examples are meant.
       max_fraction: share of the source; one image more ends the run.
-      log: bad_inputs.jsonl, appended to; None: counted only. Sources and continued runs can share one: an input that
-        is in it already isn't logged again.
+      log: bad_inputs.jsonl, appended to; None: counted only. The sources of a run, and the run continued, share one:
+        an input that is in it already isn't logged again.
     """
 
     def __init__(self, source: Source, max_fraction: float, log: Path | None = None):
         self._limit, self._size, self._log = max_fraction * len(source), len(source), log
         self._seen: dict[int, str] = {}
-        self._logged = _logged_inputs(log) if log is not None else set()
 
     def __len__(self) -> int:
         return len(self._seen)
-
-    def _logged(self) -> set[str]:
-        """What stands in the log already, from the run's other source or from before it continued."""
-        if self._log is None or not self._log.exists():
-            return set()
-        return {json.loads(line)["input"] for line in self._log.read_text().splitlines() if line.endswith("}")}
 
     def record(self, errors: Iterable[BadInput]) -> None:
         """Takes the errors of a batch.
@@ -129,9 +122,10 @@ class BadInputs:
         Raises:
           UserError: more bad images than the config allows.
         """
-        for index, name, reason in errors:
-            self._seen.setdefault(index, f"{name}: {reason}")
-            self._write({"input": name, "index": index, "error": reason})
+        new = {index: (name, reason) for index, name, reason in errors if index not in self._seen}
+        if new and self._log is not None:
+            _append(self._log, new)
+        self._seen |= {index: f"{name}: {reason}" for index, (name, reason) in new.items()}
         if len(self._seen) > self._limit:
             listed = f", all so far in {self._log}" if self._log is not None else ""
             raise UserError(
@@ -139,21 +133,18 @@ class BadInputs:
                 f"{next(iter(self._seen.values()))}{listed}; mend or remove them, or raise config.data.max_bad_fraction"
             )
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        if self._log is not None and entry["input"] not in self._logged:
-            self._logged.add(entry["input"])
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
 
-
-def _logged_inputs(log: Path) -> set[str]:
-    """The inputs in a log; ends a line that a killed run left unfinished, so that the next stands alone."""
-    if not log.exists():
-        return set()
-    text = log.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
-        log.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-    return {json.loads(line)["input"] for line in text.split("\n")[:-1]}
+def _append(log: Path, entries: dict[int, tuple[str, str]]) -> None:
+    """Adds index -> (name, reason) to a log, less the names that are in it."""
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:  # a killed run left half a line
+        log.write_text(whole, encoding="utf-8")
+    logged = {json.loads(line)["input"] for line in whole.splitlines()}
+    with log.open("a", encoding="utf-8") as file:
+        for index, (name, reason) in entries.items():
+            if name not in logged:
+                file.write(json.dumps({"input": name, "index": index, "error": reason}) + "\n")
 
 
 class BatchIterator:

@@ -53,7 +53,7 @@ class Pose:
     nod: float = 0.0  # of the head, forwards, beyond the lean
     turn: float = 0.0  # of the whole body; 90 lies on its back
     mouth: float = 0.0  # how far open, 0 to 1
-    knees: float = 1.0  # 1: bend forwards
+    elbows: tuple[float, float] = (-1.0, -1.0)  # -1: bend backwards, 1: forwards
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,12 @@ def draw_person(canvas: Canvas, pose: Pose, look: Look) -> Body:
     width = look.thickness
 
     def leg(i: int) -> None:
-        knee, foot = _joint((0.0, 0.0), _rotate(pose.feet[i], pose.turn), LEG, pose.knees)
+        knee, foot = _joint((0.0, 0.0), _rotate(pose.feet[i], pose.turn), LEG, 1.0)
         canvas.line([(0.0, 0.0), knee, foot], look.trousers, width)
         canvas.line([foot, _add(foot, _rotate((0.05, 0.0), pose.turn))], look.hair, width * 0.8)
 
     def arm(i: int) -> None:
-        elbow, hand = _joint(neck, _add(neck, _rotate(pose.hands[i], pose.turn)), ARM, -1.0)
+        elbow, hand = _joint(neck, _add(neck, _rotate(pose.hands[i], pose.turn)), ARM, pose.elbows[i])
         canvas.line([neck, elbow], look.shirt, width * 0.85)
         canvas.line([elbow, hand], look.skin, width * 0.7)
         hands.append(hand)
@@ -231,7 +231,7 @@ def _seated(**changes: object) -> Pose:
 
 
 POSES = {
-    "calling": Pose(hands=((0.10, 0.12), (-0.07, -0.32))),
+    "calling": Pose(hands=((0.10, 0.12), (0.27, -0.16))),
     "clapping": Pose(hands=((0.26, 0.05), (0.25, -0.01))),
     "cycling": Pose(hands=((0.12, -0.22), (0.11, -0.22)), feet=((0.10, -0.34), (-0.02, -0.44)), lean=40.0),
     "dancing": Pose(hands=((0.16, 0.28), (-0.30, 0.14)), feet=((0.34, -0.28), (-0.05, -0.47))),
@@ -240,7 +240,7 @@ POSES = {
     "fighting": Pose(hands=((0.33, 0.03), (0.13, 0.04)), feet=((0.18, -0.43), (-0.20, -0.42)), lean=8.0),
     "hugging": Pose(hands=((0.22, -0.03), (0.22, -0.12)), lean=6.0, nod=12.0),
     "laughing": Pose(hands=((0.09, -0.20), (0.06, -0.22)), lean=-16.0, nod=-18.0, mouth=1.0),
-    "listening_to_music": Pose(hands=((0.10, 0.13), (-0.12, 0.13)), nod=5.0),
+    "listening_to_music": Pose(hands=((0.12, 0.13), (-0.13, 0.13)), elbows=(1.0, -1.0)),
     "running": Pose(hands=((0.23, -0.04), (-0.20, -0.16)), feet=((0.28, -0.30), (-0.36, -0.24)), lean=18.0),
     "sitting": _seated(),
     "sleeping": Pose(turn=-90.0, feet=((0.03, -0.47), (-0.01, -0.47)), hands=((0.04, -0.30), (0.0, -0.31))),
@@ -300,7 +300,7 @@ def _in_hand(canvas: Canvas, label: str, body: Body, colour: Colour, furniture: 
         draw_laptop(canvas.at((0.22, 0.10)), colour)
     elif label == "listening_to_music":
         arc = [
-            _add(body.head, _rotate((0.11 * math.cos(a), 0.11 * math.sin(a)), body.up))
+            _add(body.head, _rotate((0.12 * math.cos(a), 0.12 * math.sin(a)), body.up))
             for a in np.linspace(0, math.pi, 8)
         ]
         canvas.line(arc, colour, 0.03)
