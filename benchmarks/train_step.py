@@ -7,7 +7,6 @@ et al. 2021 and AdamW. Each is a process of its own; they take turns, step by st
 slows both. torch is no requirement of this project:
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers \
-        --extra-index-url https://download.pytorch.org/whl/cpu
 """
 
 import functools
@@ -59,7 +58,7 @@ class Side:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
+            raise RuntimeError(f"a side ended with exit code {self._process.wait()}")
         return json.loads(line)
 
 
@@ -112,7 +111,7 @@ def write_start(folder: Path, batch_size: int) -> Path:
     from clip_har_jax.models.pretrained import write_params
 
     write_params(folder, CLIPConfig(), init_params(CLIPConfig(), seed=0))
-    np.savez(folder / "inputs.npz", **make_inputs(batch_size))
+    np.savez(folder / "inputs.npz", allow_pickle=False, **make_inputs(batch_size))
     return folder / "inputs.npz"
 
 

@@ -38,7 +38,7 @@ def _vision(width: int, heads: int, patch: int, image: int = 224, layers: int = 
     return _text(width, heads) | {"patch_size": patch, "image_size": image, "num_hidden_layers": layers}
 
 
-# The named sizes: tiny whole, the others one layer of each tower.
+# A tiny one of several layers, and the published sizes with one layer a tower.
 CASES = {
     "tiny": _case(_text(64, 2, num_hidden_layers=2, max_position_embeddings=24), _vision(128, 4, 8, 64, layers=4), 64),
     "ViT-B/32": _case(_text(512, 8), _vision(768, 12, 32), 512),

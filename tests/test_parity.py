@@ -60,13 +60,11 @@ def run(config: CLIPConfig, params: Params, inputs: dict[str, jax.Array]) -> tup
     return forward(params, inputs)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_cases_are_the_named_sizes(name: str) -> None:
-    case, size = config_from_hf(CASES[name]), NAMED_SIZES[name]
-    if name != "tiny":  # whose layers are few enough to keep all
-        one_layer = {tower: dataclasses.replace(getattr(size, tower), num_layers=1) for tower in ("text", "vision")}
-        size = dataclasses.replace(size, **one_layer)
-    assert case == size
+@pytest.mark.parametrize("name", sorted(NAMED_SIZES.keys() - {"tiny"}))  # tiny's own sizes may change freely
+def test_cases_are_the_published_sizes(name: str) -> None:
+    size = NAMED_SIZES[name]
+    one_layer = {tower: dataclasses.replace(getattr(size, tower), num_layers=1) for tower in ("text", "vision")}
+    assert config_from_hf(CASES[name]) == dataclasses.replace(size, **one_layer)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,47 +110,32 @@ def test_weights_go_back_unchanged(size: str) -> None:
 
 
 @cache
-def loss_and_grads(runtime: Runtime) -> tuple[jax.Array, Params]:
-    config = config_from_hf(small())  # two layers a tower: unrolled ones take long to compile
-    params = init_params(config, 0)
-    inputs = {key: jnp.asarray(value) for key, value in make_inputs(small()).items()}
+def text_grads(runtime: Runtime) -> Params:
+    """Gradients of the text tower, as both towers run their layers by the same function."""
+    config, inputs = config_from_hf(small()), make_inputs(small())
 
     def loss(params: Params) -> jax.Array:
-        log_probs = jax.nn.log_softmax(make_model(config, params, runtime)(**inputs).logits_per_image)
-        return -log_probs[0, 0] - log_probs[1, 1]
+        ids, mask = jnp.asarray(inputs["input_ids"]), jnp.asarray(inputs["attention_mask"])
+        return jnp.sum(jnp.sin(make_model(config, params, runtime).get_text_features(ids, mask)))
 
     # Unoptimised, since compiling takes most of the time here.
-    return jax.jit(jax.value_and_grad(loss), compiler_options={"xla_backend_optimization_level": 0})(params)
+    grads = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(init_params(config, 0))
+    return {name: grad for name, grad in grads.items() if name.startswith("text")}
 
 
 @pytest.mark.parametrize(
     "runtime",
-    [
-        Runtime(remat="dots"),
-        Runtime(remat="full"),
-        Runtime(scan_layers=False),
-        Runtime(remat="full", scan_layers=False),
-    ],
-    ids=lambda runtime: f"{runtime.remat} {'scanned' if runtime.scan_layers else 'unrolled'}",
+    [Runtime(remat="dots"), Runtime(remat="full"), Runtime(scan_layers=False)],
+    ids=["dots", "full", "unrolled"],
 )
 def test_runtime_changes_no_gradient(runtime: Runtime) -> None:
-    loss, grads = loss_and_grads(runtime)
-    expected_loss, expected = loss_and_grads(Runtime())
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    grads, expected = text_grads(runtime), text_grads(Runtime())
+    largest = max(float(jnp.abs(grad).max()) for grad in expected.values())
+    assert largest > 0.01
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
-        # The key biases' gradients are rounding alone (see above), so all are held against the largest gradient.
-        np.testing.assert_allclose(grad, expected[name], rtol=1e-4, atol=1e-6 * largest(expected), err_msg=name)
-
-
-def largest(grads: Params) -> float:
-    return max(float(jnp.abs(grad).max()) for grad in grads.values())
-
-
-def test_every_parameter_has_a_gradient() -> None:
-    _, grads = loss_and_grads(Runtime())
-    without = [name for name, grad in grads.items() if jnp.abs(grad).max() < 1e-6 * largest(grads)]
-    assert without == ["text.layers.attention.key.bias", "vision.layers.attention.key.bias"]
+        # The key biases' gradients are rounding alone (see above), so all are held against the largest.
+        np.testing.assert_allclose(grad, expected[name], rtol=1e-5, atol=1e-6 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

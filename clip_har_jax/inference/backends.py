@@ -98,6 +98,7 @@ class JaxBackend:
         import jax
         from flax import nnx
 
+        from clip_har_jax.models.clip import normalize_images
         from clip_har_jax.models.factory import load
         from clip_har_jax.models.pretrained import resolve_folder
 
@@ -109,10 +110,10 @@ class JaxBackend:
         loaded = load(str(self.path))
         self.labels, self.preprocess = actions.labels, loaded.preprocess
         graphdef, self._state = nnx.split(loaded.model)
-        mean, std = (np.asarray([[[v]]], np.float32) for v in (self.preprocess.mean, self.preprocess.std))
+        mean, std = self.preprocess.mean, self.preprocess.std
 
         def forward(state: Any, classes: jax.Array, scale: jax.Array, images: jax.Array) -> tuple[jax.Array, ...]:
-            embeddings = nnx.merge(graphdef, state).encode_image((images / np.float32(255) - mean) / std)
+            embeddings = nnx.merge(graphdef, state).encode_image(normalize_images(images, mean, std))
             logits = scale * embeddings @ classes.T
             return logits, jax.nn.softmax(logits), embeddings
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.models.layers import ACTIVATIONS, Runtime, TowerConfig, apply_layers, layer_norm, linear, make_layers
@@ -222,6 +222,14 @@ class CLIPOutput(NamedTuple):
     logits_per_text: Float[Array, "t i"]
     text_embeds: Float[Array, "t d"]
     image_embeds: Float[Array, "i d"]
+
+
+def normalize_images(
+    images: UInt8[Array, "b h w 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "b h w 3"]:
+    """CLIP's normalisation, on the device: a quarter of the bytes cross to it."""
+    shift, scale = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (mean, std))
+    return (images.astype(jnp.float32) / 255.0 - shift) / scale
 
 
 def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +206,9 @@ class _Run:
         shard, num_shards = sharding.process_shard(self.mesh, batch_size)
         rows = sharding.batch_sharding(self.mesh)
         # With a frozen text tower the class embeddings never change: they are computed once.
-        classes = Classes(*self.prompts, None) if self.method.trains_text else self.classes(state.params)
+        classes = (
+            Classes(self.prompts[0], self.prompts[1], None) if self.method.trains_text else self.classes(state.params)
+        )
         peak = peak_flops(jax.devices()[0])
         meter = Meter(self._flops_per_image(), peak and peak * jax.device_count())
         schedule = Schedule(
@@ -252,9 +254,6 @@ class _Run:
         rows = sharding.batch_sharding(self.mesh)
         shard, num_shards = sharding.process_shard(self.mesh, self.config.eval.batch_size)
 
-        def logits(batch: Batch) -> np.ndarray:
-            return np.asarray(self.eval_step(state.params, self.frozen, classes, sharding.place(batch, rows)))
-
         batches = eval_batches(
             self.data.val,
             self.config.data,
@@ -264,7 +263,15 @@ class _Run:
             process_count=num_shards,
             bad_inputs=self.bad_inputs["val"],
         )
-        return evaluate(logits, batches, self.data.labels)
+
+        def computed() -> Iterator[Batch]:
+            """Batches of all processes' rows, with the logits in the images' place."""
+            for batch in batches:
+                logits, whole = self.eval_step(state.params, self.frozen, classes, sharding.place(batch, rows))
+                label, mask, index = (np.asarray(part) for part in (whole.label, whole.mask, whole.index))
+                yield Batch(np.asarray(logits), label, mask, index)
+
+        return evaluate(lambda batch: batch.image, computed(), self.data.labels)
 
     def _flops_per_image(self) -> int:
         """Of a training step: forward, and twice that backward where the tower is trained."""

@@ -10,10 +10,10 @@ import optax
 from clu import metrics as clu_metrics
 from flax import nnx, struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from clip_har_jax.batch import Batch
-from clip_har_jax.models.clip import FlaxCLIPModel
+from clip_har_jax.models.clip import FlaxCLIPModel, normalize_images
 from clip_har_jax.models.params import Params, unflatten
 from clip_har_jax.parallel.sharding import replicated
 from clip_har_jax.preprocess import Preprocess
@@ -39,12 +39,6 @@ class TrainMetrics(clu_metrics.Collection):
     learning_rate: clu_metrics.LastValue.from_output("learning_rate")  # type: ignore[valid-type]
 
 
-def normalize(images: UInt8[Array, "b h w 3"], preprocess: Preprocess) -> Float[Array, "b h w 3"]:
-    """CLIP's normalisation, on the device: a quarter of the bytes cross to it."""
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (preprocess.mean, preprocess.std))
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
-
-
 def merge_model(graphdef: nnx.GraphDef[FlaxCLIPModel], *params: Params) -> FlaxCLIPModel:
     """The model that computes with the given parameters, which together are all of its own."""
     return nnx.merge(graphdef, unflatten({name: value for part in params for name, value in part.items()}))
@@ -64,7 +58,8 @@ def make_train_step(
 
     def loss_fn(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[jax.Array, Any]:
         model = merge_model(graphdef, params, frozen)
-        logits = method.logits(model, normalize(batch.image, preprocess), classes)
+        images = normalize_images(batch.image, preprocess.mean, preprocess.std)
+        logits = method.logits(model, images, classes)
         losses = cross_entropy(logits, batch.label, label_smoothing)
         return masked_mean(losses, batch.mask), (losses, jnp.argmax(logits, -1) == batch.label)
 
@@ -90,11 +85,12 @@ def make_train_step(
 
 def make_eval_step(
     graphdef: nnx.GraphDef[FlaxCLIPModel], method: Full, preprocess: Preprocess, mesh: Mesh
-) -> Callable[[Params, Params, Classes, Batch], Float[Array, "b c"]]:
-    """The class logits of a batch, jitted; every process gets those of the whole batch."""
+) -> Callable[[Params, Params, Classes, Batch], tuple[Float[Array, "b c"], Batch]]:
+    """The class logits of a batch, jitted, and its labels, mask and index; every process gets those of all rows."""
 
-    def eval_step(params: Params, frozen: Params, classes: Classes, batch: Batch) -> jax.Array:
-        return method.logits(merge_model(graphdef, params, frozen), normalize(batch.image, preprocess), classes)
+    def eval_step(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[jax.Array, Batch]:
+        images = normalize_images(batch.image, preprocess.mean, preprocess.std)
+        return method.logits(merge_model(graphdef, params, frozen), images, classes), batch._replace(image=None)
 
     return jax.jit(eval_step, out_shardings=replicated(mesh))
 
