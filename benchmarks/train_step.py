@@ -1,4 +1,4 @@
-r"""A CLIP training step of ours beside that of transformers' torch CLIPModel: ViT-B/32, both towers, float32, CPU.
+"""A CLIP training step of ours beside that of transformers' torch CLIPModel: ViT-B/32, both towers, float32, CPU.
 
     python -m benchmarks.train_step [--torch_python=.venv-torch/bin/python] [--batch_size=8] [--rounds=10]
 
@@ -6,7 +6,7 @@ Both sides begin with the same weights, take the same images and texts of 77 tok
 et al. 2021 and AdamW. Each is a process of its own; they take turns, step by step, so that what else the machine does
 slows both. torch is no requirement of this project:
 
-    python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers \
+    python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers
 """
 
 import functools
