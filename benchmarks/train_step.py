@@ -4,7 +4,9 @@
 
 Both sides begin with the same weights, take the same images and texts of 77 tokens, the contrastive loss of Radford
 et al. 2021 and AdamW. Each is a process of its own; they take turns, step by step, so that what else the machine does
-slows both. torch is no requirement of this project:
+slows both. Alternating isn't enough on a busy machine: torch's threads wait for one another in a loop, so that a core
+taken from one of them costs it far more than it costs us (a load of 5 on 2 cores gave a ratio of 0.50, where one core
+gave 1.2). Look at "load", which should be near 0, or measure with --cores=1. torch is no requirement of this project:
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers
 """
@@ -147,10 +149,13 @@ def main() -> None:
     parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch and transformers")
     parser.add_argument("--batch_size", type=int, default=8, help="images, and as many texts, as --batch_size=16")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side, as --rounds=20")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores for each side, as --cores=1")
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.cores :])  # the sides inherit it
+    load = os.getloadavg()[0]
     measured = measure(arguments.torch_python, arguments.batch_size, arguments.rounds)
-    result: dict[str, Any] = {"benchmark": "train_step", "ratio": None, "cpu_ratio": None, **vars(arguments)}
+    result: dict[str, Any] = {"benchmark": "train_step", "ratio": None, "cpu_ratio": None, "load": load, **vars(arguments)}
     print(f"{'':6}{'median s':>10}{'least s':>10}{'most s':>10}{'CPU s':>10}{'first loss':>12}")
     for name, (about, steps) in measured.items():
         seconds, cpu_s = ([step[key] for step in steps] for key in ("seconds", "cpu_seconds"))
