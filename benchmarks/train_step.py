@@ -155,7 +155,13 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.cores :])  # the sides inherit it
     load = os.getloadavg()[0]
     measured = measure(arguments.torch_python, arguments.batch_size, arguments.rounds)
-    result: dict[str, Any] = {"benchmark": "train_step", "ratio": None, "cpu_ratio": None, "load": load, **vars(arguments)}
+    result: dict[str, Any] = {
+        "benchmark": "train_step",
+        "ratio": None,
+        "cpu_ratio": None,
+        "load": load,
+        **vars(arguments),
+    }
     print(f"{'':6}{'median s':>10}{'least s':>10}{'most s':>10}{'CPU s':>10}{'first loss':>12}")
     for name, (about, steps) in measured.items():
         seconds, cpu_s = ([step[key] for step in steps] for key in ("seconds", "cpu_seconds"))
