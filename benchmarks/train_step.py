@@ -6,7 +6,7 @@ Both sides begin with the same weights, take the same images and texts of 77 tok
 et al. 2021 and AdamW. Each is a process of its own; they take turns, step by step, so that what else the machine does
 slows both. Alternating isn't enough on a busy machine: torch's threads wait for one another in a loop, so that a core
 taken from one of them costs it far more than it costs us (a load of 5 on 2 cores gave a ratio of 0.50, where one core
-gave 1.2). Look at "load", which should be near 0, or measure with --cores=1. torch is no requirement of this project:
+gave 1.43). Look at "load", which should be near 0, or measure with --cores=1. torch is no requirement of this project:
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers
 """
