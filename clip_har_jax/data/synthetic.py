@@ -1,8 +1,10 @@
 """The embedded action set: the 15 actions of the Human Action Recognition set, drawn as scenes from a seed.
 
 Articulated figures act before a background, among clutter that can be anything of the scenes: bikes, chairs, tables,
-beds, cups, phones, bystanders. Colours, size, view, proportions and occlusion vary alike in every class, so that only
-the pose and what is in hand tell the class.
+beds, cups, phones, bystanders. Colours, size, view, proportions and occlusion vary alike in every class; the class
+shows in the pose and in what the people hold, sit or lie on. Raw colours and coarse thumbnails don't give it away to a
+linear classifier (a test), but silhouettes say much: the set proves that the whole way works, not that a method is
+good.
 """
 
 import math

@@ -61,7 +61,6 @@ class Outcome:
 
     state: TrainState
     stopped: bool  # by a signal, before the last step
-    best: float | None
 
 
 def fit(
@@ -127,4 +126,4 @@ def fit(
     if meter.metrics:
         write(saved, meter.take(schedule.global_batch_size))
     checkpointer.wait()
-    return Outcome(state, int(state.step) < schedule.num_steps, best)
+    return Outcome(state, int(state.step) < schedule.num_steps)
