@@ -59,6 +59,7 @@ class ModelConfig:
 class MethodConfig:
     name: str = "full"  # how the model is fine-tuned
     towers: str = "both"  # image, text or both: what is trainable
+    freeze: tuple[str, ...] = ()  # patterns of parameter names that stay as they are, e.g. vision.layers.[0-5].*
     label_smoothing: float = 0.0
 
 
@@ -75,6 +76,8 @@ class TrainConfig:
     num_epochs: float = 10.0
     num_steps: int | None = None  # overrides num_epochs
     global_batch_size: int = 64  # over all devices of all hosts
+    accumulation_steps: int = 1  # parts of a batch that are computed one after the other, to save memory
+    max_skipped_steps: int = 10  # updates in a row that may be skipped for not being finite; one more ends the run
     log_every_steps: int = 10
 
 
@@ -87,6 +90,8 @@ class OptimConfig:
     b2: float = 0.98
     eps: float = 1e-6
     clip_norm: float = 1.0  # of the gradient over all parameters
+    layer_decay: float = 1.0  # a layer's rate is this times that of the layer above it; 1.0: the same for all
+    ema_decay: float = 0.0  # of the moving average of the weights, which is then evaluated and kept; 0: none
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class CheckpointConfig:
     every_steps: int = 500
     keep_latest: int = 2
     keep_best: int = 1  # by val/top1
+    allow_new_batch_size: bool = False  # continue a run with another train.global_batch_size
 
 
 @dataclass(frozen=True)
@@ -133,13 +139,14 @@ CHOICES = {
 }
 POSITIVE = (
     "data.max_megapixels data.num_threads data.prefetch_batches model.image_size_px train.num_epochs train.num_steps "
-    "train.global_batch_size train.log_every_steps optim.learning_rate optim.eps optim.clip_norm mesh.data mesh.fsdp "
-    "mesh.tensor checkpoint.every_steps checkpoint.keep_latest eval.every_steps eval.batch_size"
+    "train.global_batch_size train.accumulation_steps train.max_skipped_steps train.log_every_steps "
+    "optim.learning_rate optim.eps optim.clip_norm optim.layer_decay mesh.data mesh.fsdp mesh.tensor "
+    "checkpoint.every_steps checkpoint.keep_latest eval.every_steps eval.batch_size"
 ).split()
 NOT_NEGATIVE = "data.num_workers optim.weight_decay checkpoint.keep_best seed".split()
 FRACTIONS = (
     "data.val_fraction data.max_bad_fraction data.augment.crop_scale_min method.label_smoothing "
-    "optim.warmup_fraction optim.b1 optim.b2"
+    "optim.warmup_fraction optim.b1 optim.b2 optim.layer_decay optim.ema_decay"
 ).split()
 
 

@@ -3,24 +3,17 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from clip_har_jax.batch import Batch
 from clip_har_jax.config import load_config
 from clip_har_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, forward_flops
 from clip_har_jax.models.factory import NAMED_SIZES
-from clip_har_jax.models.layers import Runtime
-from clip_har_jax.models.params import abstract_model, axis_names, flat_params
+from clip_har_jax.models.params import abstract_model, flat_params
 from clip_har_jax.parallel.mesh import make_mesh
-from clip_har_jax.parallel.sharding import param_shardings
 from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.training.methods import Classes, make_method
-from clip_har_jax.training.optim import is_decayed, make_optimizer, make_schedule
-from clip_har_jax.training.state import TrainState, state_shardings
-from clip_har_jax.training.steps import make_train_step
+from clip_har_jax.training.optim import is_decayed
+from clip_har_jax.training.program import Program
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 HUB_SIZES = {
@@ -35,40 +28,13 @@ HUB_SIZES = {
 def test_a_training_step_of_each_config(path):
     config = load_config(path)
     size = NAMED_SIZES[HUB_SIZES.get(config.model.name, config.model.name)]
-    model = abstract_model(size, Runtime(config.model.compute_dtype, config.model.remat, config.model.attention))
-    mesh = make_mesh(config.mesh)
-    params = flat_params(model)
-    shapes = {name: value.shape for name, value in params.items()}
-    shardings = param_shardings(shapes, axis_names(model), mesh)
-    optimizer = make_optimizer(config.optim, 100, params)
-    method = make_method(config.method, 15)
     preprocess = Preprocess(size.vision.image_size)
-    step = make_train_step(
-        nnx.graphdef(model),
-        method,
-        optimizer,
-        make_schedule(config.optim, 100),
-        preprocess,
-        config.method.label_smoothing,
-        state_shardings(optimizer, params, shardings, mesh),
-        mesh,
-    )
-
-    def spec(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    batch_size, side = config.train.global_batch_size, size.vision.image_size
-    state = TrainState(spec((), jnp.int32), params, jax.eval_shape(optimizer.init, params), spec((2,), jnp.uint32))
-    classes = Classes(spec((15, size.text.context_length), jnp.int32), spec((15,), jnp.int32), None)
-    batch = Batch(
-        spec((batch_size, side, side, 3), jnp.uint8),
-        spec((batch_size,), jnp.int32),
-        spec((batch_size,), jnp.float32),
-        spec((batch_size,), jnp.int32),
-    )
-    after, metrics = jax.eval_shape(step, state, {}, classes, batch)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    program = Program(config, size, preprocess, num_classes=15, num_steps=100, mesh=make_mesh(config.mesh))
+    arguments = program.abstract_arguments(num_prompts=15)
+    after, metrics, skipped = jax.eval_shape(program.train_step, *arguments)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), arguments[0])
     assert {"loss", "top1", "grad_norm", "learning_rate"} <= set(vars(metrics))
+    assert skipped.shape == ()
 
 
 def test_forward_flops_by_hand():

@@ -11,11 +11,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from etils import epath
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
@@ -41,6 +41,7 @@ class BatchSource:
     Args:
       seed: of the order and the augmentation; None: evaluation, in the source's order, each example once.
       rows: (first, last) row of each global batch that this process reads.
+      first_example: position where batch 0 begins, or would begin: not 0 after the batch size was changed.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class BatchSource:
         seed: int | None,
         global_batch_size: int,
         rows: tuple[int, int],
+        first_example: int = 0,
     ):
         self.source, self.config, self.preprocess, self.seed = source, config, preprocess, seed
-        self.global_batch_size, self.rows = global_batch_size, rows
+        self.global_batch_size, self.rows, self.first_example = global_batch_size, rows, first_example
         self._order = None if seed is None else grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def __len__(self) -> int:
@@ -62,7 +64,7 @@ class BatchSource:
         return -(-len(self.source) // self.global_batch_size)
 
     def __getitem__(self, step: int) -> HostBatch:
-        start = step * self.global_batch_size
+        start = self.first_example + step * self.global_batch_size
         loaded = [self._load(start + row) for row in range(*self.rows)]
         images, labels, mask, index = zip(*(row for row, _ in loaded), strict=True)
         batch = Batch(
@@ -109,8 +111,9 @@ class BadInputs:
         an input that is in it already isn't logged again.
     """
 
-    def __init__(self, source: Source, max_fraction: float, log: Path | None = None):
-        self._limit, self._size, self._log = max_fraction * len(source), len(source), log
+    def __init__(self, source: Source, max_fraction: float, log: epath.PathLike | None = None):
+        self._limit, self._size = max_fraction * len(source), len(source)
+        self._log = None if log is None else epath.Path(log)
         self._seen: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -134,17 +137,17 @@ class BadInputs:
             )
 
 
-def _append(log: Path, entries: dict[int, tuple[str, str]]) -> None:
+def _append(log: epath.Path, entries: dict[int, tuple[str, str]]) -> None:
     """Adds index -> (name, reason) to a log, less the names that are in it."""
-    text = log.read_text(encoding="utf-8") if log.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:  # a killed run left half a line
-        log.write_text(whole, encoding="utf-8")
+    text = log.read_text() if log.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
     logged = {json.loads(line)["input"] for line in whole.splitlines()}
-    with log.open("a", encoding="utf-8") as file:
-        for index, (name, reason) in entries.items():
-            if name not in logged:
-                file.write(json.dumps({"input": name, "index": index, "error": reason}) + "\n")
+    new = [
+        json.dumps({"input": name, "index": index, "error": reason}) + "\n"
+        for index, (name, reason) in entries.items()
+        if name not in logged
+    ]
+    log.write_text(whole + "".join(new))  # as a whole, since object stores can't append
 
 
 class BatchIterator:
@@ -227,6 +230,7 @@ def train_batches(
     seed: int,
     global_batch_size: int,
     start_step: int = 0,
+    first_example: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     bad_inputs: BadInputs,
@@ -240,7 +244,7 @@ def train_batches(
       UserError: a batch that doesn't divide over the processes; more bad images than the config allows.
     """
     rows = _rows(global_batch_size, process_index, process_count)
-    batches = BatchSource(source, config, preprocess, seed, global_batch_size, rows)
+    batches = BatchSource(source, config, preprocess, seed, global_batch_size, rows, first_example)
     return BatchIterator(batches, bad_inputs, start_step)
 
 

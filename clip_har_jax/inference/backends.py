@@ -1,5 +1,6 @@
 """One protocol over what can run a model; JAX is imported only by the backend that needs it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,7 @@ class JaxBackend:
 
     def __init__(
         self,
-        name_or_folder: str | Path,
+        name_or_folder: str | os.PathLike[str],
         classes: Sequence[str] = (),
         default_classes: Sequence[str] = (),
         batch_size: int = 32,
@@ -104,7 +105,7 @@ class JaxBackend:
 
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
-        self.path, self.batch_size = resolve_folder(str(name_or_folder)), batch_size
+        self.path, self.batch_size = resolve_folder(os.fspath(name_or_folder)), batch_size
         self.digest = bundle.verify(self.path)
         actions = choose_actions(self.path, classes, default_classes)
         loaded = load(str(self.path))

@@ -53,7 +53,7 @@ class Predictor:
       UserError: no usable model there, or no classes.
     """
 
-    def __init__(self, path: str | Path, classes: Sequence[str] | None = None, batch_size: int = 32):
+    def __init__(self, path: str | os.PathLike[str], classes: Sequence[str] | None = None, batch_size: int = 32):
         self.backend = JaxBackend(path, classes or (), batch_size=batch_size)
         self.batch_size = batch_size
 

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -42,6 +43,7 @@ class Runtime:
     remat: str = "none"
     attention: str = "auto"
     scan_layers: bool = True  # False: unrolled, for exporters
+    activations: NamedSharding | None = None  # of [batch, tokens, width]; None: as the compiler chooses
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -168,6 +170,8 @@ def apply_layers(
     graphdef, stacked = nnx.split(layers)
 
     def block(x: jax.Array, params: object) -> tuple[jax.Array, None]:
+        # Without this the compiler may spread the width over the axis that the weights are sharded on.
+        x = x if runtime.activations is None else jax.lax.with_sharding_constraint(x, runtime.activations)
         return nnx.merge(graphdef, params)(x, mask, is_causal), None
 
     if runtime.remat != "none":

@@ -69,13 +69,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def num_row_shards(mesh: Mesh) -> int:
+    """The parts into which a batch's rows are cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch_size(size: int, mesh: Mesh, key: str) -> None:
     """Refuses a global batch whose rows don't divide over the mesh.
 
     Raises:
       UserError: names the config key.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = num_row_shards(mesh)
     if size % shards:
         raise UserError(f"config.{key} is {size}, which {shards} devices don't divide; use a multiple of {shards}")
 

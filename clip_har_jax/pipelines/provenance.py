@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import json
 import secrets
 import subprocess
 import sys
@@ -32,12 +31,12 @@ def environment_hash() -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-def make_record(config: RunConfig, facts: dict[str, Any], previous: Path) -> dict[str, Any]:
+def make_record(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:
     """The contents of run.json: `facts` of this start, and what can be read off the code and the machine.
 
-    A run that continues keeps the id and the start of `previous`, an earlier run.json, if there is one.
+    A run that continues keeps the id and the start of `previous`, the earlier contents, if there are any.
     """
-    old = json.loads(previous.read_text()) if previous.exists() else {}
+    old = previous or {}
     now = datetime.datetime.now(datetime.UTC)
     status = _git("status", "--porcelain")
     return {

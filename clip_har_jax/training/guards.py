@@ -1,7 +1,14 @@
 """What ends a run before its last step without losing work."""
 
 import signal
+from collections import deque
 from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from clip_har_jax.errors import UserError
 
 
 class StopSignal:
@@ -28,4 +35,65 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.received is None else 128 + self.received
+        """For a run that was stopped; where another process got the signal, it was SIGTERM as far as this one knows."""
+        return 128 + (self.received or signal.SIGTERM)
+
+
+class TooManySkippedError(UserError):
+    """Updates in a row weren't finite; `examples` are the steps and the examples of their batches."""
+
+    def __init__(self, message: str, examples: dict[int, list[int]]):
+        super().__init__(message)
+        self.examples = examples
+
+
+class SkipGuard:
+    """Ends a run whose updates aren't finite any more.
+
+    Args:
+      max_in_row: updates in a row that may be left out.
+    """
+
+    LAG = 2  # steps between a step's dispatch and the reading of its result, so that the device always has work
+
+    def __init__(self, max_in_row: int):
+        self._max, self._pending = max_in_row, deque[tuple[int, jax.Array, Any]]()
+        self._skipped: dict[int, Any] = {}
+
+    def watch(self, step: int, skipped: jax.Array, index: jax.Array) -> None:
+        """Takes a step's count of skipped updates in a row and its batch's index; reads those of `LAG` steps before.
+
+        Raises:
+          TooManySkippedError: the limit is passed.
+        """
+        self._pending.append((step, skipped, index))
+        while len(self._pending) > self.LAG:
+            self._read()
+
+    def finish(self) -> None:
+        """Reads what is left.
+
+        Raises:
+          TooManySkippedError: the limit is passed.
+        """
+        while self._pending:
+            self._read()
+
+    def _read(self) -> None:
+        step, skipped, index = self._pending.popleft()
+        in_row = int(skipped)
+        if not in_row:
+            self._skipped.clear()
+            return
+        self._skipped[step] = index
+        if in_row > self._max:
+            examples = {step: _rows_here(index) for step, index in self._skipped.items()}
+            raise TooManySkippedError(
+                f"step {step}: the loss or the gradient wasn't finite {in_row} times in a row", examples
+            )
+
+
+def _rows_here(index: jax.Array) -> list[int]:
+    """The examples that this process holds of a batch."""
+    rows = {shard.index[0].start or 0: np.asarray(shard.data) for shard in index.addressable_shards}
+    return [int(value) for start in sorted(rows) for value in rows[start] if value >= 0]

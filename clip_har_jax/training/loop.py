@@ -9,8 +9,10 @@ from typing import Any
 import jax
 
 from clip_har_jax.batch import Batch
+from clip_har_jax.parallel import distributed
 from clip_har_jax.training.checkpoint import BEST_BY, Checkpointer
-from clip_har_jax.training.guards import StopSignal
+from clip_har_jax.training.goodput import Goodput
+from clip_har_jax.training.guards import SkipGuard, StopSignal
 from clip_har_jax.training.sinks import Sink, to_jsonable
 from clip_har_jax.training.state import TrainState
 from clip_har_jax.training.steps import TrainMetrics
@@ -25,6 +27,11 @@ class Schedule:
     eval_every: int
     checkpoint_every: int
     global_batch_size: int
+    first_example: int = 0  # examples seen before step 0 of this batch size; not 0 after the batch size was changed
+    profile: tuple[int, int] | None = None  # first and last step of a trace
+
+    def examples_seen(self, step: int) -> int:
+        return self.first_example + step * self.global_batch_size
 
 
 @dataclass
@@ -34,7 +41,7 @@ class Meter:
     Reading a metric waits for its step; `take` is therefore called one step late, when the device has the next one.
     """
 
-    flops_per_image: int
+    flops_per_step: int
     peak_flops: float | None  # of all devices together
     metrics: list[TrainMetrics] = field(default_factory=list)
     data_wait_s: float = 0.0
@@ -44,13 +51,13 @@ class Meter:
         """The averages since the last `take`, which starts the next interval."""
         total = reduce(lambda a, b: a.merge(b), jax.device_get(self.metrics))
         now = time.monotonic()
-        elapsed, images = now - self.begin, len(self.metrics) * batch_size
+        elapsed, steps = now - self.begin, len(self.metrics)
         values: dict[str, float | None] = {f"train/{k}": to_jsonable(v) for k, v in total.compute().items()}
-        values["train/images_per_s"] = images / elapsed
+        values["train/images_per_s"] = steps * batch_size / elapsed
         values["train/data_wait_fraction"] = self.data_wait_s / elapsed
         values["train/mfu"] = None
         if self.peak_flops is not None:
-            values["train/mfu"] = images / elapsed * self.flops_per_image / self.peak_flops
+            values["train/mfu"] = steps * self.flops_per_step / elapsed / self.peak_flops
         self.metrics, self.data_wait_s, self.begin = [], 0.0, now
         return values
 
@@ -65,14 +72,17 @@ class Outcome:
 
 def fit(
     state: TrainState,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]],
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics, jax.Array]],
     batches: Iterator[Batch],
     evaluate: Callable[[TrainState], Mapping[str, float]],
     schedule: Schedule,
     checkpointer: Checkpointer,
     sinks: Sequence[Sink],
     meter: Meter,
+    goodput: Goodput,
+    skips: SkipGuard,
     stop: StopSignal,
+    profile_dir: str,
 ) -> Outcome:
     """Trains from `state` to the last step, or to a signal.
 
@@ -80,50 +90,70 @@ def fit(
       train_step: donates the state that it is given.
       batches: endless, placed on the mesh, beginning at the state's step.
       evaluate: validation metrics of a state.
-      stop: read between steps; a stopped run has saved its last step.
+      stop: read between steps; a stopped run has saved its last step, the same one on all processes.
+      profile_dir: where the trace of `schedule.profile` is written.
+
+    Raises:
+      TooManySkippedError: updates aren't finite any more.
     """
 
     def write(step: int, metrics: Mapping[str, Any]) -> None:
         for sink in sinks:
             sink.write(step, metrics)
 
-    def save(step: int, metrics: Mapping[str, float]) -> None:
-        position = {
+    def position(step: int) -> dict[str, Any]:
+        return {
             "step": step,
-            "examples_seen": step * schedule.global_batch_size,
+            "examples_seen": schedule.examples_seen(step),
             "global_batch_size": schedule.global_batch_size,
+            "goodput": goodput.seconds(),
         }
-        checkpointer.save(state, position, metrics)
 
     best = checkpointer.best_metric()
-    start, saved = int(state.step), int(state.step)
+    start = saved = int(state.step)
+    values: Mapping[str, float] = {}
+    trace_begin, trace_end = schedule.profile or (0, 0)
+    tracing = False
     meter.begin = time.monotonic()
     for step in range(start + 1, schedule.num_steps + 1):
+        if step == trace_begin:
+            jax.profiler.start_trace(profile_dir, create_perfetto_trace=True)
+            tracing = True
         wait_begin = time.monotonic()
-        batch = next(batches)
+        with goodput.measure("data_wait"):
+            batch = next(batches)
         meter.data_wait_s += time.monotonic() - wait_begin
         # The steps up to here are read only now that the next one's batch is at hand and the device has work queued.
         late = (step - 1) % schedule.log_every == 0 and meter.metrics
-        state, metrics = train_step(state, batch)
+        state, metrics, skipped = train_step(state, batch)
         if late:
             write(step - 1, meter.take(schedule.global_batch_size))
         meter.metrics.append(metrics)
+        skips.watch(step, skipped, batch.index)
 
-        last = step == schedule.num_steps or stop.received is not None
-        values: Mapping[str, float] = {}
+        last = distributed.agree_to_stop(step, stop.received is not None) or step == schedule.num_steps
+        if tracing and (step == trace_end or last):
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            tracing = False
+        values = {}
         if step % schedule.eval_every == 0 or step == schedule.num_steps:
             write(step, meter.take(schedule.global_batch_size))
-            values = evaluate(state)
+            with goodput.measure("evaluation"):
+                values = evaluate(state)
             write(step, values)
             meter.begin = time.monotonic()
         improved = bool(values) and (best is None or values[BEST_BY] > best)
         best = values[BEST_BY] if improved else best
         if step % schedule.checkpoint_every == 0 or improved or last:
-            save(step, values)
+            with goodput.measure("checkpoint"):
+                checkpointer.save(state, position(step), values)
             saved = step
         if last:
             break
     if meter.metrics:
         write(saved, meter.take(schedule.global_batch_size))
-    checkpointer.wait()
-    return Outcome(state, int(state.step) < schedule.num_steps)
+    skips.finish()
+    with goodput.measure("checkpoint"):
+        checkpointer.finish(state, position(saved), values)
+    return Outcome(state, saved < schedule.num_steps)

@@ -1,10 +1,10 @@
 """How a model is fine-tuned: what is trainable, and the class logits that the loss compares with the labels."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from clip_har_jax.config import MethodConfig
 from clip_har_jax.errors import UserError, nearest
@@ -16,9 +16,9 @@ METHODS = ("full",)
 class Classes(NamedTuple):
     """The classes as the model sees them: their prompts, or their embeddings where the text tower is frozen."""
 
-    input_ids: Int[Array, "p t"] | None
-    class_of_prompt: Int[Array, " p"] | None
-    embeddings: Float[Array, "c d"] | None
+    input_ids: Any  # int32 [prompts, tokens], or None
+    class_of_prompt: Any  # int32 [prompts], or None; the number of classes for a prompt that only fills up the mesh
+    embeddings: Any  # float32 [classes, dim], or None
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,17 @@ class Full:
             return True
         return self.trains_text if name.startswith("text") else self.towers in ("image", "both")
 
-    def logits(self, model: FlaxCLIPModel, images: Float[Array, "b h w 3"], classes: Classes) -> Float[Array, "b c"]:
+    def class_embeddings(self, model: FlaxCLIPModel, classes: Classes) -> Float[Array, "c d"]:
+        """The classes' embeddings, computed from their prompts unless they are known."""
+        if classes.embeddings is not None:
+            return classes.embeddings
+        assert classes.input_ids is not None and classes.class_of_prompt is not None
+        return model.encode_classes(classes.input_ids, classes.class_of_prompt, self.num_classes)
+
+    def logits(
+        self, model: FlaxCLIPModel, images: Float[Array, "b h w 3"], embeddings: Float[Array, "c d"]
+    ) -> Float[Array, "b c"]:
         """exp(logit_scale) * image . class."""
-        embeddings = classes.embeddings
-        if embeddings is None:
-            assert classes.input_ids is not None and classes.class_of_prompt is not None
-            embeddings = model.encode_classes(classes.input_ids, classes.class_of_prompt, self.num_classes)
         return jnp.exp(model.logit_scale[...]) * model.encode_image(images) @ embeddings.T
 
 

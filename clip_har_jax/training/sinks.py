@@ -1,12 +1,14 @@
 """Where metrics go: the Sink protocol, the JSONL file that is the truth, and the screen."""
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -27,23 +29,39 @@ class Sink(Protocol):
 class JsonlSink:
     """metrics.jsonl: one object a line, {"step": 10, "train/loss": ...}.
 
-    A run that continues at `resume_step` drops the lines after it, which it will write again.
+    A run that continues at `resume_step` drops the lines after it, which it will write again. An object store, which
+    can't append, gets the file as a whole every `UPLOAD_EVERY_S` and at the end.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0):
+    UPLOAD_EVERY_S = 30.0
+
+    def __init__(self, path: epath.PathLike, resume_step: int = 0):
+        path = epath.Path(path)
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
-        self._file = path.open("w")
+        self._remote: epath.Path | None = path if "://" in os.fspath(path) else None
+        self._local = epath.Path(tempfile.mkdtemp()) / path.name if self._remote is not None else path
+        self._uploaded = time.monotonic()
+        self._file = self._local.open("w")
         self._file.writelines(kept)
 
     def write(self, step: int, metrics: Metrics) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()  # a killed run keeps its metrics
+        if self._remote is not None and time.monotonic() - self._uploaded > self.UPLOAD_EVERY_S:
+            self._upload(self._remote)
 
     def close(self) -> None:
         self._file.close()
+        if self._remote is not None:
+            self._upload(self._remote)
+            self._local.parent.rmtree()
+
+    def _upload(self, remote: epath.Path) -> None:
+        remote.write_text(self._local.read_text())
+        self._uploaded = time.monotonic()
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: epath.Path) -> list[str]:
     """The lines of a file but for one that a kill cut off."""
     if not path.exists():
         return []
@@ -96,6 +114,7 @@ _SHOWN = {
     "train/loss": "loss {:.3f}",
     "train/images_per_s": "{:.0f} images/s",
     "train/data_wait_fraction": "waiting for data {:.0%}",
+    "train/mfu": "MFU {:.1%}",
     "val/top1": "val top-1 {:.3f}",
     "val/nll": "val nll {:.3f}",
 }

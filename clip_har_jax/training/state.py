@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -17,8 +17,11 @@ class TrainState(NamedTuple):
 
     step: Any  # int32 scalar: updates made
     params: Params  # trainable parameters by dotted path, float32
+    ema: Params  # their moving average; empty where none is kept
     opt_state: Any
     key: Any  # raw uint32 random key; a step folds its number into it
+    skipped: Any  # int32 scalar: updates left out because they weren't finite, since the last that wasn't
+    skipped_total: Any  # int32 scalar: since the run began
 
 
 def opt_state_shardings(
@@ -36,19 +39,27 @@ def opt_state_shardings(
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, params: Params, shardings: Mapping[str, NamedSharding], mesh: Mesh
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    shardings: Mapping[str, NamedSharding],
+    mesh: Mesh,
+    with_ema: bool,
 ) -> TrainState:
     """A `TrainState` of shardings."""
-    whole = replicated(mesh)
-    return TrainState(whole, dict(shardings), opt_state_shardings(optimizer, params, shardings, mesh), whole)
+    whole, by_name = replicated(mesh), dict(shardings)
+    opt_state = opt_state_shardings(optimizer, params, shardings, mesh)
+    return TrainState(whole, by_name, by_name if with_ema else {}, opt_state, whole, whole, whole)
 
 
 def make_state(params: Params, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
     """The state before the first step, from host parameters; every process gives the same."""
+    zero = np.zeros((), np.int32)
+    ema = put(params, shardings.ema) if shardings.ema else {}
     params = put(params, shardings.params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    step, key = put((jnp.zeros((), jnp.int32), jax.random.PRNGKey(seed)), (shardings.step, shardings.key))
-    return TrainState(step, params, opt_state, key)
+    key = np.asarray(jax.random.PRNGKey(seed))
+    step, key, skipped, total = put((zero, key, zero, zero), (shardings.step,) * 4)
+    return TrainState(step, params, ema, opt_state, key, skipped, total)
 
 
 def abstract_state(state: TrainState) -> TrainState:

@@ -1,7 +1,7 @@
 """The pure, jitted steps: train_step(state, frozen, classes, batch) -> (state, metrics), and eval logits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 from flax import nnx, struct
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_har_jax.batch import Batch
+from clip_har_jax.config import RunConfig
 from clip_har_jax.models.clip import FlaxCLIPModel, normalize_images
 from clip_har_jax.models.params import Params, unflatten
-from clip_har_jax.parallel.sharding import replicated
+from clip_har_jax.parallel.sharding import batch_sharding, replicated
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import cross_entropy, masked_mean
 from clip_har_jax.training.methods import Classes, Full
+from clip_har_jax.training.optim import make_schedule
 from clip_har_jax.training.state import TrainState
 
 MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
@@ -35,8 +38,9 @@ class TrainMetrics(clu_metrics.Collection):
 
     loss: clu_metrics.Average.from_fun(_per_example("loss"))  # type: ignore[valid-type]
     top1: clu_metrics.Average.from_fun(_per_example("top1"))  # type: ignore[valid-type]
-    grad_norm: clu_metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
+    grad_norm: clu_metrics.Average.from_fun(_per_example("grad_norm"))  # type: ignore[valid-type]
     learning_rate: clu_metrics.LastValue.from_output("learning_rate")  # type: ignore[valid-type]
+    skipped_steps: clu_metrics.LastValue.from_output("skipped_steps")  # type: ignore[valid-type]
 
 
 def merge_model(graphdef: nnx.GraphDef[FlaxCLIPModel], *params: Params) -> FlaxCLIPModel:
@@ -48,39 +52,114 @@ def make_train_step(
     graphdef: nnx.GraphDef[FlaxCLIPModel],
     method: Full,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    config: RunConfig,
+    num_steps: int,
     preprocess: Preprocess,
-    label_smoothing: float,
     shardings: TrainState,
     mesh: Mesh,
-) -> Callable[[TrainState, Params, Classes, Batch], tuple[TrainState, TrainMetrics]]:
-    """The training step, jitted; it donates the state, so the caller keeps only what it returns."""
+) -> Callable[[TrainState, Params, Classes, Batch], tuple[TrainState, TrainMetrics, Int[Array, ""]]]:
+    """The training step, jitted; it donates the state, so the caller keeps only what it returns.
 
-    def loss_fn(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[jax.Array, Any]:
-        model = merge_model(graphdef, params, frozen)
-        images = normalize_images(batch.image, preprocess.mean, preprocess.std)
-        logits = method.logits(model, images, classes)
-        losses = cross_entropy(logits, batch.label, label_smoothing)
-        return masked_mean(losses, batch.mask), (losses, jnp.argmax(logits, -1) == batch.label)
+    An update that isn't finite is left out and counted: the state stays finite whatever the batch. The third output is
+    the number of updates left out in a row, which the next step doesn't donate.
+    """
+    schedule = make_schedule(config.optim, num_steps)
+    gradients = make_gradients(graphdef, method, config, preprocess, shardings.params, mesh)
 
     def train_step(
         state: TrainState, frozen: Params, classes: Classes, batch: Batch
-    ) -> tuple[TrainState, TrainMetrics]:
-        (_, (losses, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, classes, batch)
+    ) -> tuple[TrainState, TrainMetrics, jax.Array]:
+        grads, losses, correct = gradients(state.params, frozen, classes, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if "logit_scale" in params:
             params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
+        grad_norm = optax.tree.norm(grads)
+        is_finite = jnp.isfinite(masked_mean(losses, batch.mask) + grad_norm + optax.tree.norm(updates))
+        params, opt_state = optax.tree.where(is_finite, (params, opt_state), (state.params, state.opt_state))
+        skipped_total = state.skipped_total + ~is_finite
         metrics = TrainMetrics.single_from_model_output(
             loss=losses,
             top1=correct.astype(jnp.float32),
-            example_mask=batch.mask.astype(bool),
-            grad_norm=optax.tree.norm(grads),
+            example_mask=batch.mask.astype(bool) & is_finite,
+            grad_norm=jnp.broadcast_to(grad_norm, losses.shape),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+            skipped_steps=skipped_total,
         )
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        ema = _moving_average(state, params, config.optim.ema_decay)
+        skipped = jnp.where(is_finite, 0, state.skipped + 1)
+        state = TrainState(state.step + 1, params, ema, opt_state, state.key, skipped, skipped_total)
+        return state, metrics, skipped
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    whole = replicated(mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole, whole))
+
+
+def _moving_average(state: TrainState, params: Params, decay: float) -> Params:
+    """The average after this step; the first steps weigh more, so that it soon forgets the start."""
+    step = state.step.astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return {name: average + rate * (params[name] - average) for name, average in state.ema.items()}
+
+
+def make_gradients(
+    graphdef: nnx.GraphDef[FlaxCLIPModel],
+    method: Full,
+    config: RunConfig,
+    preprocess: Preprocess,
+    shardings: Mapping[str, NamedSharding],
+    mesh: Mesh,
+) -> Callable[[Params, Params, Classes, Batch], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
+    """The gradients of a batch's mean loss, each row's loss, and whether its class was found.
+
+    With `config.train.accumulation_steps` the batch's parts go through the image tower one after the other. The class
+    embeddings are computed once for all, and differentiated once, through the sum of the parts' gradients.
+    """
+    parts = config.train.accumulation_steps
+
+    def loss_fn(
+        weights: tuple[Params, jax.Array], frozen: Params, batch: Batch, count: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        params, embeddings = weights
+        images = normalize_images(batch.image, preprocess.mean, preprocess.std)
+        logits = method.logits(merge_model(graphdef, params, frozen), images, embeddings)
+        losses = cross_entropy(logits, batch.label, config.method.label_smoothing)
+        return jnp.sum(losses * batch.mask) / count, (losses, jnp.argmax(logits, -1) == batch.label)
+
+    def gradients(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[Params, Any, Any]:
+        def class_embeddings(params: Params) -> jax.Array:
+            return method.class_embeddings(merge_model(graphdef, params, frozen), classes)
+
+        embeddings, pull_back = jax.vjp(class_embeddings, params)
+        count = jnp.maximum(jnp.sum(batch.mask), 1.0)
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+
+        def add_part(total: tuple[Params, jax.Array], part: Batch) -> tuple[tuple[Params, jax.Array], Any]:
+            grads, rows = grad_fn((params, embeddings), frozen, part, count)
+            grads, of_embeddings = jax.tree.map(jnp.add, total, grads)
+            # Sharded like the parameters while they are summed: that is where the memory goes.
+            return (jax.lax.with_sharding_constraint(grads, dict(shardings)), of_embeddings), rows
+
+        if parts == 1:
+            (grads, of_embeddings), rows = grad_fn((params, embeddings), frozen, batch, count)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, (params, embeddings))
+            (grads, of_embeddings), rows = jax.lax.scan(add_part, zeros, split_batch(batch, parts, mesh))
+            rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), rows)
+        return jax.tree.map(jnp.add, grads, pull_back(of_embeddings)[0]), *rows
+
+    return gradients
+
+
+def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """A batch as [parts, rows / parts, ...]; every device keeps its rows, so nothing is sent."""
+    rows = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
+
+    def one(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    return jax.tree.map(one, batch)
 
 
 def make_eval_step(
@@ -90,7 +169,8 @@ def make_eval_step(
 
     def eval_step(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[jax.Array, Batch]:
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
-        return method.logits(merge_model(graphdef, params, frozen), images, classes), batch._replace(image=None)
+        model = merge_model(graphdef, params, frozen)
+        return method.logits(model, images, method.class_embeddings(model, classes)), batch._replace(image=None)
 
     return jax.jit(eval_step, out_shardings=replicated(mesh))
 

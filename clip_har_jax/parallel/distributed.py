@@ -1,0 +1,181 @@
+"""Many processes, one run: they join, agree on what to do next, and leave; over `jax.distributed`.
+
+In a single process nothing here waits, and no device is touched. Where JAX offers no public way, its coordination
+service is asked directly: its key-value store and barriers need no device, and so can't get in a step's way.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state
+from jax.experimental import multihost_utils
+
+from clip_har_jax import cli
+from clip_har_jax.parallel import rendezvous
+
+# Watched by JAX's preemption service (XLA's preemption_sync_manager.cc), which sets it itself at SIGTERM.
+_PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+_LEAVE_TOGETHER_S = 3  # processes that fail of the same mistake do so within this time
+
+
+@dataclass
+class _Joined:
+    """What this process remembers of its group."""
+
+    barrier_timeout_s: float = 600.0
+    num_broadcasts: int = 0
+    notified: bool = False
+
+
+_joined = _Joined()
+
+
+@contextmanager
+def join(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    join_timeout_s: int = 300,
+    heartbeat_timeout_s: int = 100,
+    barrier_timeout_s: int = 600,
+) -> Iterator[None]:
+    """Makes this process one of a run's for the length of a `with` block; a run of one process is left as it is.
+
+    The three first arguments are given together, or else found as `rendezvous.find_group` says. Must come before
+    anything that asks for devices. In a group of several, an error in the block is printed as commands print it and
+    ends this process at once: the others, waiting for it in a collective, are not waited for. They end when its
+    heartbeats fail to come, or as soon as their connection to it breaks.
+
+    Args:
+      join_timeout_s: within which all processes must have come, at least 6.
+      heartbeat_timeout_s: after which a silent process is given up, and the run with it.
+      barrier_timeout_s: for `barrier`, `broadcast` and the end, where processes wait for the slowest.
+
+    Raises:
+      UserError: contradictory flags or environment; the coordinator can't be reached in time. Where processes don't
+        come in time or don't fit together, the same line is printed and the process exits 2.
+    """
+    group = rendezvous.find_group(coordinator_address, num_processes, process_id, join_timeout_s)
+    if group is None:
+        yield
+        return
+    global _joined
+    _joined = _Joined(barrier_timeout_s)
+    rendezvous.connect(group, join_timeout_s, heartbeat_timeout_s, barrier_timeout_s)
+    try:
+        _check_count(group)
+        yield
+    except BaseException as error:
+        _leave_at_once(cli.report(error))
+    jax.distributed.shutdown()
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which alone prints and writes what all have in common."""
+    return global_state.process_id == 0
+
+
+def barrier(name: str, timeout_s: float | None = None) -> None:
+    """Waits until all processes are here.
+
+    Raises:
+      RuntimeError: they aren't within `timeout_s` (default: `join`'s); names those missing.
+    """
+    if global_state.client is None:
+        return
+    timeout_s = timeout_s or _joined.barrier_timeout_s
+    try:
+        global_state.client.wait_at_barrier(name, round(1000 * timeout_s))
+    except jax.errors.JaxRuntimeError as error:
+        missing = re.search(r"timed out task names:\s*((?:\d+\s+)+)", str(error))
+        who = f"process {', '.join(missing[1].split())}" if missing else "not every process"
+        raise RuntimeError(f"{name!r}: {who} didn't come within {timeout_s:g} s; see its log") from error
+
+
+def broadcast(value: Any) -> Any:
+    """Process 0's value on all processes; a small one, of what JSON can say. All call it in the same order.
+
+    Raises:
+      RuntimeError: process 0 doesn't say within `join`'s barrier timeout.
+    """
+    if global_state.client is None:
+        return value
+    _joined.num_broadcasts += 1
+    key = f"clip_har_jax/broadcast/{_joined.num_broadcasts}"
+    if is_main():
+        global_state.client.key_value_set(key, json.dumps(value))
+    return json.loads(_get(key))
+
+
+def fetch(tree: Any) -> Any:
+    """Global arrays as NumPy's, on process 0; None in their place elsewhere. All processes call it.
+
+    Goes leaf by leaf, so that never more than one is whole on the devices.
+    """
+
+    def one(leaf: Any) -> np.ndarray | None:
+        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+        value = np.asarray(leaf) if whole else multihost_utils.process_allgather(leaf, tiled=True)
+        return value if is_main() else None
+
+    return jax.tree.map(one, tree)
+
+
+def agree_to_stop(step: int, requested: bool) -> bool:
+    """Whether the run stops after this step, the same step on all processes, because any of them was asked to.
+
+    Every process calls it once a step, with steps counted up by one. Between the collectives hosts may be some steps
+    apart, so JAX's preemption service finds a step that none has passed; this costs no communication per step.
+
+    Args:
+      requested: this process was told to stop, at this step or an earlier one.
+    """
+    if global_state.client is None:
+        return requested
+    if requested and not _joined.notified:
+        _joined.notified = True
+        now = datetime.now(UTC).isoformat()
+        global_state.client.key_value_set(_PREEMPTION_NOTICE, now, allow_overwrite=True)
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _get(key: str) -> str:
+    try:
+        return global_state.client.blocking_key_value_get(key, round(1000 * _joined.barrier_timeout_s))
+    except jax.errors.JaxRuntimeError as error:
+        raise RuntimeError(
+            f"process 0 didn't say {key!r} within {_joined.barrier_timeout_s:g} s; see its log"
+        ) from error
+
+
+def _check_count(group: rendezvous.Group) -> None:
+    """Refuses a process that counts the group otherwise than process 0 does; JAX doesn't notice."""
+    count = broadcast(group.num_processes)
+    if count != group.num_processes:
+        raise group.mistake(f"process {group.process_id} was told {group.num_processes} processes, process 0 {count}")
+
+
+def _leave_at_once(exit_code: int) -> None:
+    """Ends this process after an error; no interpreter shutdown, which would wait for the others in JAX's barrier.
+
+    A mistake that all processes made ends them together: were process 0, which holds the coordination service, to go
+    first, the others would die of that instead.
+    """
+    try:
+        barrier("clip_har_jax/failed", _LEAVE_TOGETHER_S)
+        jax.distributed.shutdown()
+    except RuntimeError:
+        pass
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

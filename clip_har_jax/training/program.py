@@ -1,0 +1,152 @@
+"""A run's computations on a mesh: what is trained, how it is sharded, and the steps. Nothing is placed or compiled yet,
+so the same program is run by a trainer and weighed by a planner."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from clip_har_jax.batch import Batch
+from clip_har_jax.config import RunConfig
+from clip_har_jax.errors import UserError
+from clip_har_jax.models.clip import CLIPConfig, forward_flops
+from clip_har_jax.models.layers import Runtime
+from clip_har_jax.models.params import Params, abstract_model, axis_names, flat_params
+from clip_har_jax.parallel.sharding import (
+    batch_sharding,
+    check_batch_size,
+    num_row_shards,
+    param_shardings,
+    put,
+    replicated,
+)
+from clip_har_jax.preprocess import Preprocess
+from clip_har_jax.training.methods import Classes, make_method
+from clip_har_jax.training.optim import freeze_masks, make_optimizer
+from clip_har_jax.training.state import TrainState, make_state, state_shardings
+from clip_har_jax.training.steps import make_class_step, make_eval_step, make_train_step
+
+
+class Program:
+    """What a config computes on a mesh.
+
+    Args:
+      config: the run.
+      clip: the model's sizes.
+      preprocess: mean, deviation and size of its images.
+      num_classes: actions.
+      num_steps: updates of the whole run.
+      mesh: the devices; abstract ones serve too.
+
+    Raises:
+      UserError: a batch or a parameter that the mesh doesn't divide, nothing to train.
+    """
+
+    def __init__(
+        self, config: RunConfig, clip: CLIPConfig, preprocess: Preprocess, num_classes: int, num_steps: int, mesh: Mesh
+    ):
+        self.config, self.clip, self.preprocess, self.num_steps, self.mesh = config, clip, preprocess, num_steps, mesh
+        self.num_classes = num_classes
+        check_batch_size(config.train.global_batch_size, mesh, "train.global_batch_size")
+        check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
+        _check_accumulation(config, mesh)
+        rows = batch_sharding(mesh)
+        model = abstract_model(
+            clip, Runtime(config.model.compute_dtype, config.model.remat, config.model.attention, activations=rows)
+        )
+        self.shapes = {name: value.shape for name, value in flat_params(model).items()}
+        self.param_shardings = param_shardings(self.shapes, axis_names(model), mesh)
+        self.method = make_method(config.method, num_classes)
+        masks = freeze_masks(self.shapes, config.method.freeze)
+        self.trainable = {
+            name: shape for name, shape in self.shapes.items() if self.method.is_trainable(name) and masks[name].any()
+        }
+        if not self.trainable:
+            raise UserError("config.method.freeze leaves nothing to train; freeze less")
+        self.trains_text = any(name.startswith("text") for name in self.trainable)
+        self.trains_image = any(name.startswith("vis") for name in self.trainable)
+        self.optimizer = make_optimizer(config.optim, num_steps, self.trainable, masks)
+        self.shardings = state_shardings(
+            self.optimizer,
+            self._abstract({name: self.shapes[name] for name in self.trainable}),
+            {name: self.param_shardings[name] for name in self.trainable},
+            mesh,
+            with_ema=config.optim.ema_decay > 0,
+        )
+        graphdef = nnx.graphdef(model)
+        self.train_step = make_train_step(
+            graphdef, self.method, self.optimizer, config, num_steps, preprocess, self.shardings, mesh
+        )
+        self.eval_step = make_eval_step(graphdef, self.method, preprocess, mesh)
+        self.class_step = make_class_step(graphdef, num_classes, mesh)
+
+    def _abstract(self, shapes: dict[str, tuple[int, ...]]) -> Params:
+        return {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.param_shardings[name])
+            for name, shape in shapes.items()
+        }
+
+    def place(self, params: Params) -> tuple[TrainState, Params]:
+        """The state before the first step and the frozen parameters, on the mesh, from host parameters."""
+        trainable = {name: params[name] for name in self.trainable}
+        frozen = {name: value for name, value in params.items() if name not in trainable}
+        state = make_state(trainable, self.optimizer, self.config.seed, self.shardings)
+        return state, put(frozen, {name: self.param_shardings[name] for name in frozen})
+
+    def place_prompts(self, input_ids: Int[np.ndarray, "p t"], class_of_prompt: Sequence[int]) -> tuple[Any, Any]:
+        """The prompts, filled up to a multiple of the mesh so that every device computes its share of them."""
+        missing = -len(input_ids) % num_row_shards(self.mesh)
+        ids = np.concatenate([input_ids, np.repeat(input_ids[:1], missing, axis=0)])
+        classes = np.asarray([*class_of_prompt, *[self.num_classes] * missing], np.int32)
+        rows = batch_sharding(self.mesh)
+        return put((ids, classes), (rows, rows))
+
+    def abstract_arguments(self, num_prompts: int) -> tuple[TrainState, Params, Classes, Batch]:
+        """Shapes, types and shardings of the training step's arguments."""
+        rows, whole, size = batch_sharding(self.mesh), replicated(self.mesh), self.preprocess.image_size_px
+        batch_size = self.config.train.global_batch_size
+        params = self._abstract(self.trainable)
+
+        def struct(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        scalar = struct((), jnp.int32, whole)
+        opt_state = jax.tree.map(
+            lambda x, sharding: struct(x.shape, x.dtype, sharding),
+            jax.eval_shape(self.optimizer.init, params),
+            self.shardings.opt_state,
+        )
+        ema = params if self.shardings.ema else {}
+        state = TrainState(scalar, params, ema, opt_state, struct((2,), jnp.uint32, whole), scalar, scalar)
+        frozen = self._abstract({name: shape for name, shape in self.shapes.items() if name not in self.trainable})
+        if self.trains_text:
+            count = num_prompts + -num_prompts % num_row_shards(self.mesh)
+            ids = struct((count, self.clip.text.context_length), jnp.int32, rows)
+            classes = Classes(ids, struct((count,), jnp.int32, rows), None)
+        else:
+            classes = Classes(None, None, struct((self.num_classes, self.clip.projection_dim), jnp.float32, whole))
+        label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
+        return state, frozen, classes, Batch(struct((batch_size, size, size, 3), jnp.uint8, rows), label, mask, label)
+
+    def flops_per_step(self, num_prompts: int) -> int:
+        """Of one step's matrix products over all devices: forward, and twice that backward where a tower is trained.
+
+        What rematerialisation computes again doesn't count, as is usual for model FLOPs (Chowdhery et al. 2022, B).
+        """
+        image = forward_flops(self.clip.vision, self.clip.projection_dim) * (3 if self.trains_image else 1)
+        text = 3 * forward_flops(self.clip.text, self.clip.projection_dim) if self.trains_text else 0
+        return self.config.train.global_batch_size * image + num_prompts * text
+
+
+def _check_accumulation(config: RunConfig, mesh: Mesh) -> None:
+    size, parts, shards = config.train.global_batch_size, config.train.accumulation_steps, num_row_shards(mesh)
+    if size % (parts * shards):
+        raise UserError(
+            f"config.train.accumulation_steps={parts}: a batch of {size} doesn't divide into {parts} parts on {shards} "
+            f"devices; use a train.global_batch_size that is a multiple of {parts * shards}"
+        )
