@@ -56,9 +56,8 @@ class Program:
         check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
         _check_accumulation(config, mesh)
         rows = batch_sharding(mesh)
-        model = abstract_model(
-            clip, Runtime(config.model.compute_dtype, config.model.remat, config.model.attention, activations=rows)
-        )
+        self.runtime = Runtime(config.model.compute_dtype, config.model.remat, config.model.attention, activations=rows)
+        model = abstract_model(clip, self.runtime)
         self.shapes = {name: value.shape for name, value in flat_params(model).items()}
         self.param_shardings = param_shardings(self.shapes, axis_names(model), mesh)
         self.method = make_method(config.method, num_classes)
