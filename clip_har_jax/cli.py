@@ -1,9 +1,12 @@
-"""What every command shares: flags, exit codes, one line for a person's mistake."""
+"""What every command shares: flags, exit codes, one line for a mistake."""
 
 import argparse
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from clip_har_jax.errors import UserError
 
@@ -30,14 +33,56 @@ def parse_with_overrides(
     return arguments, rest
 
 
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags by which the processes of one run find one another; `process_flags` reads them."""
+    group = parser.add_argument_group(
+        "several processes", "found by themselves under Slurm, Open MPI, JobSet and on Cloud TPU; else the first three"
+    )
+    group.add_argument(
+        "--coordinator_address", metavar="HOST:PORT", help="process 0's, e.g. --coordinator_address=10.0.0.1:8476"
+    )
+    group.add_argument("--num_processes", type=int, metavar="N", help="of the whole run, e.g. --num_processes=4")
+    group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1, e.g. --process_id=0")
+    for name, default, what in (
+        ("join", 300, "for all to have come"),
+        ("heartbeat", 100, "until a silent process is given up, and the run with it"),
+        ("barrier", 600, "for processes to wait for the slowest"),
+    ):
+        flag = f"--{name}_timeout_s"
+        group.add_argument(flag, type=int, default=default, metavar="S", help=f"{what}, e.g. {flag}={default}")
+
+
+def process_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_process_flags`, as `parallel.distributed.join` takes them."""
+    names = ("coordinator_address", "num_processes", "process_id")
+    timeouts = ("join_timeout_s", "heartbeat_timeout_s", "barrier_timeout_s")
+    return {name: getattr(arguments, name) for name in names + timeouts}
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """The value of --profile_steps: FIRST:LAST, counted from 1."""
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write FIRST:LAST, e.g. 10:15")
+    return int(first), int(last)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits with what it returns (None: 0); a `UserError` is printed and exits 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # libraries' start-up chatter hides what the person looks for
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
+        sys.exit(report(error))
     except BrokenPipeError:  # `predict.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def report(error: BaseException) -> int:
+    """Prints what ended a command, a person's mistake as one line; gives the exit code."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    traceback.print_exception(error)
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1

@@ -6,6 +6,9 @@
 Any key of clip_har_jax/config.py can be set by --config.KEY=VALUE. The work folder receives config.json, run.json,
 metrics.jsonl, checkpoints/, eval/<step>/metrics.json and, at the end, model/. The same command again continues.
 Exits 0 when done, 2 on a mistake, 128 + N when signal N stopped it after saving.
+
+On several hosts the same command runs on each: under Slurm, Open MPI, JobSet and on Cloud TPU as it stands, elsewhere
+with --coordinator_address, --num_processes and --process_id.
 """
 
 from clip_har_jax import cli
@@ -16,13 +19,25 @@ def main() -> int:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="the config, e.g. --config=configs/demo.py")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the work folder, e.g. --workdir=runs/demo")
+    parser.add_argument(
+        "--profile_steps",
+        type=cli.step_range,
+        metavar="FIRST:LAST",
+        help="write a trace of these steps to profile/ in the work folder, for TensorBoard or ui.perfetto.dev, e.g. "
+        "--profile_steps=10:15",
+    )
+    cli.add_process_flags(parser)
     arguments, overrides = cli.parse_with_overrides(parser)
     config = load_config(arguments.config, overrides)
 
-    from clip_har_jax.pipelines.train import print_result, train
+    from clip_har_jax.parallel import distributed
 
-    result = train(config, arguments.workdir)
-    print_result(result)
+    with distributed.join(**cli.process_flags(arguments)):
+        from clip_har_jax.pipelines.train import print_result, train
+
+        result = train(config, arguments.workdir, profile_steps=arguments.profile_steps)
+        if distributed.is_main():
+            print_result(result)
     return result.exit_code
 
 

@@ -1,14 +1,17 @@
 """Data in, a fine-tuned model folder out."""
 
 import dataclasses
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 
 from clip_har_jax.config import RunConfig
@@ -59,6 +62,8 @@ def train(
       UserError: a mistake in the config or the data, found before any compute where it can be; a run that can't go on.
     """
     begin, quiet = time.monotonic(), quiet or not distributed.is_main()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a failed save's stack; the loop reports it
+    _keep_compiled()
     data = load_data(config)
     start = make_start(config.model.name, data.texts, config.model.image_size_px)
     with ExitStack() as stack:
@@ -89,6 +94,14 @@ def train(
         seconds = run.record_goodput(goodput, last_step)
         metrics = read_json(folder / "eval" / str(best) / "metrics.json") or {}
     return Result(folder, model, best, metrics, seconds, time.monotonic() - begin, 0)
+
+
+def _keep_compiled() -> None:
+    """Keeps what is compiled on disk, so that a run that starts again compiles nothing; a folder that was set stays."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "clip_har_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _claim(stack: ExitStack, lock: WorkdirLock, workdir: epath.Path, config: RunConfig) -> list[dict[str, Any]]:

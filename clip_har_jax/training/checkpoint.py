@@ -2,7 +2,7 @@
 
 Orbax writes aside and renames, so a kill leaves whole checkpoints only, but it doesn't check the bytes of arrays when
 it reads them back. Beside each checkpoint stands `<step>.manifest.json` with the SHA-256 of its files; one that
-differs is moved aside and the one before it is used.
+differs is moved aside when the folder is opened, and the one before it is used.
 """
 
 import contextlib
@@ -23,8 +23,7 @@ from clip_har_jax.parallel import distributed
 from clip_har_jax.training.state import TrainState, abstract_state
 
 BEST_BY = "val/top1"
-NOTE = "_CHECKPOINT_METADATA"  # when the checkpoint was made; Orbax writes it last
-COMMIT_MARK = "commit_success.txt"  # what Orbax adds on object stores, which can't rename
+LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax writes last, after it calls back
 SAVE_TIMEOUT_S = 600
 _READ_BYTES = 1 << 22
 
@@ -44,6 +43,7 @@ class Checkpointer:
         self._folder, self._config = epath.Path(folder), config
         self._saving: int | None = None
         try:
+            self._damaged = self._sweep(self._steps_on_disk())
             self._manager = self._open()
         except OSError as error:
             raise UserError(f"{folder}: checkpoints can't be written there ({error.strerror or error})") from error
@@ -105,13 +105,13 @@ class Checkpointer:
         """
         try:
             self._manager.wait_until_finished()
-            self._seal_note()
+            self._seal_late()
         except Exception as error:
             self._save_again(position["step"], state, position, metrics, error)
 
     def _save(self, step: int, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         self._manager.wait_until_finished()
-        self._seal_note()
+        self._seal_late()
         self._saving = step
         self._manager.save(
             step,
@@ -136,7 +136,7 @@ class Checkpointer:
             self.free_space()
             self._save(step, state, position, metrics)
             self._manager.wait_until_finished()
-            self._seal_note()
+            self._seal_late()
         except Exception as again:
             self._reopen()
             kept = ", ".join(map(str, self._manager.all_steps())) or "none"
@@ -161,40 +161,55 @@ class Checkpointer:
                 self._manager.delete(step)
 
     def newest_whole(self) -> int | None:
-        """The newest step whose files are as they were saved; None: there are no checkpoints.
+        """The newest step, whose files were as they had been saved; None: there are no checkpoints.
 
         Raises:
-          UserError: there are checkpoints and none of them is whole.
+          UserError: there were checkpoints and none of them was whole.
         """
-        return self._first_whole(sorted(self._manager.all_steps(), reverse=True))
+        step = self._manager.latest_step()
+        if step is None and self._damaged:
+            raise self._none_whole()
+        return step
 
     def best_whole(self) -> int:
-        """As `newest_whole`, of the highest validation accuracy; the newest where none was evaluated.
+        """The step of the highest validation accuracy that is whole now; the newest where none was evaluated.
 
         Raises:
           UserError: none is whole.
         """
-        steps = self._manager.all_steps()
-        rank = {step: (_best_by(self._manager.metrics(step)), step) for step in steps}
-        step = self._first_whole(sorted(steps, key=lambda step: rank[step], reverse=True))
-        assert step is not None, "the last step is always saved"
-        return step
-
-    def _first_whole(self, steps: Sequence[int]) -> int | None:
-        """The first whole one of `steps`; those before it are moved aside and reported."""
-        damaged = distributed.broadcast(self._find_damaged(steps) if distributed.is_main() else None)
-        if damaged:
-            if distributed.is_main():
-                self._move_aside(damaged)
-            distributed.barrier("damaged checkpoints are moved")
+        rank = {step: (_best_by(self._manager.metrics(step)), step) for step in self._manager.all_steps()}
+        for step in sorted(rank, key=lambda step: rank[step], reverse=True):
+            damaged = self._sweep([step])
+            if not damaged:
+                return step
+            self._damaged |= damaged
             self._manager.reload()
-        whole = [step for step in steps if str(step) not in damaged]
-        if steps and not whole:
-            raise UserError(
-                f"{self._folder}: no checkpoint is whole ({_listed(damaged)}); they lie in {self._aside()}. Put a copy "
-                "of one back, or start anew with another --workdir"
-            )
-        return whole[0] if whole else None
+        raise self._none_whole()
+
+    def _none_whole(self) -> UserError:
+        return UserError(
+            f"{self._folder}: no checkpoint is whole ({'; '.join(map(': '.join, self._damaged.items()))}); they lie in "
+            f"{self._aside()}. Put a copy of one back, or start anew with another --workdir"
+        )
+
+    def _sweep(self, steps: Iterable[int]) -> dict[str, str]:
+        """Checks the files of `steps` and moves aside what is damaged; the first process does it for all.
+
+        Returns:
+          What is wrong, by step (JSON has no integer keys).
+        """
+        damaged = {}
+        if distributed.is_main():
+            problems = {str(step): self._problem(step) for step in steps}
+            damaged = {step: problem for step, problem in problems.items() if problem is not None}
+            self._move_aside(damaged)
+        return distributed.broadcast(damaged)
+
+    def _steps_on_disk(self) -> list[int]:
+        """All whole steps, without Orbax, which a damaged file can stop from listing them."""
+        if not self._folder.exists():
+            return []
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
 
     def position(self, step: int) -> dict[str, Any]:
         """The data position that was saved with a checkpoint."""
@@ -216,16 +231,6 @@ class Checkpointer:
                 "config that the run began with, or another --workdir"
             ) from error
 
-    def _find_damaged(self, steps: Iterable[int]) -> dict[str, str]:
-        """What is wrong with the steps before the first whole one, by step (JSON has no integer keys)."""
-        damaged: dict[str, str] = {}
-        for step in steps:
-            problem = self._problem(step)
-            if problem is None:
-                break
-            damaged[str(step)] = problem
-        return damaged
-
     def _problem(self, step: int) -> str | None:
         """How the files of a checkpoint differ from its manifest; None: not at all."""
         try:
@@ -235,11 +240,10 @@ class Checkpointer:
         except (OSError, ValueError, KeyError, TypeError):
             return "its manifest is damaged"
         try:
-            found = _hashes(self._folder / str(step))
-            if NOTE not in files and NOTE in found:  # killed before it was sealed: all that is read of it is JSON
-                json.loads((self._folder / str(step) / NOTE).read_text())
-                del found[NOTE]
-        except (OSError, ValueError) as error:
+            # A kill may have come before these were sealed; nothing of the state is in them.
+            unsealed = tuple(name for name in LATE if name not in files)
+            found = _hashes(self._folder / str(step), leave_out=unsealed)
+        except OSError as error:
             return f"can't be read: {error}"
         if differing := sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name)):
             name = differing[0]
@@ -249,9 +253,9 @@ class Checkpointer:
 
     def _move_aside(self, damaged: Mapping[str, str]) -> None:
         aside = self._aside()
-        aside.mkdir(parents=True, exist_ok=True)
         for step, problem in damaged.items():
             print(f"warning: checkpoint {step} is damaged ({problem}); moved to {aside}", flush=True)
+            aside.mkdir(parents=True, exist_ok=True)
             if (aside / step).exists():
                 (aside / step).rmtree()
             (self._folder / step).rename(aside / step)
@@ -266,26 +270,24 @@ class Checkpointer:
     def _seal(self) -> None:
         """Writes the manifest of the checkpoint being saved; called in Orbax's thread before the folder is renamed.
 
-        So there is no whole checkpoint without one. Orbax's own note is written after that: `_seal_note` adds it.
+        So there is no whole checkpoint without one. `_seal_late` adds what is written after that.
         """
         if not distributed.is_main():
             return
         assert self._saving is not None, "called by a save"
         folder = [*self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"), self._folder / str(self._saving)][0]
-        files = _hashes(folder)
-        files.pop(NOTE, None)
-        self._write_manifest(self._saving, files)
-        for other in self._folder.glob("*.manifest.json"):
-            step = other.name.partition(".")[0]
-            if step != str(self._saving) and not (self._folder / step).exists():
-                other.unlink(missing_ok=True)
+        self._write_manifest(self._saving, _hashes(folder, leave_out=LATE))
 
-    def _seal_note(self) -> None:
-        """Adds Orbax's note of the checkpoint that was saved last to its manifest."""
+    def _seal_late(self) -> None:
+        """Finishes the manifest of the checkpoint that was saved last, and removes those of deleted ones."""
         step, self._saving = self._saving, None
-        if step is not None and distributed.is_main():
-            files = json.loads(self._manifest(step).read_text())["files"]
-            self._write_manifest(step, {**files, NOTE: _sha256(self._folder / str(step) / NOTE)})
+        if step is None or not distributed.is_main():
+            return
+        folder, files = self._folder / str(step), json.loads(self._manifest(step).read_text())["files"]
+        self._write_manifest(step, files | {name: _sha256(folder / name) for name in LATE if (folder / name).exists()})
+        for manifest in self._folder.glob("*.manifest.json"):
+            if not (self._folder / manifest.name.partition(".")[0]).exists():
+                manifest.unlink(missing_ok=True)
 
     def _write_manifest(self, step: int, files: Mapping[str, str]) -> None:
         path = self._manifest(step)
@@ -294,11 +296,11 @@ class Checkpointer:
         partial.replace(path)
 
 
-def _hashes(folder: epath.Path) -> dict[str, str]:
+def _hashes(folder: epath.Path, leave_out: Sequence[str]) -> dict[str, str]:
     """SHA-256 by relative name, several files at once: reading is what takes the time."""
     assert folder.exists(), folder
     files = {str((root / name).relative_to(folder)): root / name for root, _, names in folder.walk() for name in names}
-    files.pop(COMMIT_MARK, None)
+    files = {name: path for name, path in files.items() if name not in leave_out}
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
 
@@ -309,10 +311,6 @@ def _sha256(path: epath.Path) -> str:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _listed(damaged: Mapping[str, str]) -> str:
-    return "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,163 @@
+"""The work folder: one run at a time, and what may differ when it continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from etils import epath
+
+from clip_har_jax.config import leaves, make_config
+from clip_har_jax.errors import UserError
+from clip_har_jax.pipelines.workdir import AT_RESUME, WorkdirLock, claim_config, make_workdir
+
+HOLD = """
+import sys, time
+from etils import epath
+from clip_har_jax.pipelines.workdir import WorkdirLock
+with WorkdirLock(epath.Path(sys.argv[1]), renew_s=0.2):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder's lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def lock_on(tmp_path, **kwargs):
+    return WorkdirLock(epath.Path(tmp_path), **kwargs)
+
+
+def test_a_second_run_is_stopped_by_name(holder, tmp_path):
+    with pytest.raises(UserError) as error, lock_on(tmp_path):
+        pass
+    named = json.loads((tmp_path / "lock.json").read_text())
+    assert named["process"] == holder.pid
+    for part in (named["host"], str(holder.pid), named["started"], "--workdir"):
+        assert part in str(error.value)
+
+
+def test_a_killed_run_leaves_the_folder_free_at_once(holder, tmp_path):
+    holder.send_signal(signal.SIGKILL)  # and it isn't waited for: what is left is a zombie of the same number
+    time.sleep(0.3)
+    begin = time.monotonic()
+    with lock_on(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
+    assert time.monotonic() - begin < 2
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_a_live_run_on_another_host_is_seen_by_its_renewals(tmp_path):
+    """Its process number says nothing here."""
+    (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "t", "renewed": 1}))
+    renew = "import json, sys, time\nfor n in range(2, 40):\n    time.sleep(0.2)\n"
+    renew += "    open(sys.argv[1], 'w').write(json.dumps({'host': 'elsewhere', 'token': 't', 'renewed': n}))\n"
+    other = subprocess.Popen([sys.executable, "-c", renew, str(tmp_path / "lock.json")])
+    try:
+        with pytest.raises(UserError, match="host elsewhere"), lock_on(tmp_path, patience_s=8.0):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_dead_run_on_another_host_is_waited_for_and_replaced(tmp_path):
+    (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "t", "renewed": 1}))
+    with lock_on(tmp_path, patience_s=1.0) as lock:
+        lock.check()
+
+
+def test_a_run_that_lost_its_folder_stops(tmp_path):
+    with lock_on(tmp_path, renew_s=0.1) as lock:
+        (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 7, "token": "t"}))
+        time.sleep(0.5)
+        with pytest.raises(UserError, match="taken over by the run on host elsewhere, process 7"):
+            lock.check()
+    assert (tmp_path / "lock.json").exists()  # it is the other's
+
+
+def test_a_damaged_lock_is_nobodys(tmp_path):
+    (tmp_path / "lock.json").write_text("{")
+    with lock_on(tmp_path):
+        pass
+
+
+CHANGED = {
+    "free": [("checkpoint.every_steps", 7), ("mesh.strategy", "fsdp"), ("train.accumulation_steps", 2)],
+    "warned": [("optim.learning_rate", 0.5), ("train.num_steps", 3), ("method.label_smoothing", 0.1)],
+    "refused": [
+        ("data.train", "folder:x"),
+        ("seed", 1),
+        ("model.name", "ViT-B/32"),
+        ("optim.ema_decay", 0.9),
+        ("train.global_batch_size", 32),
+        ("method.freeze", ("text.*",)),
+    ],
+}
+
+
+def config_with(key, value):
+    tree = value
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    return make_config(tree)
+
+
+@pytest.mark.parametrize(("policy", "key", "value"), [(p, k, v) for p, pairs in CHANGED.items() for k, v in pairs])
+def test_what_may_change_at_resume(tmp_path, policy, key, value):
+    folder = make_workdir(tmp_path / "run")
+    assert claim_config(folder, make_config()) == []
+    if policy == "refused":
+        with pytest.raises(UserError) as error:
+            claim_config(folder, config_with(key, value))
+        assert f"--config.{key}=" in str(error.value)
+        assert claim_config(folder, make_config()) == []  # what stood there still does
+    else:
+        (change,) = claim_config(folder, config_with(key, value))
+        assert (change.key, change.policy) == (key, policy)
+        assert claim_config(folder, config_with(key, value)) == []
+
+
+def test_a_batch_size_changes_when_asked(tmp_path):
+    folder = make_workdir(tmp_path / "run")
+    claim_config(folder, make_config())
+    with pytest.raises(UserError, match="allow_new_batch_size"):
+        claim_config(folder, config_with("train.global_batch_size", 32))
+    asked = make_config({"train": {"global_batch_size": 32}, "checkpoint": {"allow_new_batch_size": True}})
+    changes = {change.key: change.policy for change in claim_config(folder, asked)}
+    assert changes == {"train.global_batch_size": "warned", "checkpoint.allow_new_batch_size": "free"}
+
+
+def test_every_rule_at_resume_is_of_a_key():
+    keys = [key for key, _ in leaves(make_config())]
+    for prefix, _ in AT_RESUME:
+        assert any(key.startswith(prefix) for key in keys), prefix
+
+
+@pytest.mark.parametrize("place", ["a file", "/proc/nothing"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, place):
+    path = tmp_path / "file"
+    path.write_text("")
+    workdir = str(path / "run") if place == "a file" else place
+    with pytest.raises(UserError) as error:
+        make_workdir(workdir)
+    assert f"--workdir={workdir}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    folder = make_workdir(tmp_path)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+        claim_config(folder, make_config())
