@@ -34,7 +34,9 @@ def main() -> int:
 
     with distributed.join(**cli.process_flags(arguments)):
         from clip_har_jax.pipelines.train import print_result, train
+        from clip_har_jax.training.checkpoint import report_failed_saves_once
 
+        report_failed_saves_once()
         result = train(config, arguments.workdir, profile_steps=arguments.profile_steps)
         if distributed.is_main():
             print_result(result)

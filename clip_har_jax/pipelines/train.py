@@ -1,13 +1,11 @@
 """Data in, a fine-tuned model folder out."""
 
 import dataclasses
-import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +65,6 @@ def train(
     data = load_data(config)
     start = make_start(config.model.name, data.texts, config.model.image_size_px)
     with ExitStack() as stack:
-        stack.enter_context(_quiet_saves())
         folder = make_workdir(workdir)
         lock = WorkdirLock(folder)
         changes = on_main(lambda: _claim(stack, lock, folder, config))
@@ -103,28 +100,6 @@ def _keep_compiled() -> None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "clip_har_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-@contextmanager
-def _quiet_saves() -> Iterator[None]:
-    """Keeps Orbax and tensorstore from writing hundreds of lines about a failed save, which is reported in one."""
-    loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
-    levels, hook = {name: logger.level for name, logger in loggers.items()}, sys.unraisablehook
-
-    def unless_of_a_save(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # a write that ends after the save was given up
-            hook(unraisable)
-
-    sys.unraisablehook = unless_of_a_save
-    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)  # seen as late as at exit
-    for logger in loggers.values():
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
 
 
 def _claim(stack: ExitStack, lock: WorkdirLock, workdir: epath.Path, config: RunConfig) -> list[dict[str, Any]]:

@@ -8,6 +8,9 @@ differs is moved aside when the folder is opened, and the one before it is used.
 import contextlib
 import hashlib
 import json
+import logging
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -294,6 +297,23 @@ class Checkpointer:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps({"step": step, "files": files}))
         partial.replace(path)
+
+
+def report_failed_saves_once() -> None:
+    """For programs: a failed save is one line of this project, and not a thousand of Orbax and tensorstore too.
+
+    What they leave behind is noticed as late as at the interpreter's end, so nothing is put back.
+    """
+    hook = sys.unraisablehook
+
+    def unless_of_a_save(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # a write that ends after the save was given up
+            hook(unraisable)
+
+    sys.unraisablehook = unless_of_a_save
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _hashes(folder: epath.Path, leave_out: Sequence[str]) -> dict[str, str]:
