@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,11 +20,12 @@ from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from clip_har_jax import cli
+from clip_har_jax.errors import UserError
 from clip_har_jax.parallel import rendezvous
 
 # Watched by JAX's preemption service (XLA's preemption_sync_manager.cc), which sets it itself at SIGTERM.
 _PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
-_LEAVE_TOGETHER_S = 3  # processes that fail of the same mistake do so within this time
+_LEAVE_TOGETHER_S = 3  # processes that make the same mistake make it within this time
 
 
 @dataclass
@@ -33,7 +34,7 @@ class _Joined:
 
     barrier_timeout_s: float = 600.0
     num_broadcasts: int = 0
-    notified: bool = False
+    asked_to_stop: bool = False
 
 
 _joined = _Joined()
@@ -51,19 +52,19 @@ def join(
 ) -> Iterator[None]:
     """Makes this process one of a run's for the length of a `with` block; a run of one process is left as it is.
 
-    The three first arguments are given together, or else found as `rendezvous.find_group` says. Must come before
-    anything that asks for devices. In a group of several, an error in the block is printed as commands print it and
-    ends this process at once: the others, waiting for it in a collective, are not waited for. They end when its
-    heartbeats fail to come, or as soon as their connection to it breaks.
+    The first three arguments are given together, or else found as `rendezvous.find_group` says. Comes before anything
+    that asks for devices. In a group, an error in the block is printed as commands print it and ends this process at
+    once, since the others may wait for it in a collective. They end when their connection to it breaks in a
+    collective, or when its heartbeats stay away.
 
     Args:
-      join_timeout_s: within which all processes must have come, at least 6.
+      join_timeout_s: within which all processes must have come; less than 6 counts as 6.
       heartbeat_timeout_s: after which a silent process is given up, and the run with it.
-      barrier_timeout_s: for `barrier`, `broadcast` and the end, where processes wait for the slowest.
+      barrier_timeout_s: for `barrier`, `broadcast` and the end of the block, where processes wait for the slowest.
 
     Raises:
-      UserError: contradictory flags or environment; the coordinator can't be reached in time. Where processes don't
-        come in time or don't fit together, the same line is printed and the process exits 2.
+      UserError: contradictory arguments or environment; the coordinator can't be reached in time. Where the processes
+        don't come in time or don't fit together, the same line is printed and the process exits with status 2.
     """
     group = rendezvous.find_group(coordinator_address, num_processes, process_id, join_timeout_s)
     if group is None:
@@ -75,13 +76,13 @@ def join(
     try:
         _check_count(group)
         yield
-    except BaseException as error:
+        _leave_together("the end", barrier_timeout_s)
+    except (Exception, KeyboardInterrupt) as error:
         _leave_at_once(cli.report(error))
-    jax.distributed.shutdown()
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which alone prints and writes what all have in common."""
+    """Whether this is process 0, which alone prints and writes what is common to all."""
     return global_state.process_id == 0
 
 
@@ -97,9 +98,9 @@ def barrier(name: str, timeout_s: float | None = None) -> None:
     try:
         global_state.client.wait_at_barrier(name, round(1000 * timeout_s))
     except jax.errors.JaxRuntimeError as error:
-        missing = re.search(r"timed out task names:\s*((?:\d+\s+)+)", str(error))
-        who = f"process {', '.join(missing[1].split())}" if missing else "not every process"
-        raise RuntimeError(f"{name!r}: {who} didn't come within {timeout_s:g} s; see its log") from error
+        late = re.search(r"timed out task names:\s*((?:\d+\s+)+)", str(error))
+        who = f"process {', '.join(late[1].split())}" if late else "not every process"
+        raise RuntimeError(f"{name}: {who} didn't come within {timeout_s:g} s; see its log") from None
 
 
 def broadcast(value: Any) -> Any:
@@ -114,7 +115,11 @@ def broadcast(value: Any) -> Any:
     key = f"clip_har_jax/broadcast/{_joined.num_broadcasts}"
     if is_main():
         global_state.client.key_value_set(key, json.dumps(value))
-    return json.loads(_get(key))
+        return value
+    try:
+        return json.loads(global_state.client.blocking_key_value_get(key, round(1000 * _joined.barrier_timeout_s)))
+    except jax.errors.JaxRuntimeError:
+        raise RuntimeError(f"process 0 said nothing within {_joined.barrier_timeout_s:g} s; see its log") from None
 
 
 def fetch(tree: Any) -> Any:
@@ -132,50 +137,57 @@ def fetch(tree: Any) -> Any:
 
 
 def agree_to_stop(step: int, requested: bool) -> bool:
-    """Whether the run stops after this step, the same step on all processes, because any of them was asked to.
+    """Whether the run stops after this step, the same one on all processes, since any of them was asked to.
 
-    Every process calls it once a step, with steps counted up by one. Between the collectives hosts may be some steps
-    apart, so JAX's preemption service finds a step that none has passed; this costs no communication per step.
+    Every process calls it once a step, with steps that count up by one. Between collectives processes may be some
+    steps apart, so JAX's preemption service finds a step that none has passed; until then nothing is communicated.
 
     Args:
-      requested: this process was told to stop, at this step or an earlier one.
+      requested: this process was asked to stop, now or earlier.
     """
     if global_state.client is None:
         return requested
-    if requested and not _joined.notified:
-        _joined.notified = True
+    if requested and not _joined.asked_to_stop:
+        _joined.asked_to_stop = True
         now = datetime.now(UTC).isoformat()
         global_state.client.key_value_set(_PREEMPTION_NOTICE, now, allow_overwrite=True)
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def _get(key: str) -> str:
-    try:
-        return global_state.client.blocking_key_value_get(key, round(1000 * _joined.barrier_timeout_s))
-    except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(
-            f"process 0 didn't say {key!r} within {_joined.barrier_timeout_s:g} s; see its log"
-        ) from error
-
-
 def _check_count(group: rendezvous.Group) -> None:
-    """Refuses a process that counts the group otherwise than process 0 does; JAX doesn't notice."""
-    count = broadcast(group.num_processes)
-    if count != group.num_processes:
-        raise group.mistake(f"process {group.process_id} was told {group.num_processes} processes, process 0 {count}")
+    """Refuses processes that were told different numbers of processes, on all of them; JAX doesn't notice."""
+    client, folder = global_state.client, "clip_har_jax/num_processes/"
+    assert client is not None
+    client.key_value_set(f"{folder}{group.process_id}", str(group.num_processes))
+    barrier("counted")
+    counts = {int(count) for _, count in client.key_value_dir_get(folder)}
+    if len(counts) > 1:
+        raise UserError(
+            f"the processes were told different numbers of processes: {', '.join(map(str, sorted(counts)))}"
+        )
+
+
+def _leave_together(where: str, timeout_s: float) -> None:
+    """Waits for all, then takes JAX's service down.
+
+    Without waiting first, a process that was asked to stop in its last step would wait for the agreement of those
+    whose preemption service is down already.
+
+    Raises:
+      RuntimeError: not all came in time.
+    """
+    barrier(where, timeout_s)
+    jax.distributed.shutdown()
 
 
 def _leave_at_once(exit_code: int) -> None:
-    """Ends this process after an error; no interpreter shutdown, which would wait for the others in JAX's barrier.
+    """Ends this process after an error; not through the interpreter's end, which waits for the others in JAX's barrier.
 
-    A mistake that all processes made ends them together: were process 0, which holds the coordination service, to go
-    first, the others would die of that instead.
+    A mistake that all processes make ends them together: were process 0 to go first, and the coordination service with
+    it, the others would die of that instead of their own message.
     """
-    try:
-        barrier("clip_har_jax/failed", _LEAVE_TOGETHER_S)
-        jax.distributed.shutdown()
-    except RuntimeError:
-        pass
+    with suppress(RuntimeError):
+        _leave_together("an error", _LEAVE_TOGETHER_S)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -4,13 +4,25 @@ JAX's own cluster detection does the finding wherever it can. Its client doesn't
 the process with a C++ stack trace. Here that becomes one line.
 """
 
+import ctypes
 import importlib.util
 import os
+import re
+import signal
+import socket
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import jax
+from jax._src import cloud_tpu_init
+from jax._src.clusters import ClusterEnv
 
+from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 
 _CLIENT_SLACK_S = 5  # JAX's client waits this much longer than it was told
@@ -23,8 +35,7 @@ class Group:
     coordinator_address: str  # host:port, where process 0 listens
     num_processes: int
     process_id: int
-    local_device_ids: tuple[int, ...] | None  # None: all that there are
-    source: str  # who said so
+    local_device_ids: tuple[int, ...] | None = None  # None: all that there are
 
     @property
     def host_and_port(self) -> tuple[str, int]:
@@ -35,49 +46,55 @@ class Group:
 def find_group(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout_s: int
 ) -> Group | None:
-    """The run's processes by the flags, or else by the environment; None for a single process.
+    """The run's processes, by the first of these that says anything; None for a single process.
 
-    Of the environment, `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` come first; in an indexed
-    job of Kubernetes the last defaults to `JOB_COMPLETION_INDEX`. What they leave out, JAX's cluster detection says:
-    Slurm, Open MPI, Cloud TPU, and Kubernetes where the `kubernetes` package is installed.
+    1. the flags `--coordinator_address`, `--num_processes` and `--process_id`
+    2. the variables `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; in an indexed job of
+       Kubernetes the last defaults to `JOB_COMPLETION_INDEX`
+    3. Open MPI 5, which JAX 0.10 doesn't know, beside `JAX_COORDINATOR_ADDRESS`
+    4. JAX's cluster detection: Slurm, Open MPI 4, Cloud TPU, and Kubernetes with the `kubernetes` package
 
     Args:
-      timeout_s: how long detection may wait for the coordinator's name to be known.
+      timeout_s: how long detection may wait until the coordinator's name is known.
 
     Raises:
       UserError: flags or variables that are incomplete or contradict one another.
     """
-    flags = {
-        "--coordinator_address": coordinator_address,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
-    if any(value is not None for value in flags.values()):
-        return _checked(flags, None, "the flags")
-    found = {
-        "JAX_COORDINATOR_ADDRESS": os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "JAX_NUM_PROCESSES": _number("JAX_NUM_PROCESSES"),
-        "JAX_PROCESS_ID": _number("JAX_PROCESS_ID"),
-    }
-    if found["JAX_NUM_PROCESSES"] == 1:
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    local: tuple[int, ...] | None = None
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if (coordinator_address, num_processes, process_id) != (None, None, None):
+        address, names = coordinator_address, ("--coordinator_address", "--num_processes", "--process_id")
+    elif names[1] in os.environ or names[2] in os.environ:
+        num_processes, process_id = _number(names[1]), _number(names[2], "JOB_COMPLETION_INDEX")
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ:
+        num_processes, process_id = _number("OMPI_COMM_WORLD_SIZE"), _number("OMPI_COMM_WORLD_RANK")
+        local = (_number("OMPI_COMM_WORLD_LOCAL_RANK") or 0,)
+    elif _jax_knows_the_cluster():
+        address, num_processes, process_id, local = _detect(address, timeout_s)
+    elif _number("JOB_COMPLETION_INDEX"):
+        raise UserError(
+            "one pod of several in an indexed job, without a word of the others: set " + ", ".join(names[:2])
+        )
+    else:
         return None
-    if found["JAX_NUM_PROCESSES"] is not None and found["JAX_PROCESS_ID"] is None:
-        found["JAX_PROCESS_ID"] = _number("JOB_COMPLETION_INDEX")
-    local_device_ids = None
-    if None in found.values():
-        local_device_ids = _detect(found, timeout_s)
-    if all(value is None for value in found.values()):
-        if _number("JOB_COMPLETION_INDEX"):
-            raise UserError(
-                "this is an indexed job of Kubernetes with several pods, which can't find one another: set "
-                "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, as kubernetes/train/ does"
-            )
+    if num_processes == 1:
         return None
-    return _checked(found, local_device_ids, "the environment")
+    values = zip(names, (address, num_processes, process_id), strict=True)
+    if missing := [name for name, value in values if value is None]:
+        raise UserError(f"{', '.join(missing)}: not given; a run of several processes needs {', '.join(names)}")
+    assert address is not None and num_processes is not None and process_id is not None
+    if not re.fullmatch(r".+:\d+", address):
+        raise UserError(f"{names[0]}={address}: should be HOST:PORT, e.g. 10.0.0.1:8476")
+    if num_processes < 1:
+        raise UserError(f"{names[1]}={num_processes}: should be at least 1")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"{names[2]}={process_id}: should be 0 to {names[1]} - 1, which is {num_processes - 1}")
+    return Group(address, num_processes, process_id, local)
 
 
 def connect(group: Group, join_timeout_s: int, heartbeat_timeout_s: int, shutdown_timeout_s: int) -> None:
-    """Connects this process with the others; where that fails, the process may end here, with a line and exit code 2.
+    """Connects this process with the others; where that fails, the process may end here, with one line and status 2.
 
     Raises:
       UserError: the coordinator can't be reached, or can't listen.
@@ -88,7 +105,7 @@ def connect(group: Group, join_timeout_s: int, heartbeat_timeout_s: int, shutdow
     else:
         _wait_for_coordinator(group, deadline, join_timeout_s)
     left_s = round(deadline - time.monotonic()) - _CLIENT_SLACK_S
-    with _default_signals(), _abort_as_one_line(lambda output: _why(output, group, join_timeout_s)):
+    with _own_signals(), _abort_as_one_line(lambda output: _explain(output, group, join_timeout_s)):
         jax.distributed.initialize(
             group.coordinator_address,
             group.num_processes,
@@ -101,35 +118,124 @@ def connect(group: Group, join_timeout_s: int, heartbeat_timeout_s: int, shutdow
         )
 
 
-def _number(name: str) -> int | None:
-    value = os.environ.get(name)
-    if value is not None and not value.isdecimal():
-        raise UserError(f"{name}={value!r} isn't a number")
-    return None if value is None else int(value)
+def _number(*names: str) -> int | None:
+    """The first variable of these that is set."""
+    for name in names:
+        value = os.environ.get(name)
+        if value is not None and not value.isdecimal():
+            raise UserError(f"{name}={value!r} isn't a number")
+        if value is not None:
+            return int(value)
+    return None
 
 
-def _detect(found: dict[str, str | int | None], timeout_s: int) -> tuple[int, ...] | None:
-    """Asks JAX's cluster detection for what isn't found yet; gives the devices meant for this process."""
-    method = None
-    open_mpi_5 = "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ
-    if open_mpi_5 and importlib.util.find_spec("mpi4py"):
-        method = "mpi4py"
-    elif open_mpi_5:  # JAX 0.10 doesn't know it, and it doesn't say where rank 0 runs
-        for name, variable in (("JAX_NUM_PROCESSES", "SIZE"), ("JAX_PROCESS_ID", "RANK")):
-            found[name] = _number(f"OMPI_COMM_WORLD_{variable}")
-        if found["JAX_NUM_PROCESSES"] > 1 and found["JAX_COORDINATOR_ADDRESS"] is None:
-            raise UserError("Open MPI 5: install mpi4py, or mpirun -x JAX_COORDINATOR_ADDRESS=HOST_OF_RANK_0:PORT")
-        return (int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]),)
-    elif not _jax_knows_cluster():
-        return None
-    address, *rest = found.values()
+def _jax_knows_the_cluster() -> bool:
+    # Any pod of Kubernetes looks to JAX like one of many; without the package it warns there.
+    many_pods = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
+    package = importlib.util.find_spec("kubernetes")
+    return (
+        "SLURM_STEP_NODELIST" in os.environ
+        or "OMPI_MCA_orte_hnp_uri" in os.environ
+        or cloud_tpu_init.running_in_cloud_tpu_vm
+        or (many_pods and package is not None and package.origin is not None)  # else our own folder of that name
+    )
+
+
+def _detect(address: str | None, timeout_s: int) -> tuple[str | None, int | None, int | None, tuple[int, ...] | None]:
+    """What JAX's cluster detection finds: coordinator's address, number of processes, process id, local device ids."""
+    ask = ClusterEnv.auto_detect_unset_distributed_params
     try:
         # First without the address: finding it may take a while, and a single process doesn't need it.
-        _, count, index, local = _ask_jax(address or "", *rest, method, timeout_s)
+        _, count, index, local = ask(address or "unknown", None, None, None, None, timeout_s)
         if address is None and count is not None and count > 1:
-            address, *_ = _ask_jax(None, count, index, method, timeout_s)
+            address, *_ = ask(None, count, index, local, None, timeout_s)
     except (RuntimeError, ValueError, LookupError, OSError) as error:
         message = " ".join(str(error).split())
-        raise UserError(f"JAX's cluster detection: {message}; JAX_NUM_PROCESSES=1 for a single process") from error
-    found.update(zip(found, (address, count, index), strict=True))
-    return None if local is None or "JAX_LOCAL_DEVICE_IDS" in os.environ else tuple(local)
+        raise UserError(f"JAX's cluster detection: {message} (JAX_NUM_PROCESSES=1 for one process)") from error
+    if local is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        return address, count, index, tuple(local)
+    return address, count or 1, index, None
+
+
+def _check_port_is_free(group: Group) -> None:
+    """JAX's coordination service dies of a segmentation fault where it can't listen."""
+    _, port = group.host_and_port
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(f"process 0 can't listen on port {port} ({error.strerror}); choose another port") from error
+
+
+def _wait_for_coordinator(group: Group, deadline: float, timeout_s: int) -> None:
+    while True:
+        try:
+            socket.create_connection(group.host_and_port, timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() + 0.5 > deadline:
+                raise UserError(
+                    f"process {group.process_id} can't reach the coordinator {group.coordinator_address} within "
+                    f"{timeout_s} s ({error.strerror}); does process 0 run there?"
+                ) from error
+        time.sleep(0.5)
+
+
+def _explain(output: str, group: Group, timeout_s: int) -> str:
+    """One line for what JAX's client wrote before it aborted."""
+    reason = re.search(r"absl::Status: (.*)|(RPC: .*)", output)
+    status = reason[0] if reason else output[-300:]
+    if "ALREADY_EXISTS" in status:
+        why = f"another process has the process id {group.process_id} too"
+    elif "Unexpected task" in status:
+        why = f"process 0 was told of fewer than {group.num_processes} processes"
+    elif "DEADLINE_EXCEEDED" in status:
+        why = f"not all {group.num_processes} processes came within {timeout_s} s; see the others' logs"
+    else:
+        why = " ".join(status.split())
+    return f"process {group.process_id} can't join the others at {group.coordinator_address}: {why}"
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ctrl-C ends a process that waits for the others; afterwards Python's handlers stand as before.
+
+    JAX's preemption service installs a handler of SIGTERM under Python's, which would swallow one that comes while
+    the model is compiled, when there is nothing to save yet.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _abort_as_one_line(explain: Callable[[str], str]) -> Iterator[None]:
+    """An abort within prints `error: explain(standard error)` in place of what C++ wrote, and exits as mistakes do."""
+    libc = ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as captured:
+        stderr = os.dup(2)
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_int)
+        def on_abort(_: int) -> None:
+            os.write(stderr, f"error: {explain(_read(captured))}\n".encode())
+            os._exit(cli.EXIT_MISTAKE)
+
+        os.dup2(captured.fileno(), 2)
+        previous = libc.signal(signal.SIGABRT, ctypes.cast(on_abort, ctypes.c_void_p))
+        try:
+            yield
+        finally:
+            libc.signal(signal.SIGABRT, previous)
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            sys.stderr.write(_read(captured))
+
+
+def _read(file: BinaryIO) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
