@@ -2,6 +2,8 @@
 
 import json
 import signal
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,9 +15,11 @@ from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import load, make_start
 from clip_har_jax.models.params import flat_params
+from clip_har_jax.pipelines import run as run_module
 from clip_har_jax.pipelines.run import Run, load_data
-from clip_har_jax.pipelines.train import train
+from clip_har_jax.pipelines.train import continue_goodput, train
 from clip_har_jax.training import checkpoint
+from clip_har_jax.training.goodput import CATEGORIES
 
 LABELS = ("cycling", "running", "sleeping")
 
@@ -103,19 +107,25 @@ def params_of(folder):
     return {name: np.asarray(value) for name, value in flat_params(load(str(folder)).model).items()}
 
 
-def test_stopped_and_continued_is_bit_equal(folders, finished, tmp_path):
-    """SIGTERM after the third step, then the same command again."""
+def stop_at(step, workdir, config):
+    """Trains until the metrics of `step` are known, then stops as SIGTERM does."""
 
     class StopAt:
-        def write(self, step, metrics):
-            if step == 2 and "train/loss" in metrics:
+        def write(self, at, metrics):
+            if at == step and "train/loss" in metrics:
                 signal.raise_signal(signal.SIGTERM)
 
         def close(self):
             pass
 
+    return train(config, workdir, sinks=[StopAt()], quiet=True)
+
+
+def test_stopped_and_continued_is_bit_equal(folders, finished, tmp_path):
+    """SIGTERM after the third step, then the same command again."""
+
     config = config_for(folders)
-    first = train(config, tmp_path, sinks=[StopAt()], quiet=True)
+    first = stop_at(2, tmp_path, config)
     assert first.exit_code == 128 + signal.SIGTERM
     assert first.model is None
     assert first.steps == 3  # step 2's metrics are read while step 3 is computed
@@ -225,3 +235,89 @@ def test_mistakes_are_refused_before_any_compute(folders, tmp_path, sections, me
         train(config_for(folders, **sections), tmp_path, quiet=True)
     assert message in str(error.value)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Makes the batches of chosen steps give a loss that isn't finite."""
+    steps = set()
+    place_batches = run_module.prefetch_to_mesh
+
+    def poison(batches, place, size=2):
+        for step, batch in enumerate(place_batches(batches, place, size), start=1):
+            yield batch._replace(mask=batch.mask * np.nan) if step in steps else batch
+
+    monkeypatch.setattr(run_module, "prefetch_to_mesh", poison)
+    return steps
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(folders, poisoned, tmp_path):
+    poisoned.add(3)
+    result = train(config_for(folders), tmp_path, quiet=True)
+    assert result.exit_code == 0
+    skipped = {
+        line["step"]: line["train/skipped_steps"]
+        for line in read_lines(tmp_path / "metrics.jsonl")
+        if "train/loss" in line
+    }
+    assert skipped == {2: 0, 3: 1, 4: 1, 6: 1}
+    assert all(np.isfinite(value).all() for value in params_of(result.model).values())
+
+
+def test_a_run_that_is_not_finite_any_more_ends_with_its_examples(folders, poisoned, tmp_path):
+    poisoned.update(range(2, 100))
+    config = config_for(folders, num_steps=20, train={"max_skipped_steps": 3}, checkpoint={"every_steps": 1})
+    with pytest.raises(UserError, match="wasn't finite 4 times in a row") as error:
+        train(config, tmp_path, quiet=True)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "nonfinite_examples.json") in str(error.value)
+    written = json.loads((tmp_path / "nonfinite_examples.json").read_text())
+    assert [entry["step"] for entry in written] == [2, 3, 4, 5]
+    assert all(len(entry["examples"]) == 8 for entry in written)
+    assert all(Path(example["input"]).is_file() for entry in written for example in entry["examples"])
+    run = Run(config, epath.Path(tmp_path / "x"), load_data(config), make_start(str(folders[0]), [], None), {}, None)
+    with checkpoint.Checkpointer(tmp_path / "checkpoints", config.checkpoint) as kept:
+        step = kept.newest_whole()
+        state = kept.restore(run.state, step)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_new_batch_size_continues_after_the_examples_seen(folders, tmp_path):
+    stop_at(2, tmp_path, config_for(folders, num_steps=6))
+    data = {"train": {"global_batch_size": 16}, "checkpoint": {"allow_new_batch_size": True}}
+    result = train(config_for(folders, num_steps=6, **data), tmp_path, quiet=True)
+    assert result.exit_code == 0
+    with checkpoint.Checkpointer(tmp_path / "checkpoints", make_config().checkpoint) as kept:
+        position = kept.position(6)
+    seen_before = 3 * 8  # step 2's metrics are read while step 3 is computed
+    assert position.items() >= {"step": 6, "examples_seen": seen_before + 3 * 16, "global_batch_size": 16}.items()
+    changes = json.loads((tmp_path / "run.json").read_text())["config_changes"]
+    assert {"step": 3, "key": "train.global_batch_size", "old": 8, "new": 16, "policy": "warned"} in changes
+
+
+def test_a_trace_of_chosen_steps(folders, tmp_path):
+    train(config_for(folders, num_steps=4), tmp_path, quiet=True, profile_steps=(2, 3))
+    written = {path.name.partition(".")[2] for path in (tmp_path / "profile").rglob("*") if path.is_file()}
+    assert "xplane.pb" in written  # TensorBoard's
+    assert any((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
+
+
+def test_the_time_of_a_run_is_accounted_for(finished):
+    record = json.loads((finished.workdir / "run.json").read_text())
+    assert set(record["goodput"]) == set(CATEGORIES)
+    assert record["last_step"] == 6
+    assert record["starts"] >= 1
+    assert sum(finished.goodput.values()) == pytest.approx(finished.seconds, rel=0.05)
+    assert finished.goodput["compile"] > 0
+    assert finished.goodput["lost"] == 0
+
+
+def test_what_a_killed_start_spent_after_its_checkpoint_is_lost():
+    saved, last = {"productive": 5.0, "compile": 1.0}, {"productive": 9.0, "compile": 1.0, "evaluation": 2.0}
+    record = {"last_step": 30, "goodput": last}
+    killed = continue_goodput(record, {"step": 20, "goodput": saved}, time.monotonic()).seconds()
+    assert killed["lost"] == pytest.approx(6.0)
+    assert killed["productive"] == pytest.approx(5.0, abs=0.1)
+    stopped = continue_goodput(record, {"step": 30, "goodput": saved}, time.monotonic()).seconds()
+    assert stopped["lost"] == 0
+    assert stopped["productive"] == pytest.approx(9.0, abs=0.1)

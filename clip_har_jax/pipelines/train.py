@@ -74,7 +74,7 @@ def train(
         run = Run(config, folder, data, start, position, profile_steps)
         state = checkpointer.restore(run.state, step) if step else run.state
         record = read_json(folder / "run.json") or {}
-        goodput = stack.enter_context(_continue_goodput(record, position, begin))
+        goodput = stack.enter_context(continue_goodput(record, position, begin))
         run.write_record(goodput, changes)
         all_sinks = _make_sinks(run, goodput, lock, sinks, quiet)
         for sink in all_sinks:
@@ -126,7 +126,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
-def _continue_goodput(record: Mapping[str, Any], position: Mapping[str, Any], begin: float) -> Goodput:
+def continue_goodput(record: Mapping[str, Any], position: Mapping[str, Any], begin: float) -> Goodput:
     """The time of the starts so far; what they spent after the checkpoint that is continued from is lost."""
     last, saved = record.get("goodput"), position.get("goodput")
     if not last or not saved:

@@ -7,6 +7,7 @@ from functools import reduce
 from typing import Any
 
 import jax
+import numpy as np
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.parallel import distributed
@@ -52,7 +53,9 @@ class Meter:
         total = reduce(lambda a, b: a.merge(b), jax.device_get(self.metrics))
         now = time.monotonic()
         elapsed, steps = now - self.begin, len(self.metrics)
-        values: dict[str, float | None] = {f"train/{k}": to_jsonable(v) for k, v in total.compute().items()}
+        with np.errstate(invalid="ignore"):  # the mean over no example, where all updates were left out
+            computed = total.compute()
+        values: dict[str, float | None] = {f"train/{name}": to_jsonable(value) for name, value in computed.items()}
         values["train/images_per_s"] = steps * batch_size / elapsed
         values["train/data_wait_fraction"] = self.data_wait_s / elapsed
         values["train/mfu"] = None
