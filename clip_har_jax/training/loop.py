@@ -149,6 +149,8 @@ def fit(
         improved = bool(values) and (best is None or values[BEST_BY] > best)
         best = values[BEST_BY] if improved else best
         if step % schedule.checkpoint_every == 0 or improved or last:
+            if step % schedule.log_every == 0 and meter.metrics:  # a start that continues here won't write them
+                write(step, meter.take(schedule.global_batch_size))
             with goodput.measure("checkpoint"):
                 checkpointer.save(state, position(step), values)
             saved = step

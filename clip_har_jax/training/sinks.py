@@ -41,8 +41,10 @@ class JsonlSink:
         self._remote: epath.Path | None = path if "://" in os.fspath(path) else None
         self._local = epath.Path(tempfile.mkdtemp()) / path.name if self._remote is not None else path
         self._uploaded = time.monotonic()
-        self._file = self._local.open("w")
-        self._file.writelines(kept)
+        partial = self._local.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(self._local)  # a kill leaves the old lines or these
+        self._file = self._local.open("a")
 
     def write(self, step: int, metrics: Metrics) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
