@@ -34,10 +34,20 @@ class Actions:
     head: str = "cosine"
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is on a mounted file system rather than an object store."""
+    return "://" not in os.fspath(path)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON atomically: whoever reads `path` sees the old contents or the new, never a part."""
-    path = Path(path)
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if not is_local(path):  # such stores replace whole objects, and renaming one means copying it
+        from etils import epath
+
+        epath.Path(path).write_text(text)
+        return
+    path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:

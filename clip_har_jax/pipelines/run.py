@@ -25,7 +25,7 @@ from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.parallel.mesh import AXES, make_mesh, peak_flops
 from clip_har_jax.pipelines.provenance import make_record
-from clip_har_jax.pipelines.workdir import is_local, read_json, write_json
+from clip_har_jax.pipelines.workdir import read_json
 from clip_har_jax.text import make_prompts
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput
@@ -167,7 +167,7 @@ class Run:
         process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self.workdir / f"nonfinite_examples{process}.json"
         source = self.data.train
-        write_json(
+        bundle.write_json(
             path,
             [
                 {"step": step, "examples": [{"index": index, "input": _name(source, index)} for index in indices]}
@@ -182,7 +182,7 @@ class Run:
         if distributed.is_main():
             folder = self.workdir / "eval" / str(int(state.step))
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "metrics.json", result.metrics)
+            bundle.write_json(folder / "metrics.json", result.metrics)
         return {f"val/{name}": result.metrics[name] for name in ("top1", "top5", "macro_f1", "nll", "ece")}
 
     def evaluate(self, state: TrainState) -> EvalResult:
@@ -232,14 +232,14 @@ class Run:
             "last_step": self.first_step,
             "goodput": goodput.seconds(),
         }
-        write_json(self.workdir / "run.json", make_record(self.config, facts, old))
+        bundle.write_json(self.workdir / "run.json", make_record(self.config, facts, old))
 
     def record_goodput(self, goodput: Goodput, step: int) -> dict[str, float]:
         """Brings the account of the time in run.json up to date, and returns it."""
         seconds = goodput.seconds()
         if distributed.is_main():
             record = read_json(self.workdir / "run.json") or {}
-            write_json(self.workdir / "run.json", {**record, "last_step": step, "goodput": seconds})
+            bundle.write_json(self.workdir / "run.json", {**record, "last_step": step, "goodput": seconds})
         return seconds
 
     def print_overview(self) -> None:
@@ -282,7 +282,7 @@ class Run:
             (folder / "run.json").write_text((self.workdir / "run.json").read_text())
             bundle.seal(folder)
 
-        if is_local(target):
+        if bundle.is_local(target):
             bundle.replace_folder(Path(target), fill)
         else:
             _upload_folder(fill, target)

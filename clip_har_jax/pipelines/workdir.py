@@ -17,6 +17,8 @@ from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig, leaves
 from clip_har_jax.errors import UserError
 
+os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
+
 # What a changed key means when a run continues; the first prefix that fits counts, and anything else is refused:
 # another model, other data or another order of them isn't the same run.
 FREE = "free"
@@ -53,21 +55,8 @@ class Change:
     policy: str
 
 
-def is_local(path: epath.Path) -> bool:
-    """Whether a path is on a mounted file system rather than an object store."""
-    return "://" not in os.fspath(path)
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON atomically; an object store replaces objects as wholes by itself."""
-    if is_local(path):
-        bundle.write_json(Path(path), value)
-    else:
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def read_json(path: epath.Path) -> dict[str, Any] | None:
-    """The contents of a file that `write_json` wrote; None where there is none.
+    """The contents of a JSON file; None where there is none.
 
     Raises:
       UserError: not JSON.
@@ -115,7 +104,7 @@ def claim_config(workdir: epath.Path, config: RunConfig) -> list[Change]:
                 f"{workdir} holds a run with {change.key}={change.old!r}, this one says {change.new!r}; use another "
                 f"--workdir, or --config.{change.key}={change.old}{_way_out(change)}"
             )
-    write_json(path, config.to_dict())
+    bundle.write_json(path, config.to_dict())
     return changes
 
 
@@ -204,7 +193,7 @@ class WorkdirLock:
 
     def _write(self) -> None:
         self._count += 1
-        write_json(self._path, {**self._mine, "renewed": self._count})
+        bundle.write_json(self._path, {**self._mine, "renewed": self._count})
 
     def _is_alive(self, holder: Mapping[str, Any]) -> bool:
         if holder.get("host") == self._mine["host"]:

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from clip_har_jax import bundle
 from clip_har_jax.config import CheckpointConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.parallel import distributed
@@ -43,7 +44,8 @@ class Checkpointer:
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig):
-        self._folder, self._config = epath.Path(folder), config
+        path = epath.Path(folder)
+        self._folder, self._config = path.absolute() if bundle.is_local(path) else path, config
         self._saving: int | None = None
         try:
             self._damaged = self._sweep(self._steps_on_disk())
@@ -56,7 +58,7 @@ class Checkpointer:
         if self._config.keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_best_by, n=self._config.keep_best))
         return ocp.CheckpointManager(
-            self._folder.absolute(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=_best_by,
@@ -293,10 +295,7 @@ class Checkpointer:
                 manifest.unlink(missing_ok=True)
 
     def _write_manifest(self, step: int, files: Mapping[str, str]) -> None:
-        path = self._manifest(step)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps({"step": step, "files": files}))
-        partial.replace(path)
+        bundle.write_json(self._manifest(step), {"step": step, "files": dict(files)})
 
 
 def report_failed_saves_once() -> None:
@@ -319,10 +318,19 @@ def report_failed_saves_once() -> None:
 def _hashes(folder: epath.Path, leave_out: Sequence[str]) -> dict[str, str]:
     """SHA-256 by relative name, several files at once: reading is what takes the time."""
     assert folder.exists(), folder
-    files = {str((root / name).relative_to(folder)): root / name for root, _, names in folder.walk() for name in names}
-    files = {name: path for name, path in files.items() if name not in leave_out}
+    files = {name: path for name, path in _files(folder, "") if name not in leave_out}
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+
+
+def _files(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
+    """(name, path) of the files below `folder`; epath's own `walk` drops an object store's scheme."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        name = f"{prefix}{path.name}"
+        if path.is_dir():
+            yield from _files(path, f"{name}/")
+        else:
+            yield name, path
 
 
 def _sha256(path: epath.Path) -> str:
