@@ -31,6 +31,12 @@ NAMED_SIZES = {
     "ViT-L/14@336": CLIPConfig(_LARGE_TEXT, dataclasses.replace(_LARGE_VISION, image_size=336), projection_dim=768),
 }
 VOCABULARY_SIZE = 1024  # of a tokenizer trained on a run's own prompts
+HUB_SIZES = {
+    "openai/clip-vit-base-patch32": "ViT-B/32",
+    "openai/clip-vit-base-patch16": "ViT-B/16",
+    "openai/clip-vit-large-patch14": "ViT-L/14",
+    "openai/clip-vit-large-patch14-336": "ViT-L/14@336",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,27 @@ def _resized(config: CLIPConfig, image_size_px: int | None) -> CLIPConfig:
     if image_size_px is None:
         return config
     return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size_px))
+
+
+def known_config(name: str, image_size_px: int | None = None) -> CLIPConfig:
+    """The sizes of the model that a config's `model` section names, known without downloading anything.
+
+    Of a named size the vocabulary is as large as that of a run can become.
+
+    Raises:
+      UserError: a name that isn't known here.
+    """
+    if name in NAMED_SIZES:
+        config = NAMED_SIZES[name]
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=VOCABULARY_SIZE))
+    elif name in HUB_SIZES:
+        config = NAMED_SIZES[HUB_SIZES[name]]
+    elif Path(name).expanduser().is_dir():
+        config = read_config(Path(name).expanduser())
+    else:
+        known = ", ".join([*NAMED_SIZES, *HUB_SIZES])
+        raise UserError(f"model.name: the sizes of {name!r} aren't known here; a model folder, or one of {known}")
+    return _resized(config, image_size_px)
 
 
 def start_params(start: Start, seed: int) -> Params:

@@ -3,25 +3,13 @@
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from clip_har_jax.config import MeshConfig
 from clip_har_jax.errors import UserError
+from clip_har_jax.parallel.topology import find_chip
 
 AXES = ("data", "fsdp", "tensor")
-
-# Nominal dense bfloat16 FLOP/s of one chip, from the makers' data sheets (NVIDIA A100, H100; Google Cloud TPU pages).
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
@@ -57,11 +45,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     shape = mesh_shape(config, len(devices or jax.devices()))
     auto = (AxisType.Auto,) * len(AXES)
-    if devices is not None:
-        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=auto)
-    return jax.make_mesh(shape, AXES, axis_types=auto)
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """The chip's nominal dense bfloat16 FLOP/s; None where it isn't known."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+    return chip.peak_flops if (chip := find_chip(device)) else None

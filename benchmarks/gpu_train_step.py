@@ -1,0 +1,209 @@
+"""Our training step of ViT-B/32, B/16 and L/14 on one GPU, in bfloat16: images/s, MFU, time spent waiting for data.
+
+    python -m benchmarks.gpu_train_step [--data=folder:photos] [--models=ViT-B/32,ViT-B/16,ViT-L/14] [--steps=50]
+
+Both towers are trained, from random weights, against 45 prompts of full length. Each model steps first on a batch that
+stays on the GPU, then on batches that the training's own input pipeline reads from JPEGs; without --data these are
+made here, of the size and weight of photographs. "ratio" is the images/s of ViT-B/16 fed with JPEGs over the 1,459
+that are published for an H100; null where no Hopper GPU measured it. Without a GPU nothing is claimed.
+"""
+
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from clip_har_jax import cli
+from clip_har_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import jax
+
+    from clip_har_jax.batch import Batch
+    from clip_har_jax.data.sources import Source
+    from clip_har_jax.models.clip import CLIPConfig
+
+BATCH_SIZES = {"ViT-B/32": 1024, "ViT-B/16": 256, "ViT-L/14": 128}  # meant for 80 GB; halved where they don't fit
+PUBLISHED_B16_IMAGES_PER_S = 1459
+WARM_UPS = 5
+NUM_PROMPTS = 45
+
+
+def write_photographs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
+    """JPEGs with the detail, and so the bytes, of photographs: smooth shapes and noise, in two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        shapes = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        noise = rng.normal(0, 8, (size[1], size[0], 3))
+        path = folder / ("running" if i % 2 else "sleeping") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(np.asarray(shapes) + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def run_steps(
+    train_step: Callable[[Any, "Batch"], tuple[Any, Any, "jax.Array"]],
+    state: Any,
+    batches: Iterator["Batch"],
+    count: int,
+) -> tuple[Any, float, float]:
+    """Steps with the host one step ahead of the device, as in training.
+
+    Returns:
+      The state, the seconds from the first step to the end of the last, and those of them spent waiting for a batch.
+    """
+    import jax
+
+    waited_s, running = 0.0, None
+    begin = time.perf_counter()
+    for _ in range(count):
+        wait_begin = time.perf_counter()
+        batch = next(batches)
+        waited_s += time.perf_counter() - wait_begin
+        state, _, skipped = train_step(state, batch)
+        jax.block_until_ready(running)
+        running = skipped  # the output that the next step doesn't donate
+    jax.block_until_ready(state)
+    return state, time.perf_counter() - begin, waited_s
+
+
+def measure(
+    device: "jax.Device", clip: "CLIPConfig", source: "Source", batch_size: int, steps: int, num_workers: int
+) -> dict[str, Any]:
+    """Measures one model on one device.
+
+    Args:
+      source: images, which needn't have the model's size.
+      num_workers: processes that decode; 0: threads.
+    """
+    import jax
+
+    from clip_har_jax.config import make_config
+    from clip_har_jax.data.pipeline import BadInputs, prefetch_to_mesh, train_batches
+    from clip_har_jax.models.params import init_params
+    from clip_har_jax.parallel.mesh import make_mesh, peak_flops
+    from clip_har_jax.parallel.sharding import batch_sharding, place
+    from clip_har_jax.preprocess import Preprocess
+    from clip_har_jax.training.methods import Classes
+    from clip_har_jax.training.program import Program
+
+    config = make_config(
+        {
+            "model": {"compute_dtype": "bfloat16"},
+            "train": {"global_batch_size": batch_size},
+            "eval": {"batch_size": batch_size},
+            "data": {"num_workers": num_workers},
+        }
+    )
+    mesh, preprocess = make_mesh(config.mesh, [device]), Preprocess(image_size_px=clip.vision.image_size)
+    program = Program(config, clip, preprocess, len(source.labels), num_steps=10_000, mesh=mesh)
+    state, frozen = program.place({name: np.asarray(value) for name, value in init_params(clip, seed=0).items()})
+    ids = np.random.default_rng(0).integers(1, clip.text.vocab_size - 2, (NUM_PROMPTS, clip.text.context_length))
+    ids[:, -1] = clip.text.eos_token_id
+    prompts = program.place_prompts(ids.astype(np.int32), [i % len(source.labels) for i in range(NUM_PROMPTS)])
+    classes = Classes(*prompts, None)
+
+    def train_step(state: Any, batch: "Batch") -> Any:
+        return program.train_step(state, frozen, classes, batch)
+
+    rows = batch_sharding(mesh)
+    with train_batches(
+        source,
+        config.data,
+        preprocess,
+        seed=0,
+        global_batch_size=batch_size,
+        bad_inputs=BadInputs(source, config.data.max_bad_fraction),
+    ) as read:
+        batches = prefetch_to_mesh(read, lambda batch: place(batch, rows))
+        resident = itertools.repeat(next(batches))
+        state, compile_s, _ = run_steps(train_step, state, resident, 1)
+        state, _, _ = run_steps(train_step, state, resident, WARM_UPS)
+        state, resident_s, _ = run_steps(train_step, state, resident, steps)
+        state, _, _ = run_steps(train_step, state, batches, WARM_UPS)
+        state, fed_s, waited_s = run_steps(train_step, state, batches, steps)
+    peak = peak_flops(device)
+    flops = steps * program.flops_per_step(NUM_PROMPTS)
+    stats = device.memory_stats() or {}
+    return {
+        "batch_size": batch_size,
+        "first_step_s": compile_s,
+        "resident_images_per_s": steps * batch_size / resident_s,
+        "images_per_s": steps * batch_size / fed_s,
+        "mfu_resident": peak and flops / resident_s / peak,
+        "mfu": peak and flops / fed_s / peak,
+        "data_wait_fraction": waited_s / fed_s,
+        "peak_memory_bytes": stats.get("peak_bytes_in_use"),
+        "skipped_steps": int(jax.device_get(state.skipped_total)),
+    }
+
+
+def measure_largest(device: "jax.Device", name: str, source: "Source", steps: int, num_workers: int) -> dict[str, Any]:
+    """Measures a named size with the largest batch that fits: its own of `BATCH_SIZES`, or halves of it."""
+    import jax
+
+    from clip_har_jax.models.factory import NAMED_SIZES
+
+    batch_size = BATCH_SIZES[name]
+    while True:
+        try:
+            return measure(device, NAMED_SIZES[name], source, batch_size, steps, num_workers)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or batch_size < 16:
+                raise
+        batch_size //= 2
+
+
+def print_table(measured: dict[str, dict[str, Any]]) -> None:
+    columns = ("batch_size", "resident_images_per_s", "images_per_s", "mfu_resident", "mfu", "data_wait_fraction")
+    print(f"{'':10}" + "".join(f"{name:>23}" for name in columns))
+    for name, values in measured.items():
+        cells = (f"{values[key]:.3f}" if isinstance(values[key], float) else str(values[key]) for key in columns)
+        print(f"{name:10}" + "".join(f"{cell:>23}" for cell in cells))
+
+
+def main() -> None:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--data", metavar="SPEC", help="JPEGs to feed; default: made here; as --data=folder:photos")
+    parser.add_argument("--models", default=",".join(BATCH_SIZES), help="named sizes, as --models=ViT-B/16")
+    parser.add_argument("--steps", type=int, default=50, help="timed steps of each, as --steps=50")
+    parser.add_argument(
+        "--num_workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="decoders, as --num_workers=14"
+    )
+    arguments = parser.parse_args()
+    for name in (models := arguments.models.split(",")):
+        if name not in BATCH_SIZES:
+            raise UserError(f"--models={name}: {nearest(name, list(BATCH_SIZES))}")
+
+    import jax
+
+    result: dict[str, Any] = {"benchmark": "gpu_train_step", "ratio": None, "device": None, "models": {}}
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        print(f"no GPU here ({device.device_kind}): nothing measured")
+        print(json.dumps(result))
+        return
+
+    from clip_har_jax.data.sources import make_source
+
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.data is None:
+            write_photographs(Path(folder), count=2048)
+        source = make_source(arguments.data or f"folder:{folder}", "train", (), several_classes=True)
+        result |= {"device": device.device_kind, "jax": jax.__version__, "data": arguments.data or "made here"}
+        for name in models:
+            result["models"][name] = measure_largest(device, name, source, arguments.steps, arguments.num_workers)
+    print_table(result["models"])
+    if "ViT-B/16" in result["models"] and device.device_kind.startswith(("NVIDIA H100", "NVIDIA H200")):
+        result["ratio"] = result["models"]["ViT-B/16"]["images_per_s"] / PUBLISHED_B16_IMAGES_PER_S
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,67 @@
+"""Says what a run would need on a machine, without that machine: memory, traffic, time, and the best settings.
+
+  python scripts/plan.py --config=configs/vitl14_336.py --topology=v5e:4x4 --config.train.global_batch_size=4096
+  python scripts/plan.py --config=configs/demo.py --json=plan.json
+
+Compiles the very training step of the config for the devices at hand, or for a TPU slice (which needs the compiler:
+pip install "jax[tpu]"), then with other strategies, parts of a batch (accumulation) and rematerialisation, and
+recommends the fastest that fits. Neither data nor weights are read. Any key of clip_har_jax/config.py can be set by
+--config.KEY=VALUE. Exits 0 when something fits, 1 when nothing does, 2 on a mistake.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from clip_har_jax import cli
+from clip_har_jax.config import load_config
+from clip_har_jax.errors import UserError
+
+
+def main() -> int:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the config, e.g. --config=configs/vitb32.py")
+    parser.add_argument(
+        "--topology",
+        default="local",
+        help="the machine: local (default), or a TPU slice by generation and shape, e.g. --topology=v5p:2x2x4",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write everything there, e.g. --json=plan.json")
+    parser.add_argument("--num_classes", type=int, metavar="N", help="actions, e.g. --num_classes=15 (default)")
+    parser.add_argument(
+        "--num_prompts", type=int, metavar="N", help="default: what the config's templates make, e.g. --num_prompts=45"
+    )
+    parser.add_argument(
+        "--max_minutes", type=float, default=15, metavar="M", help="time for trying settings, e.g. --max_minutes=15"
+    )
+    parser.add_argument("--config_only", action="store_true", help="don't try other settings than the config's")
+    arguments, overrides = cli.parse_with_overrides(parser)
+    for name in ("num_classes", "num_prompts", "max_minutes"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            raise UserError(f"--{name}={value}: must be above 0")
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise UserError(f"--json={arguments.json}: no such folder; make it first")
+    config = load_config(arguments.config, overrides)
+    if arguments.topology != "local":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # or JAX would look for the TPU that libtpu is for
+
+    from clip_har_jax.pipelines.plan import plan, print_plan
+
+    result = plan(
+        config,
+        arguments.topology,
+        num_classes=arguments.num_classes,
+        num_prompts=arguments.num_prompts,
+        search=not arguments.config_only,
+        max_minutes=arguments.max_minutes,
+        say=lambda line: sys.stderr.write(f"{line}\n"),
+    )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    print_plan(result)
+    return 0 if result.recommended else 1
+
+
+if __name__ == "__main__":
+    cli.run(main)
