@@ -58,7 +58,7 @@ def flip(path):
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])  # one byte more than a manifest's last line break, which means nothing
 
 
 def delete(path):
