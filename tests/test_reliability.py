@@ -143,7 +143,6 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(start, tmp_
     assert losses(workdir) == losses(whole)
     record = json.loads((workdir / "run.json").read_text())
     assert record["starts"] >= num_kills / 2
-    assert record["goodput"]["lost"] > 0
     print(f"{num_kills} kills, {during_save} in the middle of a save")
 
 
@@ -226,7 +225,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step(start, tmp_path, number)
     children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(max(children)), number)
     code, stdout, stderr = finish(launcher)
-    assert code == 128 + number, (stdout, stderr)
+    assert code in {128 + number, 128 + signal.SIGTERM}, (stdout, stderr)  # of the one that ended first
     (step,) = steps_on_disk(workdir)
     assert f"at step {step}, saved" in stdout
 

@@ -6,10 +6,13 @@ So the machine needn't be here: for a TPU slice, libtpu holds an ahead-of-time c
 import dataclasses
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from clip_har_jax.config import MeshConfig, RunConfig
 from clip_har_jax.errors import UserError
@@ -190,7 +193,8 @@ def weigh(job: Job, machine: Machine, variant: Variant, give_up_s: float = float
         return Outcome(variant, "slower", reason, flops_per_device=flops)
     begin = time.monotonic()
     try:
-        compiled = traced.lower().compile()
+        with _nothing_kept():
+            compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         needed, reason = refused_bytes(str(error)), str(error).strip().split("\n")[0]
         status = "refused" if needed is None else "too large"
@@ -214,6 +218,22 @@ def refused_bytes(message: str) -> int | None:
         if found := re.search(pattern, message):
             return round(float(found[1]) * _UNITS[found[2]])
     return None
+
+
+@contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Compiles past the compilation cache: a program for a machine that isn't here is kept, but can't be read back."""
+    folder = jax.config.values["jax_compilation_cache_dir"]
+
+    def keep_in(place: str | None) -> None:
+        jax.config.update("jax_compilation_cache_dir", place)
+        compilation_cache.reset_cache()  # what it has decided at its first use holds until then
+
+    keep_in(None)
+    try:
+        yield
+    finally:
+        keep_in(folder)
 
 
 def read_memory(compiled: jax.stages.Compiled) -> Memory:
