@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -147,27 +148,29 @@ def test_another_model_is_refused_in_one_line(saved):
 of_failed_saves = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """No file may grow above 2 kB, as on a full disk; gives a function that makes room."""
+    """No file may grow above 20 kB, as on a full disk; gives a function that makes room.
+
+    Not a fixture: pytest reports a test before it ends its fixtures, and its own output may be a larger file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
 
     def make_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    yield make_room
-    make_room()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield make_room
+    finally:
+        make_room()
 
 
 @of_failed_saves
-def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(tmp_path, small_files, capfd):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(tmp_path, capfd):
     save(tmp_path / "c", [1, 2])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    state = make_state(3, size=64_000)
-    with Checkpointer(tmp_path / "c", KEEP) as kept:
+    state = make_state(3, size=640_000)
+    with small_files(), Checkpointer(tmp_path / "c", KEEP) as kept:
         kept.save(state, position_of(3), {})  # in the background
         with pytest.raises(UserError, match="checkpoint 3 can't be saved") as error:
             kept.finish(state, position_of(3), {})
@@ -179,20 +182,17 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(tmp_path, small_
 
 
 @of_failed_saves
-def test_a_save_is_tried_again_when_older_ones_are_pruned(tmp_path, small_files, monkeypatch, capsys):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+def test_a_save_is_tried_again_when_older_ones_are_pruned(tmp_path, monkeypatch, capsys):
     save(tmp_path / "c", [1, 2])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     prune = Checkpointer.free_space
+    state = make_state(3, size=640_000)
+    with small_files() as make_room, Checkpointer(tmp_path / "c", KEEP) as kept:
 
-    def prune_and_make_room(self):
-        prune(self)
-        small_files()
+        def prune_and_make_room(self):
+            prune(self)
+            make_room()
 
-    monkeypatch.setattr(Checkpointer, "free_space", prune_and_make_room)
-    state = make_state(3, size=64_000)
-    with Checkpointer(tmp_path / "c", KEEP) as kept:
+        monkeypatch.setattr(Checkpointer, "free_space", prune_and_make_room)
         kept.save(state, position_of(3), {})
         kept.finish(state, position_of(3), {})
         assert kept.newest_whole() == 3
