@@ -291,13 +291,14 @@ def test_closing_ends_the_threads() -> None:
 
 # A trainer that reports its worker, and after a Ctrl-C what it still gets from it; then it waits to be killed.
 TRAINER = """
-import multiprocessing, time
+import multiprocessing, signal, time
 from test_pipeline import ArraySource, PREPROCESS, checksum, counting_only
 from itertools import islice
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.pipeline import train_batches
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     source = ArraySource(8)
     options = dict(seed=0, global_batch_size=4, bad_inputs=counting_only(source))
     batches = train_batches(source, DataConfig(num_workers=1), PREPROCESS, **options)

@@ -81,6 +81,12 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
         probe = path / f".probe.{secrets.token_hex(4)}"
         probe.write_text("")
         probe.unlink()
+    except ImportError as error:  # says which client of the object store to install
+        raise UserError(f"--workdir={workdir}: {error} (pip)") from error
+    except KeyError as error:
+        raise UserError(
+            f"--workdir={workdir}: no such kind of store; use a folder, gs://BUCKET/... or s3://..."
+        ) from error
     except OSError as error:
         raise UserError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
     return path

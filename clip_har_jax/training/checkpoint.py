@@ -263,7 +263,7 @@ class Checkpointer:
             aside.mkdir(parents=True, exist_ok=True)
             if (aside / step).exists():
                 (aside / step).rmtree()
-            (self._folder / step).rename(aside / step)
+            _move_folder(self._folder / step, aside / step)
             self._manifest(int(step)).unlink(missing_ok=True)
 
     def _aside(self) -> epath.Path:
@@ -331,6 +331,15 @@ def _files(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
             yield from _files(path, f"{name}/")
         else:
             yield name, path
+
+
+def _move_folder(source: epath.Path, target: epath.Path) -> None:
+    if bundle.is_local(source):
+        source.rename(target)
+        return
+    for name, path in _files(source, ""):  # object stores have neither folders nor renaming
+        path.copy(target / name, overwrite=True)
+    source.rmtree()
 
 
 def _sha256(path: epath.Path) -> str:
