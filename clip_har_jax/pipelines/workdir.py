@@ -84,9 +84,7 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
     except ImportError as error:  # says which client of the object store to install
         raise UserError(f"--workdir={workdir}: {error} (pip)") from error
     except KeyError as error:
-        raise UserError(
-            f"--workdir={workdir}: no such kind of store; use a folder or gs://BUCKET/..."
-        ) from error
+        raise UserError(f"--workdir={workdir}: no such kind of store; use a folder or gs://BUCKET/...") from error
     except OSError as error:
         raise UserError(f"--workdir={workdir}: can't be written ({error.strerror or error})") from error
     return path
