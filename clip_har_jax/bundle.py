@@ -15,6 +15,7 @@ from clip_har_jax.errors import UserError, nearest
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 HEADS = ("cosine",)
+PREPROCESS = "clip_har_jax.preprocess"  # the file that decodes and resizes images for an exported model
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Actions:
       prompts: the texts of each class; their mean embedding is the class's.
       temperature: what logits are divided by before the softmax.
       head: how features become logits; cosine: similarity to the class embeddings.
+      preprocess_version: of an exported model, the `preprocess.PREPROCESS_VERSION` that its images need; None: any.
     """
 
     labels: tuple[str, ...]
     prompts: dict[str, tuple[str, ...]]
     temperature: float = 1.0
     head: str = "cosine"
+    preprocess_version: int | None = None
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -74,6 +77,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 def write_actions(folder: str | Path, actions: Actions) -> None:
     """Writes actions.json."""
     fields = {key: getattr(actions, key) for key in ("labels", "prompts", "temperature", "head")}
+    if actions.preprocess_version is not None:
+        fields["preprocess"] = {"name": PREPROCESS, "version": actions.preprocess_version}
     write_json(Path(folder) / "actions.json", fields)
 
 
@@ -90,7 +95,7 @@ def read_actions(folder: str | Path) -> Actions:
     """
     path = Path(folder) / "actions.json"
     values = _read_object(path)
-    known = ("labels", "prompts", "temperature", "head")
+    known = ("labels", "prompts", "temperature", "head", "preprocess")
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: key {unknown[0]!r} is unknown; {nearest(unknown[0], list(known))}")
     if missing := sorted({"labels", "prompts"} - set(values)):
@@ -108,7 +113,15 @@ def read_actions(folder: str | Path) -> Actions:
     if head not in HEADS:
         raise UserError(f"{path}: key 'head' is {head!r}; {nearest(str(head), list(HEADS))}")
     texts = {label: _texts(prompts[label], path, f"prompts.{label}") for label in labels}
-    return Actions(labels, texts, float(temperature), head)
+    return Actions(labels, texts, float(temperature), head, _preprocess_version(values.get("preprocess"), path))
+
+
+def _preprocess_version(value: Any, path: Path) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.get("name") != PREPROCESS or type(value.get("version")) is not int:
+        raise UserError(f"{path}: key 'preprocess' is {value!r}; the name {PREPROCESS!r} and its version are needed")
+    return int(value["version"])
 
 
 def _texts(value: Any, path: Path, key: str) -> tuple[str, ...]:
@@ -137,8 +150,12 @@ def _digest(hashes: dict[str, str]) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def seal(folder: str | Path) -> str:
+def seal(folder: str | Path, source: str | None = None) -> str:
     """Writes manifest.json over all files but README.md, and returns the digest of them all.
+
+    Args:
+      folder: what is sealed.
+      source: the digest of the model folder that an exported one came from.
 
     Raises:
       UserError: the folder is sealed already; what changes a model writes a new folder.
@@ -148,7 +165,8 @@ def seal(folder: str | Path) -> str:
         raise UserError(f"{folder}: sealed already; write a new folder instead of changing this one")
     hashes = _hashes(folder)
     digest = _digest(hashes)
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": hashes, "digest": digest})
+    manifest = {"format_version": FORMAT_VERSION, "files": hashes, "digest": digest}
+    write_json(folder / MANIFEST, manifest | ({"source": source} if source else {}))
     return digest
 
 

@@ -125,8 +125,8 @@ def text_grads(runtime: Runtime) -> Params:
 
 @pytest.mark.parametrize(
     "runtime",
-    [Runtime(remat="dots"), Runtime(remat="full"), Runtime(scan_layers=False)],
-    ids=["dots", "full", "unrolled"],
+    [Runtime(remat="dots"), Runtime(remat="full")],
+    ids=["dots", "full"],
 )
 def test_runtime_changes_no_gradient(runtime: Runtime) -> None:
     grads, expected = text_grads(runtime), text_grads(Runtime())

@@ -109,7 +109,7 @@ class JaxBackend:
         self.digest = bundle.verify(self.path)
         actions = choose_actions(self.path, classes, default_classes)
         loaded = load(str(self.path))
-        self.labels, self.preprocess = actions.labels, loaded.preprocess
+        self.actions, self.labels, self.preprocess = actions, actions.labels, loaded.preprocess
         graphdef, self._state = nnx.split(loaded.model)
         mean, std = self.preprocess.mean, self.preprocess.std
 
@@ -121,31 +121,33 @@ class JaxBackend:
         self._forward = jax.jit(forward)
         self._encode_text = jax.jit(lambda state, ids: nnx.merge(graphdef, state).encode_text(ids))
         prompts = [actions.prompts[label] for label in actions.labels]
-        texts, length = [text for group in prompts for text in group], loaded.model.config.text.context_length
-        ids, _ = loaded.tokenizer(texts, length)
-        self._classes = jax.numpy.asarray(self._embed_classes(ids, [len(group) for group in prompts]))
-        self._scale = float(np.exp(loaded.model.logit_scale[...])) / actions.temperature
+        self._tokenizer, self._context_length = loaded.tokenizer, loaded.model.config.text.context_length
+        ids = self.tokenize([text for group in prompts for text in group])
+        self.class_embeddings = mean_by_class(self.embed_texts(ids), [len(group) for group in prompts])
+        self._classes = jax.numpy.asarray(self.class_embeddings)
+        self.scale = float(np.exp(loaded.model.logit_scale[...])) / actions.temperature
 
-    def _embed_classes(self, ids: Int32[np.ndarray, "p t"], counts: Sequence[int]) -> Float32[np.ndarray, "c d"]:
-        """The mean of each class's normalised text embeddings, normalised again; `counts` are the classes' prompts."""
+    def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "p t"]:
+        """Token ids, padded to the model's context length."""
+        return self._tokenizer(texts, self._context_length)[0]
+
+    def embed_texts(self, ids: Int32[np.ndarray, "p t"]) -> Float32[np.ndarray, "p d"]:
+        """L2-normalised text embeddings of token ids."""
         size, parts = min(PROMPTS_AT_ONCE, len(ids)), []
         for start in range(0, len(ids), size):
             part = ids[start : start + size]
-            parts.append(np.asarray(self._encode_text(self._state, _pad(part, size)))[: len(part)])
-        groups = np.split(np.concatenate(parts), np.cumsum(counts)[:-1])
-        means = np.stack([group.mean(axis=0) for group in groups])
-        return means / np.linalg.norm(means, axis=-1, keepdims=True)
+            parts.append(np.asarray(self._encode_text(self._state, pad(part, size)))[: len(part)])
+        return np.concatenate(parts)
 
     def _run(self, images: UInt8[np.ndarray, "b h w 3"]) -> tuple[np.ndarray, ...]:
         """Logits, probabilities and embeddings; compiled for one image and for `batch_size` images, nothing else."""
         size, parts = 1 if len(images) == 1 else self.batch_size, []
         for start in range(0, len(images), size):
             part = images[start : start + size]
-            outputs = self._forward(self._state, self._classes, self._scale, _pad(part, size))
+            outputs = self._forward(self._state, self._classes, self.scale, pad(part, size))
             parts.append([np.asarray(output)[: len(part)] for output in outputs])
         logits, probs, embeddings = (np.concatenate(output) for output in zip(*parts, strict=True))
-        if not np.isfinite(logits).all():
-            raise UserError(f"{self.path}: the model gives NaN or infinity; its weights are damaged")
+        check_finite(logits, self.path)
         return logits, probs, embeddings
 
     def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
@@ -161,6 +163,27 @@ class JaxBackend:
         return self._run(images)[2]
 
 
-def _pad(rows: np.ndarray, size: int) -> np.ndarray:
+def mean_by_class(embeddings: Float32[np.ndarray, "p d"], counts: Sequence[int]) -> Float32[np.ndarray, "c d"]:
+    """Class embeddings: the mean of each class's normalised text embeddings, normalised again.
+
+    Args:
+      embeddings: of all prompts, class after class.
+      counts: the number of prompts of each class.
+    """
+    means = np.stack([group.mean(axis=0) for group in np.split(embeddings, np.cumsum(counts)[:-1])])
+    return means / np.linalg.norm(means, axis=-1, keepdims=True)
+
+
+def check_finite(logits: np.ndarray, path: Path) -> None:
+    """Refuses what damaged weights give.
+
+    Raises:
+      UserError: NaN or infinity.
+    """
+    if not np.isfinite(logits).all():
+        raise UserError(f"{path}: the model gives NaN or infinity; its weights are damaged")
+
+
+def pad(rows: np.ndarray, size: int) -> np.ndarray:
     """`size` rows, the missing ones zero."""
     return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])

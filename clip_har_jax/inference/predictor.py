@@ -12,7 +12,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
 from clip_har_jax.specs import IMAGE_SUFFIXES, find_images
 
@@ -45,7 +45,7 @@ class Predictor:
     """A model with its classes, ready to tell actions in images.
 
     Args:
-      path: a model folder, or any CLIP in the Hugging Face layout.
+      path: a model folder, any CLIP in the Hugging Face layout, or an exported folder (or one format in it).
       classes: the actions to tell apart, in any words; None: those of the model folder.
       batch_size: images computed at once.
 
@@ -54,7 +54,7 @@ class Predictor:
     """
 
     def __init__(self, path: str | os.PathLike[str], classes: Sequence[str] | None = None, batch_size: int = 32):
-        self.backend = JaxBackend(path, classes or (), batch_size=batch_size)
+        self.backend = open_backend(path, classes or (), batch_size)
         self.batch_size = batch_size
 
     @property

@@ -160,8 +160,8 @@ class VisionTransformer(nnx.Module):
         self.layers = make_layers(config, runtime, rngs)
         self.post_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
 
-    def tokens(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """The last layer's tokens, class token first, before the last norm."""
+    def embed_patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """The first layer's tokens, class token first."""
         batch, size, patch = images.shape[0], self.config.image_size, self.config.patch_size
         if images.shape[1:3] != (size, size):
             raise ValueError(f"images are {images.shape[2]}x{images.shape[1]} px, the model takes {size}x{size}")
@@ -172,7 +172,11 @@ class VisionTransformer(nnx.Module):
         x = self.patch_embedding(patches.reshape(batch, grid * grid, patch * patch * 3))
         class_token = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (batch, 1, x.shape[-1]))
         x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(x.dtype)[None]
-        return apply_layers(self.layers, self.pre_norm(x), self.runtime)
+        return self.pre_norm(x)
+
+    def tokens(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """The last layer's tokens, class token first, before the last norm."""
+        return apply_layers(self.layers, self.embed_patches(images), self.runtime)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
         return self.post_norm(self.tokens(images)[:, 0])

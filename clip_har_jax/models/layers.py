@@ -42,7 +42,6 @@ class Runtime:
     compute_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
-    scan_layers: bool = True  # False: unrolled, for exporters
     activations: NamedSharding | None = None  # of [batch, tokens, width]; None: as the compiler chooses
 
     @property
@@ -155,18 +154,29 @@ def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs) -> Block:
     return stack(rngs)
 
 
+def unstack(layers: Block) -> nnx.List:
+    """The stacked blocks as one `Block` each, for exporters: a scan is slow in other runtimes, and so is slicing."""
+    graphdef, stacked = nnx.split(layers)
+    count = len(jax.tree.leaves(stacked)[0])
+    return nnx.List([nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count)])
+
+
 def apply_layers(
-    layers: Block,
+    layers: Block | nnx.List,
     x: Float[Array, "b n d"],
     runtime: Runtime,
     *,
     mask: Bool[Array, "b 1 1 n"] | None = None,
     is_causal: bool = False,
 ) -> Float[Array, "b n d"]:
-    """Runs the stacked blocks one after the other.
+    """Runs the blocks, stacked or as `unstack` gives them, one after the other.
 
     A scan compiles one block instead of all; `runtime.remat` says what its backward pass keeps.
     """
+    if isinstance(layers, nnx.List):
+        for layer in layers:
+            x = layer(x, mask, is_causal)
+        return x
     graphdef, stacked = nnx.split(layers)
 
     def block(x: jax.Array, params: object) -> tuple[jax.Array, None]:
@@ -175,9 +185,5 @@ def apply_layers(
         return nnx.merge(graphdef, params)(x, mask, is_causal), None
 
     if runtime.remat != "none":
-        block = jax.checkpoint(block, policy=REMAT_POLICIES[runtime.remat], prevent_cse=not runtime.scan_layers)
-    if runtime.scan_layers:
-        return jax.lax.scan(block, x, stacked)[0]
-    for i in range(len(jax.tree.leaves(stacked)[0])):
-        x, _ = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-    return x
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
+    return jax.lax.scan(block, x, stacked)[0]

@@ -1,0 +1,224 @@
+"""Exported models, each format opened in its own runtime; JAX is imported for StableHLO alone.
+
+An exported folder holds one folder a format, and for all of them `signature.json` (the arrays that its graphs take and
+give), `actions.json`, the tokenizer and the image settings.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.inference.backends import Backend, JaxBackend, check_finite, choose_actions, mean_by_class, pad
+from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
+from clip_har_jax.text import Tokenizer
+
+SIGNATURE = "signature.json"
+PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "OpenVINOExecutionProvider", "CPUExecutionProvider")
+
+# Runs a graph on its inputs in the order of the signature; gives its outputs in that order.
+Run = Callable[..., Sequence[np.ndarray]]
+
+
+def _open_onnx(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    providers = [name for name in PROVIDERS if name in available]
+    session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", providers=providers)
+    return lambda *inputs: session.run(signature["outputs"], dict(zip(signature["inputs"], inputs, strict=True)))
+
+
+def _open_stablehlo(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+    import jax
+    from jax import export
+    from safetensors.numpy import load_file
+
+    weights = load_file(folder / "weights.safetensors")
+    params = jax.device_put({name: weights[name] for name in signature["params"]})
+    run = jax.jit(export.deserialize(bytearray((folder / f"{graph}.jax_export").read_bytes())).call)
+    return lambda *inputs: [np.asarray(output) for output in run(params, *inputs)]
+
+
+def _open_saved_model(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(folder))
+    function = loaded.signatures["serving_default" if graph == "classifier" else graph]
+
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        outputs = function(**{name: tf.constant(x) for name, x in zip(signature["inputs"], inputs, strict=True)})
+        return [outputs[name].numpy() for name in signature["outputs"]]
+
+    run.keep = loaded  # type: ignore[attr-defined]  # the signature alone doesn't keep its variables alive
+    return run
+
+
+def _open_torchscript(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+    import torch
+
+    module = torch.jit.load(folder / f"{graph}.pt")
+
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [output.numpy() for output in module(*map(torch.from_numpy, inputs))]
+
+    return run
+
+
+def _open_tensorrt(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+    from clip_har_jax.inference.tensorrt import open_engine
+
+    return open_engine(folder / f"{graph}.engine", signature)
+
+
+# format -> (the packages that run it, what opens a graph, whether a new batch size compiles anew); the first whose
+# packages are installed is taken where a folder holds several.
+RUNTIMES: dict[str, tuple[tuple[str, ...], Callable[[Path, str, dict[str, Any]], Run], bool]] = {
+    "onnx": (("onnxruntime",), _open_onnx, False),
+    "onnx_int8": (("onnxruntime",), _open_onnx, False),
+    "onnx_fp16": (("onnxruntime",), _open_onnx, False),
+    "tensorrt": (("tensorrt", "cuda"), _open_tensorrt, False),
+    "stablehlo": (("jax", "safetensors"), _open_stablehlo, True),
+    "saved_model": (("tensorflow",), _open_saved_model, True),
+    "torchscript": (("torch",), _open_torchscript, False),
+}
+
+
+class Graphs:
+    """The graphs of one format of an exported folder, each opened when it is first run.
+
+    Args:
+      folder: the exported folder.
+      format: one of `RUNTIMES`.
+
+    Raises:
+      UserError: the format isn't in the folder, or what runs it isn't installed.
+    """
+
+    def __init__(self, folder: Path, format: str):
+        if format not in RUNTIMES:
+            raise UserError(f"{format!r} is no format; {nearest(format, list(RUNTIMES))}")
+        if not (folder / format).is_dir():
+            raise UserError(f"{folder}: holds no {format}; it has {', '.join(formats_in(folder)) or 'no format'}")
+        packages, self._open, self.compiles = RUNTIMES[format]
+        if missing := [name for name in packages if find_spec(name) is None]:
+            raise UserError(f"{folder / format}: needs {', '.join(missing)}, which isn't installed here")
+        self.folder, self.format = folder / format, format
+        self.signatures = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))["graphs"]
+        self._opened: dict[str, Run] = {}
+
+    def run(self, graph: str, *inputs: np.ndarray) -> Sequence[np.ndarray]:
+        """The outputs of a graph, in the order of its signature.
+
+        Raises:
+          UserError: a file that the runtime can't open.
+        """
+        if graph not in self._opened:
+            try:
+                self._opened[graph] = self._open(self.folder, graph, self.signatures[graph])
+            except Exception as error:  # each runtime has its own kinds
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise UserError(f"{self.folder}: {graph} can't be opened ({reason})") from error
+        return self._opened[graph](*inputs)
+
+
+def formats_in(folder: Path) -> list[str]:
+    """The formats that an exported folder holds, the preferred first."""
+    return [name for name in RUNTIMES if (folder / name).is_dir()] if (folder / SIGNATURE).is_file() else []
+
+
+class ExportedBackend:
+    """One format of an exported folder.
+
+    Args:
+      folder: the exported folder.
+      format: one of `RUNTIMES`; None: the first there is whose runtime is installed.
+      classes: the actions to tell apart, through the text encoder; empty: the folder's own.
+      batch_size: images computed at once.
+
+    Raises:
+      UserError: a changed file, an image preprocessing of another version, or nothing that runs here.
+    """
+
+    def __init__(self, folder: Path, format: str | None = None, classes: Sequence[str] = (), batch_size: int = 32):
+        if batch_size < 1:
+            raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
+        self.path, self.batch_size = folder, batch_size
+        self.digest = bundle.verify(folder)
+        actions = choose_actions(folder, classes)
+        version = bundle.read_actions(folder).preprocess_version
+        if version not in (None, PREPROCESS_VERSION):
+            raise UserError(
+                f"{folder}: needs image preprocessing of version {version}, this program has {PREPROCESS_VERSION}; "
+                "install the version of clip_har_jax that exported it, or export again"
+            )
+        self.graphs = Graphs(folder, format or _first_that_runs(folder))
+        self.labels = actions.labels
+        signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
+        self.preprocess = Preprocess.from_folder(folder, signature["graphs"]["classifier"]["inputs"]["image"][1][1])
+        self._classes: np.ndarray | None = None
+        if classes:
+            prompts = [actions.prompts[label] for label in actions.labels]
+            length = signature["graphs"]["text_encoder"]["inputs"]["input_ids"][1][1]
+            ids, _ = Tokenizer.from_folder(folder)([text for group in prompts for text in group], length)
+            self._classes = mean_by_class(self._run("text_encoder", ids)[0], [len(group) for group in prompts])
+            self._scale = signature["logit_scale"] / actions.temperature
+
+    def _run(self, graph: str, rows: np.ndarray) -> list[np.ndarray]:
+        """A graph's outputs, `batch_size` rows at a time; padded where another size would be compiled first."""
+        parts = []
+        for start in range(0, len(rows), self.batch_size):
+            part = rows[start : start + self.batch_size]
+            size = self.batch_size if self.graphs.compiles and len(rows) > 1 else len(part)
+            parts.append([output[: len(part)] for output in self.graphs.run(graph, pad(part, size))])
+        return [np.concatenate(output) for output in zip(*parts, strict=True)]
+
+    def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Class logits, temperature included."""
+        if self._classes is None:
+            logits = self._run("classifier", images)[1]
+        else:
+            logits = self._scale * self.embed(images) @ self._classes.T
+        check_finite(logits, self.path)
+        return logits
+
+    def predict(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Class probabilities."""
+        logits = self.logits(images)
+        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return powers / powers.sum(axis=-1, keepdims=True)
+
+    def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
+        """L2-normalised image embeddings."""
+        return self._run("image_encoder", images)[0]
+
+
+def _first_that_runs(folder: Path) -> str:
+    found = formats_in(folder)
+    for name in found:
+        if all(find_spec(package) for package in RUNTIMES[name][0]):
+            return name
+    needed = "; ".join(f"{name} needs {', '.join(RUNTIMES[name][0])}" for name in found)
+    raise UserError(f"{folder}: nothing in it runs here ({needed or 'no format'})")
+
+
+def open_backend(path: str | os.PathLike[str], classes: Sequence[str] = (), batch_size: int = 32) -> Backend:
+    """What runs `path`: an exported folder or one format in it, else a model folder or Hub name, by JAX.
+
+    Raises:
+      UserError: no usable model there, or no classes.
+    """
+    folder = Path(path).expanduser()
+    if (folder / SIGNATURE).is_file():
+        return ExportedBackend(folder, None, classes, batch_size)
+    if folder.name in RUNTIMES and (folder.parent / SIGNATURE).is_file():
+        return ExportedBackend(folder.parent, folder.name, classes, batch_size)
+    return JaxBackend(path, classes, batch_size=batch_size)

@@ -1,0 +1,74 @@
+"""Exports a model folder to other runtimes, each format proven equal to the model before it is released.
+
+  python -m export --model=runs/demo/model --formats=onnx,onnx_int8 --output=runs/demo/export
+  python -m export --model=runs/demo/model --formats=onnx,saved_model,stablehlo --output=out --data=folder:my_images
+
+Each format is opened in its own runtime by a fresh process and compared with the model on the images of --data and on
+black, white and noise. One that differs too much is deleted and explained. Exits 0 when all passed, 3 when one didn't,
+2 on a mistake.
+"""
+
+import sys
+
+from clip_har_jax import cli
+
+
+def main() -> int:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a model folder, e.g. --model=runs/demo/model")
+    add(
+        "--formats",
+        required=True,
+        metavar="NAMES",
+        help="of onnx, onnx_fp16, onnx_int8, saved_model, stablehlo, torchscript, tensorrt, e.g. --formats=onnx",
+    )
+    add("--output", required=True, metavar="DIR", help="where to write, e.g. --output=runs/demo/export")
+    add(
+        "--data",
+        default="synthetic",
+        metavar="SPEC",
+        help="images to prove the formats on; left out: the embedded set's test split, e.g. --data=folder:photos",
+    )
+    add(
+        "--num_examples", type=int, default=256, metavar="N", help="how many of them, e.g. --num_examples=256 (default)"
+    )
+    add(
+        "--classes",
+        metavar="NAMES",
+        help='tell these actions apart instead of the folder\'s own, e.g. --classes="riding a bike,sleeping"',
+    )
+    add("--int8", choices=("dynamic", "static"), default="dynamic", help="activations' scales, e.g. --int8=static")
+    add("--overwrite", action="store_true", help="replace what is in the output folder, e.g. --overwrite")
+    arguments = parser.parse_args()
+
+    from clip_har_jax.inference.backends import split_classes
+    from export.run import EXIT_PARITY, export_model
+
+    parity = export_model(
+        arguments.model,
+        [name.strip() for name in arguments.formats.split(",") if name.strip()],
+        arguments.output,
+        arguments.data,
+        arguments.num_examples,
+        split_classes(arguments.classes),
+        arguments.overwrite,
+        arguments.int8 == "static",
+    )
+    for name, entry in parity.items():
+        if entry["passed"]:
+            weak = "; weak: under half of the classes are ever predicted" if entry["weak"] else ""
+            print(
+                f"{name}: passed; largest error {entry['max_abs_error']:.2g}, same first class in "
+                f"{entry['top1_agreement']:.1%}, cosine {entry['min_cosine']:.6f}, {entry['num_examples']} images{weak}"
+            )
+        else:
+            print(f"{name}: FAILED and was deleted: {'; '.join(entry['failures'])}", file=sys.stderr)
+            if worst := entry.get("worst_example"):
+                was, became = (f"{worst[who]['label']} {worst[who]['score']:.3f}" for who in ("model", "exported"))
+                print(f"  the worst image, number {worst['number']}: {was} became {became}", file=sys.stderr)
+    return 0 if all(entry["passed"] for entry in parity.values()) else EXIT_PARITY
+
+
+if __name__ == "__main__":
+    cli.run(main)

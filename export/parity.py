@@ -1,0 +1,147 @@
+"""Whether an exported format computes what the model does, on images that matter and on ones that break things."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int32, UInt8
+
+BATCH_SIZE = 32
+SINGLES, ODD = 4, 3  # images also computed one by one, and as one batch of an odd size
+EXPLAINED = 8
+MIN_PREDICTED = 0.5  # of the classes; where fewer are ever predicted, agreement says little
+
+Arrays = dict[str, np.ndarray]
+RunGraph = Callable[..., Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a format may differ by.
+
+    Attributes:
+      error: largest absolute error of probabilities and embeddings, and of logits over the largest; None: not bounded.
+      agreement: smallest share of images with the same first class, where the model predicts half of its classes.
+      cosine: smallest cosine of any embedding to the model's, where it doesn't.
+    """
+
+    error: float | None
+    agreement: float
+    cosine: float
+
+
+FLOAT32 = Bounds(1e-4, 1.0, 0.999999)
+FLOAT16 = Bounds(None, 0.995, 0.999)
+INT8 = Bounds(None, 0.99, 0.99)
+
+
+def hard_images(size_px: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """All black, all white, and noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, size_px, size_px, 3), dtype=np.uint8)
+    flat = [np.full((size_px, size_px, 3), value, np.uint8) for value in (0, 255)]
+    return np.stack([*flat, *noise])
+
+
+def make_cases(images: UInt8[np.ndarray, "n h w 3"], ids: Int32[np.ndarray, "p t"], num_classes: int) -> Arrays:
+    """What each format is run on: the images with the hard ones behind them, prompts, and classes to explain."""
+    images = np.concatenate([images, hard_images(images.shape[1])])
+    weights = np.eye(num_classes, dtype=np.float32)[np.arange(min(EXPLAINED, len(images))) % num_classes]
+    return {"image": images, "input_ids": ids[:64], "class_weights": weights}
+
+
+def run_cases(run: RunGraph, cases: Arrays) -> Arrays:
+    """All outputs on all cases: the images in full batches, the first also one by one and in an odd batch."""
+    images, weights = cases["image"], cases["class_weights"]
+    probs, logits = _batches(run, "classifier", images, BATCH_SIZE)
+    return {
+        "probs": probs,
+        "logits": logits,
+        "single_logits": _batches(run, "classifier", images[:SINGLES], 1)[1],
+        "odd_logits": _batches(run, "classifier", images[:ODD], ODD)[1],
+        "image_embeds": _batches(run, "image_encoder", images, BATCH_SIZE)[0],
+        "text_embeds": _batches(run, "text_encoder", cases["input_ids"], BATCH_SIZE)[0],
+        "heat_map": np.asarray(run("explainer", images[: len(weights)], weights)[0]),
+    }
+
+
+def _batches(run: RunGraph, graph: str, rows: np.ndarray, size: int) -> list[np.ndarray]:
+    parts = [run(graph, rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def compare(
+    ours: Arrays, theirs: Arrays, bounds: Bounds, labels: Sequence[str], true: Int32[np.ndarray, " n"]
+) -> dict[str, Any]:
+    """The entry of a format in parity.json.
+
+    Args:
+      ours, theirs: outputs of the model and of the format, as `run_cases` gives them.
+      bounds: what may differ.
+      labels: the classes.
+      true: the class of each image that has one; those behind them have none.
+    """
+    broken = [name for name in ours if ours[name].shape != theirs[name].shape or not np.isfinite(theirs[name]).all()]
+    if broken:
+        failures = [f"{broken[0]} isn't finite, or of a shape that isn't {list(ours[broken[0]].shape)}"]
+        return {"max_abs_error": None, "top1_agreement": None, "passed": False, "failures": failures}
+    predicted, exported = ours["logits"].argmax(-1), theirs["logits"].argmax(-1)
+    coverage = len(set(predicted.tolist())) / len(labels)
+    weak = coverage < MIN_PREDICTED
+    scale = max(1.0, float(np.abs(ours["logits"]).max()))
+    result: dict[str, Any] = {
+        "max_abs_error": _error(ours, theirs, "probs"),
+        "max_logit_error": max(_error(ours, theirs, name) for name in ("logits", "single_logits", "odd_logits")),
+        "max_embedding_error": max(_error(ours, theirs, name) for name in ("image_embeds", "text_embeds")),
+        "max_heat_map_error": _error(ours, theirs, "heat_map"),
+        "min_cosine": min(_cosine(ours[name], theirs[name]) for name in ("image_embeds", "text_embeds")),
+        "top1_agreement": float((predicted == exported).mean()),
+        "ece_drift": abs(_ece(theirs["probs"], true) - _ece(ours["probs"], true)),
+        "num_examples": len(predicted),
+        "classes_predicted": coverage,
+        "weak": weak,
+    }
+    failures = []
+    if bounds.error is not None:
+        errors = {
+            "probabilities": result["max_abs_error"],
+            "logits, over the largest": result["max_logit_error"] / scale,
+            "embeddings": result["max_embedding_error"],
+            "heat maps": result["max_heat_map_error"],
+        }
+        failures += [
+            f"{name}: error {value:.2g} above {bounds.error:g}"
+            for name, value in errors.items()
+            if not value <= bounds.error
+        ]
+    if not weak and result["top1_agreement"] < bounds.agreement and (bounds.error is None or failures):
+        failures.append(f"top-1 agreement {result['top1_agreement']:.4f} below {bounds.agreement:g}")
+    if (weak or bounds.error is not None) and result["min_cosine"] < bounds.cosine:
+        failures.append(f"cosine of an embedding {result['min_cosine']:.6f} below {bounds.cosine:g}")
+    worst = int(np.abs(ours["probs"] - theirs["probs"]).max(-1).argmax())
+    if failures:
+        result["failures"] = failures
+        result["worst_example"] = {
+            "number": worst,
+            "model": {"label": labels[predicted[worst]], "score": float(ours["probs"][worst].max())},
+            "exported": {"label": labels[exported[worst]], "score": float(theirs["probs"][worst].max())},
+        }
+    return {**result, "passed": not failures}
+
+
+def _error(ours: Arrays, theirs: Arrays, name: str) -> float:
+    return float(np.abs(ours[name] - theirs[name]).max())
+
+
+def _cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))).min())
+
+
+def _ece(probs: Float[np.ndarray, "n c"], true: Int32[np.ndarray, " n"]) -> float:
+    """The expected calibration error of the first `len(true)` rows, by the evaluation's own metric."""
+    from clip_har_jax.evaluation.metrics import ClassificationState
+
+    logits = np.log(np.maximum(probs[: len(true)], 1e-30))
+    state = ClassificationState.empty(probs.shape[1]).update(logits, true, np.ones(len(true), np.float32))
+    return float(state.compute([str(i) for i in range(probs.shape[1])])["ece"]) if len(true) else 0.0

@@ -1,0 +1,270 @@
+"""The order of events of an export: refuse what can't work, write each format aside, prove it, seal what passed."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from clip_har_jax import bundle
+from clip_har_jax.data.sources import make_source
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
+from clip_har_jax.models.factory import load
+from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
+from clip_har_jax.text import Tokenizer
+from export.graphs import Graph, make_graphs
+from export.parity import FLOAT16, FLOAT32, INT8, Arrays, Bounds, compare, make_cases, run_cases
+from export.to_onnx import write_fp16, write_int8, write_onnx
+from export.to_tensorrt import missing_for_tensorrt, write_tensorrt
+from export.to_torch import write_torchscript
+from export.to_xla import write_saved_model, write_stablehlo
+
+EXIT_PARITY = 3
+NUM_CALIBRATION = 32
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder, opened once for all formats."""
+
+    folder: Path
+    digest: str | None
+    actions: bundle.Actions
+    graphs: tuple[Graph, ...]
+    backend: JaxBackend
+    logit_scale: float
+
+    @property
+    def scale(self) -> float:
+        return self.backend.scale
+
+
+def open_model(path: str, classes: Sequence[str] = ()) -> Model:
+    """Opens and verifies a model folder.
+
+    Raises:
+      UserError: not a whole model, a changed file, or no classes.
+    """
+    backend = JaxBackend(path, classes)
+    loaded = load(str(backend.path))
+    scale = float(np.exp(loaded.model.logit_scale[...]))
+    own = bundle.has_actions(backend.path) and not classes
+    actions = bundle.read_actions(backend.path) if own else backend.actions
+    graphs = make_graphs(loaded.model, backend.preprocess, backend.class_embeddings, backend.scale)
+    actions = replace(actions, preprocess_version=PREPROCESS_VERSION)
+    return Model(backend.path, backend.digest, actions, graphs, backend, scale)
+
+
+Write = Callable[[Model, Path, UInt8[np.ndarray, "n h w 3"]], None]
+
+
+def _from_graphs(write: Callable[..., None]) -> Write:
+    return lambda model, folder, images: write(model.graphs, folder, images)
+
+
+def _torchscript(model: Model, folder: Path, images: np.ndarray) -> None:
+    write_torchscript(model.folder, model.backend.preprocess, model.backend.class_embeddings, model.scale, folder)
+
+
+# format -> (how it is written, what it may differ by, the packages that write it)
+FORMATS: dict[str, tuple[Write, Bounds, tuple[str, ...]]] = {
+    "onnx": (_from_graphs(write_onnx), FLOAT32, ("jax2onnx", "onnx")),
+    "onnx_fp16": (_from_graphs(write_fp16), FLOAT16, ("jax2onnx", "onnx")),
+    "onnx_int8": (_from_graphs(write_int8), INT8, ("jax2onnx", "onnx")),
+    "saved_model": (_from_graphs(write_saved_model), FLOAT32, ("tensorflow",)),
+    "stablehlo": (_from_graphs(write_stablehlo), FLOAT32, ()),
+    "torchscript": (_torchscript, FLOAT32, ("torch", "transformers")),
+    "tensorrt": (_from_graphs(write_tensorrt), FLOAT16, ("jax2onnx", "onnx")),
+}
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuses formats that can't be written and proven here, before anything is computed.
+
+    Raises:
+      UserError: an unknown one, one named twice, or one whose packages or machine are missing.
+    """
+    if not formats:
+        raise UserError(f"--formats: name one or more of {', '.join(FORMATS)}")
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"--formats: {name!r} is unknown; {nearest(name, list(FORMATS))}")
+        if formats.count(name) > 1:
+            raise UserError(f"--formats: {name!r} is named twice")
+        if name == "tensorrt" and (lacking := missing_for_tensorrt()):
+            raise UserError(f"--formats=tensorrt: {lacking}")
+        needed = dict.fromkeys(FORMATS[name][2] + RUNTIMES[name][0])
+        if missing := [package for package in needed if find_spec(package) is None]:
+            extra = "torch" if name == "torchscript" else "export"
+            raise UserError(
+                f"--formats={name}: needs {', '.join(missing)}, which isn't installed; pip install -e '.[{extra}]'"
+            )
+
+
+def prove(folder: Path, name: str, cases: Arrays) -> Arrays:
+    """The outputs of a format on the cases, computed by a fresh process from the files alone.
+
+    Raises:
+      RuntimeError: that process failed; holds its last words.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch) / "inputs.npz", Path(scratch) / "outputs.npz"
+        np.savez(inputs, **cases)  # type: ignore[arg-type]  # its stub takes the arrays for flags
+        command = [sys.executable, "-m", "export.check", str(folder), name, str(inputs), str(outputs)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        with np.load(outputs) as given:
+            return dict(given)
+
+
+def reference(model: Model, cases: Arrays) -> Arrays:
+    """What the model itself gives on the cases: by the backend that predicts, not by the graphs that are exported."""
+    backend, graphs = model.backend, {graph.name: graph for graph in model.graphs}
+    explain = jax.jit(graphs["explainer"].function)
+
+    def run(name: str, *inputs: np.ndarray) -> Sequence[np.ndarray]:
+        if name == "classifier":
+            return backend.predict(*inputs), backend.logits(*inputs)
+        if name == "image_encoder":
+            return (backend.embed(*inputs),)
+        if name == "text_encoder":
+            return (backend.embed_texts(*inputs),)
+        return [np.asarray(output) for output in explain(graphs[name].params, *inputs)]
+
+    return run_cases(run, cases)
+
+
+def read_images(model: Model, data: str, count: int) -> tuple[UInt8[np.ndarray, "n h w 3"], Int32[np.ndarray, " n"]]:
+    """Evenly spaced images of a data set as the model takes them, and their classes; unreadable ones are left out.
+
+    Raises:
+      UserError: a spec that names no images, a label that is no class, or none that can be read.
+    """
+    source = make_source(data, "test")
+    classes = {label: i for i, label in enumerate(model.actions.labels)}
+    images, true = [], []
+    for i in np.unique(np.linspace(0, len(source) - 1, count).astype(int)):
+        try:
+            example = source[int(i)]
+            pixels = decode(example.data) if isinstance(example.data, bytes) else example.data
+            images.append(evaluation_transform(pixels, model.backend.preprocess))
+        except (BadImage, OSError):
+            continue
+        true.append(classes.get(source.labels[example.label], -1))
+    if not images:
+        raise UserError(f"--data={data}: none of its images can be read")
+    # Without a class of the model an image still compares the two; only calibration needs to know the truth.
+    order = np.argsort(np.asarray(true) < 0, kind="stable")
+    return np.stack(images)[order], np.asarray([true[i] for i in order if true[i] >= 0], np.int32)
+
+
+def export_model(
+    path: str,
+    formats: Sequence[str],
+    output: str | Path,
+    data: str = "synthetic",
+    num_examples: int = 256,
+    classes: Sequence[str] = (),
+    overwrite: bool = False,
+    static_int8: bool = False,
+) -> dict[str, Any]:
+    """Writes an exported folder of the formats that pass; gives what parity.json says of all.
+
+    Args:
+      path: a model folder.
+      formats: of `FORMATS`.
+      output: the folder to write, which must be empty or not there unless `overwrite`.
+      data: SPEC of the images that formats are proven on.
+      num_examples: how many of them.
+      classes: the actions to tell apart; empty: the folder's own.
+      overwrite: put the new folder in the place of an old one, which stays whole until the new one is.
+      static_int8: scale int8's activations by the first of the images instead of as they come.
+
+    Raises:
+      UserError: a mistake in the arguments or the model, or a disk that is full.
+    """
+    check_formats(formats)
+    output = Path(output)
+    if num_examples < 1:
+        raise UserError(f"--num_examples={num_examples}: 1 or more is needed")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output}: a file; name a folder")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UserError(f"--output={output}: not empty; name another folder, or replace it with --overwrite")
+    model = open_model(path, classes)
+    images, true = read_images(model, data, num_examples)
+    prompts = [text for label in model.actions.labels for text in model.actions.prompts[label]]
+    ids = model.backend.tokenize(prompts)
+    cases = make_cases(images, ids, len(model.actions.labels))
+    expected = reference(model, cases)
+    parity: dict[str, Any] = {}
+
+    def fill(folder: Path) -> None:
+        _write_contract(model, folder)
+        for name in formats:
+            parity[name] = _write_and_prove(model, name, folder, cases, expected, true, static_int8)
+        if any(entry["passed"] for entry in parity.values()):
+            bundle.write_json(folder / "parity.json", parity)
+            bundle.seal(folder, model.digest)
+        else:
+            raise _NothingPassed
+
+    try:
+        bundle.replace_folder(output, fill)
+    except _NothingPassed:
+        pass
+    except OSError as error:
+        raise UserError(f"--output={output}: can't be written ({error.strerror}); nothing was left there") from error
+    return parity
+
+
+class _NothingPassed(Exception):  # noqa: N818
+    """No format is left to put in the place of what may be there."""
+
+
+def _write_and_prove(
+    model: Model, name: str, folder: Path, cases: Arrays, expected: Arrays, true: np.ndarray, static_int8: bool
+) -> dict[str, Any]:
+    write, bounds, _ = FORMATS[name]
+    if name == "onnx_int8" and static_int8:
+        write = _from_graphs(partial(write_int8, static=True))
+    print(f"{name}: writing", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    (folder / name).mkdir()
+    write(model, folder / name, cases["image"][:NUM_CALIBRATION])
+    size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
+    print(f"{name}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s; proving", file=sys.stderr, flush=True)
+    try:
+        entry = compare(expected, prove(folder, name, cases), bounds, model.actions.labels, true)
+    except RuntimeError as error:
+        entry = {"max_abs_error": None, "top1_agreement": None, "passed": False, "failures": [str(error)]}
+    entry = {"num_examples": len(cases["image"]), **entry}
+    if not entry["passed"]:
+        shutil.rmtree(folder / name)
+    return entry
+
+
+def _write_contract(model: Model, folder: Path) -> None:
+    """What all formats share: classes, image settings, tokenizer, signatures."""
+    bundle.write_actions(folder, model.actions)
+    model.backend.preprocess.save(folder)
+    Tokenizer.from_folder(model.folder).save(folder)
+    graphs = {
+        graph.name: {"inputs": graph.inputs, "outputs": graph.outputs, "params": sorted(graph.params)}
+        for graph in model.graphs
+    }
+    bundle.write_json(folder / SIGNATURE, {"logit_scale": model.logit_scale, "graphs": json.loads(json.dumps(graphs))})
