@@ -55,7 +55,7 @@ def make_graphs(
     """
     whole: Any = model  # not a FlaxCLIPModel any more: its layers unstacked, its classes added
     for tower in (whole.vision, whole.text):
-        tower.layers = unstack(tower.layers)
+        tower.layers = nnx.List(unstack(tower.layers))
     # As a layer, so that exporters make one operator of it.
     whole.classes = nnx.Linear(*classes.T.shape, use_bias=False, rngs=nnx.Rngs(0))
     whole.classes.kernel[...] = jnp.asarray(scale * classes.T)

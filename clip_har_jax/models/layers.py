@@ -3,7 +3,7 @@
 Parameters carry logical axis names ('embed', 'heads', 'mlp', 'layers'); `parallel/sharding.py` maps them to a mesh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -154,15 +154,15 @@ def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs) -> Block:
     return stack(rngs)
 
 
-def unstack(layers: Block) -> nnx.List:
+def unstack(layers: Block) -> list[Block]:
     """The stacked blocks as one `Block` each, for exporters: a scan is slow in other runtimes, and so is slicing."""
     graphdef, stacked = nnx.split(layers)
     count = len(jax.tree.leaves(stacked)[0])
-    return nnx.List([nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count)])
+    return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count)]
 
 
 def apply_layers(
-    layers: Block | nnx.List,
+    layers: Block | Sequence[Block],
     x: Float[Array, "b n d"],
     runtime: Runtime,
     *,
@@ -173,7 +173,7 @@ def apply_layers(
 
     A scan compiles one block instead of all; `runtime.remat` says what its backward pass keeps.
     """
-    if isinstance(layers, nnx.List):
+    if isinstance(layers, Sequence):
         for layer in layers:
             x = layer(x, mask, is_causal)
         return x

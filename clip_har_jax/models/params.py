@@ -33,8 +33,15 @@ def axis_names(model: FlaxCLIPModel) -> dict[str, tuple[str | None, ...]]:
 
 
 def unflatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths as the nested dict that `nnx.merge` takes."""
-    return traverse_util.unflatten_dict({tuple(name.split(".")): value for name, value in params.items()})
+    """Dotted paths as the nested dict that `nnx.merge` takes, whose order is that of its sorted keys.
+
+    So numbers stay numbers: as texts, layer 10 would come before layer 2.
+    """
+    return traverse_util.unflatten_dict({_path(name): value for name, value in params.items()})
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
 
 
 def make_model(config: CLIPConfig, params: Mapping[str, Any], runtime: Runtime = Runtime()) -> FlaxCLIPModel:
