@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
@@ -16,6 +16,7 @@ from clip_har_jax.text import make_prompts, phrase
 PROMPTS_AT_ONCE = 64  # bounds the text tower's memory for long lists of classes
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A loaded model with its classes; images come as `preprocess` leaves them, in any number."""
 
