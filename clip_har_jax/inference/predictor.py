@@ -71,7 +71,7 @@ class Predictor:
         numbered = enumerate(inputs)
         while chunk := list(islice(numbered, self.batch_size)):
             names = [_name(item, position) for position, item in chunk]
-            loaded = [self._try_load(item) for _, item in chunk]
+            loaded = [self.try_load(item) for _, item in chunk]
             images = [image for image in loaded if not isinstance(image, str)]
             probs = iter(self.backend.predict(np.stack(images)) if images else ())
             for name, image in zip(names, loaded, strict=True):
@@ -90,7 +90,8 @@ class Predictor:
         top = tuple((self.labels[i], float(probs[i])) for i in order)
         return Prediction(name, *top[0], top)
 
-    def _try_load(self, item: ImageLike) -> np.ndarray | str:
+    def try_load(self, item: ImageLike) -> np.ndarray | str:
+        """An input as the model takes it, or why it can't be read."""
         try:
             return self._load(item)
         except BadImage as error:

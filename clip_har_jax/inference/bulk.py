@@ -1,0 +1,263 @@
+"""Predictions for any number of files, as Parquet: one part after the other, so that a kill costs one part at most.
+
+The inputs are a stream in a fixed order; shard I of N takes every N-th. A part holds the next `part_size` of a shard
+and appears whole or not at all, so the number of parts says where to go on.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError
+from clip_har_jax.inference.predictor import Predictor
+from clip_har_jax.specs import find_images
+
+PATH_COLUMNS = ("path", "filename", "file", "input")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a shard is; counts are of this shard, over all starts."""
+
+    done: int
+    failed: int
+    total: int | None  # None: not known before the last has been read
+    images_per_s: float  # since this start
+
+
+def open_inputs(source: str) -> tuple[Callable[[], Iterator[str]], int | None]:
+    """A way to read the inputs from the start, and their number where that is known without reading them.
+
+    Args:
+      source: a folder of images, a manifest (.parquet or .csv, its column `path`, `filename`, `file` or `input`), or a
+        text file with one path a line. Paths in a manifest are as they stand, or from its folder.
+
+    Raises:
+      UserError: none of these.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return lambda: map(str, find_images(path)), None
+    if not path.is_file():
+        raise UserError(f"--inputs={source}: not there; name a folder, a manifest (.parquet, .csv) or a list of paths")
+    if path.suffix == ".parquet":
+        try:
+            table = pq.ParquetFile(path)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"--inputs={source}: not Parquet ({error})") from error
+        column = _path_column(table.schema_arrow.names, source)
+        return lambda: _from_parquet(path, column), table.metadata.num_rows
+    if path.suffix == ".csv":
+        import csv
+
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+        column = _path_column(header, source)
+        return lambda: _from_csv(path, column), None
+    return lambda: _from_lines(path), None
+
+
+def _path_column(names: list[str], source: str) -> str:
+    for name in PATH_COLUMNS:
+        if name in names:
+            return name
+    raise UserError(f"--inputs={source}: has no column {' or '.join(PATH_COLUMNS)}, but {', '.join(names) or 'none'}")
+
+
+def _from_parquet(path: Path, column: str) -> Iterator[str]:
+    for batch in pq.ParquetFile(path).iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield _beside(path, value)
+
+
+def _from_csv(path: Path, column: str) -> Iterator[str]:
+    import csv
+
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            yield _beside(path, row[column])
+
+
+def _from_lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield os.fsdecode(line.rstrip(b"\r\n"))
+
+
+def _beside(manifest: Path, value: str) -> str:
+    path = Path(value)
+    return value if path.is_absolute() or path.exists() else str(manifest.parent / path)
+
+
+def predict_bulk(
+    predictor: Predictor,
+    source: str,
+    output: Path,
+    shard: tuple[int, int] = (0, 1),
+    part_size: int = 10_000,
+    workers: int = os.cpu_count() or 1,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Predicts a shard of the inputs, from where an earlier start was ended.
+
+    Writes `predictions-III-of-NNN/PPPPPP.parquet` (input, label, score, probs) and, where files couldn't be read,
+    `bad_inputs-III-of-NNN/PPPPPP.parquet` (input, error).
+
+    Args:
+      predictor: the model.
+      source: as `open_inputs` takes it.
+      output: the folder to write to; one for all shards.
+      shard: (index, count).
+      part_size: inputs of a part; memory and what a kill costs grow with it.
+      workers: threads that decode.
+      report: called after each batch.
+
+    Raises:
+      UserError: the folder holds the predictions of another model or other inputs.
+    """
+    index, count = shard
+    if not 0 <= index < count:
+        raise UserError(f"--shard={index}/{count}: the first number must be 0 to {count - 1}")
+    if part_size < 1 or workers < 1:
+        raise UserError(f"--part_size={part_size}, --workers={workers}: 1 or more is needed")
+    read, total = open_inputs(source)
+    total = None if total is None else len(range(index, total, count))
+    name = f"{index:05d}-of-{count:05d}"
+    folder, bad_folder = output / f"predictions-{name}", output / f"bad_inputs-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        bad_folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: can't be made ({error.strerror})") from error
+    about = {
+        "model": str(predictor.backend.path),
+        "digest": predictor.backend.digest,
+        "labels": list(predictor.labels),
+        "inputs": str(Path(source).resolve()),
+        "part_size": part_size,
+    }
+    _check_same_run(folder / "about.json", about)
+    parts = _finished_parts(folder)
+    inputs = islice(read(), index, None, count)
+    skipped = _skip(inputs, parts, part_size, folder)
+    failed = sum(pq.read_metadata(path).num_rows for path in bad_folder.glob("*.parquet"))
+    if parts and skipped < parts * part_size:  # the last part was the end
+        return Progress(skipped, failed, skipped, 0.0)
+    done, start = skipped, time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        while chunk := list(islice(inputs, part_size)):
+            rows: list[tuple[str, str | np.ndarray]] = []
+            for names, outcomes in _predict(predictor, chunk, pool):
+                rows += zip(names, outcomes, strict=True)
+                failed += sum(isinstance(outcome, str) for outcome in outcomes)
+                done += len(names)
+                report(Progress(done, failed, total, (done - skipped) / (time.perf_counter() - start)))
+            _write_part(rows, folder, bad_folder, parts, predictor.labels)
+            parts += 1
+    return Progress(done, failed, done, (done - skipped) / max(time.perf_counter() - start, 1e-9))
+
+
+def _predict(
+    predictor: Predictor, chunk: list[str], pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[str], list[str | np.ndarray]]]:
+    """(inputs, probabilities or what is wrong with each) batch after batch; the next batch is decoded meanwhile."""
+    size = predictor.batch_size
+    batches = [chunk[start : start + size] for start in range(0, len(chunk), size)]
+    loading = [pool.submit(predictor.try_load, path) for path in batches[0]]
+    for i, names in enumerate(batches):
+        following = batches[i + 1] if i + 1 < len(batches) else []
+        ahead = [pool.submit(predictor.try_load, path) for path in following]
+        loaded = [future.result() for future in loading]
+        images = [image for image in loaded if not isinstance(image, str)]
+        probs = iter(predictor.backend.predict(np.stack(images)) if images else ())
+        yield names, [image if isinstance(image, str) else next(probs) for image in loaded]
+        loading = ahead
+
+
+def _write_part(
+    rows: list[tuple[str, str | np.ndarray]], folder: Path, bad_folder: Path, part: int, labels: tuple[str, ...]
+) -> None:
+    """The bad inputs first: the predictions' file is what says that the part is done."""
+    bad = [(_text(name), outcome) for name, outcome in rows if isinstance(outcome, str)]
+    good = [(_text(name), outcome) for name, outcome in rows if not isinstance(outcome, str)]
+    if bad:
+        _write_table(
+            bad_folder / f"{part:06d}.parquet", {"input": [n for n, _ in bad], "error": [e for _, e in bad]}, {}
+        )
+    probs = np.stack([outcome for _, outcome in good]) if good else np.zeros((0, len(labels)), np.float32)
+    best = probs.argmax(axis=-1)
+    columns = {
+        "input": [name for name, _ in good],
+        "label": [labels[i] for i in best],
+        "score": probs[np.arange(len(probs)), best].astype(np.float32),
+        "probs": pa.FixedSizeListArray.from_arrays(pa.array(probs.astype(np.float32).ravel()), len(labels)),
+    }
+    about = {"labels": json.dumps(labels), "count": str(len(rows)), "last_input": _text(rows[-1][0])}
+    _write_table(folder / f"{part:06d}.parquet", columns, about)
+
+
+def _text(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
+
+
+def _write_table(path: Path, columns: dict[str, Any], about: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    table = pa.table(
+        {
+            name: pa.array(values, pa.string()) if name in ("input", "label", "error") else values
+            for name, values in columns.items()
+        }
+    )
+    try:
+        pq.write_table(table.replace_schema_metadata(about), partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error}); earlier parts are whole") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_same_run(path: Path, about: dict[str, Any]) -> None:
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in about.items():
+            if earlier.get(key) != value and key != "model":
+                raise UserError(
+                    f"{path.parent}: holds predictions with another {key} ({str(earlier.get(key))[:80]!r}, now "
+                    f"{str(value)[:80]!r}); name another --output"
+                )
+    else:
+        bundle.write_json(path, about)
+
+
+def _finished_parts(folder: Path) -> int:
+    count = 0
+    while (folder / f"{count:06d}.parquet").is_file():
+        count += 1
+    return count
+
+
+def _skip(inputs: Iterator[str], parts: int, part_size: int, folder: Path) -> int:
+    """Reads past what finished parts hold, and checks that the inputs are still those."""
+    skipped = 0
+    for part in range(parts):
+        about = pq.read_schema(folder / f"{part:06d}.parquet").metadata
+        chunk = list(islice(inputs, int(about[b"count"])))
+        skipped += len(chunk)
+        if len(chunk) < int(about[b"count"]) or _text(chunk[-1]) != about[b"last_input"].decode():
+            raise UserError(f"{folder}: the inputs have changed since part {part} was written; name another --output")
+    return skipped

@@ -1,0 +1,96 @@
+"""Tells the action in any number of images, and goes on where it was killed.
+
+  python scripts/predict_bulk.py --model=runs/demo/export --inputs=photos --output=predictions
+  python scripts/predict_bulk.py --model=runs/demo/export --inputs=list.txt --output=predictions --shard=3/16
+
+Writes predictions-III-of-NNN/*.parquet (input, label, score, probs) and bad_inputs-III-of-NNN/*.parquet (input, error).
+The same command again continues. Exits 0 when all were read, 1 when some were not, 2 on a mistake.
+"""
+
+import argparse
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_har_jax import cli
+
+if TYPE_CHECKING:
+    from clip_har_jax.inference.bulk import Progress
+
+
+def main() -> int:
+    arguments = _parse()
+
+    from clip_har_jax.inference.backends import split_classes
+    from clip_har_jax.inference.bulk import predict_bulk
+    from clip_har_jax.inference.predictor import Predictor
+
+    with ExitStack() as stack:
+        shard = arguments.shard
+        if arguments.distributed:
+            import jax
+
+            from clip_har_jax.parallel import distributed
+
+            stack.enter_context(distributed.join(**cli.process_flags(arguments)))
+            shard = jax.process_index(), jax.process_count()
+        predictor = Predictor(arguments.model, split_classes(arguments.classes), arguments.batch_size)
+        end = predict_bulk(
+            predictor, arguments.inputs, Path(arguments.output), shard, arguments.part_size, arguments.workers, _show
+        )
+    print(f"\n{end.done} inputs, {end.failed} of them unreadable, {end.images_per_s:.0f} images/s", file=sys.stderr)
+    return 1 if end.failed else 0
+
+
+def _show(progress: "Progress") -> None:
+    left = ""
+    if progress.total and progress.images_per_s:
+        seconds = int((progress.total - progress.done) / progress.images_per_s)
+        left = f" of {progress.total}  left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    start = "\r" if sys.stderr.isatty() else "\n"
+    print(f"{start}{progress.done}{left}  {progress.images_per_s:.0f} images/s", end="", file=sys.stderr, flush=True)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with I from 0 to N - 1, e.g. 3/16")
+    return int(index), int(count)
+
+
+def _parse() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a model folder or an exported one, e.g. --model=runs/demo/export",
+    )
+    add(
+        "--inputs",
+        required=True,
+        metavar="PATH",
+        help="a folder, a manifest (.parquet or .csv with a column path) or a list of paths, e.g. --inputs=photos",
+    )
+    add("--output", required=True, metavar="DIR", help="where to write, e.g. --output=predictions")
+    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th input from the I-th, e.g. --shard=3/16")
+    add("--distributed", action="store_true", help="shard by the processes of one run, e.g. --distributed")
+    add("--classes", metavar="NAMES", help='other actions, e.g. --classes="riding a bike,sleeping"')
+    add(
+        "--batch_size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images computed at once, e.g. --batch_size=32 (default)",
+    )
+    add("--part_size", type=int, default=10_000, metavar="N", help="inputs a file, e.g. --part_size=10000 (default)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads, e.g. --workers=2")
+    cli.add_process_flags(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,130 @@
+"""Bulk prediction: killed and continued, in shards, with bad files among good ones."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from model_folders import write_image, write_model
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.inference.bulk import predict_bulk
+from clip_har_jax.inference.predictor import Predictor
+
+ROOT = Path(__file__).parents[1]
+LABELS = ("running", "sleeping", "eating")
+NUM_IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("bulk") / "model", LABELS)
+
+
+@pytest.fixture(scope="module")
+def predictor(model: Path) -> Predictor:
+    return Predictor(model, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(NUM_IMAGES):
+        write_image(root / f"{i:03d}.png", seed=i)
+    (root / "007.png").write_bytes(b"not an image")
+    (root / "020.png").write_bytes(b"")
+    return root
+
+
+def read(output: Path, what: str = "predictions") -> list[dict[str, object]]:
+    return [row for path in sorted(output.glob(f"{what}-*/*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_predicts_as_the_predictor_does(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    end = predict_bulk(predictor, str(photos), tmp_path, part_size=9)
+    assert (end.done, end.failed) == (NUM_IMAGES, 2)
+    assert len(list(tmp_path.glob("predictions-*/*.parquet"))) == 5
+    expected = {one.input: one for one in predictor.predict(sorted(photos.glob("*.png")))}
+    rows = read(tmp_path)
+    assert [row["input"] for row in rows] == [name for name, one in expected.items() if one.error is None]
+    for row in rows:
+        assert row["label"] == expected[str(row["input"])].label
+        assert row["score"] == pytest.approx(expected[str(row["input"])].score, abs=1e-6)
+        assert len(row["probs"]) == len(LABELS)  # type: ignore[arg-type]
+    bad = read(tmp_path, "bad_inputs")
+    assert [Path(str(row["input"])).name for row in bad] == ["007.png", "020.png"]
+    assert [row["error"] for row in bad] == [expected[str(row["input"])].error for row in bad]
+
+
+def test_shards_are_disjoint_and_whole(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_text("\n".join(str(path) for path in sorted(photos.glob("*.png"))) + "\n")
+    for index in range(3):
+        predict_bulk(predictor, str(listing), tmp_path / "out", (index, 3), part_size=5)
+    rows = [str(row["input"]) for what in ("predictions", "bad_inputs") for row in read(tmp_path / "out", what)]
+    assert sorted(rows) == sorted(map(str, photos.glob("*.png")))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_manifest_names_files_beside_it(predictor: Predictor, photos: Path, tmp_path: Path, kind: str) -> None:
+    import pyarrow as pa
+
+    manifest = photos / f"manifest.{kind}"
+    names = ["003.png", "001.png"]
+    if kind == "csv":
+        manifest.write_text("path,label\n" + "".join(f"{name},x\n" for name in names))
+    else:
+        pq.write_table(pa.table({"path": names}), manifest)
+    try:
+        predict_bulk(predictor, str(manifest), tmp_path)
+    finally:
+        manifest.unlink()
+    assert [Path(str(row["input"])).name for row in read(tmp_path)] == names
+
+
+def test_killed_and_continued_gives_the_same(model: Path, predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as a part is there; what is there is not computed again."""
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(f"{path}\n" for path in sorted(photos.glob("*.png")) * 40))
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "scripts/predict_bulk.py", f"--model={model}", f"--inputs={listing}", f"--output={out}"]
+    command += ["--part_size=100", "--batch_size=4"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    first = out / "predictions-00000-of-00001" / "000001.parquet"
+    deadline = time.monotonic() + 60
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = first.stat().st_mtime_ns
+    assert len(list(first.parent.glob("*.parquet"))) < 16
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1, done.stderr  # some files can't be read
+    assert first.stat().st_mtime_ns == before
+    predict_bulk(predictor, str(listing), whole, part_size=100)
+    for what in ("predictions", "bad_inputs"):
+        ours, expected = read(out, what), read(whole, what)
+        assert [row["input"] for row in ours] == [row["input"] for row in expected]
+        assert [row.get("label") for row in ours] == [row.get("label") for row in expected]
+
+
+def test_mistakes_are_one_line(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    predict_bulk(predictor, str(photos), tmp_path / "out", part_size=9)
+    with pytest.raises(UserError, match="another part_size"):
+        predict_bulk(predictor, str(photos), tmp_path / "out", part_size=8)
+    with pytest.raises(UserError, match="not there; name a folder"):
+        predict_bulk(predictor, str(tmp_path / "none"), tmp_path / "other")
+    table = tmp_path / "t.csv"
+    table.write_text("label\nx\n")
+    with pytest.raises(UserError, match="has no column path"):
+        predict_bulk(predictor, str(table), tmp_path / "other")
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(f"{path}\n" for path in sorted(photos.glob("*.png"))))
+    predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)
+    listing.write_text("".join(f"{path}\n" for path in sorted(photos.glob("*.png"), reverse=True)))
+    with pytest.raises(UserError, match="the inputs have changed since part 0"):
+        predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)
