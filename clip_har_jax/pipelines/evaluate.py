@@ -135,9 +135,11 @@ def print_result(result: EvalResult, output: str | Path) -> None:
 
     table, metrics = Table(show_header=False, box=None), result.metrics
     table.add_row("images", str(metrics["num_examples"]))
-    if metrics["num_unreadable"]:
-        table.add_row("unreadable", f"{metrics['num_unreadable']}, listed in {Path(output) / 'bad_inputs.jsonl'}")
     for name, title in (("top1", "top-1"), ("top5", "top-5"), ("macro_f1", "macro F1"), ("nll", "NLL"), ("ece", "ECE")):
         table.add_row(title, f"{metrics[name]:.3f}")
-    table.add_row("report", str(Path(output) / "report.html"))
-    Console(highlight=False, soft_wrap=True).print(table)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    # Outside the table, which would break a long path in two.
+    if metrics["num_unreadable"]:
+        console.print(f"{metrics['num_unreadable']} unreadable, listed in {Path(output) / 'bad_inputs.jsonl'}")
+    console.print(f"report: {Path(output) / 'report.html'}")
