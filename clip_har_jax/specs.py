@@ -2,13 +2,14 @@
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from clip_har_jax.errors import UserError, nearest
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"})
 
 # kind -> (what follows the colon, the options after the question mark)
 KINDS = {
@@ -140,7 +141,12 @@ def _split_folder(root: Path, spec: Spec, split: str) -> Path:
 
 
 def find_images(folder: Path) -> Iterator[Path]:
-    """The image files below a folder, sorted; follows symbolic links, but none back up and no folder twice.
+    """The image files below a folder, as `find_files` finds them."""
+    return find_files(folder, IMAGE_SUFFIXES)
+
+
+def find_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    """The files below a folder whose names end so, sorted; follows symbolic links, but none back up, no folder twice.
 
     Raises:
       UserError: a folder that can't be read.
@@ -153,7 +159,7 @@ def find_images(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders.sort()
-        yield from (Path(parent, n) for n in sorted(names) if Path(n).suffix.lower() in IMAGE_SUFFIXES)
+        yield from (Path(parent, n) for n in sorted(names) if Path(n).suffix.lower() in suffixes)
 
 
 def _refuse(error: OSError) -> None:
