@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from clip_har_jax.models.clip import FlaxCLIPModel, normalize_images
+from clip_har_jax.models.explain import heat_map, patch_embeds
 from clip_har_jax.models.layers import unstack
 from clip_har_jax.models.params import Params, flat_params, unflatten
 from clip_har_jax.preprocess import Preprocess
@@ -84,8 +85,10 @@ def make_graphs(
 
     def explain(
         given: Params, images: UInt8[Array, "b h w 3"], class_weights: Float[Array, "b c"]
-    ) -> tuple[Float[Array, "b g g"]]:
-        return (heat_map(restore(given), to_floats(images), class_weights),)
+    ) -> tuple[Float[Array, "b g g"], Float[Array, "b n d"]]:
+        model = restore(given)
+        patches = patch_embeds(model.vision, model.visual_projection.kernel[...], to_floats(images))
+        return heat_map(patches, class_weights @ model.classes.kernel[...].T), patches
 
     def make(name: str, function: Any, uses: tuple[str, ...], inputs: dict[str, Any], *outputs: str) -> Graph:
         return Graph(name, function, {key: params[key] for key in params if key.startswith(uses)}, inputs, outputs)
@@ -95,40 +98,5 @@ def make_graphs(
         make("image_encoder", encode_image, vision, images_first, "image_embeds"),
         make("text_encoder", encode_text, ("text.", "text_projection."), text, "text_embeds"),
         make("classifier", classify, classifier, images_first, "probs", "logits"),
-        make("explainer", explain, classifier, images_first | one_hot, "heat_map"),
+        make("explainer", explain, classifier, images_first | one_hot, "heat_map", "patch_embeds"),
     )
-
-
-def heat_map(model: Any, images: Float[Array, "b h w 3"], class_weights: Float[Array, "b c"]) -> Float[Array, "b g g"]:
-    """What each patch adds to a class's score by the last attention layer, without what speaks against the class.
-
-    The decomposition of Gandelsman et al. 2024 (Interpreting CLIP's image representation, equations 4 to 6) for the
-    last layer, the last norm taken as linear. It needs no backward pass, which not all formats can express.
-
-    Args:
-      model: with unstacked layers and `classes`.
-      images: normalised.
-      class_weights: 1 at the class that is explained, else 0.
-
-    Returns:
-      0 to 1 for each patch, 1 the largest of the image.
-    """
-    vision = model.vision
-    x = vision.embed_patches(images)
-    for layer in vision.layers[:-1]:
-        x = layer(x, None, False)
-    norm, attention = vision.layers[-1].norm1, vision.layers[-1].attention
-    x = norm(x)
-    batch, length, dim = x.shape
-    heads = attention.num_heads
-    shape = (batch, length, heads, dim // heads)
-    query, key, value = (layer(x).reshape(shape) for layer in (attention.query, attention.key, attention.value))
-    scores = jnp.einsum("bhd,bnhd->bhn", query[:, 0], key) * (dim // heads) ** -0.5
-    moved = (jnp.einsum("bhn->bnh", jax.nn.softmax(scores))[..., None] * value).reshape(x.shape)
-    added = moved @ attention.out.kernel[...]
-    added = (added - jnp.mean(added, axis=-1, keepdims=True)) * vision.post_norm.scale[...][None, None]
-    direction = class_weights @ (model.visual_projection.kernel[...] @ model.classes.kernel[...]).T
-    relevance = jax.nn.relu(jnp.einsum("bnd,bd->bn", added, direction))[:, 1:]
-    heat = relevance / jnp.maximum(jnp.max(relevance, axis=1, keepdims=True), 1e-12)
-    grid = vision.config.image_size // vision.config.patch_size
-    return heat.reshape(batch, grid, grid)

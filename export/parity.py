@@ -61,7 +61,7 @@ def run_cases(run: RunGraph, cases: Arrays) -> Arrays:
         "odd_logits": _batches(run, "classifier", images[:ODD], ODD)[1],
         "image_embeds": _batches(run, "image_encoder", images, BATCH_SIZE)[0],
         "text_embeds": _batches(run, "text_encoder", cases["input_ids"], BATCH_SIZE)[0],
-        "heat_map": np.asarray(run("explainer", images[: len(weights)], weights)[0]),
+        **dict(zip(("heat_map", "patch_embeds"), run("explainer", images[: len(weights)], weights), strict=True)),
     }
 
 
@@ -92,7 +92,9 @@ def compare(
     result: dict[str, Any] = {
         "max_abs_error": _error(ours, theirs, "probs"),
         "max_logit_error": max(_error(ours, theirs, name) for name in ("logits", "single_logits", "odd_logits")),
-        "max_embedding_error": max(_error(ours, theirs, name) for name in ("image_embeds", "text_embeds")),
+        "max_embedding_error": max(
+            _error(ours, theirs, name) for name in ("image_embeds", "text_embeds", "patch_embeds")
+        ),
         "max_heat_map_error": _error(ours, theirs, "heat_map"),
         "min_cosine": min(_cosine(ours[name], theirs[name]) for name in ("image_embeds", "text_embeds")),
         "top1_agreement": float((predicted == exported).mean()),

@@ -53,7 +53,7 @@ def write_torchscript(
         return logits.softmax(-1), logits
 
     def explain(image: Any, class_weights: Any) -> Any:
-        """As `graphs.heat_map`."""
+        """As `clip_har_jax.models.explain`."""
         entering = vision(pixel_values=to_floats(image), output_hidden_states=True).hidden_states[-2]
         last = vision.encoder.layers[-1]
         attention, x = last.self_attn, last.layer_norm1(entering)
@@ -66,11 +66,11 @@ def write_torchscript(
         moved = (scores.softmax(-1).transpose(1, 2)[..., None] * value).flatten(-2)
         added = moved @ attention.out_proj.weight.T
         added = (added - added.mean(-1, keepdim=True)) * vision.post_layernorm.weight
-        direction = class_weights @ class_rows @ clip.visual_projection.weight * scale
-        relevance = torch.einsum("bnd,bd->bn", added, direction).relu()[:, 1:]
+        patches = clip.visual_projection(added)[:, 1:]
+        relevance = torch.einsum("bnd,bd->bn", patches, scale * class_weights @ class_rows).relu()
         heat = relevance / relevance.amax(1, keepdim=True).clamp_min(1e-12)
         grid = vision.config.image_size // vision.config.patch_size
-        return (heat.unflatten(1, (grid, grid)),)
+        return heat.unflatten(1, (grid, grid)), patches
 
     class Module(torch.nn.Module):
         def __init__(self, function: Any):

@@ -110,6 +110,21 @@ def test_predicts_as_the_model(folder: Path, output: Path, photos: Path, name: s
     np.testing.assert_allclose(ours.embed(images), theirs.embed(images), atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("name", ["onnx", "stablehlo"])
+@pytest.mark.parametrize("classes", [(), ("juggling", "climbing a wall")])
+def test_explains_as_the_model(folder: Path, output: Path, photos: Path, name: str, classes: tuple[str, ...]) -> None:
+    ours, theirs = Predictor(folder, classes, batch_size=4), Predictor(output / name, classes, batch_size=4)
+    images = np.stack([ours._load(path) for path in sorted(photos.rglob("*.png"))[:6]])
+    indices = [0, 1, 1, 0, 1, 0]
+    maps = theirs.backend.explain(images, indices)
+    np.testing.assert_allclose(maps, ours.backend.explain(images, indices), atol=1e-4)
+    assert maps.shape == (6, 2, 2) and maps.min() >= 0 and maps.max() == 1
+    with pytest.raises(UserError, match="class 7 isn't there"):
+        theirs.backend.explain(images[:1], [7])
+    with pytest.raises(UserError, match="2 classes to explain for 1 images"):
+        ours.backend.explain(images[:1], [0, 1])
+
+
 def test_new_classes_go_through_the_text_encoder(folder: Path, output: Path, photos: Path) -> None:
     images, classes = sorted(photos.rglob("*.png"))[:5], ["juggling", "climbing a wall", "sleeping"]
     ours, theirs = (Predictor(path, classes).predict(images) for path in (folder, output))
@@ -258,7 +273,8 @@ def outputs(**changes: np.ndarray) -> dict[str, np.ndarray]:
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     embeds = rng.normal(size=(200, 8)).astype(np.float32)
     same = {"single_logits": logits[:4], "odd_logits": logits[:3], "image_embeds": embeds, "text_embeds": embeds[:8]}
-    return {"probs": probs, "logits": logits, "heat_map": probs[:8], **same, **changes}
+    maps = {"heat_map": probs[:8], "patch_embeds": probs[:8]}
+    return {"probs": probs, "logits": logits, **maps, **same, **changes}
 
 
 def test_bounds() -> None:
@@ -299,7 +315,7 @@ def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
     assert heat.shape == (8, 2, 2) and heat.min() >= 0 and heat.max() == 1
     model, graph = proof[0], proof[0].graphs[3]
     image = np.repeat(proof[1]["image"][:1], len(LABELS), axis=0)
-    (maps,) = jax.jit(graph.function)(graph.params, image, np.eye(len(LABELS), dtype=np.float32))
+    maps, _ = jax.jit(graph.function)(graph.params, image, np.eye(len(LABELS), dtype=np.float32))
     assert len({np.asarray(one).tobytes() for one in maps}) > 1 and len(model.actions.labels) == len(maps)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, Int64, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
@@ -33,6 +33,14 @@ class Backend(Protocol):
 
     def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
         """L2-normalised image embeddings."""
+
+    def explain(
+        self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
+    ) -> Float32[np.ndarray, "b g g"]:
+        """Where the model sees a class in each image: a value from 0 to 1 for each patch, 1 the largest of the image.
+
+        `class_indices` says which of `labels`, one for each image.
+        """
 
 
 def split_classes(text: str | None) -> tuple[str, ...]:
@@ -101,6 +109,7 @@ class JaxBackend:
         from flax import nnx
 
         from clip_har_jax.models.clip import normalize_images
+        from clip_har_jax.models.explain import heat_map, patch_embeds
         from clip_har_jax.models.factory import load
         from clip_har_jax.models.pretrained import resolve_folder
 
@@ -119,7 +128,14 @@ class JaxBackend:
             logits = scale * embeddings @ classes.T
             return logits, jax.nn.softmax(logits), embeddings
 
-        self._forward = jax.jit(forward)
+        def explain(state: Any, classes: jax.Array, images: jax.Array) -> jax.Array:
+            model = nnx.merge(graphdef, state)
+            patches = patch_embeds(
+                model.vision, model.visual_projection.kernel[...], normalize_images(images, mean, std)
+            )
+            return heat_map(patches, classes)
+
+        self._forward, self._explain = jax.jit(forward), jax.jit(explain)
         self._encode_text = jax.jit(lambda state, ids: nnx.merge(graphdef, state).encode_text(ids))
         prompts = [actions.prompts[label] for label in actions.labels]
         self._tokenizer, self._context_length = loaded.tokenizer, loaded.model.config.text.context_length
@@ -163,6 +179,17 @@ class JaxBackend:
         """L2-normalised image embeddings."""
         return self._run(images)[2]
 
+    def explain(
+        self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
+    ) -> Float32[np.ndarray, "b g g"]:
+        """Where the model sees a class in each image, by `models.explain`."""
+        size, parts = 1 if len(images) == 1 else self.batch_size, []
+        classes = self.class_embeddings[check_indices(class_indices, len(images), len(self.labels))]
+        for start in range(0, len(images), size):
+            part, rows = images[start : start + size], classes[start : start + size]
+            parts.append(np.asarray(self._explain(self._state, pad(rows, size), pad(part, size)))[: len(part)])
+        return np.concatenate(parts)
+
 
 def mean_by_class(embeddings: Float32[np.ndarray, "p d"], counts: Sequence[int]) -> Float32[np.ndarray, "c d"]:
     """Class embeddings: the mean of each class's normalised text embeddings, normalised again.
@@ -173,6 +200,20 @@ def mean_by_class(embeddings: Float32[np.ndarray, "p d"], counts: Sequence[int])
     """
     means = np.stack([group.mean(axis=0) for group in np.split(embeddings, np.cumsum(counts)[:-1])])
     return means / np.linalg.norm(means, axis=-1, keepdims=True)
+
+
+def check_indices(indices: Sequence[int], num_images: int, num_classes: int) -> Int64[np.ndarray, " b"]:
+    """Classes to explain, as an array.
+
+    Raises:
+      UserError: not one for each image, or one that isn't there.
+    """
+    array = np.asarray(indices, np.int64).reshape(-1)
+    if len(array) != num_images:
+        raise UserError(f"{len(array)} classes to explain for {num_images} images; give one for each image")
+    if outside := [int(i) for i in array if not 0 <= i < num_classes]:
+        raise UserError(f"class {outside[0]} isn't there; 0 to {num_classes - 1} are")
+    return array
 
 
 def check_finite(logits: np.ndarray, path: Path) -> None:

@@ -16,7 +16,15 @@ from jaxtyping import Float32, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.inference.backends import Backend, JaxBackend, check_finite, choose_actions, mean_by_class, pad
+from clip_har_jax.inference.backends import (
+    Backend,
+    JaxBackend,
+    check_finite,
+    check_indices,
+    choose_actions,
+    mean_by_class,
+    pad,
+)
 from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
 from clip_har_jax.text import Tokenizer
 
@@ -172,13 +180,15 @@ class ExportedBackend:
             self._classes = mean_by_class(self._run("text_encoder", ids)[0], [len(group) for group in prompts])
             self._scale = signature["logit_scale"] / actions.temperature
 
-    def _run(self, graph: str, rows: np.ndarray) -> list[np.ndarray]:
+    def _run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
         """A graph's outputs, `batch_size` rows at a time; padded where another size would be compiled first."""
-        parts = []
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            size = self.batch_size if self.graphs.compiles and len(rows) > 1 else len(part)
-            parts.append([output[: len(part)] for output in self.graphs.run(graph, pad(part, size))])
+        parts, length = [], len(inputs[0])
+        for start in range(0, length, self.batch_size):
+            part = [rows[start : start + self.batch_size] for rows in inputs]
+            count = len(part[0])
+            size = self.batch_size if self.graphs.compiles and length > 1 else count
+            outputs = self.graphs.run(graph, *(pad(rows, size) for rows in part))
+            parts.append([output[:count] for output in outputs])
         return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
     def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
@@ -199,6 +209,20 @@ class ExportedBackend:
     def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
         """L2-normalised image embeddings."""
         return self._run("image_encoder", images)[0]
+
+    def explain(
+        self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
+    ) -> Float32[np.ndarray, "b g g"]:
+        """Where the model sees a class in each image; new classes by what the patches add to the embedding."""
+        indices = check_indices(class_indices, len(images), len(self.labels))
+        if self._classes is None:
+            return self._run("explainer", images, np.eye(len(self.labels), dtype=np.float32)[indices])[0]
+        own = self.graphs.signatures["explainer"]["inputs"]["class_weights"][1][1]
+        patches = self._run("explainer", images, np.zeros((len(images), own), np.float32))[1]
+        relevance = np.maximum(np.einsum("bnd,bd->bn", patches, self._classes[indices]), 0)
+        heat = relevance / np.maximum(relevance.max(axis=1, keepdims=True), 1e-12)
+        grid = round(heat.shape[1] ** 0.5)
+        return heat.reshape(len(heat), grid, grid)
 
 
 def _first_that_runs(folder: Path) -> str:
