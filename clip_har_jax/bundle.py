@@ -14,7 +14,7 @@ from clip_har_jax.errors import UserError, nearest
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-HEADS = ("cosine",)
+HEADS = ("cosine", "linear", "mlp", "cross_attention", "adapter", "tip_adapter")
 PREPROCESS = "clip_har_jax.preprocess"  # the file that decodes and resizes images for an exported model
 
 
@@ -26,7 +26,8 @@ class Actions:
       labels: the classes, in the order of the model's logits.
       prompts: the texts of each class; their mean embedding is the class's.
       temperature: what logits are divided by before the softmax.
-      head: how features become logits; cosine: similarity to the class embeddings.
+      head: how features become logits; cosine: similarity to the class embeddings, so that classes can be given by
+        their names; any other stands in head.safetensors and knows its own classes only.
       preprocess_version: of an exported model, the `preprocess.PREPROCESS_VERSION` that its images need; None: any.
     """
 

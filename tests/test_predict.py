@@ -149,7 +149,7 @@ def test_only_two_sizes_are_compiled(model: Path) -> None:
 def test_many_prompts_are_embedded_in_parts(plain: Path) -> None:
     classes = [f"doing thing number {i}" for i in range(50)]  # 150 prompts
     many, few = JaxBackend(plain, classes), JaxBackend(plain, classes[40:])
-    np.testing.assert_allclose(np.asarray(many._classes)[40:], np.asarray(few._classes), atol=1e-6)
+    np.testing.assert_allclose(many.class_embeddings[40:], few.class_embeddings, atol=1e-6)
 
 
 def test_temperature_divides_the_logits(tmp_path: Path, model: Path) -> None:

@@ -74,10 +74,17 @@ def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequen
     """The classes to tell apart: `classes` if given, else the folder's own, else `default_classes`.
 
     Raises:
-      UserError: there are none, or they can't be told apart.
+      UserError: there are none, they can't be told apart, or the folder's head knows only its own.
     """
-    if not classes and bundle.has_actions(folder):
-        return bundle.read_actions(folder)
+    if bundle.has_actions(folder):
+        actions = bundle.read_actions(folder)
+        if not classes:
+            return actions
+        if actions.head != "cosine":
+            raise UserError(
+                f"--classes: the {actions.head!r} head of {folder} knows only its own {len(actions.labels)} actions; "
+                "leave --classes out, or use a model with the cosine head"
+            )
     labels = tuple(classes or default_classes)
     if not labels:
         raise UserError(f'{folder}: names no actions (actions.json); say e.g. --classes="riding a bike,sleeping"')
@@ -111,6 +118,7 @@ class JaxBackend:
         from clip_har_jax.models.clip import normalize_images
         from clip_har_jax.models.explain import heat_map, patch_embeds
         from clip_har_jax.models.factory import load
+        from clip_har_jax.models.heads import image_features, make_head, read_head
         from clip_har_jax.models.pretrained import resolve_folder
 
         if batch_size < 1:
@@ -121,12 +129,22 @@ class JaxBackend:
         loaded = load(str(self.path))
         self.actions, self.labels, self.preprocess = actions, actions.labels, loaded.preprocess
         graphdef, self._state = nnx.split(loaded.model)
-        mean, std = self.preprocess.mean, self.preprocess.std
+        mean, std, name, temperature = self.preprocess.mean, self.preprocess.std, actions.head, actions.temperature
+        dim = loaded.model.config.projection_dim
+        # Of any head but the cosine; a model with the cosine head is its class embeddings and their scale.
+        self.head_params = {} if name == "cosine" else read_head(self.path, name, dim, len(actions.labels))
 
-        def forward(state: Any, classes: jax.Array, scale: jax.Array, images: jax.Array) -> tuple[jax.Array, ...]:
-            embeddings = nnx.merge(graphdef, state).encode_image(normalize_images(images, mean, std))
-            logits = scale * embeddings @ classes.T
-            return logits, jax.nn.softmax(logits), embeddings
+        def forward(state: Any, classes: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+            model, pixels = nnx.merge(graphdef, state), normalize_images(images, mean, std)
+            if name == "cosine":
+                embeddings, scale = classes
+                features = image_features(model, pixels, with_patches=False)
+                logits = scale * features.image @ embeddings.T
+            else:
+                head = make_head(name, classes)
+                features = image_features(model, pixels, head.needs_patches)
+                logits = head(features) / temperature
+            return logits, jax.nn.softmax(logits), features.image
 
         def explain(state: Any, classes: jax.Array, images: jax.Array) -> jax.Array:
             model = nnx.merge(graphdef, state)
@@ -137,12 +155,20 @@ class JaxBackend:
 
         self._forward, self._explain = jax.jit(forward), jax.jit(explain)
         self._encode_text = jax.jit(lambda state, ids: nnx.merge(graphdef, state).encode_text(ids))
-        prompts = [actions.prompts[label] for label in actions.labels]
         self._tokenizer, self._context_length = loaded.tokenizer, loaded.model.config.text.context_length
+        self.scale = float(np.exp(loaded.model.logit_scale[...])) / temperature
+        self.class_embeddings = self._embed_classes(actions)
+        classes_of_text = (self.class_embeddings, np.float32(self.scale))
+        self._classes = jax.tree.map(jax.numpy.asarray, self.head_params or classes_of_text)
+
+    def _embed_classes(self, actions: bundle.Actions) -> Float32[np.ndarray, "c d"]:
+        """The directions that stand for the classes: those of their texts, or those that the head has learned."""
+        if self.head_params:
+            directions = self.head_params["classes.kernel"].T
+            return directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+        prompts = [actions.prompts[label] for label in actions.labels]
         ids = self.tokenize([text for group in prompts for text in group])
-        self.class_embeddings = mean_by_class(self.embed_texts(ids), [len(group) for group in prompts])
-        self._classes = jax.numpy.asarray(self.class_embeddings)
-        self.scale = float(np.exp(loaded.model.logit_scale[...])) / actions.temperature
+        return mean_by_class(self.embed_texts(ids), [len(group) for group in prompts])
 
     def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "p t"]:
         """Token ids, padded to the model's context length."""
@@ -161,7 +187,7 @@ class JaxBackend:
         size, parts = 1 if len(images) == 1 else self.batch_size, []
         for start in range(0, len(images), size):
             part = images[start : start + size]
-            outputs = self._forward(self._state, self._classes, self.scale, pad(part, size))
+            outputs = self._forward(self._state, self._classes, pad(part, size))
             parts.append([np.asarray(output)[: len(part)] for output in outputs])
         logits, probs, embeddings = (np.concatenate(output) for output in zip(*parts, strict=True))
         check_finite(logits, self.path)

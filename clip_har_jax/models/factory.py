@@ -7,8 +7,10 @@ from pathlib import Path
 
 import jax
 
+from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel, TextConfig, VisionConfig
+from clip_har_jax.models.heads import read_head
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, make_model
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions, resolve_folder
@@ -47,6 +49,16 @@ class Start:
     params: Params | None
     tokenizer: Tokenizer
     preprocess: Preprocess
+    head: "StartHead | None" = None
+
+
+@dataclass(frozen=True)
+class StartHead:
+    """The head of the model folder that a run starts from; a run of the same head and labels goes on with it."""
+
+    name: str
+    labels: tuple[str, ...]
+    params: Params
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,14 @@ def make_start(name: str, prompts: Sequence[str], image_size_px: int | None = No
     preprocess = Preprocess.from_folder(folder, old.vision.image_size)
     if config != old:
         preprocess = dataclasses.replace(preprocess, image_size_px=config.vision.image_size)
-    return Start(config, params, Tokenizer.from_folder(folder), preprocess)
+    return Start(config, params, Tokenizer.from_folder(folder), preprocess, _start_head(folder, config))
+
+
+def _start_head(folder: Path, config: CLIPConfig) -> StartHead | None:
+    if not bundle.has_actions(folder) or (actions := bundle.read_actions(folder)).head == "cosine":
+        return None
+    params = read_head(folder, actions.head, config.projection_dim, len(actions.labels))
+    return StartHead(actions.head, actions.labels, params)
 
 
 def _resized(config: CLIPConfig, image_size_px: int | None) -> CLIPConfig:

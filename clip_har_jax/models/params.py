@@ -19,14 +19,14 @@ def abstract_model(config: CLIPConfig, runtime: Runtime = Runtime()) -> FlaxCLIP
     return nnx.eval_shape(lambda: FlaxCLIPModel(config, runtime, rngs=nnx.Rngs(0)))
 
 
-def flat_params(model: FlaxCLIPModel) -> Params:
-    """The model's parameters by dotted path."""
+def flat_params(model: nnx.Module) -> Params:
+    """A module's parameters by dotted path."""
     return {
         ".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
 
 
-def axis_names(model: FlaxCLIPModel) -> dict[str, tuple[str | None, ...]]:
+def axis_names(model: nnx.Module) -> dict[str, tuple[str | None, ...]]:
     """The logical axis names of each parameter, by dotted path."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): value.get_metadata().get("out_sharding") or () for path, value in state}

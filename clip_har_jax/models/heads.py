@@ -1,0 +1,261 @@
+"""From image features to class logits, where the classes are no longer plain prompt embeddings.
+
+A head is a module over `Features`; its parameters are a flat dict by dotted path, the contents of head.safetensors.
+Every head has `classes`, a linear layer from image embeddings to logits whose kernel starts as exp(logit_scale) times
+the class embeddings, so that an untrained head answers as CLIP does. Logits come before the temperature.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.models.clip import FlaxCLIPModel, l2_normalize
+from clip_har_jax.models.layers import Runtime, linear
+from clip_har_jax.models.params import Params, axis_names, flat_params, unflatten
+
+HEAD_FILE = "head.safetensors"
+FLOAT32 = Runtime()  # heads are small: they compute in float32 whatever the towers do
+MLP_DIM = 256
+ADAPTER_REDUCTION = 4  # Gao et al. 2021, section 4.1
+ADAPTER_RATIO = 0.2  # of new features to CLIP's
+
+
+class Features(NamedTuple):
+    """What heads see of images."""
+
+    image: Float[Array, "b d"]  # L2-normalised embeddings
+    patches: Any = None  # [b, n, d]: the patch tokens in the same space, L2-normalised; None unless the head needs them
+
+
+@dataclass(frozen=True)
+class HeadSize:
+    """The sizes of a head; `hidden` is the width of what it adds to `classes`: its MLP, its bottleneck, its cache."""
+
+    dim: int
+    num_classes: int
+    hidden: int = 0
+
+
+class Head(nnx.Module):
+    """Class logits from features; the base of all heads."""
+
+    needs_patches = False
+
+    def __init__(self, size: HeadSize, rngs: nnx.Rngs, use_bias: bool = False):
+        self.classes = linear(
+            size.dim, size.num_classes, ("embed", None), rngs, FLOAT32, std=size.dim**-0.5, use_bias=use_bias
+        )
+
+    @property
+    def class_embeddings(self) -> Float[Array, "c d"]:
+        """The directions that stand for the classes, L2-normalised."""
+        return l2_normalize(self.classes.kernel[...].T)
+
+
+class LinearHead(Head):
+    """One linear layer: what a linear probe learns, and what learned prompts become."""
+
+    def __init__(self, size: HeadSize, rngs: nnx.Rngs):
+        super().__init__(size, rngs, use_bias=True)
+
+    def __call__(self, features: Features) -> Float[Array, "b c"]:
+        return self.classes(features.image)
+
+
+class MLPHead(Head):
+    """CLIP's logits, and what a two-layer MLP makes of each image embedding beside each class embedding."""
+
+    def __init__(self, size: HeadSize, rngs: nnx.Rngs):
+        super().__init__(size, rngs)
+        hidden = size.hidden or MLP_DIM
+        self.fc1 = linear(2 * size.dim, hidden, ("embed", "mlp"), rngs, FLOAT32, std=(2 * size.dim) ** -0.5)
+        self.fc2 = linear(hidden, 1, ("mlp", None), rngs, FLOAT32, std=0.0)
+
+    def __call__(self, features: Features) -> Float[Array, "b c"]:
+        image, classes = features.image, self.class_embeddings
+        pair_shape = (image.shape[0], *classes.shape)  # of a symbolic batch too
+        image_part, class_part = (jnp.broadcast_to(x, pair_shape) for x in (image[:, None], classes[None]))
+        pairs = jnp.concatenate([image_part, class_part], axis=-1)
+        return self.classes(image) + self.fc2(jax.nn.gelu(self.fc1(pairs), approximate=False))[..., 0]
+
+
+class CrossAttentionHead(Head):
+    """CLIP's logits, and the similarity of each class to what its text finds among the image's patches.
+
+    One head of attention (Vaswani et al. 2017, equation 1) with the class embeddings as queries.
+    """
+
+    needs_patches = True
+
+    def __init__(self, size: HeadSize, rngs: nnx.Rngs):
+        super().__init__(size, rngs)
+        dim, std = size.dim, size.dim**-0.5
+        self.query = linear(dim, dim, ("embed", "heads"), rngs, FLOAT32, std=std)
+        self.key = linear(dim, dim, ("embed", "heads"), rngs, FLOAT32, std=std)
+        self.value = linear(dim, dim, ("embed", "heads"), rngs, FLOAT32, std=std)
+        self.out = linear(dim, dim, ("heads", "embed"), rngs, FLOAT32, std=0.0)
+
+    def __call__(self, features: Features) -> Float[Array, "b c"]:
+        patches, classes = features.patches, self.class_embeddings
+        query, key, value = self.query(classes), self.key(patches), self.value(patches)
+        scores = jnp.einsum("cd,bnd->bcn", query, key) * query.shape[-1] ** -0.5
+        found = self.out(jnp.einsum("bcn,bnd->bcd", jax.nn.softmax(scores), value))
+        scale = jnp.linalg.norm(self.classes.kernel[...], axis=0)
+        return self.classes(features.image) + scale[None] * jnp.sum(found * classes[None], axis=-1)
+
+
+class AdapterHead(Head):
+    """CLIP-Adapter (Gao et al. 2021, equation 4): a bottleneck's answer mixed into the image embedding.
+
+    Its layers have no biases, so it doesn't matter that the embedding is normalised before as well as after.
+    """
+
+    def __init__(self, size: HeadSize, rngs: nnx.Rngs):
+        super().__init__(size, rngs)
+        hidden = size.hidden or max(1, size.dim // ADAPTER_REDUCTION)
+        self.down = linear(size.dim, hidden, ("embed", None), rngs, FLOAT32, std=size.dim**-0.5, use_bias=False)
+        self.up = linear(hidden, size.dim, (None, "embed"), rngs, FLOAT32, std=hidden**-0.5, use_bias=False)
+        self.ratio = nnx.Param(jnp.asarray(ADAPTER_RATIO, jnp.float32))
+
+    def __call__(self, features: Features) -> Float[Array, "b c"]:
+        ratio = self.ratio[...]
+        new = jax.nn.relu(self.up(jax.nn.relu(self.down(features.image))))
+        return self.classes(l2_normalize(ratio * new + (1 - ratio) * features.image))
+
+
+class CacheHead(Head):
+    """Tip-Adapter (Zhang et al. 2022, equations 5 and 6): remembered training images vote by their similarity."""
+
+    def __init__(self, size: HeadSize, rngs: nnx.Rngs):
+        super().__init__(size, rngs)
+        self.keys = linear(size.dim, size.hidden, ("embed", None), rngs, FLOAT32, std=1.0, use_bias=False)
+        self.values = linear(size.hidden, size.num_classes, (None, None), rngs, FLOAT32, std=1.0, use_bias=False)
+        self.alpha = nnx.Param(jnp.asarray(1.0, jnp.float32))  # how much the cache counts
+        self.beta = nnx.Param(jnp.asarray(5.5, jnp.float32))  # how sharply similarity falls off
+
+    def __call__(self, features: Features) -> Float[Array, "b c"]:
+        affinity = jnp.exp(-self.beta[...] * (1 - self.keys(features.image)))
+        return self.classes(features.image) + self.alpha[...] * self.values(affinity)
+
+
+# name in actions.json -> class, and the parameter whose last dim is `HeadSize.hidden`
+HEADS: dict[str, tuple[type[Head], str | None]] = {
+    "linear": (LinearHead, None),
+    "mlp": (MLPHead, "fc1.kernel"),
+    "cross_attention": (CrossAttentionHead, None),
+    "adapter": (AdapterHead, "down.kernel"),
+    "tip_adapter": (CacheHead, "keys.kernel"),
+}
+
+
+def abstract_head(name: str, size: HeadSize) -> Any:
+    """A head with shapes and axis names in place of weights."""
+    with nnx.use_eager_sharding(False):
+        return nnx.eval_shape(lambda: HEADS[name][0](size, nnx.Rngs(0)))
+
+
+def head_shapes(name: str, size: HeadSize) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str | None, ...]]]:
+    """Each parameter's shape and logical axis names."""
+    head = abstract_head(name, size)
+    return {key: value.shape for key, value in flat_params(head).items()}, axis_names(head)
+
+
+def init_head(
+    name: str, classes: Float32[np.ndarray, "c d"], logit_scale: float, seed: int, hidden: int = 0
+) -> dict[str, np.ndarray]:
+    """A head's parameters before training: it answers as CLIP does with these class embeddings.
+
+    (An adapter's bottleneck is random from the start, as in the paper.)
+
+    Args:
+      classes: L2-normalised.
+      logit_scale: what cosines are multiplied by, i.e. the exponential of CLIP's parameter of that name.
+      seed: of the layers that start at random.
+      hidden: see `HeadSize`.
+    """
+    num_classes, dim = classes.shape
+    with nnx.use_eager_sharding(False):
+        head = HEADS[name][0](HeadSize(dim, num_classes, hidden), nnx.Rngs(seed))
+    params = {key: np.asarray(value) for key, value in flat_params(head).items()}
+    return params | {"classes.kernel": np.asarray(logit_scale * classes.T, np.float32)}
+
+
+def make_head(name: str, params: Mapping[str, Any]) -> Any:
+    """The head that computes with `params`, which also give its sizes.
+
+    Raises:
+      UserError: parameters that aren't those of such a head; names them.
+    """
+    sized_by = HEADS[name][1]
+    problem = f"parameters of a {name!r} head don't fit"
+    if "classes.kernel" not in params or (sized_by and sized_by not in params):
+        raise UserError(f"{problem}: missing {sized_by if 'classes.kernel' in params else 'classes.kernel'}")
+    dim, num_classes = params["classes.kernel"].shape
+    head = abstract_head(name, HeadSize(dim, num_classes, params[sized_by].shape[-1] if sized_by else 0))
+    wanted = {key: value.shape for key, value in flat_params(head).items()}
+    given = {key: tuple(value.shape) for key, value in params.items()}
+    if wrong := sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key)):
+        raise UserError(f"{problem}: {wrong[0]} is {given.get(wrong[0])}, not {wanted.get(wrong[0])}")
+    return nnx.merge(nnx.graphdef(head), unflatten({key: jnp.asarray(value) for key, value in params.items()}))
+
+
+def head_logits(name: str, params: Mapping[str, Any], features: Features) -> Float[Array, "b c"]:
+    """Class logits as a function of parameters and features, before the temperature."""
+    return make_head(name, params)(features)
+
+
+def image_features(model: FlaxCLIPModel, images: Float[Array, "b h w 3"], with_patches: bool) -> Features:
+    """What heads see of normalised images."""
+    if not with_patches:
+        return Features(model.encode_image(images))
+    tokens = model.vision.tokens(images.astype(model.runtime.dtype))
+    embeddings = l2_normalize(model.visual_projection(model.vision.post_norm(tokens)))
+    return Features(embeddings[:, 0], embeddings[:, 1:])
+
+
+def write_head(folder: str | Path, params: Mapping[str, Any]) -> None:
+    """Writes head.safetensors."""
+    from safetensors.numpy import save_file
+
+    tensors = {name: np.array(value, np.float32, order="C") for name, value in params.items()}
+    save_file(tensors, Path(folder) / HEAD_FILE)
+
+
+def read_head(folder: str | Path, name: str, dim: int, num_classes: int) -> Params:
+    """Reads head.safetensors.
+
+    Args:
+      name: the head that actions.json names.
+      dim: of the model's embeddings.
+      num_classes: that actions.json names.
+
+    Raises:
+      UserError: missing, damaged, or of another head, model or number of classes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(folder) / HEAD_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: actions.json names the head {name!r}, but {HEAD_FILE} is missing; copy it again")
+    try:
+        params: Params = load_file(str(path))
+        make_head(name, params)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: can't be read ({error}); copy it again") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if params["classes.kernel"].shape != (dim, num_classes):
+        raise UserError(
+            f"{path}: is for {params['classes.kernel'].shape[1]} classes of {params['classes.kernel'].shape[0]} dims, "
+            f"the model has {num_classes} of {dim}"
+        )
+    return params
