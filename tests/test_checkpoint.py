@@ -108,6 +108,11 @@ def test_none_whole_is_said_and_nothing_is_thrown_away(saved, tmp_path):
         kept.newest_whole()
     assert "\n" not in str(error.value)
     assert sorted(os.listdir(tmp_path / "c_damaged")) == ["1", "2"]
+    with Checkpointer(tmp_path / "c", KEEP) as kept, pytest.raises(UserError, match="no checkpoint is whole"):
+        kept.newest_whole()  # what starts a run again by itself doesn't begin it anew
+    shutil.copytree(saved, tmp_path / "c", dirs_exist_ok=True)  # a copy put back
+    with Checkpointer(tmp_path / "c", KEEP) as kept:
+        assert kept.newest_whole() == 2
 
 
 def test_a_kill_before_the_seal_is_finished_costs_nothing(saved, tmp_path):

@@ -302,6 +302,45 @@ def test_a_trace_of_chosen_steps(folders, tmp_path):
     assert any((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
 
 
+@pytest.mark.parametrize("steps", [(7, 9), (2, 4)])
+def test_a_trace_of_steps_that_are_not_made_is_refused(folders, tmp_path, steps):
+    stop_at(2, tmp_path, config_for(folders))
+    with pytest.raises(UserError, match=f"--profile_steps={steps[0]}:{steps[1]}: this start makes steps 4 to 6"):
+        train(config_for(folders), tmp_path, quiet=True, profile_steps=steps)
+
+
+def test_other_files_under_the_same_name_are_warned_of(folders, tmp_path, capsys):
+    images = write_images(tmp_path / "images", LABELS, per_class=8)
+    config = config_for(folders, num_steps=4, data={"train": f"folder:{images}"})
+    stop_at(2, tmp_path / "run", config)
+    write_image(images / "running" / "new.png", seed=7)
+    assert train(config, tmp_path / "run", quiet=True).exit_code == 0
+    assert "warning: the files of config.data.train aren't those of the last start" in capsys.readouterr().err
+    changes = json.loads((tmp_path / "run" / "run.json").read_text())["config_changes"]
+    assert {"step": 3, "key": "data.train", "old": "18 examples", "new": "19 examples", "policy": "warned"} in changes
+
+
+def test_a_disk_without_space_for_the_metrics_is_one_line_and_costs_no_checkpoint(folders, tmp_path):
+    class Full:
+        """A file on a device that has no space."""
+
+        def write(self, at, metrics):
+            if at == 4:
+                with open("/dev/full", "w") as file:
+                    file.write("x")
+
+        def close(self):
+            pass
+
+    config = config_for(folders)
+    with pytest.raises(UserError, match="No space left on device; what was saved stays whole") as error:
+        train(config, tmp_path, sinks=[Full()], quiet=True)
+    assert "\n" not in str(error.value)
+    with checkpoint.Checkpointer(tmp_path / "checkpoints", config.checkpoint) as kept:
+        assert kept.newest_whole() >= 2
+    assert train(config, tmp_path, quiet=True).exit_code == 0
+
+
 def test_the_time_of_a_run_is_accounted_for(finished):
     record = json.loads((finished.workdir / "run.json").read_text())
     assert set(record["goodput"]) == set(CATEGORIES)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,10 +88,11 @@ def test_a_run_that_lost_its_folder_stops(tmp_path):
     assert (tmp_path / "lock.json").exists()  # it is the other's
 
 
-def test_a_damaged_lock_is_nobodys(tmp_path):
-    (tmp_path / "lock.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"host": "HOST", "process": "x", "token": "t"}'])
+def test_a_damaged_lock_is_nobodys(tmp_path, text):
+    (tmp_path / "lock.json").write_text(text.replace("HOST", socket.gethostname()))
     with lock_on(tmp_path):
-        pass
+        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
 
 
 CHANGED = {
@@ -154,6 +156,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, place):
         make_workdir(workdir)
     assert f"--workdir={workdir}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path):
+    script = "import resource, sys\nfrom clip_har_jax.config import make_config\n"
+    script += "from clip_har_jax.errors import UserError\nfrom clip_har_jax.pipelines import workdir\n"
+    script += "folder = workdir.make_workdir(sys.argv[1])\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    script += "try:\n    with workdir.disk_faults(folder), workdir.WorkdirLock(folder):\n        pass\n"
+    script += "except UserError as error:\n    print(error)\n"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "File too large; what was saved stays whole" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_name_that_is_empty_is_refused():
+    with pytest.raises(UserError, match="--workdir is empty"):
+        make_workdir("")
 
 
 def test_a_damaged_config_is_named(tmp_path):

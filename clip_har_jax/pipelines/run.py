@@ -90,6 +90,11 @@ class Run:
         self.first_example = position.get("examples_seen", 0) - self.first_step * batch_size
         epochs = round((config.train.num_epochs * len(data.train) - self.first_example) / batch_size)
         self.num_steps = config.train.num_steps or max(1, epochs)
+        if profile_steps and not self.first_step < profile_steps[0] <= self.num_steps:
+            begin, end = profile_steps
+            raise UserError(
+                f"--profile_steps={begin}:{end}: this start makes steps {self.first_step + 1} to {self.num_steps}"
+            )
         self.program = Program(config, start.config, start.preprocess, len(data.labels), self.num_steps, self.mesh)
         self.state, self.frozen = self.program.place(start_params(start, config.seed))
         input_ids, _ = start.tokenizer(data.texts, start.config.text.context_length)
@@ -210,6 +215,15 @@ class Run:
 
         return evaluate(lambda batch: batch.image, computed(), self.data.labels)
 
+    def data_record(self) -> dict[str, dict[str, Any]]:
+        """What identifies the training and the validation data, by name."""
+        specs = {"train": self.config.data.train, "val": self.config.data.val or self.config.data.train}
+        sources = {"train": self.data.train, "val": self.data.val}
+        return {
+            name: {"spec": specs[name], "num_examples": len(source), "fingerprint": source.fingerprint}
+            for name, source in sources.items()
+        }
+
     def write_record(self, goodput: Goodput, changes: Sequence[Mapping[str, Any]]) -> None:
         """Writes run.json."""
         if not distributed.is_main():
@@ -217,13 +231,7 @@ class Run:
         old = read_json(self.workdir / "run.json")
         changed = [{"step": self.first_step, **change} for change in changes]
         facts = {
-            "data": {
-                name: {"spec": spec, "num_examples": len(source), "fingerprint": source.fingerprint}
-                for name, spec, source in (
-                    ("train", self.config.data.train, self.data.train),
-                    ("val", self.config.data.val or self.config.data.train, self.data.val),
-                )
-            },
+            "data": self.data_record(),
             "mesh": {axis: self.mesh.shape[axis] for axis in AXES},
             "param_bytes_per_device": sharding.bytes_per_device((self.state.params, self.frozen)),
             "num_steps": self.num_steps,

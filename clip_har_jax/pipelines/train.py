@@ -18,7 +18,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
 from clip_har_jax.pipelines.run import Run, load_data
-from clip_har_jax.pipelines.workdir import WARNED, WorkdirLock, claim_config, make_workdir, read_json
+from clip_har_jax.pipelines.workdir import WARNED, WorkdirLock, claim_config, disk_faults, make_workdir, read_json
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput, productive_share
 from clip_har_jax.training.guards import StopSignal
@@ -64,8 +64,8 @@ def train(
     _keep_compiled()
     data = load_data(config)
     start = make_start(config.model.name, data.texts, config.model.image_size_px)
-    with ExitStack() as stack:
-        folder = make_workdir(workdir)
+    folder = make_workdir(workdir)
+    with disk_faults(folder), ExitStack() as stack:
         lock = WorkdirLock(folder)
         changes = on_main(lambda: _claim(stack, lock, folder, config))
         checkpointer = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
@@ -75,7 +75,7 @@ def train(
         state = checkpointer.restore(run.state, step) if step else run.state
         record = read_json(folder / "run.json") or {}
         goodput = stack.enter_context(continue_goodput(record, position, begin))
-        run.write_record(goodput, changes)
+        run.write_record(goodput, changes + _data_changes(run, record))
         all_sinks = _make_sinks(run, goodput, lock, sinks, quiet)
         for sink in all_sinks:
             stack.callback(sink.close)
@@ -104,12 +104,30 @@ def _keep_compiled() -> None:
 
 def _claim(stack: ExitStack, lock: WorkdirLock, workdir: epath.Path, config: RunConfig) -> list[dict[str, Any]]:
     """Locks the work folder for this run and writes its config; says what changed since the run began."""
-    stack.enter_context(lock)
-    changes = claim_config(workdir, config)
+    with disk_faults(workdir):
+        stack.enter_context(lock)
+        changes = claim_config(workdir, config)
     for change in changes:
         if change.policy == WARNED:
             print(f"warning: config.{change.key} was {change.old!r}, is now {change.new!r}", file=sys.stderr)
     return [dataclasses.asdict(change) for change in changes]
+
+
+def _data_changes(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Says which data are others than at the last start, though their config key is the same."""
+    changes = []
+    for name, now in run.data_record().items():
+        before = record.get("data", {}).get(name, now)
+        if before["fingerprint"] != now["fingerprint"]:
+            old, new = (f"{data['num_examples']} examples" for data in (before, now))
+            changes.append({"key": f"data.{name}", "old": old, "new": new, "policy": WARNED})
+            if distributed.is_main():
+                print(
+                    f"warning: the files of config.data.{name} aren't those of the last start ({old}, now {new}); "
+                    "what is read from here on isn't what an unbroken run would read",
+                    file=sys.stderr,
+                )
+    return changes
 
 
 def on_main(function: Callable[[], Any]) -> Any:

@@ -1,5 +1,6 @@
 """The work folder of a run, on a disk or an object store: who may write it, and what may differ when it continues."""
 
+import errno
 import json
 import os
 import secrets
@@ -7,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from clip_har_jax.config import RunConfig, leaves
 from clip_har_jax.errors import UserError
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
+
+_FAULTS_OF_DISKS = {
+    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()
+}  # not of programs
 
 # What a changed key means when a run continues; the first prefix that fits counts, and anything else is refused:
 # another model, other data or another order of them isn't the same run.
@@ -69,12 +75,31 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not JSON ({error}); mend or remove it") from error
 
 
+@contextmanager
+def disk_faults(workdir: epath.Path) -> Iterator[None]:
+    """Makes one line of what a full, read-only or broken disk raises wherever a run writes.
+
+    Raises:
+      UserError: names the file where the system does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FAULTS_OF_DISKS:
+            raise
+        raise UserError(
+            f"{error.filename or workdir}: {error.strerror}; what was saved stays whole. Mend that, then start again"
+        ) from error
+
+
 def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
     """Makes the folder.
 
     Raises:
       UserError: it can't be written.
     """
+    if not os.fspath(workdir):
+        raise UserError("--workdir is empty; name a folder, e.g. --workdir=runs/demo")
     path = epath.Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -191,9 +216,10 @@ class WorkdirLock:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path.read_text())
+            holder = json.loads(self._path.read_text())
         except (OSError, ValueError):  # none, or damaged: nobody's
             return None
+        return holder if isinstance(holder, dict) and "token" in holder else None
 
     def _write(self) -> None:
         self._count += 1
@@ -202,7 +228,8 @@ class WorkdirLock:
     def _is_alive(self, holder: Mapping[str, Any]) -> bool:
         if holder.get("host") == self._mine["host"]:
             # The start time tells a reused number, as that of a container's only process.
-            return _process_started(int(holder.get("process", 0))) == holder.get("process_started")
+            process = holder.get("process")
+            return isinstance(process, int) and _process_started(process) == holder.get("process_started")
         end = time.monotonic() + self._patience_s
         while time.monotonic() < end:
             time.sleep(0.5)

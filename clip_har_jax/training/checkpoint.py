@@ -73,8 +73,10 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # What ends the run is told, not that a save in the background failed of the same.
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -166,13 +168,14 @@ class Checkpointer:
                 self._manager.delete(step)
 
     def newest_whole(self) -> int | None:
-        """The newest step, whose files were as they had been saved; None: there are no checkpoints.
+        """The newest step, whose files were as they had been saved; None: there never were checkpoints.
 
         Raises:
-          UserError: there were checkpoints and none of them was whole.
+          UserError: there were checkpoints and none of them was whole, now or at an earlier start: what starts a run
+            again by itself mustn't begin it anew.
         """
         step = self._manager.latest_step()
-        if step is None and self._damaged:
+        if step is None and self._steps_aside():
             raise self._none_whole()
         return step
 
@@ -192,10 +195,17 @@ class Checkpointer:
         raise self._none_whole()
 
     def _none_whole(self) -> UserError:
+        reasons = "; ".join(f"{step}: {self._damaged.get(step, 'damaged')}" for step in self._steps_aside())
         return UserError(
-            f"{self._folder}: no checkpoint is whole ({'; '.join(map(': '.join, self._damaged.items()))}); they lie in "
-            f"{self._aside()}. Put a copy of one back, or start anew with another --workdir"
+            f"{self._folder}: no checkpoint is whole ({reasons}); they lie in {self._aside()}. Put a copy of one back, "
+            "or start anew with another --workdir"
         )
+
+    def _steps_aside(self) -> list[str]:
+        """The damaged checkpoints that were moved aside, at any start; the first process looks for all."""
+        aside = self._aside()
+        found = sorted(path.name for path in aside.iterdir()) if distributed.is_main() and aside.exists() else []
+        return distributed.broadcast(found)
 
     def _sweep(self, steps: Iterable[int]) -> dict[str, str]:
         """Checks the files of `steps` and moves aside what is damaged; the first process does it for all.
@@ -306,7 +316,9 @@ def report_failed_saves_once() -> None:
     hook = sys.unraisablehook
 
     def unless_of_a_save(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # a write that ends after the save was given up
+        # A write that ends after the save was given up, or with the interpreter.
+        of_a_save = "async_serialize" in getattr(unraisable.object, "__qualname__", "")
+        if not of_a_save and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     sys.unraisablehook = unless_of_a_save
