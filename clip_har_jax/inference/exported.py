@@ -169,16 +169,21 @@ class ExportedBackend:
                 "install the version of clip_har_jax that exported it, or export again"
             )
         self.graphs = Graphs(folder, format or _first_that_runs(folder))
-        self.labels = actions.labels
+        self.actions, self.labels = actions, actions.labels
         signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
         self.preprocess = Preprocess.from_folder(folder, signature["graphs"]["classifier"]["inputs"]["image"][1][1])
+        self.logit_scale = signature["logit_scale"]
+        self._context_length = signature["graphs"]["text_encoder"]["inputs"]["input_ids"][1][1]
+        self._tokenizer = Tokenizer.from_folder(folder)
         self._classes: np.ndarray | None = None
         if classes:
-            prompts = [actions.prompts[label] for label in actions.labels]
-            length = signature["graphs"]["text_encoder"]["inputs"]["input_ids"][1][1]
-            ids, _ = Tokenizer.from_folder(folder)([text for group in prompts for text in group], length)
-            self._classes = mean_by_class(self._run("text_encoder", ids)[0], [len(group) for group in prompts])
-            self._scale = signature["logit_scale"] / actions.temperature
+            self._classes = self.embed_classes([actions.prompts[label] for label in actions.labels])
+            self._scale = self.logit_scale / actions.temperature
+
+    def embed_classes(self, prompts: Sequence[Sequence[str]]) -> Float32[np.ndarray, "c d"]:
+        """Class embeddings, by the text encoder from the texts of each class."""
+        ids, _ = self._tokenizer([text for group in prompts for text in group], self._context_length)
+        return mean_by_class(self._run("text_encoder", ids)[0], [len(group) for group in prompts])
 
     def _run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
         """A graph's outputs, `batch_size` rows at a time; padded where another size would be compiled first."""
@@ -217,9 +222,15 @@ class ExportedBackend:
         indices = check_indices(class_indices, len(images), len(self.labels))
         if self._classes is None:
             return self._run("explainer", images, np.eye(len(self.labels), dtype=np.float32)[indices])[0]
+        return self.explain_embeddings(images, self._classes[indices])
+
+    def explain_embeddings(
+        self, images: UInt8[np.ndarray, "b h w 3"], classes: Float32[np.ndarray, "b d"]
+    ) -> Float32[np.ndarray, "b g g"]:
+        """As `explain`, for the embedding of any class, one for each image."""
         own = self.graphs.signatures["explainer"]["inputs"]["class_weights"][1][1]
         patches = self._run("explainer", images, np.zeros((len(images), own), np.float32))[1]
-        relevance = np.maximum(np.einsum("bnd,bd->bn", patches, self._classes[indices]), 0)
+        relevance = np.maximum(np.einsum("bnd,bd->bn", patches, classes), 0)
         heat = relevance / np.maximum(relevance.max(axis=1, keepdims=True), 1e-12)
         grid = round(heat.shape[1] ** 0.5)
         return heat.reshape(len(heat), grid, grid)

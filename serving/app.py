@@ -1,0 +1,90 @@
+"""The application: its routes, how errors are told, what wraps every request."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from serving import api
+from serving.problems import Problem, responses
+from serving.requests import ClientGone
+from serving.security import Gate
+from serving.service import Service
+from serving.settings import Settings
+from serving.telemetry import Observe, problem_response
+
+ABOUT = """Tells human actions in images and video.
+
+Errors are `application/problem+json` (RFC 9457); their `code` is for programs. Every answer has an `X-Request-ID`.
+"""
+OF_STATUS = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 422: "invalid_request"}
+
+
+def make_app(settings: Settings) -> FastAPI:
+    """The service as an ASGI application."""
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="clip_har_jax", summary="Human action recognition", description=ABOUT, version="1", lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(api.router)
+    app.add_api_route(
+        "/metrics", metrics, response_class=Response, responses=responses(*api.ALWAYS) | {200: {"content": {"text/plain": {}}}}
+    )
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(ClientGone, _on_client_gone)
+    # The last one added is the outermost.
+    app.add_middleware(Gate, settings=settings, metrics=service.metrics)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID", "X-Timeout-Ms"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    app.add_middleware(Observe, metrics=service.metrics)
+    return app
+
+
+async def metrics(request: Request) -> Response:
+    """The service's numbers, for Prometheus."""
+    service = api.service_of(request)
+    service.metrics.estimated_wait.set(service.batcher.estimated_wait_s)
+    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return problem_response(error, request.state.request_id)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem = Problem(OF_STATUS.get(error.status_code, "internal"), str(error.detail), headers=error.headers)
+    return problem_response(problem, request.state.request_id)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    """Names what is wrong, without repeating what was sent."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = " ".join(str(part) for part in first["loc"])
+    code = "malformed" if first["type"] == "json_invalid" else "invalid_request"
+    return problem_response(Problem(code, f"{where}: {first['msg']}"), request.state.request_id)
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # goes nowhere but into the log

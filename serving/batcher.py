@@ -1,0 +1,231 @@
+"""Dynamic batching: one queue in front of the processor, batches of what has gathered while the last one ran.
+
+Nothing waits for a batch to fill: a lone image runs at once, and under load batches grow by themselves, to the size
+that was measured to be the fastest. What would wait too long is refused before anything is done for it.
+"""
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clip_har_jax.errors import UserError
+from serving.problems import Problem
+from serving.telemetry import Metrics
+
+SIZES = (1, 2, 4, 8, 16, 32)
+MEASURED_S = 0.7  # a batch that takes longer ends the measuring
+NEAR_BEST = 0.97  # of the best throughput: the smallest such batch is taken, for its latency
+SMOOTHING = 0.1
+
+
+class Costs:
+    """Seconds that a batch takes by its size: measured once, then followed by a factor as the machine's load changes.
+
+    Args:
+      measured: size -> seconds.
+    """
+
+    def __init__(self, measured: dict[int, float]):
+        self.measured = measured
+        self._sizes, self._seconds = list(measured), list(measured.values())
+        rates = {size: size / seconds for size, seconds in measured.items()}
+        self.best = min(size for size in rates if rates[size] >= NEAR_BEST * max(rates.values()))
+        self.factor = 1.0
+
+    @classmethod
+    def measure(cls, run: Callable[[np.ndarray], Any], example: np.ndarray) -> "Costs":
+        """Times growing batches of `example`, until they no longer pay."""
+        measured: dict[int, float] = {}
+        for size in SIZES:
+            batch = np.repeat(example[None], size, axis=0)
+            run(batch)
+            rounds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                run(batch)
+                rounds.append(time.perf_counter() - start)
+                if sum(rounds) > MEASURED_S / 2:
+                    break
+            measured[size] = min(rounds)
+            past = [other / measured[other] for other in measured if other <= size // 4]
+            if measured[size] > MEASURED_S or (past and size / measured[size] < 1.02 * max(past)):
+                break
+        return cls(measured)
+
+    def of_batch(self, size: int) -> float:
+        """Expected seconds of one batch."""
+        return self.factor * float(np.interp(size, self._sizes, self._seconds))
+
+    def of_queue(self, count: int) -> float:
+        """Expected seconds until `count` images are done, in batches of the best size."""
+        whole, rest = divmod(count, self.best)
+        return whole * self.of_batch(self.best) + (self.of_batch(rest) if rest else 0.0)
+
+    def observe(self, size: int, seconds: float) -> None:
+        """Follows what batches really take."""
+        ratio = seconds / max(self.of_batch(size) / self.factor, 1e-9)
+        self.factor += SMOOTHING * (min(max(ratio, 0.1), 50.0) - self.factor)
+
+
+@dataclass(eq=False)
+class Lane:
+    """One graph of one model, whose items can share a batch.
+
+    Attributes:
+      name: of the graph, in metrics.
+      run: a batch -> one result for each item; called in the compute thread.
+      costs: of its batches.
+      load: admitted items that aren't done.
+    """
+
+    name: str
+    run: Callable[[list[Any]], Sequence[Any]]
+    costs: Costs
+    load: int = 0
+
+
+@dataclass(eq=False)
+class _Item:
+    lane: Lane
+    value: Any
+    deadline: float  # of the loop's clock
+    queued: float
+    result: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Batcher:
+    """Runs the lanes of all models, one batch at a time: a batch uses every core by itself.
+
+    Args:
+      max_wait_s: what would wait longer is refused.
+      metrics: where waits and batch sizes are counted.
+    """
+
+    def __init__(self, max_wait_s: float, metrics: Metrics):
+        self._max_wait_s, self._metrics = max_wait_s, metrics
+        self._queue: deque[_Item] = deque()
+        self._wake = asyncio.Event()
+        self._lanes: dict[Lane, int] = {}  # those with a load -> requests that use them
+        self._running_since: float | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._task = asyncio.get_running_loop().create_task(self._work())
+
+    @property
+    def estimated_wait_s(self) -> float:
+        """Until what is admitted is done."""
+        total = sum(lane.costs.of_queue(lane.load) for lane in self._lanes)
+        elapsed = time.perf_counter() - self._running_since if self._running_since is not None else 0.0
+        return max(0.0, total - elapsed)
+
+    def check(self) -> None:
+        """Refuses a request that would wait too long.
+
+        Raises:
+          Problem: overloaded; the estimated wait is above the limit.
+        """
+        wait = self.estimated_wait_s
+        self._metrics.estimated_wait.set(wait)
+        if wait > self._max_wait_s:
+            self._metrics.refused.labels("overloaded").inc()
+            raise Problem("overloaded", f"an answer would take about {wait:.1f} s; try again", retry_after_s=wait)
+
+    @asynccontextmanager
+    async def admit(self, lane: Lane, count: int = 1) -> AsyncIterator[None]:
+        """Holds room for `count` items of a request.
+
+        Raises:
+          Problem: as `check`.
+        """
+        self.check()
+        self._lanes[lane] = self._lanes.get(lane, 0) + 1
+        lane.load += count
+        self._metrics.queued.inc(count)
+        try:
+            yield
+        finally:
+            self._metrics.queued.dec(count)
+            lane.load -= count
+            self._lanes[lane] -= 1
+            if not self._lanes[lane]:
+                del self._lanes[lane]
+
+    async def run(self, lane: Lane, value: Any, deadline: float) -> Any:
+        """The lane's result for one item, computed in a batch with others.
+
+        Raises:
+          Problem: the deadline has passed, or the model's output isn't finite.
+        """
+        loop = asyncio.get_running_loop()
+        item = _Item(lane, value, deadline, loop.time())
+        self._queue.append(item)
+        self._wake.set()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await item.result
+        except TimeoutError as error:
+            raise Problem("deadline", "no answer in the time allowed; send fewer at once, or allow more") from error
+
+    async def close(self) -> None:
+        """Ends the compute thread; what is still queued gets no answer."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _take(self) -> list[_Item]:
+        """The oldest item, and those of its lane that fit into one batch with it; without those nobody waits for."""
+        now = asyncio.get_running_loop().time()
+        alive = deque(item for item in self._queue if not item.result.done() and item.deadline > now)
+        if not alive:
+            self._queue.clear()
+            return []
+        lane = alive[0].lane
+        batch = list(itertools.islice((item for item in alive if item.lane is lane), lane.costs.best))
+        taken = set(map(id, batch))
+        self._queue = deque(item for item in alive if id(item) not in taken)
+        return batch
+
+    async def _work(self) -> None:
+        while True:
+            if not self._queue:
+                self._wake.clear()
+                await self._wake.wait()
+            if batch := self._take():
+                await self._run(batch)
+
+    async def _run(self, batch: list[_Item]) -> None:
+        loop, lane = asyncio.get_running_loop(), batch[0].lane
+        start, now = time.perf_counter(), loop.time()
+        for item in batch:
+            self._metrics.queue_wait.observe(now - item.queued)
+        self._running_since = start
+        try:
+            results = await loop.run_in_executor(self._thread, lane.run, [item.value for item in batch])
+        except Exception as error:
+            if len(batch) > 1:  # one item's fault must not be another's: each by itself
+                for item in batch:
+                    if not item.result.done():
+                        await self._run([item])
+                return
+            if not batch[0].result.done():
+                problem = isinstance(error, UserError)  # what `check_finite` raises
+                batch[0].result.set_exception(
+                    Problem("bad_model_output", "the model gives NaN or infinity for this input") if problem else error
+                )
+            return
+        finally:
+            self._running_since = None
+        seconds = time.perf_counter() - start
+        lane.costs.observe(len(batch), seconds)
+        self._metrics.batch_images.observe(len(batch))
+        self._metrics.model_seconds.labels(lane.name).observe(seconds)
+        for item, result in zip(batch, results, strict=True):
+            if not item.result.done():
+                item.result.set_result(result)

@@ -1,0 +1,131 @@
+"""Image bytes -> what the model takes, decoded in processes of their own so that no image can stop the service."""
+
+import asyncio
+import io
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from PIL import Image
+
+from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+from serving.problems import Problem
+from serving.telemetry import Metrics, log
+
+ACCEPTED = "JPEG, PNG or WebP"
+
+
+def media_type(data: bytes) -> str | None:
+    """What the bytes are by their first ones, whatever a client says; None: nothing that is taken."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return None
+
+
+def check_image(data: bytes) -> bytes:
+    """Refuses what can't be an image before a process is troubled with it.
+
+    Raises:
+      Problem: empty, or of another type.
+    """
+    if not data:
+        raise Problem("empty_body", f"no bytes came; send a {ACCEPTED} image")
+    if media_type(data) is None:
+        raise Problem("unsupported_media_type", f"not a {ACCEPTED} image by its first bytes; convert it")
+    return data
+
+
+def _start_worker() -> None:
+    """In a decoding process: signals are for the parent to handle, and its end is this one's too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _decode(data: bytes, preprocess: Preprocess, max_megapixels: float) -> np.ndarray:
+    return evaluation_transform(decode(data, max_megapixels), preprocess)
+
+
+def overlay(pixels: np.ndarray, heat: np.ndarray) -> bytes:
+    """A PNG of the image, dark where nothing speaks for the class and reddish where much does."""
+    height, width = pixels.shape[:2]
+    smooth = Image.fromarray(heat).resize((width, height), Image.Resampling.BICUBIC)
+    weight = np.clip(np.asarray(smooth), 0, 1)[..., None]
+    dark, warm = 0.35 * pixels, 0.6 * pixels + 0.4 * np.asarray([255, 70, 30])
+    buffer = io.BytesIO()
+    Image.fromarray((dark + weight * (warm - dark)).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Decoder:
+    """A pool of decoding processes; one that dies is replaced and what it had is tried once more.
+
+    Args:
+      processes: how many.
+      max_megapixels: what is refused above, told by the header.
+      metrics: where times are counted.
+    """
+
+    def __init__(self, processes: int, max_megapixels: float, metrics: Metrics):
+        self._processes, self._max_megapixels, self._metrics = processes, max_megapixels, metrics
+        self._pool = self._make_pool()
+
+    def _make_pool(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")  # a fork would copy the runtime's threads and locks
+        return ProcessPoolExecutor(self._processes, context, _start_worker)
+
+    async def warm(self) -> None:
+        """Returns when the processes have started."""
+        tasks = (self._submit(time.sleep, 0.05) for _ in range(self._processes))
+        await asyncio.gather(*tasks)
+
+    async def decode(self, data: bytes, preprocess: Preprocess) -> np.ndarray:
+        """One image as the model takes it, uint8 [size, size, 3].
+
+        Raises:
+          Problem: not an image that can be read, or one that ends the process which reads it.
+        """
+        check_image(data)
+        start = time.perf_counter()
+        try:
+            for attempt in (1, 2):
+                try:
+                    return await self._submit(_decode, data, preprocess, self._max_megapixels)
+                except BrokenProcessPool:
+                    log.error("a decoding process died", extra={"fields": {"attempt": attempt}})
+            raise Problem("not_ready", "the image decoder had to be restarted; try again", retry_after_s=1)
+        except BadImage as error:
+            raise Problem("bad_image", str(error)) from error
+        finally:
+            self._metrics.decode_seconds.observe(time.perf_counter() - start)
+
+    async def _submit(self, function, *arguments):  # type: ignore[no-untyped-def]
+        pool = self._pool
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+        except BrokenProcessPool:
+            if self._pool is pool:  # the first of those waiting that learns of it
+                self._pool = self._make_pool()
+                self._metrics.decoder_restarts.inc()
+                pool.shutdown(wait=False)
+            raise
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,170 @@
+"""The JSON that goes in and out, as OpenAPI describes it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serving.problems import ProblemBody
+
+Label = Annotated[str, Field(min_length=1, max_length=200, examples=["riding a bike"])]
+Prompt = Annotated[str, Field(min_length=1, max_length=500, examples=["a photo of a person riding a bike."])]
+Probability = Annotated[float, Field(ge=0, le=1)]
+DIGEST = "3f2a9c01b7de4c58a1d06f0be92b3d7781f9a4c2e5d6078b9c3a1e4f5d2b6a70"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class _Given(BaseModel):
+    """What clients send; a key that isn't known is a mistake of theirs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelRef(_Frozen):
+    """Which model answered."""
+
+    name: str = Field(examples=["har"])
+    version: str = Field(examples=[DIGEST[:12]])
+    digest: str | None = Field(examples=[DIGEST], description="of the exported folder; null: not sealed")
+
+
+class Scored(_Frozen):
+    """A class and its probability."""
+
+    label: str = Field(examples=["cycling"])
+    score: Probability = Field(examples=[0.91])
+
+
+class Answer(_Frozen):
+    """What is seen in one image."""
+
+    label: str | None = Field(examples=["cycling"], description="the most probable class; null: abstained")
+    score: Probability = Field(examples=[0.91], description="probability of the most probable class")
+    top: list[Scored] = Field(description="the most probable classes, the first one first")
+    abstained: bool = Field(description="whether the score is below the threshold")
+
+
+class Prediction(Answer):
+    """Answer of /v1/predict."""
+
+    model: ModelRef
+
+
+class BatchItem(_Frozen):
+    """One image of a batch: an answer, or why there is none."""
+
+    filename: str | None = Field(None, examples=["bike.jpg"])
+    label: str | None = None
+    score: Probability | None = None
+    top: list[Scored] | None = None
+    abstained: bool | None = None
+    error: ProblemBody | None = None
+
+
+class BatchPrediction(_Frozen):
+    """Answer of /v1/predict/batch."""
+
+    predictions: list[BatchItem]
+    model: ModelRef
+
+
+class Embedding(_Frozen):
+    """Answer of /v1/embed."""
+
+    embedding: list[float] = Field(description="of length 1; the cosine of two images is their dot product")
+    model: ModelRef
+
+
+class Explanation(_Frozen):
+    """Answer of /v1/explain."""
+
+    label: str = Field(examples=["cycling"])
+    score: Probability
+    heat_map: list[list[Probability]] = Field(
+        description="rows of a square grid over the centre crop that the model sees; 1: speaks most for the label"
+    )
+    model: ModelRef
+
+
+class Version(_Frozen):
+    """A version that is loaded."""
+
+    version: str
+    digest: str | None
+    labels: list[str]
+    accepts_classes: bool = Field(description="whether it can tell classes in free text apart")
+    abstain_below: float | None
+    image_size_px: int
+    format: str = Field(examples=["onnx"])
+
+
+class ModelStatus(_Frozen):
+    """A name and its versions."""
+
+    name: str
+    status: Literal["loading", "ready", "failed"]
+    error: str | None = Field(None, description="why the last load failed; what was active stays so")
+    active: str | None
+    versions: list[Version]
+
+
+class Models(_Frozen):
+    """Answer of /v1/models."""
+
+    models: list[ModelStatus]
+
+
+class LoadRequest(_Given):
+    """Body of /v1/models/{name}/load."""
+
+    folder: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        examples=["har-2026-11-25"],
+        description="a folder in the server's models_dir; left out: the model's own folder, read again",
+    )
+    activate: bool = True
+
+
+class ActivateRequest(_Given):
+    """Body of /v1/models/{name}/activate."""
+
+    version: str = Field(min_length=1, max_length=100, examples=[DIGEST[:12]])
+
+
+class ClassesRequest(_Given):
+    """Body of /v1/models/{name}/classes."""
+
+    add: dict[Label, list[Prompt]] = Field(
+        {}, max_length=200, examples=[{"juggling": ["a photo of a person juggling."], "climbing": []}],
+        description="label -> texts that describe it; none: the usual ones",
+    )
+    remove: list[Label] = Field([], max_length=200)
+
+
+class Event(_Frozen):
+    """An action from its start to its end."""
+
+    label: str
+    start_s: float
+    end_s: float | None
+    score: Probability = Field(description="mean probability over the event")
+
+
+class VideoEvents(_Frozen):
+    """Answer of POST /v1/stream."""
+
+    events: list[Event]
+    duration_s: float
+    frames: int = Field(description="frames that were looked at")
+    model: ModelRef
+
+
+def to_scored(labels: tuple[str, ...], probs: Any, top: int) -> list[Scored]:
+    """The `top` most probable classes."""
+    import numpy as np
+
+    order = np.argsort(-probs, kind="stable")[:top]
+    return [Scored(label=labels[i], score=float(probs[i])) for i in order]

@@ -1,0 +1,228 @@
+"""Who may do what, how much of it, and what may come in: keys, scopes, limits, headers. Closed by default."""
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from clip_har_jax.errors import UserError
+from serving.problems import Problem
+from serving.settings import Settings
+from serving.telemetry import Metrics, problem_response
+
+KeyScope = Literal["use", "metrics", "admin"]
+SCOPES: tuple[KeyScope, ...] = ("use", "metrics", "admin")
+
+# What is open to all; what needs less than an admin's key. A path that stands in neither needs an admin's.
+PUBLIC = frozenset({"/v2/health/live", "/v2/health/ready"})
+NEEDS: tuple[tuple[str, str, KeyScope], ...] = (  # method, path or its beginning (ends in a slash), scope
+    ("POST", "/v1/predict", "use"),
+    ("POST", "/v1/predict/batch", "use"),
+    ("POST", "/v1/embed", "use"),
+    ("POST", "/v1/explain", "use"),
+    ("POST", "/v1/stream", "use"),
+    ("WS", "/v1/stream", "use"),
+    ("GET", "/v1/models", "use"),
+    ("GET", "/v2", "use"),
+    ("GET", "/v2/", "use"),
+    ("POST", "/v2/models/", "use"),
+    ("GET", "/metrics", "metrics"),
+)
+CLIENTS = 10_000  # whose rates are remembered
+
+CLOSED = "default-src 'none'; frame-ancestors 'none'"
+DOCS = (  # the page that FastAPI serves; it takes its script from this one host
+    "default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com; "
+    "script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net; "
+    "frame-ancestors 'none'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """An API key as it is kept: its SHA-256. Keys are random, 256 bits, so a slow hash would add nothing."""
+
+    name: str
+    scopes: frozenset[str]
+    sha256: str
+
+
+def new_key(name: str, scopes: Sequence[str] = ("use",)) -> tuple[str, str]:
+    """A new key, to be given to its user, and the line that the settings keep."""
+    key = f"har_{secrets.token_urlsafe(32)}"
+    return key, f"{name}:{'+'.join(scopes)}:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def parse_keys(text: str) -> tuple[Key, ...]:
+    """The keys of HAR_API_KEYS.
+
+    Raises:
+      UserError: a part that isn't NAME:SCOPES:SHA256; the hash isn't shown.
+    """
+    keys = []
+    for number, part in enumerate(text.split(), 1):
+        name, _, rest = part.partition(":")
+        scopes, _, digest = rest.partition(":")
+        given = frozenset(scopes.split("+"))
+        if not name or not given <= set(SCOPES) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise UserError(f"HAR_API_KEYS: key {number} must be NAME:SCOPES:SHA256, as --new_key=NAME prints it")
+        keys.append(Key(name, given, digest))
+    return tuple(keys)
+
+
+class Limiter:
+    """A token bucket for each client."""
+
+    def __init__(self, rate_per_s: float, burst: int):
+        self._rate, self._burst = rate_per_s, float(burst)
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> tokens, when
+
+    def take(self, client: str, count: int = 1) -> None:
+        """Takes `count` images from what the client may send.
+
+        Raises:
+          Problem: too many.
+        """
+        if not self._rate:
+            return
+        now = time.monotonic()
+        tokens, since = self._buckets.pop(client, (self._burst, now))
+        tokens = min(self._burst, tokens + (now - since) * self._rate)
+        allowed = tokens >= min(count, self._burst)
+        self._buckets[client] = (tokens - count if allowed else tokens, now)
+        if len(self._buckets) > CLIENTS:
+            self._buckets.popitem(last=False)
+        if not allowed:
+            wait = (min(count, self._burst) - tokens) / self._rate
+            raise Problem("too_many_requests", f"more than {self._rate:g} images a second", retry_after_s=wait)
+
+
+def needed_scope(method: str, path: str) -> KeyScope | None:
+    """The scope that a key needs for a path; None: none at all."""
+    if path in PUBLIC and method in ("GET", "HEAD"):
+        return None
+    method = "GET" if method == "HEAD" else method
+    for verb, known, scope in NEEDS:
+        if method == verb and (path == known or (known.endswith("/") and path.startswith(known))):
+            return scope
+    return "admin"
+
+
+class Gate:
+    """In front of every route: host, origin, key and scope; the body's size and time; headers of the answer."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics):
+        self._app, self._settings, self._metrics = app, settings, metrics
+        self._keys = parse_keys(settings.api_keys.get_secret_value())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        policy = DOCS if scope["path"] == "/docs" else CLOSED
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = policy
+                for name, value in HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        try:
+            self._check(scope)
+            if scope["type"] == "http":
+                receive = self._bounded(scope, receive)
+            await self._app(scope, receive, send_with_headers)
+        except Problem as problem:
+            if problem.status in (401, 403, 413):
+                self._metrics.refused.labels(problem.code).inc()
+            response = problem_response(problem, scope["state"]["request_id"])
+            if scope["type"] == "websocket":
+                await receive()  # the client's websocket.connect
+            await response(scope, receive, send_with_headers)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        websocket = scope["type"] == "websocket"
+        host = headers.get("host", "").rsplit(":", 1)[0] if headers.get("host", "")[-1:] != "]" else headers["host"]
+        if (hosts := self._settings.hosts) and host not in hosts:
+            raise Problem("host_not_allowed", "the Host header names no host of this service; see HAR_ALLOWED_HOSTS")
+        # A browser asks before it sends JSON to another site, but not before it opens a WebSocket or posts a form.
+        origin = headers.get("origin")
+        if origin is not None and origin not in self._settings.allowed_origins and not _same(origin, headers):
+            raise Problem("forbidden", "web pages of this origin may not call; see HAR_ALLOWED_ORIGINS")
+        needed = needed_scope("WS" if websocket else scope["method"], scope["path"])
+        address = scope["client"][0] if scope.get("client") else "local"
+        scope["state"]["client"] = address
+        if needed is None or not self._keys:
+            return
+        key = self._find(headers.get("authorization", ""))
+        if key is None:
+            raise Problem(
+                "unauthorized", "send a key as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"}
+            )
+        scope["state"]["client"] = key.name
+        if needed not in key.scopes and "admin" not in key.scopes:
+            raise Problem("forbidden", f"this key may not do that; the scope {needed} is needed")
+
+    def _find(self, authorization: str) -> Key | None:
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        digest = hashlib.sha256(given.strip().encode()).hexdigest()
+        found = None
+        for key in self._keys:  # all of them, so that the time says nothing of which
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        return found
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """A `receive` that ends what is too long or too slow."""
+        settings = self._settings
+        limit = settings.max_video_bytes if scope["path"] == "/v1/stream" else settings.max_body_bytes
+        length = Headers(scope=scope).get("content-length", "0")
+        too_large = Problem("body_too_large", f"over {limit / 1e6:g} MB; send less", headers={"Connection": "close"})
+        if length.isdecimal() and int(length) > limit:
+            raise too_large
+        deadline = asyncio.get_running_loop().time() + settings.body_timeout_s
+        received, complete = 0, False
+
+        async def bounded() -> Message:
+            nonlocal received, complete
+            if complete:  # what comes now is the client's going away
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise Problem(
+                    "body_timeout", f"the body took over {settings.body_timeout_s:g} s", headers={"Connection": "close"}
+                ) from error
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if received > limit:
+                raise too_large
+            return message
+
+        return bounded
+
+
+def _same(origin: str, headers: Headers) -> bool:
+    """Whether a page's origin is this service, as its own /docs is."""
+    return origin.partition("://")[2] == headers.get("host")

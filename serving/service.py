@@ -1,0 +1,104 @@
+"""The parts of the running service, and the order in which they start and end."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from fastapi import Request
+
+from clip_har_jax.bundle import MANIFEST
+from clip_har_jax.errors import UserError
+from clip_har_jax.inference.exported import RUNTIMES
+from serving.batcher import Batcher
+from serving.images import Decoder
+from serving.models import Model, Registry
+from serving.problems import Problem
+from serving.requests import Which
+from serving.security import Limiter
+from serving.settings import Settings
+from serving.telemetry import Metrics, log
+
+
+class Service:
+    """Everything that a request needs. It is made before the loop runs, and works between `start` and `close`."""
+
+    batcher: Batcher
+    decoder: Decoder
+    registry: Registry
+
+    def __init__(self, settings: Settings):
+        self.settings, self.metrics = settings, Metrics()
+        self.limiter = Limiter(settings.rate_limit_per_s, settings.rate_burst)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._decoding = False
+
+    def start(self) -> None:
+        """Starts the parts and begins to load; what isn't loaded yet answers "not ready"."""
+        settings = self.settings
+        self.batcher = Batcher(settings.max_wait_s, self.metrics)
+        self.decoder = Decoder(settings.decode_processes, settings.max_megapixels, self.metrics)
+        self.registry = Registry(
+            settings.all_models, settings.models_dir, self._check_folder, self.batcher, self.metrics
+        )
+        self._spawn(self._warm_decoder())
+        for name in settings.all_models:
+            self._spawn(self._load(name))
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered."""
+        return self._decoding and self.registry.ready
+
+    def reload(self) -> None:
+        """Reads every model's folder again, as SIGHUP asks for."""
+        for name in self.registry.entries:
+            self._spawn(self._load(name))
+
+    def _spawn(self, work) -> None:  # type: ignore[no-untyped-def]
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, name: str) -> None:
+        try:
+            await self.registry.load(name)
+        except Problem:  # logged, and told by /v1/models; a later load may do
+            pass
+        self.metrics.ready.set(self.ready)
+
+    async def _warm_decoder(self) -> None:
+        await self.decoder.warm()
+        self._decoding = True
+        self.metrics.ready.set(self.ready)
+
+    def _check_folder(self, path: Path) -> None:
+        folder = path.parent if path.name in RUNTIMES else path
+        if self.settings.require_manifest and folder.is_dir() and not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder}: not sealed (no {MANIFEST}); export it again, or set HAR_REQUIRE_MANIFEST=false")
+
+    @contextmanager
+    def begin(self, request: Request, which: Which) -> Iterator[Model]:
+        """A request's model; refuses what would be refused later anyhow, before its body is read.
+
+        Raises:
+          Problem: no such model, not ready, too many from this client, or overloaded.
+        """
+        self.limiter.take(request.state.client)
+        with self.registry.get(which.model, which.version).use() as model:
+            self.batcher.check()
+            yield model
+
+    async def decode(self, data: bytes, model: Model) -> np.ndarray:
+        """An image as the model takes it."""
+        return await self.decoder.decode(data, model.backend.preprocess)
+
+    async def close(self) -> None:
+        """Ends the parts; what is in flight has ended before."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.batcher.close()
+        await asyncio.to_thread(self.decoder.close)
+        log.info("ended")

@@ -1,0 +1,102 @@
+"""What can be set, by HAR_ variables of the environment or by flags; every default stands here once."""
+
+import os
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # of a model: no dots, no slashes, so it can't be a path
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """The service's settings."""
+
+    model_config = SettingsConfigDict(env_prefix="HAR_", frozen=True, extra="forbid")
+
+    model: Path | None = Field(None, description="an exported folder, or one format in it")
+    name: str = Field("har", pattern=NAME, description="what the model is called in addresses")
+    models: dict[str, Path] = Field({}, description='further models, as {"NAME": "PATH"}')
+    models_dir: Path | None = Field(None, description="the folder whose folders can be loaded by name at run time")
+    require_manifest: bool = Field(True, description="refuse a folder that isn't sealed")
+    signing_key: Path | None = Field(
+        None, description="an Ed25519 public key (PEM): refuse folders without a good manifest.sig"
+    )
+
+    host: str = Field("127.0.0.1", description="the address to listen on; any but loopback needs API keys")
+    port: int = Field(8000, ge=0, le=65535, description="0: any free one")
+    workers: Count = Field(1, description="processes that serve; each holds the models")
+    decode_processes: Count = Field(
+        max(1, min(4, os.cpu_count() or 1)), description="processes that decode images, of each worker"
+    )
+
+    api_keys: SecretStr = Field(
+        SecretStr(""), description="NAME:SCOPES:SHA256 of each key, divided by spaces (see --new_key)"
+    )
+    allowed_origins: tuple[str, ...] = Field((), description="web pages that may call from a browser")
+    allowed_hosts: tuple[str, ...] = Field((), description="accepted Host headers; empty: any, on loopback its names")
+    rate_limit_per_s: float = Field(100.0, ge=0, description="images a second of one key or address; 0: no limit")
+    rate_burst: Count = Field(200, description="images that may come at once")
+
+    max_body_bytes: Count = Field(10_000_000, description="of a request")
+    max_video_bytes: Count = Field(100_000_000, description="of an uploaded video")
+    max_megapixels: float = Field(25.0, gt=0, description="of an image; told by its header, before decoding")
+    max_batch_images: Count = Field(64, description="images in one batch request")
+    max_classes: Count = Field(200, description="classes in free text")
+    body_timeout_s: Seconds = Field(10.0, description="for a request's body to arrive")
+    request_timeout_s: Seconds = Field(10.0, description="for an answer; a request may ask for less")
+    max_wait_s: Seconds = Field(1.0, description="estimated wait above which a request is refused at once")
+    drain_timeout_s: Seconds = Field(20.0, description="for requests in flight to end after SIGTERM")
+
+    max_stream_sessions: Count = Field(16, description="WebSockets at once")
+    max_sessions_per_client: Count = Field(8, description="WebSockets at once of one key or address")
+    max_stream_fps: float = Field(30.0, gt=0, description="frames a second of one session that are looked at")
+    stream_budget_s: Seconds = Field(0.5, description="a frame older than this isn't looked at any more")
+    max_session_s: Seconds = Field(3600.0, description="after which a WebSocket is closed")
+
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, models: dict[str, Path]) -> dict[str, Path]:
+        import re
+
+        for name in models:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"{name!r}: a model's name is letters, digits, _ and -")
+        return models
+
+    @model_validator(mode="after")
+    def _closed_by_default(self) -> "Settings":
+        if not self.is_loopback and not self.api_keys.get_secret_value().strip():
+            raise ValueError(
+                f"host {self.host}: others could reach it, so API keys are needed; make one with --new_key=NAME and set "
+                "HAR_API_KEYS, or listen on 127.0.0.1"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Accepted Host headers; empty: any. On loopback others would mean a web page that rebinds a name."""
+        return self.allowed_hosts or (("localhost", "127.0.0.1", "[::1]", self.host) if self.is_loopback else ())
+
+    @property
+    def all_models(self) -> dict[str, Path]:
+        """Name -> path, the default model first."""
+        return ({self.name: self.model} if self.model else {}) | self.models
+
+    def shown(self) -> dict[str, Any]:
+        """For people; secrets masked."""
+        return self.model_dump(mode="json")
