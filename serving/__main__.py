@@ -8,7 +8,6 @@ Everything else is set by HAR_ variables (--print-settings lists them, e.g. HAR_
 what is in flight and exits 0; SIGHUP reads the models' folders again. Exits 2 on a mistake in the settings.
 """
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from clip_har_jax import cli
@@ -29,9 +28,13 @@ def main() -> int:
     add("--port", type=int, metavar="N", help="e.g. --port=8000 (default); 0: any free one")
     add("--workers", type=int, metavar="N", help="serving processes, each with the models, e.g. --workers=2")
     add("--models_dir", metavar="DIR", help="whose folders can be loaded at run time, e.g. --models_dir=models")
-    add("--print-settings", action="store_true", help="show all settings as JSON, secrets masked, e.g. --print-settings")
+    add(
+        "--print-settings", action="store_true", help="show all settings as JSON, secrets masked, e.g. --print-settings"
+    )
     add("--new_key", metavar="NAME", help="make an API key, e.g. --new_key=alice")
-    add("--scopes", default="use", metavar="SCOPES", help="of the new key: use, metrics, admin, e.g. --scopes=use+admin")
+    add(
+        "--scopes", default="use", metavar="SCOPES", help="of the new key: use, metrics, admin, e.g. --scopes=use+admin"
+    )
     arguments = parser.parse_args()
     if arguments.new_key is not None:
         return _print_key(arguments.new_key, arguments.scopes)

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from serving import api
+from serving import api, kserve
 from serving.problems import Problem, responses
 from serving.requests import ClientGone
 from serving.security import Gate
@@ -21,7 +21,13 @@ ABOUT = """Tells human actions in images and video.
 
 Errors are `application/problem+json` (RFC 9457); their `code` is for programs. Every answer has an `X-Request-ID`.
 """
-OF_STATUS = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 422: "invalid_request"}
+OF_STATUS = {
+    400: "malformed",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    422: "invalid_request",
+}
 
 
 def make_app(settings: Settings) -> FastAPI:
@@ -35,13 +41,21 @@ def make_app(settings: Settings) -> FastAPI:
         await service.close()
 
     app = FastAPI(
-        title="clip_har_jax", summary="Human action recognition", description=ABOUT, version="1", lifespan=lifespan,
+        title="clip_har_jax",
+        summary="Human action recognition",
+        description=ABOUT,
+        version="1",
+        lifespan=lifespan,
         redoc_url=None,
     )
     app.state.service = service
     app.include_router(api.router)
+    app.include_router(kserve.router)
     app.add_api_route(
-        "/metrics", metrics, response_class=Response, responses=responses(*api.ALWAYS) | {200: {"content": {"text/plain": {}}}}
+        "/metrics",
+        metrics,
+        response_class=Response,
+        responses=responses(*api.ALWAYS) | {200: {"content": {"text/plain": {}}}},
     )
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -51,7 +65,9 @@ def make_app(settings: Settings) -> FastAPI:
     app.add_middleware(Gate, settings=settings, metrics=service.metrics)
     if settings.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST"],
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Request-ID", "X-Timeout-Ms"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
@@ -68,13 +84,13 @@ async def metrics(request: Request) -> Response:
 
 async def _on_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return problem_response(error, request.state.request_id)
+    return problem_response(error, request.scope)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = Problem(OF_STATUS.get(error.status_code, "internal"), str(error.detail), headers=error.headers)
-    return problem_response(problem, request.state.request_id)
+    return problem_response(problem, request.scope)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
@@ -83,7 +99,7 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = " ".join(str(part) for part in first["loc"])
     code = "malformed" if first["type"] == "json_invalid" else "invalid_request"
-    return problem_response(Problem(code, f"{where}: {first['msg']}"), request.state.request_id)
+    return problem_response(Problem(code, f"{where}: {first['msg']}"), request.scope)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

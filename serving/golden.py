@@ -24,14 +24,22 @@ def check(backend: ExportedBackend) -> None:
     heat = backend.explain(images[:1], [0])
     if not (np.isfinite(probs).all() and np.isfinite(embeddings).all() and np.isfinite(heat).all()):
         raise UserError(f"{backend.path}: the model gives NaN or infinity; export it again")
-    _compare(probs, np.concatenate([backend.predict(images[i : i + 1]) for i in range(IMAGES)]), tolerance, backend,
-             "an image alone and in a batch")
+    _compare(
+        probs,
+        np.concatenate([backend.predict(images[i : i + 1]) for i in range(IMAGES)]),
+        tolerance,
+        backend,
+        "an image alone and in a batch",
+    )
     if backend.actions.head == "cosine":
         actions = backend.actions
         classes = backend.embed_classes([actions.prompts[label] for label in actions.labels])
+        backend.explain_embeddings(images[:1], classes[:1])
         logits = backend.logit_scale / actions.temperature * embeddings @ classes.T
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        _compare(probs, powers / powers.sum(axis=-1, keepdims=True), tolerance, backend, "the classifier and the encoders")
+        _compare(
+            probs, powers / powers.sum(axis=-1, keepdims=True), tolerance, backend, "the classifier and the encoders"
+        )
 
 
 def _compare(one: np.ndarray, other: np.ndarray, tolerance: float, backend: ExportedBackend, what: str) -> None:

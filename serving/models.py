@@ -1,7 +1,6 @@
 """Models in and out: named versions, loaded and proven aside, switched in one assignment, dropped when unused."""
 
 import asyncio
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,9 +68,7 @@ class Model:
       classes: None: the backend's own.
     """
 
-    def __init__(
-        self, backend: ExportedBackend, name: str, version: str, costs: Costs, classes: Classes | None = None
-    ):
+    def __init__(self, backend: ExportedBackend, name: str, version: str, costs: Costs, classes: Classes | None = None):
         self.backend, self.name, self.version, self.classes = backend, name, version, classes
         self.actions: Actions = backend.actions
         self.labels = classes.labels if classes else backend.labels
@@ -81,7 +78,9 @@ class Model:
         self.embed = Lane("image_encoder", self._stacked(self._finite(backend.embed)), costs)
         self.explain = Lane("explainer", self._explain, costs)
         self.explain_text = Lane("explainer", self._explain_text, costs)
-        self.text = Lane("text_encoder", lambda items: [backend.embed_classes(item) for item in items], Costs({1: 0.05}))
+        self.text = Lane(
+            "text_encoder", lambda items: [backend.embed_classes(item) for item in items], Costs({1: 0.05})
+        )
         self._cache: OrderedDict[Prompts, np.ndarray] = OrderedDict()
         self.users = 0
 
@@ -171,7 +170,7 @@ class Model:
         Raises:
           Problem: the head can't, or the classes don't fit.
         """
-        prompts = dict(self.actions.prompts) if self.classes is None else {label: () for label in self.labels}
+        prompts = dict(self.actions.prompts) if self.classes is None else dict.fromkeys(self.labels, ())
         if unknown := [label for label in remove if label not in prompts]:
             raise Problem("invalid_request", f"remove: {unknown[0]!r} is no class; classes: {', '.join(prompts)}")
         if there := [label for label in add if label in prompts]:
@@ -369,7 +368,9 @@ class Registry:
             self._metrics.model_info.remove(entry.name, before.version, before.backend.digest or "")
             if entry.versions.get(before.version) is before:
                 del entry.versions[before.version]
-            log.info("model switched", extra={"fields": {"model": entry.name, "from": before.version, "to": model.version}})
+            log.info(
+                "model switched", extra={"fields": {"model": entry.name, "from": before.version, "to": model.version}}
+            )
         self._metrics.model_info.labels(entry.name, model.version, model.backend.digest or "").set(1)
 
     async def activate(self, name: str, version: str) -> Entry:

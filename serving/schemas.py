@@ -138,7 +138,9 @@ class ClassesRequest(_Given):
     """Body of /v1/models/{name}/classes."""
 
     add: dict[Label, list[Prompt]] = Field(
-        {}, max_length=200, examples=[{"juggling": ["a photo of a person juggling."], "climbing": []}],
+        {},
+        max_length=200,
+        examples=[{"juggling": ["a photo of a person juggling."], "climbing": []}],
         description="label -> texts that describe it; none: the usual ones",
     )
     remove: list[Label] = Field([], max_length=200)

@@ -152,7 +152,7 @@ class Gate:
         except Problem as problem:
             if problem.status in (401, 403, 413):
                 self._metrics.refused.labels(problem.code).inc()
-            response = problem_response(problem, scope["state"]["request_id"])
+            response = problem_response(problem, scope)
             if scope["type"] == "websocket":
                 await receive()  # the client's websocket.connect
             await response(scope, receive, send_with_headers)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,8 @@ class Service:
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, name: str) -> None:
-        try:
+        with suppress(Problem):  # logged, and told by /v1/models; a later load may do
             await self.registry.load(name)
-        except Problem:  # logged, and told by /v1/models; a later load may do
-            pass
         self.metrics.ready.set(self.ready)
 
     async def _warm_decoder(self) -> None:

@@ -74,8 +74,8 @@ class Settings(BaseSettings):
     def _closed_by_default(self) -> "Settings":
         if not self.is_loopback and not self.api_keys.get_secret_value().strip():
             raise ValueError(
-                f"host {self.host}: others could reach it, so API keys are needed; make one with --new_key=NAME and set "
-                "HAR_API_KEYS, or listen on 127.0.0.1"
+                f"host {self.host}: others could reach it, so API keys are needed; make one with --new_key=NAME and "
+                "set HAR_API_KEYS, or listen on 127.0.0.1"
             )
         return self
 

@@ -127,7 +127,7 @@ class Observe:
             log.exception("unforeseen error", extra={"fields": {"request_id": request_id, "route": route_of(scope)}})
             if status == 0 and scope["type"] == "http":
                 problem = Problem("internal", "an error of the service; its log has the request id")
-                await problem_response(problem, request_id)(scope, receive, send_with_id)
+                await problem_response(problem, scope)(scope, receive, send_with_id)
         finally:
             self._count(scope, request_id, status, time.perf_counter() - start)
 
@@ -147,6 +147,9 @@ class Observe:
         log.log(logging.DEBUG if route.startswith("/v2/health") else logging.INFO, "request", extra={"fields": fields})
 
 
-def problem_response(problem: Problem, request_id: str) -> JSONResponse:
-    """The answer to a request that failed."""
-    return JSONResponse(problem.to_body(request_id).model_dump(), problem.status, problem.headers, MEDIA_TYPE)
+def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
+    """The answer to a request that failed; clients of KServe's protocol look for `error`."""
+    body = problem.to_body(scope["state"]["request_id"]).model_dump()
+    if scope["path"].startswith("/v2"):
+        body["error"] = problem.detail
+    return JSONResponse(body, problem.status, problem.headers, MEDIA_TYPE)
