@@ -63,7 +63,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: it isn't there, or isn't one.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -95,7 +100,7 @@ def read_actions(folder: str | Path) -> Actions:
       UserError: missing, not JSON, or a key that is missing, unknown or of a wrong value; names the file and the key.
     """
     path = Path(folder) / "actions.json"
-    values = _read_object(path)
+    values = read_object(path)
     known = ("labels", "prompts", "temperature", "head", "preprocess")
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: key {unknown[0]!r} is unknown; {nearest(unknown[0], list(known))}")
@@ -183,7 +188,7 @@ def verify(folder: str | Path) -> str | None:
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
-    manifest = _read_object(path)
+    manifest = read_object(path)
     version, files = manifest.get("format_version"), manifest.get("files")
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}; update it")

@@ -119,6 +119,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    trackers: tuple[str, ...] = ()  # tensorboard, mlflow, wandb, any of them together; metrics.jsonl is always written
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class RunConfig:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+TRACKERS = ("tensorboard", "mlflow", "wandb")
 CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
@@ -174,6 +176,8 @@ def make_config(values: Mapping[str, Any] | None = None, overrides: Sequence[str
     config = _build(RunConfig, values or {}, "")
     if overrides:
         config = _build(RunConfig, _apply_overrides(config, overrides), "")
+    names = tuple(name.strip() for item in config.trackers for name in item.split(",") if name.strip())
+    config = dataclasses.replace(config, trackers=tuple(dict.fromkeys(names)))  # a command line says mlflow,wandb
     _check_ranges(config)
     return config
 
@@ -274,6 +278,9 @@ def _check_ranges(config: RunConfig) -> None:
     for key, accepted in CHOICES.items():
         if values[key] not in accepted:
             raise UserError(f"config key {key!r} is {values[key]!r}; {nearest(values[key], list(accepted))}")
+    for name in config.trackers:
+        if name not in TRACKERS:
+            raise UserError(f"config key 'trackers' holds {name!r}; {nearest(name, list(TRACKERS))}")
     for key in POSITIVE:
         if values[key] is not None and not values[key] > 0:
             raise UserError(f"config key {key!r} must be above 0, not {values[key]!r}")

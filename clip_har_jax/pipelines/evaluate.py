@@ -89,6 +89,7 @@ def evaluate_model(
     with eval_batches(source, config.data, backend.preprocess, batch_size=batch_size, bad_inputs=bad_inputs) as batches:
         shown = _with_progress(batches, -(-len(source) // batch_size))
         result = evaluate(lambda batch: backend.logits(batch.image), shown, backend.labels, NUM_MISTAKES)
+    result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
     about = {
         "model": str(backend.path),
         "model digest": backend.digest or "none: the folder is not sealed",

@@ -18,7 +18,7 @@ from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh
 from clip_har_jax.data.sources import Source, SubsetSource, make_source
 from clip_har_jax.data.splits import hold_out
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.evaluator import EvalResult, evaluate
+from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
 from clip_har_jax.models.factory import Start, start_params
 from clip_har_jax.models.params import Params
 from clip_har_jax.models.pretrained import write_params
@@ -223,6 +223,22 @@ class Run:
             name: {"spec": specs[name], "num_examples": len(source), "fingerprint": source.fingerprint}
             for name, source in sources.items()
         }
+
+    def write_report(self, state: TrainState) -> epath.Path:
+        """Evaluates a state once more and writes the report to eval/<step>/, for the trackers."""
+        result = self.evaluate(state)
+        folder = self.workdir / "eval" / str(int(state.step))
+        if distributed.is_main():
+            about = {"run": str(self.workdir), "step": str(int(state.step)), "data": self.config.data.val or "held out"}
+            names = [_name(self.data.val, int(i)) for i in result.predictions.index]
+            if bundle.is_local(folder):
+                write_result(result, Path(folder), names, about)
+            else:
+                with tempfile.TemporaryDirectory() as scratch:
+                    write_result(result, scratch, names, about)
+                    for path in Path(scratch).iterdir():
+                        (folder / path.name).write_bytes(path.read_bytes())
+        return folder
 
     def write_record(self, goodput: Goodput, changes: Sequence[Mapping[str, Any]]) -> None:
         """Writes run.json."""

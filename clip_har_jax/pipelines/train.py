@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,8 +14,10 @@ from typing import Any
 import jax
 from etils import epath
 
+from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
+from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_facts
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
 from clip_har_jax.pipelines.run import Run, load_data
@@ -62,6 +65,7 @@ def train(
     """
     begin, quiet = time.monotonic(), quiet or not distributed.is_main()
     _keep_compiled()
+    check_trackers(config.trackers, workdir)
     data = load_data(config)
     start = make_start(config.model.name, data.texts, config.model.image_size_px)
     folder = make_workdir(workdir)
@@ -76,7 +80,8 @@ def train(
         record = read_json(folder / "run.json") or {}
         goodput = stack.enter_context(continue_goodput(record, position, begin))
         run.write_record(goodput, changes + _data_changes(run, record))
-        all_sinks = _make_sinks(run, goodput, lock, sinks, quiet)
+        trackers = Trackers(config.trackers, read_facts(folder)) if distributed.is_main() else None
+        all_sinks = _make_sinks(run, goodput, lock, [*sinks, *([trackers] if trackers else [])], quiet)
         for sink in all_sinks:
             stack.callback(sink.close)
         stop = stack.enter_context(StopSignal())
@@ -84,14 +89,39 @@ def train(
         outcome = run.fit(state, checkpointer, all_sinks, goodput, stop)
         last_step = int(outcome.state.step)
         if outcome.stopped:
+            if trackers:
+                trackers.status = STOPPED
             seconds = run.record_goodput(goodput, last_step)
             return Result(folder, None, last_step, {}, seconds, time.monotonic() - begin, stop.exit_code)
         with goodput.measure("checkpoint"):
             best = checkpointer.best_whole()
-            model = run.write_model(checkpointer.restore(outcome.state, best))
+            kept = checkpointer.restore(outcome.state, best)
+            model = run.write_model(kept)
+        if config.trackers:
+            report = run.write_report(kept)
+            if trackers:
+                hand_over(trackers, model, report)
         seconds = run.record_goodput(goodput, last_step)
         metrics = read_json(folder / "eval" / str(best) / "metrics.json") or {}
     return Result(folder, model, best, metrics, seconds, time.monotonic() - begin, 0)
+
+
+def hand_over(trackers: Trackers, model: epath.Path, report: epath.Path) -> None:
+    """Hands the results of a finished run to its trackers."""
+    trackers.tag({"model_digest": read_json(model / bundle.MANIFEST)["digest"]})  # type: ignore[index]
+    for name, folder in (("evaluation", report), ("model", model)):
+        trackers.log_folder(name, local_copy(folder))
+    trackers.status = FINISHED
+
+
+def local_copy(folder: epath.Path) -> Path:
+    """A folder itself, or a copy of one on an object store, which the trackers' libraries don't read."""
+    if bundle.is_local(folder):
+        return Path(folder)
+    copy = Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
 
 
 def _keep_compiled() -> None:

@@ -33,6 +33,7 @@ REFUSED = "refused"
 AT_RESUME = (
     ("checkpoint.", FREE),
     ("eval.", FREE),
+    ("trackers", FREE),
     ("mesh.", FREE),
     ("data.max_", FREE),
     ("data.num_", FREE),

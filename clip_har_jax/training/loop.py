@@ -17,6 +17,7 @@ from clip_har_jax.training.guards import SkipGuard, StopSignal
 from clip_har_jax.training.sinks import Sink, to_jsonable
 from clip_har_jax.training.state import TrainState
 from clip_har_jax.training.steps import TrainMetrics
+from clip_har_jax.training.system import system_metrics
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Meter:
         if self.peak_flops is not None:
             values["train/mfu"] = steps * self.flops_per_step / elapsed / self.peak_flops
         self.metrics, self.data_wait_s, self.begin = [], 0.0, now
-        return values
+        return values | system_metrics()
 
 
 @dataclass

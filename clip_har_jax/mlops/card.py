@@ -1,0 +1,152 @@
+"""The model card: what a stranger needs to know of a model, as the Hub shows it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError
+
+LICENSE = "apache-2.0"
+SECTIONS = ("## Results", "## Data", "## Limits", "## Use", "## Where it comes from")
+METRICS = (("top1", "accuracy", "top-1"), ("top5", "accuracy", "top-5"), ("macro_f1", "f1", "macro F1"))
+
+
+def make_card(model: Path, metrics: Mapping[str, Any] | None, name: str, license: str = LICENSE) -> str:
+    """README.md of a sealed model folder.
+
+    Args:
+      model: the folder.
+      metrics: metrics.json of an evaluation of it; None: the card says that there is none.
+      name: as the Hub has it, OWNER/NAME, or any other by which it is told apart.
+      license: an identifier of the Hub's list.
+
+    Raises:
+      UserError: the folder isn't sealed or was changed, or the metrics are of another model.
+    """
+    digest = bundle.verify(model)
+    if digest is None:
+        raise UserError(f"--model={model}: not sealed; a card is of what a run left in model/")
+    if metrics is not None and metrics.get("model_digest") != digest:
+        raise UserError(f"the metrics are of the model {str(metrics.get('model_digest'))[:12]}, not of {digest[:12]}")
+    actions = bundle.read_actions(model)
+    record = bundle.read_object(model / "run.json") if (model / "run.json").is_file() else {}
+    data = ModelCardData(
+        license=license,
+        library_name="clip_har_jax",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "jax", "action-recognition", "human-action-recognition"],
+        model_name=name,
+        eval_results=_results(metrics) if metrics else None,
+        ignore_metadata_errors=False,
+    )
+    body = "\n\n".join(
+        (
+            f"# {name}",
+            f"A CLIP fine-tuned to tell {len(actions.labels)} human actions in photographs, by clip_har_jax.",
+            "## Results",
+            _table_of(metrics) if metrics else "Not evaluated yet.",
+            "## Data",
+            _data(record),
+            "## Limits",
+            _limits(actions.labels),
+            "## Use",
+            _use(name),
+            "## Where it comes from",
+            _provenance(digest, record),
+        )
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+
+
+def check_card(text: str) -> None:
+    """Checks a card without asking the Hub: its metadata is read back, and each section is there.
+
+    Raises:
+      UserError: what is missing or can't be read.
+    """
+    try:
+        data = ModelCard(text).data
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"the card's metadata can't be read: {str(error).splitlines()[0]}") from error
+    if missing := [key for key in ("license", "pipeline_tag", "library_name") if not data.get(key)]:
+        raise UserError(f"the card's metadata lacks {', '.join(missing)}")
+    if missing := [section for section in SECTIONS if f"\n{section}\n" not in text]:
+        raise UserError(f"the card lacks {', '.join(missing)}")
+
+
+def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    spec = str(metrics.get("data", "unknown"))
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type=spec.split(":")[0].split("?")[0],
+            dataset_name=spec,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(metrics[key], 4),
+        )
+        for key, kind, title in METRICS
+        if key in metrics
+    ]
+
+
+def _table_of(metrics: Mapping[str, Any]) -> str:
+    rows = [f"| {title} | {metrics[key]:.3f} |" for key, _, title in METRICS if key in metrics]
+    rows += [f"| {key.upper()} | {metrics[key]:.3f} |" for key in ("nll", "ece") if key in metrics]
+    of = f"On {metrics['num_examples']} examples of `{metrics.get('data', 'unnamed data')}`"
+    worst = sorted(metrics["per_class"].items(), key=lambda item: item[1]["f1"])[:3]
+    told = ", ".join(f"{label} (F1 {values['f1']:.2f})" for label, values in worst)
+    return "\n".join((f"{of}:", "", "| metric | value |", "|---|---|", *rows, "", f"Told worst: {told}."))
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    if not record:
+        return "Not recorded."
+    parts = [
+        f"- {split}: {part['num_examples']} images of `{part['spec']}`, fingerprint `{part['fingerprint'][:16]}`"
+        for split, part in record["data"].items()
+    ]
+    return "\n".join(parts)
+
+
+def _limits(labels: tuple[str, ...]) -> str:
+    return (
+        f"It answers with one of these actions, also for a picture that shows none of them: {', '.join(labels)}. "
+        "Figures hold for pictures like those that it was evaluated on; on others, measure again. "
+        "It tells what people seem to do, not who they are, and mustn't decide anything about a person on its own."
+    )
+
+
+def _use(name: str) -> str:
+    return f"""With clip_har_jax:
+
+```sh
+python scripts/predict.py --model={name} photo.jpg
+```
+
+With transformers, as any CLIP (without the temperature and the prompts' average, which stand in `actions.json`):
+
+```python
+import json
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+model, processor = CLIPModel.from_pretrained("{name}"), CLIPProcessor.from_pretrained("{name}")
+actions = json.load(open(hf_hub_download("{name}", "actions.json")))
+texts = [actions["prompts"][label][0] for label in actions["labels"]]
+inputs = processor(text=texts, images=Image.open("photo.jpg"), return_tensors="pt", padding=True)
+print(actions["labels"][model(**inputs).logits_per_image.argmax().item()])
+```"""
+
+
+def _provenance(digest: str, record: Mapping[str, Any]) -> str:
+    rows = {"digest": digest} | {key: record.get(key) for key in ("run_id", "git_sha", "config_hash", "lock_hash")}
+    lines = [f"| {key} | `{value}` |" for key, value in rows.items() if value is not None]
+    if record.get("git_dirty"):
+        lines.append("| work tree | had changes that no commit holds |")
+    return "\n".join(("| what | value |", "|---|---|", *lines))

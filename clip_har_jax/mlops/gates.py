@@ -1,0 +1,143 @@
+"""What a model must show before it is served in another's place."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError
+
+RESAMPLES = 2000
+TIMED = 20  # predictions whose median is the latency
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The bounds; None: not asked for.
+
+    Attributes:
+      min_gain: the 95% interval of top-1's gain over the champion, on the same examples, must lie above this.
+      min_retention: share of the zero-shot accuracy on other classes that must be left.
+      max_latency_ms: of one image on this machine, in the exported format that is served.
+    """
+
+    min_gain: float = 0.0
+    min_retention: float | None = None
+    max_latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One gate's outcome."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def read_evaluation(folder: Path, digest: str) -> dict[str, Any]:
+    """The metrics of an evaluation of the model with that digest.
+
+    Raises:
+      UserError: no evaluation, or one of another model.
+    """
+    metrics = bundle.read_object(folder / "metrics.json")
+    if metrics.get("model_digest") != digest:
+        raise UserError(
+            f"{folder / 'metrics.json'}: of the model {str(metrics.get('model_digest'))[:12]}, not of {digest[:12]}; "
+            "evaluate this one with scripts/evaluate.py"
+        )
+    return metrics
+
+
+def check_gates(gates: Gates, candidate: Path, champion: Path | None) -> list[Check]:
+    """Checks a version's folders against the bounds, and against those of the champion if there is one."""
+    checks = [_check_parity(candidate / "export")] if (candidate / "export").is_dir() else []
+    if champion is not None:
+        checks.append(_check_gain(gates.min_gain, candidate / "evaluation", champion / "evaluation"))
+    if gates.min_retention is not None:
+        checks.append(_check_retention(gates.min_retention, candidate / "evaluation"))
+    if gates.max_latency_ms is not None:
+        checks.append(_check_latency(gates.max_latency_ms, candidate / "export"))
+    return checks
+
+
+def _check_parity(export: Path) -> Check:
+    parity = bundle.read_object(export / "parity.json")
+    failed = sorted(name for name, entry in parity.items() if not entry["passed"])
+    return Check("parity", not failed, f"{', '.join(failed)} failed" if failed else f"{', '.join(parity)} passed")
+
+
+def _check_gain(least: float, candidate: Path, champion: Path) -> Check:
+    for folder, who in ((candidate, "the candidate"), (champion, "the champion")):
+        if not (folder / "metrics.json").is_file():
+            return Check("gain", False, f"{who} was registered without its evaluation")
+    data = [bundle.read_object(folder / "metrics.json").get("data_fingerprint") for folder in (candidate, champion)]
+    if None in data or data[0] != data[1]:
+        return Check(
+            "gain", False, f"evaluated on other data ({str(data[0])[:12]}) than the champion ({str(data[1])[:12]})"
+        )
+    ours, theirs = (_read_hits(folder) for folder in (candidate, champion))
+    if ours.keys() != theirs.keys():
+        return Check("gain", False, "the two evaluations don't hold the same examples")
+    gains = np.array([ours[name] - theirs[name] for name in ours], float)
+    low, high = paired_interval(gains)
+    return Check(
+        "gain",
+        bool(low > least),
+        f"top-1 {gains.mean():+.4f} against the champion, 95% interval {low:+.4f} to {high:+.4f}, above {least:+.4f}?",
+    )
+
+
+def _read_hits(folder: Path) -> dict[str, int]:
+    """Whether each example was told right."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "predictions.parquet", columns=["input", "label", "predicted"]).to_pydict()
+    return {
+        name: int(label == predicted)
+        for name, label, predicted in zip(table["input"], table["label"], table["predicted"], strict=True)
+    }
+
+
+def paired_interval(gains: np.ndarray) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of the mean of paired differences, from a fixed seed."""
+    rng = np.random.default_rng(0)
+    values, counts = np.unique(gains, return_counts=True)  # -1, 0 and 1: a resample is a draw of their counts
+    means = rng.multinomial(len(gains), counts / len(gains), RESAMPLES) @ values / len(gains)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _check_retention(least: float, evaluation: Path) -> Check:
+    retained = bundle.read_object(evaluation / "metrics.json").get("retention")
+    if retained is None:
+        return Check("retention", False, "the evaluation says nothing of it")
+    return Check("retention", retained >= least, f"{retained:.3f} of the zero-shot accuracy, at least {least:.3f}")
+
+
+def _check_latency(most_ms: float, export: Path) -> Check:
+    if not export.is_dir():
+        return Check("latency", False, "registered without its export")
+    latency = measure_latency_ms(export)
+    return Check("latency", latency <= most_ms, f"{latency:.1f} ms for one image, at most {most_ms:g} ms")
+
+
+def measure_latency_ms(export: Path) -> float:
+    """The median time of one prediction of an exported folder, pixels to probabilities."""
+    from clip_har_jax.inference.exported import ExportedBackend
+
+    backend = ExportedBackend(export, batch_size=1)
+    size = backend.preprocess.image_size_px
+    image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    backend.predict(image)  # opens the graph
+    times = []
+    for _ in range(TIMED):
+        begin = time.perf_counter()
+        backend.predict(image)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1000

@@ -1,0 +1,62 @@
+"""The Hugging Face Hub: a model folder with its card, and the same folder written to the disk for a look before."""
+
+import json
+import shutil
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError
+from clip_har_jax.mlops.card import check_card, make_card
+
+
+def write_hub_folder(model: Path, metrics: Path | None, repository: str, license: str, output: Path) -> str:
+    """Writes the exact folder that would be pushed: the model's files, and README.md, the card.
+
+    Returns:
+      The model's digest.
+
+    Raises:
+      UserError: a name that the Hub refuses, a model that isn't sealed, or metrics of another one.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--repository={repository!r}: write OWNER/NAME ({str(error).splitlines()[0]})") from error
+    if "/" not in repository:
+        raise UserError(f"--repository={repository!r}: write OWNER/NAME")
+    if metrics is not None and not metrics.is_file():
+        raise UserError(f"--metrics={metrics}: no such file; scripts/evaluate.py writes it")
+    values = json.loads(metrics.read_text(encoding="utf-8")) if metrics is not None else None
+    card = make_card(model, values, repository, license)
+    check_card(card)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: not empty; name another folder")
+    shutil.copytree(model, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    (output / "README.md").write_text(card, encoding="utf-8")
+    digest = bundle.verify(output)
+    assert digest is not None, "make_card refuses what isn't sealed"
+    return digest
+
+
+def push_folder(folder: Path, repository: str, digest: str, private: bool) -> str:
+    """Pushes a folder in one commit; gives its address.
+
+    Raises:
+      UserError: the Hub refuses, or can't be reached.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=f"Model {digest[:12]}", delete_patterns=["*"]
+        )
+    except HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        advice = "log in by `hf auth login`, or set HF_TOKEN" if status in (401, 403) else "try again"
+        raise UserError(f"--repository={repository}: the Hub refused ({status}); {advice}") from error
+    except Exception as error:  # each HTTP client has its own kinds for a network that isn't there
+        raise UserError(f"--repository={repository}: the Hub can't be reached ({type(error).__name__})") from error
+    return str(commit.commit_url)

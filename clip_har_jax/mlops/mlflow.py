@@ -1,0 +1,128 @@
+"""MLflow: where its own variables say (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME), else mlflow.db in this folder.
+
+That is also what `mlflow ui`, started in the same folder, shows.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+# A server that is down is noticed within seconds instead of four minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from clip_har_jax.mlops.tracking import FAILED, FINISHED, STOPPED, Facts, Handle, Metrics
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # how its database is set up is nothing for a run's screen
+logging.getLogger("alembic").setLevel(logging.WARNING)
+EXPERIMENT = "clip_har_jax"
+BATCH = 100  # parameters that MLflow takes at once
+LONGEST = 6000  # characters of a parameter's value
+STATUS = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
+
+
+def find_experiment(client: MlflowClient) -> str:
+    """The id of the experiment, which is made if need be."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    if (found := client.get_experiment_by_name(name)) is not None:
+        return found.experiment_id
+    try:
+        return client.create_experiment(name)
+    except MlflowException:  # another run made it meanwhile
+        if (found := client.get_experiment_by_name(name)) is None:
+            raise
+        return found.experiment_id
+
+
+class Mlflow:
+    """One MLflow run, new or continued."""
+
+    def __init__(self, facts: Facts, handle: Handle | None):
+        self.client = MlflowClient()
+        self.run_id = self._continue(handle) or self._begin(facts)
+        self.handle: Handle = {"run_id": self.run_id, "tracking_uri": self.client.tracking_uri}
+
+    def _continue(self, handle: Handle | None) -> str | None:
+        if handle is None or handle["tracking_uri"] != self.client.tracking_uri:
+            return None
+        try:
+            self.client.update_run(handle["run_id"], status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None  # somebody deleted it
+        return handle["run_id"]
+
+    def _begin(self, facts: Facts) -> str:
+        run = self.client.create_run(find_experiment(self.client), run_name=facts.name, tags=facts.tags)
+        params = iter([Param(key, str(value)[:LONGEST]) for key, value in facts.params.items()])
+        while batch := list(islice(params, BATCH)):
+            self.client.log_batch(run.info.run_id, params=batch)
+        return run.info.run_id
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        self.log(_entities(step, metrics))
+
+    def log(self, metrics: Iterable[Metric]) -> None:
+        """Logs any number of metrics."""
+        rest = iter(metrics)
+        while batch := list(islice(rest, 1000)):
+            self.client.log_batch(self.run_id, metrics=batch)
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log_folder(self, name: str, folder: Path) -> None:
+        self.client.log_artifacts(self.run_id, str(folder), name)
+
+    def close(self, status: str) -> None:
+        self.client.set_terminated(self.run_id, STATUS[status])
+
+
+def _entities(step: int, metrics: Metrics) -> list[Metric]:
+    now_ms = int(time.time() * 1000)
+    return [Metric(name, value, now_ms, step) for name, value in metrics.items() if value is not None]
+
+
+def open_tracker(facts: Facts, handle: Handle | None) -> Mlflow:
+    """Continues the run of `handle` if the server still has it, else begins one."""
+    return Mlflow(facts, handle)
+
+
+def sync(
+    facts: Facts, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
+) -> tuple[str, Handle]:
+    """Hands in what MLflow hasn't got of a run's metrics and folders; says how much that was.
+
+    Args:
+      lines: of metrics.jsonl.
+      folders: by the name that they are logged under.
+    """
+    tracker = Mlflow(facts, handle)
+    known: dict[str, set[int]] = {}
+    missing = []
+    for line in lines:
+        step = line["step"]
+        for metric in _entities(step, {key: value for key, value in line.items() if key != "step"}):
+            if metric.key not in known:
+                history = tracker.client.get_metric_history(tracker.run_id, metric.key)
+                known[metric.key] = {entry.step for entry in history}
+            if step not in known[metric.key]:
+                missing.append(metric)
+    tracker.log(missing)
+    tracker.tag(facts.tags)
+    listed = {entry.path for entry in tracker.client.list_artifacts(tracker.run_id)}
+    new = [name for name in folders if name not in listed]
+    for name in new:
+        tracker.log_folder(name, folders[name])
+    tracker.close(FINISHED if "model" in folders else STOPPED)
+    return f"{len(missing)} values and {len(new)} folders handed in to run {tracker.run_id}", tracker.handle

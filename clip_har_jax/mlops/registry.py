@@ -1,0 +1,257 @@
+"""The model registry, on MLflow's aliases: `champion` is what is served, `challenger` what may follow.
+
+A version is a folder of artifacts (model/, export/, evaluation/) of an MLflow run, with the model's digest as a tag.
+What is pulled is checked against both the folder's manifest and that tag.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.mlops.gates import Check, Gates, check_gates, read_evaluation
+from clip_har_jax.mlops.mlflow import find_experiment
+
+NAME = "har"
+CHAMPION, CHALLENGER = "champion", "challenger"
+PARTS = ("model", "export", "evaluation")
+REPLACED = "replaced_version"  # the version that had the alias before, for the way back
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version.
+
+    Attributes:
+      number: counted from 1 by the registry.
+      digest: of the model folder; the exported folder names it as its source.
+      aliases: those that point here.
+      tags: all that was written beside it.
+    """
+
+    name: str
+    number: int
+    digest: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    source: str
+
+
+def open_registry(name: str = NAME) -> "Registry":
+    """The registry that MLFLOW_TRACKING_URI names, else mlflow.db in this folder.
+
+    Raises:
+      UserError: it can't be reached.
+    """
+    client = MlflowClient()
+    try:
+        client.search_registered_models(max_results=1)
+    except MlflowException as error:
+        raise UserError(f"MLflow at {client.tracking_uri} can't be reached: {_line(error)}") from error
+    return Registry(name, client)
+
+
+class Registry:
+    """The versions of one registered model."""
+
+    def __init__(self, name: str, client: MlflowClient):
+        self.name, self._client = name, client
+
+    def register(self, model: Path, export: Path | None, evaluation: Path | None) -> Version:
+        """Uploads folders as a new version; the same digest again gives the version that is there.
+
+        Args:
+          model: a sealed model folder.
+          export: a sealed folder exported from it.
+          evaluation: what `scripts/evaluate.py` wrote of it.
+
+        Raises:
+          UserError: a folder isn't sealed, was changed, or belongs to another model.
+        """
+        digest = bundle.verify(model)
+        if digest is None:
+            raise UserError(f"--model={model}: not sealed; register what a run left in model/")
+        tags = {"digest": digest} | _run_tags(model)
+        if export is not None:
+            tags |= {"export_digest": _verify_export(export, digest)}
+        if evaluation is not None:
+            metrics = read_evaluation(evaluation, digest)
+            tags |= {key: f"{metrics[key]:.4f}" for key in ("top1", "macro_f1", "ece") if key in metrics}
+        for version in self.versions():
+            if version.digest == digest and version.tags.get("export_digest") == tags.get("export_digest"):
+                return version
+        folders = {"model": model, "export": export, "evaluation": evaluation}
+        return self._create(digest, {name: folder for name, folder in folders.items() if folder is not None}, tags)
+
+    def _create(self, digest: str, folders: Mapping[str, Path], tags: Mapping[str, str]) -> Version:
+        run_id = self._find_run(tags.get("run_id")) or self._make_run(digest, tags)
+        place = f"versions/{digest[:12]}-{tags.get('export_digest', 'model')[:12]}"
+        for name, folder in folders.items():
+            self._client.log_artifacts(run_id, str(folder), f"{place}/{name}")
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
+        try:
+            self._client.create_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        made = self._client.create_model_version(self.name, source, run_id, tags=dict(tags))
+        return self._read(made)
+
+    def _find_run(self, run_id: str | None) -> str | None:
+        """The training's own run, where this store has it."""
+        if run_id is None or not re.fullmatch(r"[\w.-]+", run_id):
+            return None
+        found = self._client.search_runs([find_experiment(self._client)], f"tags.run_id = '{run_id}'", max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _make_run(self, digest: str, tags: Mapping[str, str]) -> str:
+        run = self._client.create_run(
+            find_experiment(self._client), run_name=f"register-{digest[:12]}", tags=dict(tags)
+        )
+        self._client.set_terminated(run.info.run_id)
+        return run.info.run_id
+
+    def versions(self) -> list[Version]:
+        """All versions, the newest first."""
+        found = self._client.search_model_versions(f"name = '{self.name}'")
+        return sorted((self._read(item) for item in found), key=lambda version: -version.number)
+
+    def _read(self, item: ModelVersion) -> Version:
+        aliases = [alias for alias, version in self._aliases().items() if version == int(item.version)]
+        return Version(
+            self.name, int(item.version), item.tags.get("digest", ""), tuple(aliases), dict(item.tags), item.source
+        )
+
+    def _aliases(self) -> dict[str, int]:
+        try:
+            aliases: dict[str, Any] = self._client.get_registered_model(self.name).aliases
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+        return {alias: int(version) for alias, version in aliases.items()}
+
+    def find(self, reference: str) -> Version:
+        """A version by alias or number.
+
+        Raises:
+          UserError: there is none; says what there is.
+        """
+        aliases = self._aliases()
+        number = int(reference) if reference.isdecimal() else aliases.get(reference)
+        for version in self.versions():
+            if version.number == number:
+                return version
+        if not self.versions():
+            raise UserError(f"the registry holds no model {self.name!r}; register one first")
+        there = [*aliases, *(str(version.number) for version in self.versions())]
+        raise UserError(f"{self.name!r} has no alias or version {reference!r}; {nearest(reference, there)}")
+
+    def promote(self, reference: str, alias: str, gates: Gates) -> list[Check]:
+        """Points an alias to a version that passes the gates.
+
+        Returns:
+          What was checked. Where one failed, nothing was changed.
+
+        Raises:
+          UserError: no such version, or one that was tampered with.
+        """
+        version, before = self.find(reference), self._aliases().get(alias)
+        if before == version.number:
+            raise UserError(f"version {version.number} of {self.name!r} is the {alias} already")
+        with tempfile.TemporaryDirectory() as scratch:
+            candidate = self._download(version, Path(scratch) / "candidate")
+            champion = None
+            if before is not None:
+                champion = self._download(self.find(str(before)), Path(scratch) / "champion")
+            checks = check_gates(gates, candidate, champion)
+        if all(check.passed for check in checks):
+            self._point(alias, version, before)
+        return checks
+
+    def _point(self, alias: str, version: Version, before: int | None) -> None:
+        if before is not None:
+            self._client.set_model_version_tag(self.name, str(version.number), f"{REPLACED}.{alias}", str(before))
+        self._client.set_registered_model_alias(self.name, alias, str(version.number))
+
+    def rollback(self, alias: str) -> Version:
+        """Points an alias back to the version that had it before; that one passed its gates when it was promoted.
+
+        Raises:
+          UserError: the alias points nowhere, or has no earlier version.
+        """
+        version = self.find(alias)
+        before = version.tags.get(f"{REPLACED}.{alias}")
+        if before is None:
+            raise UserError(f"version {version.number} of {self.name!r} is the first {alias}; there is no way back")
+        self._client.set_registered_model_alias(self.name, alias, before)
+        return self.find(before)
+
+    def pull(self, reference: str, part: str, output: Path) -> Version:
+        """Writes a version's model/, export/ or evaluation/ folder to `output`; the old one stays until it is whole.
+
+        Raises:
+          UserError: no such version or part, or one that isn't what was registered.
+        """
+        version = self.find(reference)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self._download(version, Path(scratch) / "version") / part
+            if not folder.is_dir():
+                raise UserError(f"version {version.number} of {self.name!r} was registered without its {part}")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            bundle.replace_folder(output, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True) and None)
+        return version
+
+    def _download(self, version: Version, target: Path) -> Path:
+        """Fetches a version's folders and checks them."""
+        try:
+            target.mkdir(parents=True)
+            folder = Path(download_artifacts(artifact_uri=version.source, dst_path=str(target)))
+        except (OSError, MlflowException) as error:
+            raise UserError(f"version {version.number} of {self.name!r} can't be fetched: {_line(error)}") from error
+        for name, tag in (("model", "digest"), ("export", "export_digest")):
+            if tag not in version.tags:
+                continue
+            try:
+                digest = bundle.verify(folder / name) if (folder / name).is_dir() else None
+            except UserError as error:
+                raise UserError(f"version {version.number} of {self.name!r} was tampered with: {error}") from error
+            if digest != version.tags[tag]:
+                raise UserError(
+                    f"version {version.number} of {self.name!r} was tampered with: its {name} has the digest "
+                    f"{str(digest)[:12]}, registered was {version.tags[tag][:12]}; register the model again"
+                )
+        return folder
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _run_tags(model: Path) -> dict[str, str]:
+    """What the model's run.json says of where it comes from."""
+    if not (model / "run.json").is_file():
+        return {}
+    record = bundle.read_object(model / "run.json")
+    keys = ("run_id", "git_sha", "git_dirty", "config_hash", "lock_hash")
+    return {key: str(record[key]) for key in keys if record.get(key) is not None}
+
+
+def _verify_export(export: Path, digest: str) -> str:
+    own = bundle.verify(export)
+    if own is None:
+        raise UserError(f"--export={export}: not sealed; register what `python -m export` wrote")
+    source = bundle.read_object(export / bundle.MANIFEST).get("source")
+    if source != digest:
+        raise UserError(f"--export={export}: made from the model {str(source)[:12]}, --model is {digest[:12]}")
+    return own

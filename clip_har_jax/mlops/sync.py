@@ -1,0 +1,55 @@
+"""Handing in later what trackers missed: metrics.jsonl and the work folder hold all of it."""
+
+import importlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.mlops.tracking import STATE, State, check_trackers, read_facts
+
+SYNCED = ("mlflow", "wandb")  # TensorBoard's files lie in the work folder and miss nothing but what a full disk took
+
+
+def sync(workdir: str | os.PathLike[str], names: Sequence[str] = ()) -> dict[str, str]:
+    """Brings trackers up to date with a work folder on this machine's disk.
+
+    Args:
+      workdir: of a run that isn't running now.
+      names: of `SYNCED`; empty: those that the run had.
+
+    Returns:
+      What was handed in, by tracker.
+
+    Raises:
+      UserError: no run, no such tracker, or one that still can't be reached.
+    """
+    workdir = Path(os.fspath(workdir))
+    facts, state = read_facts(workdir), State(workdir)
+    for name in names:
+        if name not in SYNCED:
+            raise UserError(
+                f"--trackers: {name!r} isn't one that can be brought up to date; {nearest(name, [*SYNCED])}"
+            )
+    names = names or [name for name in SYNCED if state.get(name)]
+    if not names:
+        raise UserError(f"{workdir / STATE}: names no tracker; say which by --trackers=mlflow or wandb")
+    check_trackers(names, workdir)
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    folders = {"model": workdir / "model"} if (workdir / "model").is_dir() else {}
+    if reports := sorted(workdir.glob("eval/*/report.html")):
+        folders["evaluation"] = reports[-1].parent
+    done = {}
+    for name in names:
+        module = importlib.import_module(f"clip_har_jax.mlops.{name}")
+        try:
+            done[name], handle = module.sync(facts, state.get(name).get("handle"), lines, folders)
+        except UserError:
+            raise
+        except Exception as error:  # of a third party: whatever it is, it is said in one line
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{name}: {said[:200]}") from error
+        state.update(name, handle=handle, missed=0)
+    return done

@@ -1,0 +1,258 @@
+"""The metrics of a run to TensorBoard, MLflow and Weights & Biases, none of which may hold the run up or end it.
+
+metrics.jsonl stays the truth: what a tracker missed stands there, and `mlops.sync` hands it in later.
+"""
+
+import contextlib
+import importlib
+import json
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from etils import epath
+
+from clip_har_jax import bundle
+from clip_har_jax.config import TRACKERS
+from clip_har_jax.errors import UserError
+
+STATE = "trackers.json"  # in the work folder: by which names the trackers know the run, and what they missed
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+Metrics = Mapping[str, float | None]
+Handle = dict[str, Any]  # what a tracker needs to continue its run; JSON
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a tracker is told of a run.
+
+    Attributes:
+      workdir: its work folder.
+      run_id: as in run.json.
+      params: the config, by dotted key.
+      tags: where code, data and environment come from.
+      resume_step: the step that this start continues from; lines after it are written again.
+    """
+
+    workdir: epath.Path
+    run_id: str
+    params: dict[str, Any]
+    tags: dict[str, str]
+    resume_step: int = 0
+
+    @property
+    def name(self) -> str:
+        """For people: the folder's name and the run's id."""
+        return f"{self.workdir.name}-{self.run_id}"
+
+
+def read_facts(workdir: epath.PathLike) -> Facts:
+    """The facts of the run in a work folder, from its config.json and run.json.
+
+    Raises:
+      UserError: no run is there.
+    """
+    workdir = epath.Path(workdir)
+    try:
+        config, record = (json.loads((workdir / name).read_text()) for name in ("config.json", "run.json"))
+    except FileNotFoundError as error:
+        raise UserError(f"--workdir={workdir}: holds no run; name the folder that scripts/train.py wrote") from error
+    tags = {key: str(record.get(key)) for key in ("run_id", "git_sha", "git_dirty", "config_hash", "lock_hash")}
+    tags |= {f"data.{split}": f"{part['spec']} {part['fingerprint']}" for split, part in record["data"].items()}
+    return Facts(workdir, record["run_id"], dict(_leaves(config)), tags, record.get("last_step", 0))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """One service's account of one run. Any method may raise, and may take long."""
+
+    handle: Handle
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of one step."""
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Takes further facts."""
+
+    def log_folder(self, name: str, folder: Path) -> None:
+        """Takes the files of a folder, under a name."""
+
+    def close(self, status: str) -> None:
+        """Ends this start of the run: FINISHED, STOPPED or FAILED."""
+
+
+def open_tracker(name: str, facts: Facts, handle: Handle | None) -> Tracker:
+    """Opens a tracker, which imports its library; `handle`: of the run that it continues, if there is one."""
+    return importlib.import_module(f"clip_har_jax.mlops.{name}").open_tracker(facts, handle)
+
+
+def check_trackers(names: Sequence[str], workdir: epath.PathLike) -> None:
+    """Refuses trackers that can't work here, before anything is computed.
+
+    Raises:
+      UserError: one whose package is missing, or that can't write to the work folder's kind of store.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"config.trackers: {name} isn't installed; pip install -e '.[tracking]'")
+        if name == "tensorboard" and not bundle.is_local(workdir):
+            raise UserError(f"config.trackers: tensorboard appends to files, which {workdir} can't; leave it out")
+
+
+class State:
+    """trackers.json, written by the trackers' threads."""
+
+    def __init__(self, workdir: epath.PathLike):
+        self._path, self._lock = epath.Path(workdir) / STATE, threading.Lock()
+        try:
+            self._values: dict[str, dict[str, Any]] = json.loads(self._path.read_text())
+        except (OSError, ValueError):  # not there yet, or damaged: trackers then begin a new run
+            self._values = {}
+
+    def get(self, name: str) -> dict[str, Any]:
+        return self._values.get(name, {})
+
+    def update(self, name: str, **values: Any) -> None:
+        with self._lock:
+            self._values[name] = self.get(name) | values
+            bundle.write_json(self._path, self._values)
+
+
+class Isolated:
+    """A tracker behind a bounded queue and a circuit breaker, on a thread of its own.
+
+    After `FAILURES` in a row (the first, where it can't even be opened) nothing is tried for `PAUSE_S`. What doesn't
+    fit the queue, or comes meanwhile, is counted and dropped: metrics.jsonl has it.
+    """
+
+    QUEUE = 2000
+    FAILURES = 3
+    PAUSE_S = 60.0
+    CALL_S = 120.0  # a tracker that takes longer over one call isn't waited for at the end of the run
+    STOPPED_S = 15.0  # nor for longer in all, where a signal ended it
+
+    def __init__(self, name: str, make: Callable[[Handle | None], Tracker], state: State):
+        self.name, self.missed, self.error = name, 0, ""
+        self._make, self._state = make, state
+        self._queue: queue.Queue[Callable[[Tracker], None] | str] = queue.Queue(self.QUEUE)
+        self._tracker: Tracker | None = None
+        self._failures, self._paused_until, self._moved, self._abandoned = 0, 0.0, time.monotonic(), False
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[[Tracker], None]) -> None:
+        """Hands a call on without waiting; counts it as missed where the queue is full."""
+        try:
+            self._queue.put_nowait(call)
+        except queue.Full:
+            self.missed += 1
+
+    def _work(self) -> None:
+        while not isinstance(call := self._queue.get(), str):
+            if self._abandoned or time.monotonic() < self._paused_until:
+                self.missed += 1
+            else:
+                self._try(call)
+            self._moved = time.monotonic()
+        if self._tracker is not None:  # however it fared: it has files and connections to close
+            status = call
+            self._try(lambda tracker: tracker.close(status))
+
+    def _try(self, call: Callable[[Tracker], None]) -> None:
+        try:
+            if self._tracker is None:
+                self._tracker = self._make(self._state.get(self.name).get("handle"))
+                self._state.update(self.name, handle=self._tracker.handle)
+            call(self._tracker)
+            self._failures = 0
+        except (Exception, SystemExit) as error:  # whatever it is, it is the tracker's own affair
+            self.missed += 1
+            self._failures += 1
+            if self._tracker is None or self._failures >= self.FAILURES:
+                self._paused_until = time.monotonic() + self.PAUSE_S
+            if not self.error:
+                self.error = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                print(f"warning: {self.name}: {self.error}; the run goes on", file=sys.stderr, flush=True)
+
+    def close(self, status: str) -> None:
+        """Waits for what is queued as long as it moves, ends the tracker, and says what it missed."""
+        deadline = time.monotonic() + (self.STOPPED_S if status == STOPPED else float("inf"))
+        self._moved = time.monotonic()
+        while not self._is_late(deadline):
+            with contextlib.suppress(queue.Full):
+                self._queue.put(status, timeout=0.1)
+                break
+        while self._thread.is_alive() and not self._is_late(deadline):
+            self._thread.join(timeout=0.1)
+        self._abandoned = True
+        missed = self.missed + (self._queue.qsize() if self._thread.is_alive() else 0)
+        missed += self._state.get(self.name).get("missed", 0)
+        with contextlib.suppress(OSError):  # a full disk; the run has said so already
+            self._state.update(self.name, missed=missed)
+        if missed:
+            print(
+                f"warning: {self.name} missed {missed} records; `python scripts/sync.py --workdir=...` hands them in",
+                file=sys.stderr,
+            )
+
+    def _is_late(self, deadline: float) -> bool:
+        now = time.monotonic()
+        return now > deadline or now - self._moved > self.CALL_S
+
+
+class Trackers:
+    """A sink that hands everything to each of the trackers.
+
+    Args:
+      names: of `TRACKERS`.
+      facts: of the run.
+      make: opens a tracker; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        facts: Facts,
+        make: Callable[[str, Facts, Handle | None], Tracker] = open_tracker,
+    ):
+        assert set(names) <= set(TRACKERS), "config.py has checked the names"
+        self.status = FAILED  # until the run says otherwise
+        state = State(facts.workdir)
+        self._trackers = [
+            Isolated(name, lambda handle, name=name: make(name, facts, handle), state)  # type: ignore[misc]
+            for name in names
+        ]
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        values = dict(metrics)
+        self._put(lambda tracker: tracker.write(step, values))
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Adds facts that weren't known at the start, as the model's digest."""
+        self._put(lambda tracker: tracker.tag(tags))
+
+    def log_folder(self, name: str, folder: Path) -> None:
+        """Hands the files of a folder, which must stay as it is, to all trackers."""
+        self._put(lambda tracker: tracker.log_folder(name, folder))
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close(self.status)
+
+    def _put(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in self._trackers:
+            tracker.put(call)

@@ -1,0 +1,121 @@
+"""Weights & Biases: online with a key (WANDB_API_KEY, or after `wandb login`), else offline in the work folder.
+
+WANDB_MODE and WANDB_PROJECT count as they do elsewhere.
+"""
+
+import netrc
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import wandb
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError
+from clip_har_jax.mlops.tracking import FINISHED, Facts, Handle, Metrics
+
+PROJECT = "clip_har_jax"
+INIT_TIMEOUT_S = 30.0  # then the run is written offline
+
+
+class Wandb:
+    """One W&B run, new or continued under the same id."""
+
+    def __init__(self, facts: Facts, handle: Handle | None):
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        try:
+            self._run = self._init(facts, mode)
+        except Exception as error:  # nothing of the run is lost: it goes to the disk instead
+            if mode == "offline":
+                raise
+            print(f"warning: wandb: {str(error).strip().splitlines()[0]}; going on offline", file=sys.stderr)
+            wandb.teardown()
+            mode = "offline"
+            self._run = self._init(facts, mode)
+        self._run.define_metric("*", step_metric="step")
+        folders = list((handle or {}).get("folders", []))
+        if mode == "offline":
+            folders.append(os.path.dirname(self._run.settings.sync_file))
+        self.handle: Handle = {"id": self._run.id, "folders": folders}
+
+    @staticmethod
+    def _init(facts: Facts, mode: str) -> Any:
+        local = bundle.is_local(facts.workdir)
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=facts.run_id,
+            name=facts.name,
+            resume="allow" if mode == "online" else None,
+            config=facts.params | {"run": facts.tags},
+            dir=os.fspath(facts.workdir) if local else None,
+            mode=mode,  # type: ignore[arg-type]  # WANDB_MODE is checked by W&B itself
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=INIT_TIMEOUT_S,
+                x_disable_stats=True,  # the run's own system metrics go to all trackers
+                x_disable_meta=True,
+            ),
+        )
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        # A continued run may go back some steps, which W&B's own counter wouldn't take.
+        self._run.log({"step": step} | {name: value for name, value in metrics.items() if value is not None})
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._run.summary.update(dict(tags))
+
+    def log_folder(self, name: str, folder: Path) -> None:
+        artifact = wandb.Artifact(f"{name.replace('/', '-')}-{self._run.id}", type=name.split("/")[0])
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact)
+        for path in sorted(folder.rglob("*.png")):
+            self._run.log({f"{name}/{path.stem}": wandb.Image(str(path))})
+
+    def close(self, status: str) -> None:
+        self._run.summary["status"] = status
+        self._run.finish(exit_code=0 if status == FINISHED else 1)
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):  # where `wandb login` would have left it
+        return False
+
+
+def open_tracker(facts: Facts, handle: Handle | None) -> Wandb:
+    """A run under the run's own id, so that a continued one is the same run."""
+    return Wandb(facts, handle)
+
+
+def sync(
+    facts: Facts, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
+) -> tuple[str, Handle]:
+    """Uploads what was written offline, by W&B's own `wandb sync`; each folder once.
+
+    Raises:
+      UserError: W&B refuses it, or can't be reached.
+    """
+    local = [Path(folder) for folder in (handle or {}).get("folders", [])]
+    left = [path for path in local if path.is_dir() and not list(path.glob("*.synced"))]
+    if not left:
+        return "nothing is left offline", handle or {}
+    if not _has_key():
+        raise UserError("wandb: no key; set WANDB_API_KEY, or run `wandb login`")
+    for path in left:
+        command = [sys.executable, "-m", "wandb", "sync", "--id", facts.run_id, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not list(path.glob("*.synced")):
+            said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+            raise UserError(f"wandb: {path.name} wasn't uploaded: {said[-1]}")
+    return f"{len(left)} offline folders uploaded to run {facts.run_id}", handle or {}

@@ -1,0 +1,171 @@
+"""Keeps models in MLflow's registry, and says which one is served.
+
+  python scripts/registry.py register --model=runs/demo/model --export=runs/demo/export --evaluation=runs/demo/test
+  python scripts/registry.py promote --version=1 --max_latency_ms=50
+  python scripts/registry.py rollback
+  python scripts/registry.py list
+  python scripts/registry.py pull --output=served/har
+  python scripts/registry.py pull --output=served/har --watch --reload_url=http://127.0.0.1:8000/v1/models/har/reload
+
+The registry is where MLFLOW_TRACKING_URI says, else mlflow.db in this folder. Exits 0 when done, 1 when a gate refused
+a promotion, 2 on a mistake.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_har_jax import cli
+
+if TYPE_CHECKING:
+    from clip_har_jax.mlops.registry import Registry, Version
+
+
+def main() -> int:
+    arguments = _parse()
+
+    from clip_har_jax.mlops.registry import open_registry
+
+    registry = open_registry(arguments.name)
+    return arguments.act(registry, arguments)
+
+
+def register(registry: "Registry", arguments: argparse.Namespace) -> int:
+    version = registry.register(arguments.model, arguments.export, arguments.evaluation)
+    print(f"version {version.number} of {version.name}, digest {version.digest}")
+    return 0
+
+
+def promote(registry: "Registry", arguments: argparse.Namespace) -> int:
+    from clip_har_jax.mlops.gates import Gates
+
+    gates = Gates(arguments.min_gain, arguments.min_retention, arguments.max_latency_ms)
+    checks = registry.promote(arguments.version, arguments.alias, gates)
+    for check in checks:
+        print(f"{'passed' if check.passed else 'REFUSED'}  {check.name}: {check.detail}")
+    if not all(check.passed for check in checks):
+        print(f"version {arguments.version} was not promoted", file=sys.stderr)
+        return 1
+    print(f"version {arguments.version} is the {arguments.alias}")
+    return 0
+
+
+def rollback(registry: "Registry", arguments: argparse.Namespace) -> int:
+    version = registry.rollback(arguments.alias)
+    print(f"version {version.number} is the {arguments.alias} again, digest {version.digest}")
+    return 0
+
+
+def show(registry: "Registry", arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("version", "aliases", "digest", "top-1", "run", "git", box=None)
+    for version in registry.versions():
+        dirty = " (dirty)" if version.tags.get("git_dirty") == "True" else ""
+        git = version.tags.get("git_sha", "")[:10] + dirty
+        table.add_row(
+            str(version.number),
+            ", ".join(version.aliases),
+            version.digest[:12],
+            version.tags.get("top1", ""),
+            version.tags.get("run_id", ""),
+            git,
+        )
+    Console(highlight=False, soft_wrap=True).print(table)
+    return 0
+
+
+def pull(registry: "Registry", arguments: argparse.Namespace) -> int:
+    if not arguments.watch:
+        _announce(registry.pull(arguments.version, arguments.part, arguments.output), arguments)
+        return 0
+    here = None
+    while True:
+        try:
+            version = registry.find(arguments.version)
+            if version.number != here:
+                registry.pull(arguments.version, arguments.part, arguments.output)
+                _announce(version, arguments)
+                if arguments.reload_url:
+                    _reload(arguments.reload_url)
+                here = version.number
+        except Exception as error:  # the server goes on with what it has, and the watch goes on watching
+            print(f"warning: {str(error).splitlines()[0]}; trying again", file=sys.stderr, flush=True)
+        time.sleep(arguments.every_s)
+
+
+def _announce(version: "Version", arguments: argparse.Namespace) -> None:
+    print(f"version {version.number} of {version.name} in {arguments.output}, digest {version.digest}", flush=True)
+
+
+def _reload(url: str) -> None:
+    """Tells a server to open the new folder; the key is SERVING_API_KEY's."""
+    import urllib.request
+
+    key = os.environ.get("SERVING_API_KEY")
+    headers = {"Content-Type": "application/json"} | ({"X-API-Key": key} if key else {})
+    request = urllib.request.Request(url, data=json.dumps({}).encode(), headers=headers, method="POST")
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        answer.read()
+
+
+def _parse() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, act: object, what: str) -> argparse.ArgumentParser:
+        child = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        child.set_defaults(act=act)
+        child.add_argument("--name", default="har", help="the registered model, e.g. --name=har (default)")
+        return child
+
+    new = command("register", register, "upload a model as a new version")
+    new.add_argument("--model", type=Path, required=True, metavar="DIR", help="sealed, e.g. --model=runs/demo/model")
+    new.add_argument("--export", type=Path, metavar="DIR", help="made from it, e.g. --export=runs/demo/export")
+    new.add_argument("--evaluation", type=Path, metavar="DIR", help="of it, e.g. --evaluation=runs/demo/test")
+    up = command("promote", promote, "point an alias to a version that passes the gates")
+    up.add_argument("--version", required=True, help="number or alias, e.g. --version=3")
+    add_gates(up)
+    down = command("rollback", rollback, "point an alias to the version that had it before")
+    for child in (up, down):
+        child.add_argument("--alias", default="champion", help="e.g. --alias=champion (default)")
+    command("list", show, "show all versions")
+    get = command("pull", pull, "write a version's folder, checked against its digest")
+    get.add_argument("--version", default="champion", help="alias or number, e.g. --version=champion (default)")
+    get.add_argument(
+        "--part",
+        choices=("export", "model", "evaluation"),
+        default="export",
+        help="which of its folders, e.g. --part=export (default), which servers take",
+    )
+    get.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to, e.g. --output=served/har")
+    get.add_argument("--watch", action="store_true", help="follow the alias until stopped, e.g. --watch")
+    get.add_argument("--every_s", type=float, default=30, metavar="S", help="between looks, e.g. --every_s=30")
+    get.add_argument("--reload_url", metavar="URL", help="told after each pull (POST), e.g. that of a local server")
+    return parser.parse_args()
+
+
+def add_gates(parser: argparse.ArgumentParser) -> None:
+    """The bounds of a promotion."""
+    parser.add_argument(
+        "--min_gain",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="the 95%% interval of top-1's gain over the champion must lie above, e.g. --min_gain=-0.02",
+    )
+    parser.add_argument(
+        "--min_retention", type=float, metavar="X", help="share of zero-shot accuracy left, e.g. --min_retention=0.95"
+    )
+    parser.add_argument(
+        "--max_latency_ms", type=float, metavar="MS", help="for one image, measured here, e.g. --max_latency_ms=50"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
