@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,9 @@ def test_mlflow_holds_one_run_with_all_of_it(tracked):
     assert "model.safetensors" in {Path(entry.path).name for entry in client.list_artifacts(run.info.run_id, "model")}
 
 
-def test_tensorboard_reads_the_event_files(tracked):
+def test_tensorboard_reads_the_event_files(tracked, monkeypatch):
+    # Its own stub in TensorFlow's place, which takes seconds to import.
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(os.fspath(tracked.workdir / "tensorboard"), {"images": 0, "tensors": 0})

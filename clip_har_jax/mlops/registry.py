@@ -129,7 +129,12 @@ class Registry:
     def _read(self, item: ModelVersion) -> Version:
         aliases = [alias for alias, version in self._aliases().items() if version == int(item.version)]
         return Version(
-            self.name, int(item.version), item.tags.get("digest", ""), tuple(aliases), dict(item.tags), item.source
+            self.name,
+            int(item.version),
+            item.tags.get("digest", ""),
+            tuple(aliases),
+            dict(item.tags),
+            item.source or "",
         )
 
     def _aliases(self) -> dict[str, int]:
@@ -209,7 +214,11 @@ class Registry:
             if not folder.is_dir():
                 raise UserError(f"version {version.number} of {self.name!r} was registered without its {part}")
             output.parent.mkdir(parents=True, exist_ok=True)
-            bundle.replace_folder(output, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True) and None)
+
+            def fill(target: Path) -> None:
+                shutil.copytree(folder, target, dirs_exist_ok=True)
+
+            bundle.replace_folder(output, fill)
         return version
 
     def _download(self, version: Version, target: Path) -> Path:
