@@ -16,6 +16,7 @@ KINDS = {
     "synthetic": ("", ("split",)),
     "folder": ("PATH", ("split",)),
     "csv": ("FILE", ("images",)),
+    "manifest": ("FILE", ("split", "images", "cache")),
     "tfds": ("NAME", ("split", "data_dir")),
     "hf": ("OWNER/NAME", ("split",)),
 }
@@ -207,9 +208,14 @@ def label_ids(names: Sequence[str], labels: Sequence[str], where: str) -> list[i
     """The position of each example's label in the list of classes.
 
     Raises:
-      UserError: a label outside the list (names it and the nearest one), or a class listed twice.
+      UserError: a label outside the list (names it and the nearest one), a class listed twice, or two that differ only
+        in case, which a model can't tell apart by their names.
     """
     ids = {label: i for i, label in enumerate(labels)}
+    by_case: dict[str, str] = {}
+    for label in labels:
+        if (other := by_case.setdefault(label.casefold(), label)) != label:
+            raise UserError(f"{where}: classes {other!r} and {label!r} differ only in case; give both one name")
     if len(ids) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         raise UserError(f"{where}: class {twice!r} is listed twice; list each class once")

@@ -58,7 +58,7 @@ def test_spec_is_parsed_as_typed(text: str, spec: Spec) -> None:
     ("text", "said"),
     [
         ("foldr:/x", "did you mean 'folder'"),
-        ("", "accepted: 'synthetic', 'folder', 'csv', 'tfds', 'hf'"),
+        ("", "accepted: 'synthetic', 'folder', 'csv', 'manifest', 'tfds', 'hf'"),
         ("video:/x", "unknown kind 'video'"),
         ("data/train.csv", "write csv:data/train.csv"),
         ("folder:", "write folder:PATH"),

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from clip_har_jax.data import synthetic
+from clip_har_jax.data.cache import CachedRecords
+from clip_har_jax.data.manifest import read_split
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.preprocess import BadImage
 from clip_har_jax.specs import Spec, find_split, label_ids, list_files, parse_spec
 
 
@@ -64,6 +67,30 @@ class FileSource:
 
     def __getitem__(self, i: int) -> Example:
         return Example(Path(self.paths[i]).read_bytes(), int(self.label_ids[i]), self.paths[i])
+
+
+class ManifestSource(FileSource):
+    """A split of a manifest: its files, each checked when it is read, or its cached images."""
+
+    def __init__(self, spec: Spec, split: str, labels: Sequence[str]):
+        rows = read_split(spec, split)
+        self.labels = tuple(labels) or rows.labels
+        self.label_ids = np.asarray(label_ids(rows.names, self.labels, str(spec)), np.int32)
+        self.paths, self.sha256, self.weights = rows.paths, rows.sha256, rows.weights
+        self.manifest_sha256 = rows.digest
+        cache = spec.options.get("cache")
+        folder = Path(spec.path).expanduser().parent / f"cache_{cache}px"
+        self.records = CachedRecords(folder, rows.split, rows.digest) if cache else None
+        self.fingerprint = _fingerprint("manifest", rows.digest, rows.split, cache, self.labels)
+
+    def __getitem__(self, i: int) -> Example:
+        if self.records is not None:
+            return Example(self.records[i], int(self.label_ids[i]), self.paths[i])
+        example = super().__getitem__(i)
+        assert isinstance(example.data, bytes)
+        if hashlib.sha256(example.data).hexdigest() != self.sha256[i]:
+            raise BadImage("changed since its manifest was written")
+        return example
 
 
 class SyntheticSource:
@@ -135,6 +162,15 @@ class SubsetSource:
         return self.source[int(self.indices[i])]
 
 
+def manifest_of(source: Source) -> str | None:
+    """The checksum of the manifest that a source, or what it is a part of, comes from; None where there is none."""
+    while not hasattr(source, "manifest_sha256"):
+        if not hasattr(source, "source"):
+            return None
+        source = source.source
+    return source.manifest_sha256
+
+
 def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False) -> Source:
     """The examples that a SPEC names.
 
@@ -148,7 +184,14 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
       UserError: the SPEC, or what it names, isn't usable; says what to do.
     """
     spec = parse_spec(text)
-    makers = {"synthetic": _synthetic, "folder": _files, "csv": _files, "tfds": _tfds, "hf": _hf}
+    makers: dict[str, Callable[[Spec, str, Sequence[str]], Source]] = {
+        "synthetic": _synthetic,
+        "folder": _files,
+        "csv": _files,
+        "manifest": ManifestSource,
+        "tfds": _tfds,
+        "hf": _hf,
+    }
     source = makers[spec.kind](spec, spec.options.get("split", default_split), labels)
     if not len(source):
         raise UserError(f"{spec}: no examples in it; choose another split")

@@ -1,4 +1,6 @@
-"""Which examples are for training and which for validation."""
+"""Which examples are for training, which for validation and which for test."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -24,3 +26,47 @@ def hold_out(
         held.append(np.random.default_rng((seed, int(label))).permutation(positions)[:count])
     val = np.sort(np.concatenate(held)) if held else np.empty(0, np.int64)
     return np.setdiff1d(np.arange(len(label_ids)), val), val
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of the examples for validation and test; the rest is for training."""
+
+    val: float = 0.1
+    test: float = 0.2
+
+
+def assign_splits(
+    label_ids: Int32[np.ndarray, " n"], groups: Int32[np.ndarray, " n"], shares: Shares, seed: int
+) -> list[str]:
+    """The split of each example: near duplicates stay together, and each class has the same shares.
+
+    The largest groups of a class come first, each to the split that misses most; single examples then fill up, so
+    that a class without large groups is split exactly. A function of its arguments alone.
+
+    Args:
+      label_ids: each example's class; those of a group are equal, else the group is excluded.
+      groups: each example's group.
+      shares: of the examples of each class.
+      seed: which examples.
+    """
+    wanted = {"train": 1 - shares.val - shares.test, "val": shares.val, "test": shares.test}
+    splits = ["excluded"] * len(label_ids)
+    members: dict[int, list[int]] = {}
+    for i, number in enumerate(groups.tolist()):
+        members.setdefault(number, []).append(i)
+    by_class: dict[int, list[list[int]]] = {}
+    for positions in members.values():
+        labels = set(label_ids[positions].tolist())
+        if len(labels) == 1:
+            by_class.setdefault(labels.pop(), []).append(positions)
+    for label, found in sorted(by_class.items()):
+        order = np.random.default_rng((seed, label)).permutation(len(found))
+        shuffled = sorted((found[k] for k in order), key=len, reverse=True)  # stable: equal sizes stay shuffled
+        total, have = sum(map(len, found)), dict.fromkeys(wanted, 0)
+        for positions in shuffled:
+            split = max(wanted, key=lambda name: (wanted[name] * total - have[name], wanted[name]))
+            have[split] += len(positions)
+            for i in positions:
+                splits[i] = split
+    return splits

@@ -10,7 +10,7 @@ import numpy as np
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
-from clip_har_jax.data.sources import Example, Source, make_source
+from clip_har_jax.data.sources import Example, Source, make_source, manifest_of
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
 from clip_har_jax.inference.backends import JaxBackend
@@ -95,6 +95,7 @@ def evaluate_model(
         "model digest": backend.digest or "none: the folder is not sealed",
         "data": data,
         "data fingerprint": source.fingerprint,
+        "manifest SHA-256": manifest_of(data_source) or "none: the data is no manifest",
         "command": _command(model, data, output, classes, batch_size, max_bad_fraction),
     }
     write_result(result, output, [source.names[i] for i in result.predictions.index.tolist()], about)

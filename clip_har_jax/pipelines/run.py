@@ -15,7 +15,7 @@ from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
-from clip_har_jax.data.sources import Source, SubsetSource, make_source
+from clip_har_jax.data.sources import Source, SubsetSource, make_source, manifest_of
 from clip_har_jax.data.splits import hold_out
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
@@ -220,7 +220,12 @@ class Run:
         specs = {"train": self.config.data.train, "val": self.config.data.val or self.config.data.train}
         sources = {"train": self.data.train, "val": self.data.val}
         return {
-            name: {"spec": specs[name], "num_examples": len(source), "fingerprint": source.fingerprint}
+            name: {
+                "spec": specs[name],
+                "num_examples": len(source),
+                "fingerprint": source.fingerprint,
+                "manifest_sha256": manifest_of(source),
+            }
             for name, source in sources.items()
         }
 

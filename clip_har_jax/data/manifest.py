@@ -1,0 +1,165 @@
+"""Split manifests: which file is in which split, with checksums, so that a run can name it and no change is unseen."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.specs import Spec, find_split
+
+FORMAT = 1
+SCHEMA = pa.schema(
+    {
+        "path": pa.string(),  # below the root, with forward slashes
+        "sha256": pa.string(),
+        "label": pa.string(),
+        "group": pa.int32(),  # near duplicates share one
+        "split": pa.string(),  # train, val, test, or excluded
+        "weight": pa.float32(),  # how much the example counts in sampling by weight; may be edited
+        "bytes": pa.int64(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "brightness": pa.float32(),  # mean grey level, 0 to 1
+        "contrast": pa.float32(),  # its standard deviation
+    }
+)
+PROMISED = ("path", "sha256", "label", "group", "split")  # what the checksum is over
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A split manifest.
+
+    Attributes:
+      table: rows of SCHEMA, sorted by path.
+      root: the folder that the paths are below.
+      about: how it was made: the data's SPECs, the seed, the shares.
+    """
+
+    table: pa.Table
+    root: Path
+    about: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what the manifest promises: each file, its content, label, group and split."""
+        digest = hashlib.sha256()
+        for row in zip(*(self.table.column(name).to_pylist() for name in PROMISED), strict=True):
+            digest.update(json.dumps(row).encode() + b"\n")
+        return digest.hexdigest()
+
+    def column(self, name: str) -> list[Any]:
+        return self.table.column(name).to_pylist()
+
+
+def make_manifest(rows: Sequence[Mapping[str, Any]], root: Path, about: Mapping[str, Any]) -> Manifest:
+    return Manifest(pa.Table.from_pylist(sorted(rows, key=lambda row: row["path"]), SCHEMA), root, about)
+
+
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Writes a manifest; whole or not at all."""
+    about = {"format": FORMAT, "digest": manifest.digest, "root": str(manifest.root), "about": dict(manifest.about)}
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(manifest.table.replace_schema_metadata({"manifest": json.dumps(about)}), partial)
+    partial.replace(path)
+
+
+def read_manifest(path: Path, root: Path | None = None) -> Manifest:
+    """Reads a manifest and checks its checksum.
+
+    Args:
+      path: the manifest.
+      root: the folder that its paths are below; None: the one it names, else the one it lies in.
+
+    Raises:
+      UserError: not a manifest, or changed since it was written.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: {'not a file' if path.exists() else 'no such file'}; prepare_data.py writes manifests"
+        )
+    try:
+        table = pq.read_table(path)
+        about = json.loads((table.schema.metadata or {})[b"manifest"])
+        table = table.replace_schema_metadata(None).select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a manifest ({_line(error)}); prepare_data.py writes them") from error
+    if about["format"] != FORMAT:
+        raise UserError(f"{path}: a manifest of format {about['format']}, not {FORMAT}; run prepare_data.py again")
+    if root is None:
+        root = Path(about["root"])
+        root = root if root.is_dir() else path.parent
+    manifest = Manifest(table, root, about["about"])
+    if manifest.digest != about["digest"]:
+        raise UserError(f"{path}: was changed after prepare_data.py wrote it (its checksum differs); run it again")
+    return manifest
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one split; parallel lists."""
+
+    split: str
+    labels: tuple[str, ...]  # of the whole manifest
+    paths: list[str]
+    names: list[str]  # the label of each
+    sha256: list[str]
+    weights: np.ndarray  # float32
+    digest: str  # of the manifest
+
+
+def read_split(spec: Spec, split: str) -> SplitRows:
+    """The rows of a split that `manifest:FILE` names, after a look at each file.
+
+    Raises:
+      UserError: no such split, or files that are missing or of another size; names the first, with their number.
+    """
+    path = Path(spec.path).expanduser()
+    manifest = read_manifest(path, Path(spec.options["images"]).expanduser() if "images" in spec.options else None)
+    available = sorted(set(manifest.column("split")) - {"excluded"})
+    found = find_split(split, available, "split" in spec.options)
+    if found is None:
+        raise UserError(f"{spec}: no split {split!r}; it has {', '.join(available)}; say ?split=NAME")
+    rows = manifest.table.filter(pc.equal(manifest.table.column("split"), found))
+    paths = [str(manifest.root / name) for name in rows.column("path").to_pylist()]
+    if "cache" not in spec.options:  # whose records were made from files that were there then
+        _check_files(path, paths, rows.column("bytes").to_pylist(), manifest.root)
+    return SplitRows(
+        found,
+        tuple(sorted(set(manifest.column("label")))),
+        paths,
+        rows.column("label").to_pylist(),
+        rows.column("sha256").to_pylist(),
+        rows.column("weight").to_numpy(),
+        manifest.digest,
+    )
+
+
+def _check_files(manifest: Path, paths: Sequence[str], sizes: Sequence[int], root: Path) -> None:
+    changed = [path for path, size in zip(paths, sizes, strict=True) if _size(path) != size]
+    if changed:
+        what = "is missing" if _size(changed[0]) is None else "has another size"
+        raise UserError(
+            f"{manifest}: {len(changed)} of {len(paths)} files changed since it was written, the first is "
+            f"{changed[0]}, which {what}; run prepare_data.py again, or say "
+            f"?images=DIR if the files are elsewhere than in {root}"
+        )
+
+
+def _size(path: str) -> int | None:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return None

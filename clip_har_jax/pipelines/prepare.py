@@ -1,0 +1,315 @@
+"""Labelled images in, a leak-free split manifest out, with the page that shows what is in them."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from clip_har_jax import bundle
+from clip_har_jax.config import DataConfig
+from clip_har_jax.data.cache import write_cache
+from clip_har_jax.data.duplicates import Signature, find_pairs, group, make_signature
+from clip_har_jax.data.manifest import Manifest, make_manifest, read_manifest, write_manifest
+from clip_har_jax.data.quality import Facts, find_suspects, measure
+from clip_har_jax.data.sources import FileSource, Source, make_source
+from clip_har_jax.data.splits import Shares, assign_splits
+from clip_har_jax.data.workers import map_in_workers
+from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.data_report import make_data_report
+from clip_har_jax.preprocess import BadImage, decode
+from clip_har_jax.specs import label_ids
+
+SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "MPO": ".jpg"}
+
+
+class Scanned(NamedTuple):
+    """What is kept of an image that was read."""
+
+    sha256: str
+    bytes: int
+    facts: Facts
+    signature: Signature
+
+
+class Pooled:
+    """Several sources one after the other, under the union of their labels."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = sources
+        names = [source.labels[i] for source in sources for i in source.label_ids]
+        self.labels = tuple(sorted(set(names)))
+        self.label_ids = np.asarray(label_ids(names, self.labels, "--data"), np.int32)
+        self.given = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
+        self._start = np.cumsum([0, *(len(source) for source in sources)])
+
+    def __len__(self) -> int:
+        return len(self.label_ids)
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        """An encoded image and its name; OSError where it can't be read."""
+        source = self.sources[self.given[i]]
+        example = source[int(i - self._start[self.given[i]])]
+        if isinstance(example.data, bytes):
+            return example.data, example.name
+        Image.fromarray(example.data).save(buffer := io.BytesIO(), "PNG")
+        return buffer.getvalue(), example.name
+
+    def path(self, i: int) -> str | None:
+        """Its file, where the source has files."""
+        source = self.sources[self.given[i]]
+        return source.paths[int(i - self._start[self.given[i]])] if isinstance(source, FileSource) else None
+
+
+def _scan(source: Pooled, i: int) -> Scanned | tuple[str, str]:
+    """What is kept of an image, or its name and why it can't be read."""
+    name = source.path(i) or f"example {i}"
+    try:
+        data, name = source.read(i)
+        image = decode(data, DataConfig.max_megapixels)
+        return Scanned(hashlib.sha256(data).hexdigest(), len(data), measure(image), make_signature(image))
+    except BadImage as error:
+        return name, str(error)
+    except OSError as error:
+        return str(error.filename or name), f"can't be read ({error.strerror or error})"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found and wrote."""
+
+    manifest: Manifest
+    bad: list[tuple[str, str]]  # name, reason
+    duplicates: list[
+        dict[str, Any]
+    ]  # groups of more than one: members with label, split and the set they were given in
+    suspects: list[dict[str, Any]]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The contents of prepare.json."""
+        splits = self.manifest.column("split")
+        return {
+            "manifest_sha256": self.manifest.digest,
+            "num_examples": len(splits),
+            "num_unreadable": len(self.bad),
+            "splits": {name: splits.count(name) for name in ("train", "val", "test", "excluded")},
+            "duplicate_groups": len(self.duplicates),
+            "identical_groups": sum(entry["identical"] for entry in self.duplicates),
+            "conflicting_groups": sum(entry["conflict"] for entry in self.duplicates),
+            "crossing_groups": sum(entry["crosses"] for entry in self.duplicates),
+            "num_suspects": len(self.suspects),
+            **self.manifest.about,
+        }
+
+
+def prepare(
+    data: Sequence[str],
+    output: Path,
+    test: str = "",
+    shares: Shares = Shares(),  # noqa: B008
+    seed: int = 0,
+    cache_px: int | None = None,
+    model: str = "",
+    reference: str = "",
+    max_bad_fraction: float = DataConfig.max_bad_fraction,
+    num_workers: int | None = None,
+) -> Prepared:
+    """Finds near duplicates, splits by group and class, and writes the manifest and its page.
+
+    Args:
+      data: SPECs of the data.
+      output: manifest.parquet, duplicates.json, bad_inputs.jsonl, prepare.json and report.html are written there; and
+        images/, of data that has no files of its own.
+      test: the SPEC of a test set that stays as it is: what is near one of its images is left out of the others.
+      shares: of validation and test; of test none is taken where there is a test set.
+      seed: of the split.
+      cache_px: shorter side of the images in cache_<px>px/, shards for training; None: none are written.
+      model: a CLIP whose features tell labels that may be wrong; empty: none are looked for.
+      reference: an earlier manifest to compare with.
+      max_bad_fraction: share of unreadable images above which nothing is written.
+      num_workers: processes; None: one a core.
+
+    Raises:
+      UserError: a mistake in the arguments or the data; more bad images than allowed.
+    """
+    if not (0 <= shares.val < 1 and 0 <= shares.test < 1 and shares.val + shares.test < 1):
+        raise UserError(f"--val_fraction={shares.val:g} --test_fraction={shares.test:g}: nothing is left for training")
+    earlier = read_manifest(Path(reference)) if reference else None
+    specs = [*data, *([test] if test else [])]
+    source = Pooled([make_source(spec, "test" if spec is test else "train") for spec in specs])
+    make_folder(output)
+    outcomes = list(map_in_workers(_scan, source, len(source), num_workers, "reading"))
+    kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]
+    scanned = [outcome for outcome in outcomes if isinstance(outcome, Scanned)]
+    bad = [outcome for outcome in outcomes if not isinstance(outcome, Scanned)]
+    _write_bad(output / "bad_inputs.jsonl", bad, len(source), max_bad_fraction)
+    groups, pairs = find_groups(scanned)
+    ids = source.label_ids[kept]
+    splits = assign_splits(ids, groups, Shares(shares.val, 0.0 if test else shares.test), seed)
+    if test:
+        splits = _keep_test(splits, groups, source.given[kept] == len(data))
+    paths, root = _place(source, kept, scanned, output)
+    sizes = np.bincount(groups)
+    rows = [
+        {"path": path, "sha256": one.sha256, "label": source.labels[label], "group": int(number), "split": split}
+        | {"weight": 1 / float(sizes[number]), "bytes": one.bytes, **one.facts._asdict()}
+        for path, one, label, number, split in zip(paths, scanned, ids, groups, splits, strict=True)
+    ]
+    about = {"data": list(data), "test": test, "seed": seed, "val_fraction": shares.val, "test_fraction": shares.test}
+    manifest = make_manifest(rows, root, about)
+    duplicates = _list_duplicates(rows, pairs, [specs[i] for i in source.given[kept]])
+    suspects = _find_suspects(model, rows, root, ids, groups, source.labels) if model else []
+    prepared = Prepared(manifest, bad, duplicates, suspects)
+    write_manifest(manifest, output / "manifest.parquet")
+    bundle.write_json(output / "duplicates.json", duplicates)
+    if cache_px:
+        write_cache(manifest, output / f"cache_{cache_px}px", cache_px, num_workers)
+    page = make_data_report(manifest, prepared.summary, duplicates, suspects, bad, earlier)
+    (output / "report.html").write_text(page, encoding="utf-8")
+    bundle.write_json(output / "prepare.json", prepared.summary)
+    return prepared
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={path}: can't be made ({error.strerror})") from error
+
+
+def _write_bad(path: Path, bad: Sequence[tuple[str, str]], count: int, max_fraction: float) -> None:
+    lines = [json.dumps({"input": name, "error": reason}) + "\n" for name, reason in bad]
+    path.write_text("".join(lines), encoding="utf-8")
+    if len(bad) > max_fraction * count:
+        raise UserError(
+            f"{len(bad)} of {count} images can't be read, the first is {bad[0][0]}: {bad[0][1]}, all in {path}; mend "
+            "or remove them, or raise --max_bad_fraction"
+        )
+    if len(bad) == count:
+        raise UserError(f"none of the {count} images can be read; the first is {bad[0][0]}: {bad[0][1]}")
+
+
+def find_groups(scanned: Sequence[Scanned]) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
+    """Each image's group, and the pairs that made the groups; similarity 1 where the files are identical."""
+    first: dict[str, int] = {}
+    pairs: list[tuple[int, int, float]] = []
+    for i, one in enumerate(scanned):
+        if one.sha256 in first:
+            pairs.append((first[one.sha256], i, 1.0))
+        else:
+            first[one.sha256] = i
+    unique = list(first.values())
+    near = find_pairs([scanned[i].signature for i in unique])
+    pairs += [(unique[a], unique[b], alike) for a, b, alike in near]
+    return group(len(scanned), [(a, b) for a, b, _ in pairs]), sorted(pairs)
+
+
+def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> list[str]:
+    """The splits with the given test set as test, and what shares a group with it nowhere."""
+    near = np.isin(groups, groups[in_test])
+    return [
+        "test" if test else "excluded" if touched else split
+        for split, test, touched in zip(splits, in_test, near, strict=True)
+    ]
+
+
+def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], output: Path) -> tuple[list[str], Path]:
+    """The files' paths below a common folder, and that folder; images that have no file are written to images/."""
+    files = [source.path(i) for i in kept]
+    if any(file is None for file in files):
+        folder = output / "images"
+        folder.mkdir(exist_ok=True)
+        names = []
+        for i, one in zip(kept, scanned, strict=True):
+            data, _ = source.read(i)
+            with Image.open(io.BytesIO(data)) as image:
+                name = f"images/{one.sha256[:16]}-{i:07d}{SUFFIXES.get(image.format or '', '.img')}"
+            (output / name).write_bytes(data)
+            names.append(name)
+        return names, output.resolve()
+    absolute = [Path(file).absolute() for file in files if file is not None]
+    root = Path(os.path.commonpath([path.parent for path in absolute]))
+    return [path.relative_to(root).as_posix() for path in absolute], root
+
+
+def _list_duplicates(
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int, float]], given: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The contents of duplicates.json: each group of more than one image."""
+    members: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(row["group"], []).append(i)
+    least: dict[int, float] = {}
+    for a, _, alike in pairs:
+        number = rows[a]["group"]
+        least[number] = min(least.get(number, 1.0), alike)
+    return [
+        {
+            "group": number,
+            "similarity": round(least[number], 4),
+            "identical": len({rows[i]["sha256"] for i in positions}) == 1,
+            "conflict": len({rows[i]["label"] for i in positions}) > 1,
+            "crosses": len({given[i] for i in positions}) > 1,
+            "members": [
+                {"path": rows[i]["path"], "label": rows[i]["label"], "split": rows[i]["split"], "data": given[i]}
+                for i in positions
+            ],
+        }
+        for number, positions in sorted(members.items())
+        if len(positions) > 1
+    ]
+
+
+def _find_suspects(
+    model: str,
+    rows: Sequence[Mapping[str, Any]],
+    root: Path,
+    ids: np.ndarray,
+    groups: np.ndarray,
+    labels: Sequence[str],
+) -> list[dict[str, Any]]:
+    from clip_har_jax.inference.predictor import Predictor
+
+    predictor = Predictor(model, labels)
+    size = predictor.batch_size
+    features = [
+        predictor.embed([root / row["path"] for row in rows[start : start + size]])
+        for start in range(0, len(rows), size)
+    ]
+    return [
+        {
+            "path": rows[suspect.position]["path"],
+            "label": rows[suspect.position]["label"],
+            "suggested": labels[suspect.suggested],
+            "share": suspect.share,
+        }
+        for suspect in find_suspects(np.concatenate(features), ids, groups)
+    ]
+
+
+def print_prepared(prepared: Prepared, output: Path) -> None:
+    """A short table: what was found and where it lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summary, table = prepared.summary, Table(show_header=False, box=None)
+    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items() if count)
+    table.add_row("images", f"{summary['num_examples']} ({splits})")
+    if prepared.bad:
+        table.add_row("unreadable", f"{len(prepared.bad)}, listed in {output / 'bad_inputs.jsonl'}")
+    table.add_row(
+        "duplicates",
+        f"{summary['duplicate_groups']} groups ({summary['identical_groups']} of identical files, "
+        f"{summary['conflicting_groups']} with different labels, {summary['crossing_groups']} across the given sets), "
+        f"listed in {output / 'duplicates.json'}",
+    )
+    table.add_row("manifest", f"{output / 'manifest.parquet'}, SHA-256 {summary['manifest_sha256'][:12]}")
+    table.add_row("report", str(output / "report.html"))
+    Console(highlight=False, soft_wrap=True).print(table)

@@ -1,0 +1,90 @@
+"""Finds near duplicates in labelled images and splits them into train, val and test without leaks.
+
+  python scripts/prepare_data.py --data=folder:photos --output=prepared
+  python scripts/train.py --config=configs/demo.py --workdir=runs/photos \\
+      --config.data.train=manifest:prepared/manifest.parquet --config.data.val=manifest:prepared/manifest.parquet
+
+Copies of one photograph, re-encoded, resized, cropped or framed, stay in one split; copies with different labels are
+left out of all. Writes manifest.parquet (path, sha256, label, group, split), duplicates.json, report.html (look at it)
+and prepare.json. A function of the data, the shares and the seed.
+"""
+
+import argparse
+from pathlib import Path
+
+from clip_har_jax import cli
+
+
+def main() -> None:
+    arguments = _parse()
+
+    from clip_har_jax.data.splits import Shares
+    from clip_har_jax.pipelines.prepare import prepare, print_prepared
+
+    prepared = prepare(
+        arguments.data,
+        arguments.output,
+        arguments.test,
+        Shares(arguments.val_fraction, arguments.test_fraction),
+        arguments.seed,
+        arguments.cache_px,
+        arguments.model,
+        arguments.reference,
+        arguments.max_bad_fraction,
+        arguments.num_workers,
+    )
+    print_prepared(prepared, arguments.output)
+
+
+def _parse() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        action="append",
+        metavar="SPEC",
+        help="labelled images; several are pooled, e.g. --data=csv:train.csv --data=csv:more.csv",
+    )
+    add("--output", required=True, type=Path, metavar="DIR", help="where to write, e.g. --output=prepared")
+    add(
+        "--test",
+        default="",
+        metavar="SPEC",
+        help="a test set that stays as it is: what is near one of its images is left out, e.g. --test=csv:test.csv",
+    )
+    add("--val_fraction", type=float, default=0.1, metavar="F", help="share for validation, e.g. --val_fraction=0.1")
+    add("--test_fraction", type=float, default=0.2, metavar="F", help="share for test, e.g. --test_fraction=0.2")
+    add("--seed", type=int, default=0, metavar="N", help="of the split, e.g. --seed=0 (default)")
+    add(
+        "--cache_px",
+        type=int,
+        metavar="PX",
+        help="also write images whose shorter side is PX into shards, which training reads faster by "
+        "manifest:FILE?split=train&cache=PX, e.g. --cache_px=256",
+    )
+    add(
+        "--model",
+        default="",
+        metavar="PATH",
+        help="a CLIP whose features tell labels that may be wrong, e.g. --model=runs/demo/model",
+    )
+    add(
+        "--reference",
+        default="",
+        metavar="FILE",
+        help="an earlier manifest to compare with, e.g. --reference=old/manifest.parquet",
+    )
+    add(
+        "--max_bad_fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="share of unreadable images above which nothing is written, e.g. --max_bad_fraction=0.01 (default)",
+    )
+    add("--num_workers", type=int, metavar="N", help="processes, by default one a core, e.g. --num_workers=4")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
