@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from clip_har_jax.errors import UserError, nearest
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 HEADS = ("cosine", "linear", "mlp", "cross_attention", "adapter", "tip_adapter")
+THRESHOLDS = ("abstain", "coverage", "split_conformal", "aps")
 PREPROCESS = "clip_har_jax.preprocess"  # the file that decodes and resizes images for an exported model
 
 
@@ -28,6 +29,7 @@ class Actions:
       temperature: what logits are divided by before the softmax.
       head: how features become logits; cosine: similarity to the class embeddings, so that classes can be given by
         their names; any other stands in head.safetensors and knows its own classes only.
+      thresholds: probabilities by the names in `THRESHOLDS`, see `evaluation.calibration`; empty: not calibrated.
       preprocess_version: of an exported model, the `preprocess.PREPROCESS_VERSION` that its images need; None: any.
     """
 
@@ -35,6 +37,7 @@ class Actions:
     prompts: dict[str, tuple[str, ...]]
     temperature: float = 1.0
     head: str = "cosine"
+    thresholds: dict[str, float] = field(default_factory=dict)
     preprocess_version: int | None = None
 
 
@@ -83,6 +86,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def write_actions(folder: str | Path, actions: Actions) -> None:
     """Writes actions.json."""
     fields = {key: getattr(actions, key) for key in ("labels", "prompts", "temperature", "head")}
+    if actions.thresholds:
+        fields["thresholds"] = actions.thresholds
     if actions.preprocess_version is not None:
         fields["preprocess"] = {"name": PREPROCESS, "version": actions.preprocess_version}
     write_json(Path(folder) / "actions.json", fields)
@@ -101,7 +106,7 @@ def read_actions(folder: str | Path) -> Actions:
     """
     path = Path(folder) / "actions.json"
     values = read_object(path)
-    known = ("labels", "prompts", "temperature", "head", "preprocess")
+    known = ("labels", "prompts", "temperature", "head", "thresholds", "preprocess")
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: key {unknown[0]!r} is unknown; {nearest(unknown[0], list(known))}")
     if missing := sorted({"labels", "prompts"} - set(values)):
@@ -119,7 +124,20 @@ def read_actions(folder: str | Path) -> Actions:
     if head not in HEADS:
         raise UserError(f"{path}: key 'head' is {head!r}; {nearest(str(head), list(HEADS))}")
     texts = {label: _texts(prompts[label], path, f"prompts.{label}") for label in labels}
-    return Actions(labels, texts, float(temperature), head, _preprocess_version(values.get("preprocess"), path))
+    thresholds = _thresholds(values.get("thresholds", {}), path)
+    version = _preprocess_version(values.get("preprocess"), path)
+    return Actions(labels, texts, float(temperature), head, thresholds, version)
+
+
+def _thresholds(value: Any, path: Path) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: key 'thresholds' is {value!r}; an object of probabilities is needed")
+    for name, threshold in value.items():
+        if name not in THRESHOLDS:
+            raise UserError(f"{path}: key 'thresholds.{name}' is unknown; {nearest(name, list(THRESHOLDS))}")
+        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+            raise UserError(f"{path}: key 'thresholds.{name}' must be a probability, not {threshold!r}")
+    return {name: float(threshold) for name, threshold in value.items()}
 
 
 def _preprocess_version(value: Any, path: Path) -> int | None:

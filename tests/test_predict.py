@@ -212,7 +212,7 @@ def test_the_command_prints_json(model: Path, photos: Path, predictor: Predictor
     wanted = predictor.predict([photos / "a.png"])[0].to_dict()
     assert entries[0]["label"] == wanted["label"]
     assert [item["label"] for item in entries[0]["top"]] == [item["label"] for item in wanted["top"]]
-    assert set(entries[0]) == {"input", "label", "score", "top"}
+    assert set(entries[0]) == {"input", "label", "score", "top", "abstained"}
     assert set(entries[0]["top"][0]) == {"label", "score"}
 
 

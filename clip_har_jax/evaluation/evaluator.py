@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Float32, Int, Int32, UInt8
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.bundle import write_json
+from clip_har_jax.evaluation.calibration import fit_scores
 from clip_har_jax.evaluation.metrics import ClassificationState, log_softmax
 
 
@@ -21,7 +23,12 @@ class Predictions:
     index: Int32[np.ndarray, " n"]  # position in the source
     label: Int32[np.ndarray, " n"]
     predicted: Int32[np.ndarray, " n"]
-    probs: Float32[np.ndarray, "n c"]
+    logits: Float32[np.ndarray, "n c"]  # temperature included
+
+    @cached_property
+    def probs(self) -> Float32[np.ndarray, "n c"]:
+        """Class probabilities."""
+        return np.exp(log_softmax(self.logits)).astype(np.float32)
 
     @property
     def score(self) -> Float32[np.ndarray, " n"]:
@@ -80,7 +87,10 @@ def evaluate(
         if num_mistakes:
             mistakes = _most_confident([*mistakes, *_mistakes(part, batch.image, rows)], num_mistakes)
     metrics = state.compute(labels) | {"num_unreadable": unreadable}
-    return EvalResult(tuple(labels), metrics, state.confusion, _join(parts), tuple(mistakes))
+    predictions = _join(parts)
+    for name in ("ece_adaptive", "brier"):
+        metrics[name] = fit_scores(predictions.probs, predictions.label)[name]
+    return EvalResult(tuple(labels), metrics, state.confusion, predictions, tuple(mistakes))
 
 
 def _predictions(
@@ -88,9 +98,10 @@ def _predictions(
 ) -> tuple[Predictions, np.ndarray]:
     """A batch's predictions, and the rows they stand in."""
     rows = np.flatnonzero(counts)
-    probs = np.exp(log_softmax(logits[rows])).astype(np.float32)
-    predicted = logits[rows].argmax(axis=-1).astype(np.int32)
-    return Predictions(index[rows].astype(np.int32), label[rows].astype(np.int32), predicted, probs), rows
+    own = logits[rows].astype(np.float32)
+    return Predictions(
+        index[rows].astype(np.int32), label[rows].astype(np.int32), own.argmax(axis=-1).astype(np.int32), own
+    ), rows
 
 
 def _mistakes(part: Predictions, images: Any, rows: np.ndarray) -> list[Mistake]:
@@ -110,7 +121,7 @@ def _most_confident(mistakes: list[Mistake], count: int) -> list[Mistake]:
 
 def _join(parts: Sequence[Predictions]) -> Predictions:
     order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
-    fields = ("index", "label", "predicted", "probs")
+    fields = ("index", "label", "predicted", "logits")
     return Predictions(*(np.concatenate([getattr(part, name) for part in parts])[order] for name in fields))
 
 

@@ -22,6 +22,7 @@ class Backend(Protocol):
 
     path: Path
     digest: str | None  # of the sealed model folder; None: not sealed
+    actions: bundle.Actions
     labels: tuple[str, ...]
     preprocess: Preprocess
 

@@ -32,13 +32,14 @@ class Prediction:
     score: float | None = None  # probability of the label
     top: tuple[tuple[str, float], ...] = ()  # at most 5 (label, probability), the most probable first
     error: str | None = None
+    abstained: bool = False  # less sure than the model's threshold: more often wrong than its other answers
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `predict.py --json` prints."""
         if self.error is not None:
             return {"input": self.input, "error": self.error}
         top = [{"label": label, "score": score} for label, score in self.top]
-        return {"input": self.input, "label": self.label, "score": self.score, "top": top}
+        return {"input": self.input, "label": self.label, "score": self.score, "top": top, "abstained": self.abstained}
 
 
 class Predictor:
@@ -88,7 +89,8 @@ class Predictor:
     def _prediction(self, name: str, probs: Float32[np.ndarray, " c"]) -> Prediction:
         order = np.argsort(-probs, kind="stable")[:MAX_TOP]
         top = tuple((self.labels[i], float(probs[i])) for i in order)
-        return Prediction(name, *top[0], top)
+        abstained = top[0][1] < self.backend.actions.thresholds.get("abstain", 0.0)
+        return Prediction(name, *top[0], top, abstained=abstained)
 
     def try_load(self, item: ImageLike) -> np.ndarray | str:
         """An input as the model takes it, or why it can't be read."""

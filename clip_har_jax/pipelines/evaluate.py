@@ -83,12 +83,7 @@ def evaluate_model(
     backend = JaxBackend(model, classes, data_source.labels, batch_size)
     source = ClassedSource(data_source, backend.labels, data)
     output = _make_output(output)
-    log = output / "bad_inputs.jsonl"
-    log.unlink(missing_ok=True)  # of an earlier evaluation
-    bad_inputs = BadInputs(source, max_bad_fraction, log)
-    with eval_batches(source, config.data, backend.preprocess, batch_size=batch_size, bad_inputs=bad_inputs) as batches:
-        shown = _with_progress(batches, -(-len(source) // batch_size))
-        result = evaluate(lambda batch: backend.logits(batch.image), shown, backend.labels, NUM_MISTAKES)
+    result = run_backend(backend, source, config.data, output / "bad_inputs.jsonl", NUM_MISTAKES)
     result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
     about = {
         "model": str(backend.path),
@@ -100,6 +95,29 @@ def evaluate_model(
     }
     write_result(result, output, [source.names[i] for i in result.predictions.index.tolist()], about)
     return result
+
+
+def run_backend(
+    backend: JaxBackend, source: ClassedSource, config: DataConfig, log: Path, num_mistakes: int = 0
+) -> EvalResult:
+    """One pass of a model over labelled images, with progress on the terminal.
+
+    Args:
+      backend: the model.
+      source: the images, under the model's classes.
+      config: how many images may be unreadable.
+      log: where those are listed.
+      num_mistakes: how many confident mistakes to keep with their images.
+
+    Raises:
+      UserError: too many unreadable images.
+    """
+    size = backend.batch_size
+    log.unlink(missing_ok=True)  # of an earlier evaluation
+    bad_inputs = BadInputs(source, config.max_bad_fraction, log)
+    with eval_batches(source, config, backend.preprocess, batch_size=size, bad_inputs=bad_inputs) as batches:
+        shown = _with_progress(batches, -(-len(source) // size))
+        return evaluate(lambda batch: backend.logits(batch.image), shown, backend.labels, num_mistakes)
 
 
 def _make_output(output: str | Path) -> Path:

@@ -18,6 +18,7 @@ from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh
 from clip_har_jax.data.sources import Source, SubsetSource, make_source, manifest_of
 from clip_har_jax.data.splits import hold_out
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.calibration import Calibration
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
 from clip_har_jax.models.factory import Start, start_params
 from clip_har_jax.models.params import Params
@@ -229,12 +230,11 @@ class Run:
             for name, source in sources.items()
         }
 
-    def write_report(self, state: TrainState) -> epath.Path:
-        """Evaluates a state once more and writes the report to eval/<step>/, for the trackers."""
-        result = self.evaluate(state)
-        folder = self.workdir / "eval" / str(int(state.step))
+    def write_report(self, step: int, result: EvalResult) -> epath.Path:
+        """Writes the report of an evaluation to eval/<step>/, for the trackers."""
+        folder = self.workdir / "eval" / str(step)
         if distributed.is_main():
-            about = {"run": str(self.workdir), "step": str(int(state.step)), "data": self.config.data.val or "held out"}
+            about = {"run": str(self.workdir), "step": str(step), "data": self.config.data.val or "held out"}
             names = [_name(self.data.val, int(i)) for i in result.predictions.index]
             if bundle.is_local(folder):
                 write_result(result, Path(folder), names, about)
@@ -296,7 +296,7 @@ class Run:
             flush=True,
         )
 
-    def write_model(self, state: TrainState) -> epath.Path:
+    def write_model(self, state: TrainState, calibration: Calibration) -> epath.Path:
         """Writes the model folder and seals it; the old one stays whole until the new one is."""
         params = distributed.fetch({**self.weights(state), **self.frozen})
         target = self.workdir / "model"
@@ -307,7 +307,10 @@ class Run:
             write_params(folder, self.start.config, params)
             self.start.tokenizer.save(folder)
             self.start.preprocess.save(folder)
-            bundle.write_actions(folder, bundle.Actions(self.data.labels, self.data.prompts))
+            temperature, thresholds = calibration.temperature, calibration.thresholds
+            actions = bundle.Actions(self.data.labels, self.data.prompts, temperature, thresholds=thresholds)
+            bundle.write_actions(folder, actions)
+            bundle.write_json(folder / "calibration.json", calibration.report)
             (folder / "run.json").write_text((self.workdir / "run.json").read_text())
             bundle.seal(folder)
 

@@ -17,6 +17,7 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.calibration import calibrate
 from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_facts
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
@@ -96,9 +97,13 @@ def train(
         with goodput.measure("checkpoint"):
             best = checkpointer.best_whole()
             kept = checkpointer.restore(outcome.state, best)
-            model = run.write_model(kept)
+        with goodput.measure("evaluation"):
+            result = run.evaluate(kept)
+            calibration = calibrate(result.predictions.logits, result.predictions.label)
+        with goodput.measure("checkpoint"):
+            model = run.write_model(kept, calibration)
         if config.trackers:
-            report = run.write_report(kept)
+            report = run.write_report(best, result)
             if trackers:
                 hand_over(trackers, model, report)
         seconds = run.record_goodput(goodput, last_step)

@@ -1,0 +1,185 @@
+"""From logits to probabilities that mean what they say, and to the thresholds that follow from them.
+
+All of it is fitted on validation data, which the model wasn't trained on and isn't judged by.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Int
+
+from clip_har_jax.evaluation.metrics import NUM_BINS, log_softmax
+
+COVERAGE = 0.9  # of the conformal sets
+WITHHELD = 0.5  # share of the validation mistakes that abstaining keeps back ...
+MAX_WITHHELD = 0.2  # ... unless that would keep back a larger share of all answers
+TEMPERATURES = (0.05, 20.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+      temperature: what the model's logits are divided by.
+      thresholds: as `actions.json` has them: `abstain` (an answer of a lower probability is withheld), `coverage` (of
+        the conformal sets), `split_conformal` (the lowest probability of a class in a set) and `aps` (the probability
+        that the classes of a set reach together).
+      report: the contents of calibration.json: how well probabilities fit before and after, and what abstaining does.
+    """
+
+    temperature: float
+    thresholds: dict[str, float]
+    report: dict[str, Any]
+
+
+def softmax(logits: Float[np.ndarray, "n c"]) -> Float64[np.ndarray, "n c"]:
+    """Probabilities in float64."""
+    return np.exp(log_softmax(logits))
+
+
+def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
+    """The temperature of the least negative log-likelihood (Guo et al. 2017, section 4.2), within `TEMPERATURES`.
+
+    Where every example is right, colder is likelier without end: the temperature stays 1.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if (logits.argmax(axis=-1) == label).all():
+        return 1.0
+    own = np.arange(len(label))
+
+    def nll(log_temperature: float) -> float:
+        return -float(log_softmax(logits / np.exp(log_temperature))[own, label].mean())
+
+    # Convex in 1 / T, so it has one minimum in log T.
+    found = minimize_scalar(nll, bounds=tuple(np.log(TEMPERATURES)), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
+
+
+def calibration_error(
+    probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], adaptive: bool = False, num_bins: int = NUM_BINS
+) -> float:
+    """The expected calibration error of the top class.
+
+    Args:
+      probs: class probabilities.
+      label: the true classes.
+      adaptive: bins of as many examples each (Nguyen and O'Connor 2015) rather than of equal width.
+      num_bins: how many.
+    """
+    confidence, right = probs.max(axis=-1), probs.argmax(axis=-1) == label
+    if adaptive:
+        parts = np.array_split(np.argsort(confidence, kind="stable"), num_bins)
+        gaps = [abs(float((right[part] - confidence[part]).sum())) for part in parts]
+        return sum(gaps) / len(label)
+    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+    return float(np.abs(np.bincount(bins, right - confidence, num_bins)).sum() / len(label))
+
+
+def brier_score(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
+    """Squared distance of the probabilities from the truth, summed over classes (Brier 1950): 0 to 2."""
+    truth = np.eye(probs.shape[1])[label]
+    return float(((probs - truth) ** 2).sum(axis=-1).mean())
+
+
+def fit_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> dict[str, float]:
+    """How well probabilities fit the truth, by four measures; lower is better."""
+    own = probs[np.arange(len(label)), label].astype(np.float64)
+    return {
+        "nll": float(-np.log(np.maximum(own, np.finfo(np.float64).tiny)).mean()),
+        "ece": calibration_error(probs, label),
+        "ece_adaptive": calibration_error(probs, label, adaptive=True),
+        "brier": brier_score(probs, label),
+    }
+
+
+def conformal_quantile(scores: Float[np.ndarray, " n"], coverage: float) -> float:
+    """The ceil((n + 1) coverage)-th smallest score; infinity where there are too few of them."""
+    rank = int(np.ceil((len(scores) + 1) * coverage))
+    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else float("inf")
+
+
+def fit_split_conformal(
+    probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], coverage: float = COVERAGE
+) -> float:
+    """The lowest probability of a class in a set (Sadinle et al. 2019); 0 where too few examples are known."""
+    scores = 1 - probs[np.arange(len(label)), label].astype(np.float64)
+    return max(0.0, 1 - conformal_quantile(scores, coverage))
+
+
+def fit_aps(
+    probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], coverage: float = COVERAGE, seed: int = 0
+) -> float:
+    """The probability that the classes of a set reach together (Romano et al. 2020, equation 8); at most 1.
+
+    The scores are randomised as in the paper. A set then takes whole classes, which makes it that of the paper or
+    larger, and the same for the same image.
+    """
+    own = probs[np.arange(len(label)), label][:, None]
+    earlier = np.arange(probs.shape[1]) < label[:, None]
+    before = np.where((probs > own) | ((probs == own) & earlier), probs, 0).sum(axis=-1)
+    scores = before + np.random.default_rng(seed).random(len(label)) * own[:, 0]
+    return min(1.0, conformal_quantile(scores, coverage))
+
+
+def split_conformal_sets(probs: Float[np.ndarray, "n c"], lowest: float) -> Bool[np.ndarray, "n c"]:
+    """The classes of each set: those of at least the probability `lowest`."""
+    return probs >= lowest
+
+
+def aps_sets(probs: Float[np.ndarray, "n c"], together: float) -> Bool[np.ndarray, "n c"]:
+    """The classes of each set: the most probable ones, until they reach `together`; the first always."""
+    order = np.argsort(-probs, axis=-1, kind="stable")
+    ordered = np.take_along_axis(probs, order, axis=-1).astype(np.float64)
+    taken = np.cumsum(ordered, axis=-1) - ordered < together
+    taken[:, 0] = True
+    sets = np.zeros_like(taken)
+    np.put_along_axis(sets, order, taken, axis=-1)
+    return sets
+
+
+def fit_abstention(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
+    """The top probability below which an answer is withheld: `WITHHELD` of the mistakes, `MAX_WITHHELD` of all answers.
+
+    Without a mistake it is the lowest top probability that was seen: what the model is less sure of is new to it.
+    """
+    confidence, right = probs.max(axis=-1), probs.argmax(axis=-1) == label
+    if right.all():
+        return float(confidence.min())
+    mistakes, answers = np.sort(confidence[~right]), np.sort(confidence)
+    return float(min(mistakes[int(WITHHELD * len(mistakes))], answers[int(MAX_WITHHELD * len(answers))]))
+
+
+def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> Calibration:
+    """Fits temperature and thresholds.
+
+    Args:
+      logits: of the validation examples, at temperature 1.
+      label: their true classes.
+    """
+    temperature = fit_temperature(logits, label)
+    before, probs = softmax(logits), softmax(logits / temperature)
+    thresholds = {
+        "abstain": fit_abstention(probs, label),
+        "coverage": COVERAGE,
+        "split_conformal": fit_split_conformal(probs, label),
+        "aps": fit_aps(probs, label),
+    }
+    answered, right = probs.max(axis=-1) >= thresholds["abstain"], probs.argmax(axis=-1) == label
+    report = {
+        "num_examples": len(label),
+        "temperature": temperature,
+        "thresholds": thresholds,
+        "before": fit_scores(before, label),
+        "after": fit_scores(probs, label),
+        "abstention": {
+            "answered": float(answered.mean()),
+            "accuracy": float(right.mean()),
+            "accuracy_of_answered": float(right[answered].mean()) if answered.any() else None,
+            "mistakes": int((~right).sum()),
+            "mistakes_withheld": int((~right & ~answered).sum()),
+        },
+    }
+    return Calibration(temperature, thresholds, report)

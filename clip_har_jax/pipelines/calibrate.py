@@ -1,0 +1,82 @@
+"""A model folder and held-out images in, a new model folder with temperature and thresholds out."""
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from clip_har_jax import bundle
+from clip_har_jax.config import DataConfig, EvalConfig, make_config
+from clip_har_jax.data.sources import make_source
+from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.calibration import Calibration, calibrate
+from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.pipelines.evaluate import ClassedSource, run_backend
+
+REWRITTEN = (bundle.MANIFEST, "actions.json", "calibration.json")
+
+
+def calibrate_model(
+    model: str,
+    data: str,
+    output: str | Path,
+    batch_size: int = EvalConfig.batch_size,
+    max_bad_fraction: float = DataConfig.max_bad_fraction,
+) -> Calibration:
+    """Calibrates a model folder, or any CLIP on the labels of the data, and writes the outcome as a new folder.
+
+    Args:
+      model: a folder or a Hub name; it stays as it is.
+      data: the SPEC of images that the model neither learned from nor will be judged by.
+      output: the folder to write; nothing may be there.
+      batch_size: images computed at once.
+      max_bad_fraction: share of unreadable images above which it ends.
+
+    Raises:
+      UserError: a mistake in the arguments, the model or the data.
+    """
+    output = Path(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UserError(f"--output={output}: something is there; name a new folder, a sealed model is never changed")
+    config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
+    source = make_source(data, "val")
+    backend = JaxBackend(model, (), source.labels, batch_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "bad_inputs.jsonl"
+        rows = run_backend(backend, ClassedSource(source, backend.labels, data), config.data, log).predictions
+    found = calibrate(rows.logits * backend.actions.temperature, rows.label)
+    actions = replace(backend.actions, temperature=found.temperature, thresholds=found.thresholds)
+
+    def fill(folder: Path) -> None:
+        for path in backend.path.rglob("*"):
+            name = path.relative_to(backend.path)
+            if path.is_file() and str(name) not in REWRITTEN and not any(part.startswith(".") for part in name.parts):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+        bundle.write_actions(folder, actions)
+        about = {"data": data, "fingerprint": source.fingerprint, "calibrated_from": backend.digest}
+        bundle.write_json(folder / "calibration.json", found.report | about)
+        bundle.seal(folder, backend.digest)
+
+    try:
+        bundle.replace_folder(output, fill)
+    except OSError as error:
+        raise UserError(f"--output={output}: can't be written ({error.strerror}); nothing was left there") from error
+    return found
+
+
+def print_result(found: Calibration, output: str | Path) -> None:
+    """A short table: what was found, what it does, where it lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    report, table = found.report, Table(show_header=False, box=None)
+    before, after, told = report["before"], report["after"], report["abstention"]
+    table.add_row("images", str(report["num_examples"]))
+    table.add_row("temperature", f"{found.temperature:.3f}")
+    for name, title in (("nll", "NLL"), ("ece", "ECE"), ("ece_adaptive", "adaptive ECE"), ("brier", "Brier")):
+        table.add_row(title, f"{before[name]:.3f} -> {after[name]:.3f}")
+    table.add_row("abstains", f"below {found.thresholds['abstain']:.3f}: on {1 - told['answered']:.1%} of the images")
+    table.add_row("", f"which holds {told['mistakes_withheld']} of {told['mistakes']} mistakes")
+    table.add_row("model", str(output))
+    Console(highlight=False, soft_wrap=True).print(table)

@@ -1,0 +1,48 @@
+"""Calibrates a model on held-out images: how sure it says it is, and when it had better not answer.
+
+  python scripts/calibrate.py --model=runs/demo/model --data=folder:photos/val --output=runs/demo/calibrated
+
+Training does this on its validation images; do it again where the images in use differ from those. The sealed model
+stays as it is: a new folder is written. Exits 0 when done, 2 on a mistake.
+"""
+
+from clip_har_jax import cli
+from clip_har_jax.config import DataConfig, EvalConfig
+
+
+def main() -> int:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model")
+    add(
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="labelled images that the model neither learned from nor will be judged by, e.g. --data=folder:photos/val",
+    )
+    add("--output", required=True, metavar="DIR", help="a new folder, e.g. --output=runs/demo/calibrated")
+    add(
+        "--batch_size",
+        type=int,
+        default=EvalConfig.batch_size,
+        metavar="N",
+        help=f"images computed at once, e.g. --batch_size={EvalConfig.batch_size} (default)",
+    )
+    add(
+        "--max_bad_fraction",
+        type=float,
+        default=DataConfig.max_bad_fraction,
+        metavar="SHARE",
+        help=f"end if a larger share of images can't be read, e.g. --max_bad_fraction={DataConfig.max_bad_fraction:g} "
+        "(default)",
+    )
+    arguments = parser.parse_args()
+
+    from clip_har_jax.pipelines.calibrate import calibrate_model, print_result
+
+    print_result(calibrate_model(**vars(arguments)), arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
