@@ -23,8 +23,8 @@ def main() -> int:
         "--profile_steps",
         type=cli.step_range,
         metavar="FIRST:LAST",
-        help="write a trace of these steps to profile/ in the work folder, for TensorBoard or ui.perfetto.dev, e.g. "
-        "--profile_steps=10:15",
+        help="write a trace of these steps (of process 0) to profile/ in the work folder, for TensorBoard or "
+        "ui.perfetto.dev, e.g. --profile_steps=10:15",
     )
     cli.add_process_flags(parser)
     arguments, overrides = cli.parse_with_overrides(parser)

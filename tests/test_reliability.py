@@ -178,6 +178,7 @@ def test_one_life_on_four_machines(start, tmp_path):
         "--devices_per_process=2",
     ]
     command += ["--", str(INSTRUMENTED), f"--config={config}", f"--workdir={workdir}", "--config.mesh.strategy=fsdp"]
+    command += [f"--profile_steps={ends[-1] + 2}:{ends[-1] + 3}"]
     done = subprocess.run(
         command, env=environment(NOTES=tmp_path / "notes"), capture_output=True, text=True, timeout=240
     )
@@ -187,6 +188,7 @@ def test_one_life_on_four_machines(start, tmp_path):
     assert record["num_processes"] == 2
     assert record["mesh"]["fsdp"] == 4
     assert record["starts"] == 4
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1  # the processes don't write over one another
     wanted = rows_by_step(tmp_path / "whole_notes")
     assert rows_by_step(tmp_path / "notes", ends[-1]).keys() == wanted.keys()
     for step, rows in rows_by_step(tmp_path / "notes", ends[-1]).items():

@@ -309,6 +309,12 @@ def test_a_trace_of_steps_that_are_not_made_is_refused(folders, tmp_path, steps)
         train(config_for(folders), tmp_path, quiet=True, profile_steps=steps)
 
 
+def test_a_trace_is_written_to_a_disk_only(folders):
+    data, start = load_data(config_for(folders)), make_start(str(folders[0]), [], None)
+    with pytest.raises(UserError, match="--profile_steps: a trace is written to a disk only, not to gs://bucket/run"):
+        Run(config_for(folders), epath.Path("gs://bucket/run"), data, start, {}, (1, 2))
+
+
 def test_other_files_under_the_same_name_are_warned_of(folders, tmp_path, capsys):
     images = write_images(tmp_path / "images", LABELS, per_class=8)
     config = config_for(folders, num_steps=4, data={"train": f"folder:{images}"})

@@ -109,6 +109,13 @@ CHANGED = {
 }
 
 
+def make_saved(path):
+    """A work folder with a checkpoint, as far as its names say."""
+    folder = make_workdir(path)
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    return folder
+
+
 def config_with(key, value):
     tree = value
     for name in reversed(key.split(".")):
@@ -118,7 +125,7 @@ def config_with(key, value):
 
 @pytest.mark.parametrize(("policy", "key", "value"), [(p, k, v) for p, pairs in CHANGED.items() for k, v in pairs])
 def test_what_may_change_at_resume(tmp_path, policy, key, value):
-    folder = make_workdir(tmp_path / "run")
+    folder = make_saved(tmp_path / "run")
     assert claim_config(folder, make_config()) == []
     if policy == "refused":
         with pytest.raises(UserError) as error:
@@ -131,8 +138,18 @@ def test_what_may_change_at_resume(tmp_path, policy, key, value):
         assert claim_config(folder, config_with(key, value)) == []
 
 
-def test_a_batch_size_changes_when_asked(tmp_path):
+def test_a_run_that_saved_nothing_holds_no_one_to_its_config(tmp_path):
+    """A mistake in a config is mended in the same folder."""
     folder = make_workdir(tmp_path / "run")
+    claim_config(folder, config_with("train.global_batch_size", 12))
+    assert claim_config(folder, config_with("train.global_batch_size", 16)) == []
+    (folder / "checkpoints_damaged" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="global_batch_size=16"):
+        claim_config(folder, make_config())
+
+
+def test_a_batch_size_changes_when_asked(tmp_path):
+    folder = make_saved(tmp_path / "run")
     claim_config(folder, make_config())
     with pytest.raises(UserError, match="allow_new_batch_size"):
         claim_config(folder, config_with("train.global_batch_size", 32))

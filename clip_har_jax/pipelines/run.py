@@ -91,11 +91,7 @@ class Run:
         self.first_example = position.get("examples_seen", 0) - self.first_step * batch_size
         epochs = round((config.train.num_epochs * len(data.train) - self.first_example) / batch_size)
         self.num_steps = config.train.num_steps or max(1, epochs)
-        if profile_steps and not self.first_step < profile_steps[0] <= self.num_steps:
-            begin, end = profile_steps
-            raise UserError(
-                f"--profile_steps={begin}:{end}: this start makes steps {self.first_step + 1} to {self.num_steps}"
-            )
+        self._check_profile()
         self.program = Program(config, start.config, start.preprocess, len(data.labels), self.num_steps, self.mesh)
         self.state, self.frozen = self.program.place(start_params(start, config.seed))
         input_ids, _ = start.tokenizer(data.texts, start.config.text.context_length)
@@ -106,6 +102,17 @@ class Run:
             name: BadInputs(source, config.data.max_bad_fraction, workdir / f"bad_inputs{process}.jsonl")
             for name, source in (("train", data.train), ("val", data.val))
         }
+
+    def _check_profile(self) -> None:
+        if self.profile_steps is None:
+            return
+        begin, end = self.profile_steps
+        if not self.first_step < begin <= self.num_steps:
+            raise UserError(
+                f"--profile_steps={begin}:{end}: this start makes steps {self.first_step + 1} to {self.num_steps}"
+            )
+        if not bundle.is_local(self.workdir):
+            raise UserError(f"--profile_steps: a trace is written to a disk only, not to {self.workdir}")
 
     def weights(self, state: TrainState) -> Params:
         """The trainable parameters that are evaluated and kept: their moving average where there is one."""
@@ -136,7 +143,7 @@ class Run:
             config.checkpoint.every_steps,
             batch_size,
             self.first_example,
-            self.profile_steps,
+            self.profile_steps if distributed.is_main() else None,
         )
         with train_batches(
             self.data.train,

@@ -18,6 +18,7 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig, leaves
 from clip_har_jax.errors import UserError
+from clip_har_jax.training.checkpoint import was_saved
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
 
@@ -120,14 +121,14 @@ def claim_config(workdir: epath.Path, config: RunConfig) -> list[Change]:
     """Writes config.json.
 
     Returns:
-      What differs from the run that began in this folder.
+      What differs from the run that is to be continued; nothing where none has saved a checkpoint yet.
 
     Raises:
       UserError: a key differs that can't without being another run.
     """
     path = workdir / "config.json"
     old = read_json(path)
-    changes = [] if old is None else list(_changes(old, config))
+    changes = list(_changes(old, config)) if old is not None and was_saved(workdir / "checkpoints") else []
     for change in changes:
         if change.policy == REFUSED:
             raise UserError(

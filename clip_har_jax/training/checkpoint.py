@@ -48,7 +48,7 @@ class Checkpointer:
         self._folder, self._config = path.absolute() if bundle.is_local(path) else path, config
         self._saving: int | None = None
         try:
-            self._damaged = self._sweep(self._steps_on_disk())
+            self._damaged = self._sweep(steps_on_disk(self._folder))
             self._manager = self._open()
         except OSError as error:
             raise UserError(f"{folder}: checkpoints can't be written there ({error.strerror or error})") from error
@@ -197,13 +197,13 @@ class Checkpointer:
     def _none_whole(self) -> UserError:
         reasons = "; ".join(f"{step}: {self._damaged.get(step, 'damaged')}" for step in self._steps_aside())
         return UserError(
-            f"{self._folder}: no checkpoint is whole ({reasons}); they lie in {self._aside()}. Put a copy of one back, "
-            "or start anew with another --workdir"
+            f"{self._folder}: no checkpoint is whole ({reasons}); they lie in {_aside(self._folder)}. Put a copy of "
+            "one back, or start anew with another --workdir"
         )
 
     def _steps_aside(self) -> list[str]:
         """The damaged checkpoints that were moved aside, at any start; the first process looks for all."""
-        aside = self._aside()
+        aside = _aside(self._folder)
         found = sorted(path.name for path in aside.iterdir()) if distributed.is_main() and aside.exists() else []
         return distributed.broadcast(found)
 
@@ -219,12 +219,6 @@ class Checkpointer:
             damaged = {step: problem for step, problem in problems.items() if problem is not None}
             self._move_aside(damaged)
         return distributed.broadcast(damaged)
-
-    def _steps_on_disk(self) -> list[int]:
-        """All whole steps, without Orbax, which a damaged file can stop from listing them."""
-        if not self._folder.exists():
-            return []
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
 
     def position(self, step: int) -> dict[str, Any]:
         """The data position that was saved with a checkpoint."""
@@ -267,7 +261,7 @@ class Checkpointer:
         return None
 
     def _move_aside(self, damaged: Mapping[str, str]) -> None:
-        aside = self._aside()
+        aside = _aside(self._folder)
         for step, problem in damaged.items():
             print(f"warning: checkpoint {step} is damaged ({problem}); moved to {aside}", flush=True)
             aside.mkdir(parents=True, exist_ok=True)
@@ -275,9 +269,6 @@ class Checkpointer:
                 (aside / step).rmtree()
             _move_folder(self._folder / step, aside / step)
             self._manifest(int(step)).unlink(missing_ok=True)
-
-    def _aside(self) -> epath.Path:
-        return self._folder.parent / f"{self._folder.name}_damaged"
 
     def _manifest(self, step: int) -> epath.Path:
         return self._folder / f"{step}.manifest.json"
@@ -306,6 +297,23 @@ class Checkpointer:
 
     def _write_manifest(self, step: int, files: Mapping[str, str]) -> None:
         bundle.write_json(self._manifest(step), {"step": step, "files": dict(files)})
+
+
+def steps_on_disk(folder: epath.Path) -> list[int]:
+    """All whole steps, without Orbax, which a damaged file can stop from listing them."""
+    if not folder.exists():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def was_saved(folder: epath.Path) -> bool:
+    """Whether there is a checkpoint, or was one that is damaged now."""
+    return bool(steps_on_disk(folder)) or _aside(folder).exists()
+
+
+def _aside(folder: epath.Path) -> epath.Path:
+    """Where damaged checkpoints go."""
+    return folder.parent / f"{folder.name}_damaged"
 
 
 def report_failed_saves_once() -> None:
