@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -87,7 +87,7 @@ class Lane:
     """
 
     name: str
-    run: Callable[[list[Any]], Sequence[Any]]
+    run: Callable[[list[Any]], Iterable[Any]]
     costs: Costs
     load: int = 0
 

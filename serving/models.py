@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class Model:
         self.users = 0
 
     @staticmethod
-    def _stacked(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[Any]], Sequence[Any]]:
+    def _stacked(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[Any]], np.ndarray]:
         return lambda items: run(np.stack(items))
 
     @staticmethod
@@ -98,12 +98,12 @@ class Model:
 
         return checked
 
-    def _explain(self, items: list[tuple[np.ndarray, int]]) -> Sequence[np.ndarray]:
+    def _explain(self, items: list[tuple[np.ndarray, int]]) -> np.ndarray:
         """Heat maps of (image, number of one of the model's own classes)."""
         images, indices = zip(*items, strict=True)
         return self._finite(lambda batch: self.backend.explain(batch, indices))(np.stack(images))
 
-    def _explain_text(self, items: list[tuple[np.ndarray, np.ndarray]]) -> Sequence[np.ndarray]:
+    def _explain_text(self, items: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """Heat maps of (image, class embedding)."""
         images, classes = (np.stack(part) for part in zip(*items, strict=True))
         return self._finite(lambda batch: self.backend.explain_embeddings(batch, classes))(images)
@@ -243,7 +243,9 @@ class Entry:
 
     def status(self) -> ModelStatus:
         """For /v1/models."""
-        state = "ready" if self.active else "loading" if self.loading else "failed"
+        state: Literal["ready", "loading", "failed"] = (
+            "ready" if self.active else "loading" if self.loading else "failed"
+        )
         versions = [model.describe() for model in self.versions.values()]
         active = self.active.version if self.active else None
         return ModelStatus(name=self.name, status=state, error=self.error, active=active, versions=versions)

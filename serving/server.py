@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
         yield
 
     def _reload(self) -> None:
-        self.config.loaded_app.state.service.reload()  # type: ignore[union-attr]
+        self.config.loaded_app.state.service.reload()
 
 
 def make_config(settings: Settings) -> uvicorn.Config:

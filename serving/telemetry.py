@@ -63,7 +63,7 @@ class Metrics:
         if MULTIPROCESS not in os.environ:
             return generate_latest(self.registry)
         merged = CollectorRegistry()
-        multiprocess.MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
+        multiprocess.MultiProcessCollector(merged)
         return generate_latest(merged)
 
 
