@@ -103,6 +103,20 @@ def test_gradients_of_all_strategies_equal_those_of_one_device(strategy):
     assert_equal_gradients(gradients_of(make_program(strategy)), expected())
 
 
+def test_gradients_of_an_explicit_mesh_equal_those_of_one_device():
+    assert_equal_gradients(gradients_of(make_program("mixed", mesh={"data": 2, "fsdp": 2, "tensor": 2})), expected())
+
+
+@pytest.mark.parametrize(("strategy", "rows"), [("fsdp", 2), ("fsdp_tp", 4)])
+def test_activations_stay_with_their_rows(strategy, rows):
+    """No device computes with all images of a batch, though the weights are sharded over the same axis."""
+    program = make_program(strategy)
+    text = program.train_step.lower(*program.abstract_arguments(len(PROMPTS))).compile().as_text()
+    tokens = (16 // 8) ** 2 + 1
+    assert f"f32[{rows},{tokens},{SIZE.vision.hidden_size}]" in text
+    assert f"f32[{BATCH_SIZE},{tokens}," not in text
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("strategy", ["one", "fsdp_tp"])
 def test_accumulated_gradients_equal_those_of_the_whole_batch(strategy, parts):

@@ -233,6 +233,6 @@ def print_result(result: Result) -> None:
         table.add_row("model", f"{result.model} (step {result.steps}, the best)")
     table.add_row("metrics", str(result.workdir / "metrics.jsonl"))
     table.add_row("time", f"{result.seconds:.0f} s")
-    split = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in result.goodput.items() if value >= 1)
-    table.add_row("goodput", f"{productive_share(result.goodput):.0%} of all starts' time ({split})")
+    split = [f"{name.replace('_', ' ')} {value:.0f} s" for name, value in result.goodput.items() if value >= 0.5]
+    table.add_row("goodput", f"{productive_share(result.goodput):.0%} of all starts' time ({', '.join(split)})")
     Console(highlight=False, soft_wrap=True).print(table)
