@@ -5,7 +5,7 @@
   python scripts/registry.py rollback
   python scripts/registry.py list
   python scripts/registry.py pull --output=served/har
-  python scripts/registry.py pull --output=served/har --watch --reload_url=http://127.0.0.1:8000/v1/models/har/reload
+  python scripts/registry.py pull --output=served/har --watch --reload_url=http://127.0.0.1:8000/v1/models/har/load
 
 The registry is where MLFLOW_TRACKING_URI says, else mlflow.db in this folder. Exits 0 when done, 1 when a gate refused
 a promotion, 2 on a mistake.
@@ -104,11 +104,11 @@ def _announce(version: "Version", arguments: argparse.Namespace) -> None:
 
 
 def _reload(url: str) -> None:
-    """Tells a server to open the new folder; the key is SERVING_API_KEY's."""
+    """Tells a server to open the new folder; where it wants a key, HAR_API_KEY holds one that may change models."""
     import urllib.request
 
-    key = os.environ.get("SERVING_API_KEY")
-    headers = {"Content-Type": "application/json"} | ({"X-API-Key": key} if key else {})
+    key = os.environ.get("HAR_API_KEY")
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, data=json.dumps({}).encode(), headers=headers, method="POST")
     with urllib.request.urlopen(request, timeout=120) as answer:
         answer.read()

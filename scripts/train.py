@@ -26,6 +26,12 @@ def main() -> int:
         help="write a trace of these steps (of process 0) to profile/ in the work folder, for TensorBoard or "
         "ui.perfetto.dev, e.g. --profile_steps=10:15",
     )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew where the folder holds a finished run, or one of another config or other data; an unfinished "
+        "one is continued all the same. For pipelines, e.g. --restart",
+    )
     cli.add_process_flags(parser)
     arguments, overrides = cli.parse_with_overrides(parser)
     config = load_config(arguments.config, overrides)
@@ -37,7 +43,7 @@ def main() -> int:
         from clip_har_jax.training.checkpoint import report_failed_saves_once
 
         report_failed_saves_once()
-        result = train(config, arguments.workdir, profile_steps=arguments.profile_steps)
+        result = train(config, arguments.workdir, profile_steps=arguments.profile_steps, restart=arguments.restart)
         if distributed.is_main():
             print_result(result)
     return result.exit_code

@@ -46,7 +46,10 @@ class ModelMetadata(BaseModel):
     platform: str = Field(examples=["onnx"])
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
-    parameters: dict[str, Any] = Field(description="digest: of the exported folder; labels: the classes in their order")
+    parameters: dict[str, Any] = Field(
+        description="digest: of the exported folder; model_digest: of the model that it was made from; "
+        "labels: the classes in their order"
+    )
 
 
 class _Message(BaseModel):
@@ -135,7 +138,12 @@ async def model_metadata(request: Request, name: ModelName, version: VersionName
         platform=model.backend.graphs.format,
         inputs=[TensorMetadata(name=name, datatype=kind, shape=shape) for name, kind, shape in inputs],
         outputs=[TensorMetadata(name=name, datatype=kind, shape=shape) for name, kind, shape in outputs],
-        parameters={"digest": model.backend.digest, "version": model.version, "labels": list(model.labels)},
+        parameters={
+            "digest": model.backend.digest,
+            "model_digest": model.backend.model_digest,
+            "version": model.version,
+            "labels": list(model.labels),
+        },
     )
 
 

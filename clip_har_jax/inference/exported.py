@@ -161,6 +161,7 @@ class ExportedBackend:
             raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
         self.path, self.batch_size = folder, batch_size
         self.digest = bundle.verify(folder)
+        self.model_digest = bundle.read_object(folder / bundle.MANIFEST).get("source") if self.digest else None
         actions = choose_actions(folder, classes)
         version = bundle.read_actions(folder).preprocess_version
         if version not in (None, PREPROCESS_VERSION):

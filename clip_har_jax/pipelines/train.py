@@ -22,11 +22,19 @@ from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_track
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
 from clip_har_jax.pipelines.run import Run, load_data
-from clip_har_jax.pipelines.workdir import WARNED, WorkdirLock, claim_config, disk_faults, make_workdir, read_json
+from clip_har_jax.pipelines.workdir import (
+    WARNED,
+    WorkdirLock,
+    claim_config,
+    clear_other_run,
+    disk_faults,
+    make_workdir,
+    read_json,
+)
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput, productive_share
 from clip_har_jax.training.guards import StopSignal
-from clip_har_jax.training.sinks import ConsoleSink, JsonlSink, Metrics, Sink
+from clip_har_jax.training.sinks import ConsoleSink, JsonlSink, Metrics, Sink, write_curves
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ def train(
     sinks: Sequence[Sink] = (),
     quiet: bool = False,
     profile_steps: tuple[int, int] | None = None,
+    restart: bool = False,
 ) -> Result:
     """Trains a model, or continues where the run in `workdir` stopped.
 
@@ -60,6 +69,7 @@ def train(
       sinks: further receivers of the metrics.
       quiet: nothing on the screen.
       profile_steps: first and last step of a trace, written to profile/.
+      restart: begin anew unless the folder holds an unfinished run of the same config and data, as pipelines want it.
 
     Raises:
       UserError: a mistake in the config or the data, found before any compute where it can be; a run that can't go on.
@@ -72,7 +82,8 @@ def train(
     folder = make_workdir(workdir)
     with disk_faults(folder), ExitStack() as stack:
         lock = WorkdirLock(folder)
-        changes = on_main(lambda: _claim(stack, lock, folder, config))
+        fingerprints = {"train": data.train.fingerprint, "val": data.val.fingerprint} if restart else None
+        changes = on_main(lambda: _claim(stack, lock, folder, config, fingerprints))
         checkpointer = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
         step = checkpointer.newest_whole() or 0
         position = checkpointer.position(step) if step else {}
@@ -81,6 +92,8 @@ def train(
         record = read_json(folder / "run.json") or {}
         goodput = stack.enter_context(continue_goodput(record, position, begin))
         run.write_record(goodput, changes + _data_changes(run, record))
+        if not quiet:
+            _warn_of_dirty_code(folder)
         trackers = Trackers(config.trackers, read_facts(folder)) if distributed.is_main() else None
         all_sinks = _make_sinks(run, goodput, lock, [*sinks, *([trackers] if trackers else [])], quiet)
         for sink in all_sinks:
@@ -102,6 +115,8 @@ def train(
             calibration = calibrate(result.predictions.logits, result.predictions.label)
         with goodput.measure("checkpoint"):
             model = run.write_model(kept, calibration)
+        if distributed.is_main():
+            write_curves(folder / "metrics.jsonl", folder / "curves.csv")
         if config.trackers:
             report = run.write_report(best, result)
             if trackers:
@@ -137,10 +152,20 @@ def _keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _claim(stack: ExitStack, lock: WorkdirLock, workdir: epath.Path, config: RunConfig) -> list[dict[str, Any]]:
+def _warn_of_dirty_code(folder: epath.Path) -> None:
+    """Says that the run can't be traced to a commit; run.json and all that is made of it say so too."""
+    if (read_json(folder / "run.json") or {}).get("git_dirty"):
+        print("warning: the code has changes that no commit holds; run.json records git_dirty", file=sys.stderr)
+
+
+def _claim(
+    stack: ExitStack, lock: WorkdirLock, workdir: epath.Path, config: RunConfig, fingerprints: dict[str, str] | None
+) -> list[dict[str, Any]]:
     """Locks the work folder for this run and writes its config; says what changed since the run began."""
     with disk_faults(workdir):
         stack.enter_context(lock)
+        if fingerprints is not None:
+            clear_other_run(workdir, config, fingerprints)
         changes = claim_config(workdir, config)
     for change in changes:
         if change.policy == WARNED:

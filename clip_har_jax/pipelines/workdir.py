@@ -117,6 +117,32 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
     return path
 
 
+RUN_FILES = "checkpoints checkpoints_damaged eval model tensorboard wandb config.json run.json metrics.jsonl".split()
+RUN_FILES += ["trackers.json", "curves.csv", "bad_inputs.jsonl"]
+
+
+def clear_other_run(workdir: epath.Path, config: RunConfig, fingerprints: Mapping[str, str]) -> None:
+    """Clears a finished run out of a folder, or one of another config or other data; an unfinished one stays.
+
+    Args:
+      fingerprints: of the data that the config names now, by split.
+    """
+    old, record = read_json(workdir / "config.json"), read_json(workdir / "run.json")
+    if old is None or record is None:
+        return
+    unfinished = record.get("last_step", 0) < record.get("num_steps", 0)
+    same_config = all(change.policy == FREE for change in _changes(old, config))
+    same_data = fingerprints == {name: part["fingerprint"] for name, part in record["data"].items()}
+    if unfinished and same_config and same_data:
+        return
+    for name in RUN_FILES:
+        path = workdir / name
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
+
+
 def claim_config(workdir: epath.Path, config: RunConfig) -> list[Change]:
     """Writes config.json.
 

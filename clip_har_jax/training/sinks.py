@@ -71,6 +71,19 @@ def _whole_lines(path: epath.Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
+def write_curves(jsonl: epath.PathLike, csv: epath.PathLike) -> None:
+    """Writes a run's metrics as a table, a row a step, for tools that read no JSON lines."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in _whole_lines(epath.Path(jsonl)):
+        values = json.loads(line)
+        rows.setdefault(values["step"], {}).update(values)
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    table = [",".join(names)]
+    for row in rows.values():
+        table.append(",".join("" if row.get(name) is None else repr(row[name]) for name in names))
+    epath.Path(csv).write_text("\n".join(table) + "\n")
+
+
 class ConsoleSink:
     """A progress bar with what matters while waiting; plain lines where the output isn't a terminal."""
 
