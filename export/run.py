@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
 from clip_har_jax.models.factory import load
+from clip_har_jax.models.heads import init_head, make_head
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
 from clip_har_jax.text import Tokenizer
 from export.graphs import Graph, make_graphs
@@ -38,18 +39,29 @@ NUM_CALIBRATION = 32
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder, opened once for all formats."""
+    """A model folder, opened once for all formats.
+
+    Attributes:
+      head: of the graphs; cosine similarity is a linear head here.
+      logit_scale: what cosines are multiplied by, before the temperature; for new classes.
+    """
 
     folder: Path
     digest: str | None
     actions: bundle.Actions
-    graphs: tuple[Graph, ...]
     backend: JaxBackend
+    head: str
+    head_params: dict[str, Any]
     logit_scale: float
 
     @property
-    def scale(self) -> float:
-        return self.backend.scale
+    def temperature(self) -> float:
+        return self.actions.temperature
+
+    @cached_property
+    def graphs(self) -> tuple[Graph, ...]:
+        head = make_head(self.head, self.head_params)
+        return make_graphs(load(str(self.folder)).model, self.backend.preprocess, head, self.temperature)
 
 
 def open_model(path: str, classes: Sequence[str] = ()) -> Model:
@@ -59,13 +71,13 @@ def open_model(path: str, classes: Sequence[str] = ()) -> Model:
       UserError: not a whole model, a changed file, or no classes.
     """
     backend = JaxBackend(path, classes)
-    loaded = load(str(backend.path))
-    scale = float(np.exp(loaded.model.logit_scale[...]))
-    own = bundle.has_actions(backend.path) and not classes
-    actions = bundle.read_actions(backend.path) if own else backend.actions
-    graphs = make_graphs(loaded.model, backend.preprocess, backend.class_embeddings, backend.scale)
-    actions = replace(actions, preprocess_version=PREPROCESS_VERSION)
-    return Model(backend.path, backend.digest, actions, graphs, backend, scale)
+    actions = replace(backend.actions, preprocess_version=PREPROCESS_VERSION)
+    logit_scale = backend.scale * actions.temperature
+    if backend.head_params:
+        head, params = actions.head, backend.head_params
+    else:
+        head, params = "linear", init_head("linear", backend.class_embeddings, logit_scale, seed=0)
+    return Model(backend.path, backend.digest, actions, backend, head, params, logit_scale)
 
 
 Write = Callable[[Model, Path, UInt8[np.ndarray, "n h w 3"]], None]
@@ -76,18 +88,19 @@ def _from_graphs(write: Callable[..., None]) -> Write:
 
 
 def _torchscript(model: Model, folder: Path, images: np.ndarray) -> None:
-    write_torchscript(model.folder, model.backend.preprocess, model.backend.class_embeddings, model.scale, folder)
+    head = model.head, model.head_params, model.temperature
+    write_torchscript(model.folder, model.backend.preprocess, *head, folder)
 
 
 # format -> (how it is written, what it may differ by, the packages that write it)
 FORMATS: dict[str, tuple[Write, Bounds, tuple[str, ...]]] = {
-    "onnx": (_from_graphs(write_onnx), FLOAT32, ("jax2onnx", "onnx")),
-    "onnx_fp16": (_from_graphs(write_fp16), FLOAT16, ("jax2onnx", "onnx")),
-    "onnx_int8": (_from_graphs(write_int8), INT8, ("jax2onnx", "onnx")),
+    "onnx": (_from_graphs(write_onnx), FLOAT32, ("jax2onnx", "onnx", "onnxscript")),
+    "onnx_fp16": (_from_graphs(write_fp16), FLOAT16, ("jax2onnx", "onnx", "onnxscript")),
+    "onnx_int8": (_from_graphs(write_int8), INT8, ("jax2onnx", "onnx", "onnxscript")),
     "saved_model": (_from_graphs(write_saved_model), FLOAT32, ("tensorflow",)),
     "stablehlo": (_from_graphs(write_stablehlo), FLOAT32, ()),
     "torchscript": (_torchscript, FLOAT32, ("torch", "transformers")),
-    "tensorrt": (_from_graphs(write_tensorrt), FLOAT16, ("jax2onnx", "onnx")),
+    "tensorrt": (_from_graphs(write_tensorrt), FLOAT16, ("jax2onnx", "onnx", "onnxscript")),
 }
 
 

@@ -6,6 +6,7 @@ It doesn't go through jax2tf: what that emits is one XlaCallModule operator, whi
 import functools
 import logging
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,61 @@ MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; weights beyond 
 QUANTIZED = ["MatMul", "Gemm"]
 
 
-def to_proto(graph: Graph) -> Any:
-    """The graph as an `onnx.ModelProto`."""
+def to_proto(graph: Graph, fuse: bool = True) -> Any:
+    """The graph as an `onnx.ModelProto`: constants folded, nothing dead in it, attention as one operator.
+
+    Args:
+      graph: what is converted.
+      fuse: whether attention is ONNX's operator of that name (opset 23) or matrix products and a softmax.
+    """
     for name in ("jax2onnx", "onnx_ir"):  # tracebacks of plug-ins that don't load, warnings of untyped values
         logging.getLogger(name).setLevel(logging.CRITICAL)
     import jax2onnx
+    import onnx_ir
+    from onnxscript import optimizer, rewriter
 
     function = functools.partial(graph.function, graph.params)
     names = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
     proto = jax2onnx.to_onnx(function, graph.specs("B"), model_name=graph.name, opset=OPSET, **names)
-    if foreign := sorted({node.domain for node in proto.graph.node} - {"", "ai.onnx"}):
+    model = onnx_ir.from_proto(proto)
+    optimizer.optimize(model)
+    if fuse:
+        rewriter.rewrite(model, attention_rules())
+    if foreign := sorted({node.domain for node in model.graph} - {"", "ai.onnx"}):
         raise AssertionError(f"operators of other domains: {foreign}")
-    return proto
+    return onnx_ir.to_proto(model)
+
+
+def attention_rules() -> Any:
+    """What makes one Attention of the operators that jax2onnx writes for `jax.nn.dot_product_attention`.
+
+    Their matrix products need transposed copies of queries, keys and values; ONNX Runtime's Attention doesn't.
+    """
+    from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
+
+    def attend(op: Any, x: Sequence[Any], heads: Sequence[Any], masked: Callable[[Any], Any], scale: Any) -> Any:
+        query = op.Transpose(op.Reshape(x[0], heads[0]), perm=[0, 2, 1, 3])
+        key = op.Transpose(op.Reshape(x[1], heads[1]), perm=[0, 2, 3, 1])
+        value = op.Transpose(op.Reshape(x[2], heads[1]), perm=[0, 2, 1, 3])
+        weights = op.Softmax(masked(op.Mul(op.MatMul(query, key), scale)), axis=3)
+        return op.Transpose(op.MatMul(weights, value), perm=[0, 2, 1, 3])
+
+    def plain(op, query, key, value, heads, key_heads, scale, shape):  # type: ignore[no-untyped-def]
+        return op.Reshape(attend(op, (query, key, value), (heads, key_heads), lambda scores: scores, scale), shape)
+
+    def causal(op, query, key, value, heads, key_heads, scale, mask, low, shape):  # type: ignore[no-untyped-def]
+        where = lambda scores: op.Where(mask, scores, low)  # noqa: E731
+        return op.Reshape(attend(op, (query, key, value), (heads, key_heads), where, scale), shape)
+
+    def fused(op, query, key, value, heads, scale, mask=None, **others):  # type: ignore[no-untyped-def]
+        count = int(heads.const_value.numpy()[2])
+        sizes = {"q_num_heads": count, "kv_num_heads": count, "scale": float(scale.const_value.numpy())}
+        return op.Attention(query, key, value, is_causal=int(mask is not None), **sizes)
+
+    def is_triangle(context, mask=None, **others):  # type: ignore[no-untyped-def]
+        return mask is None or bool((mask.const_value.numpy() == np.tril(mask.const_value.numpy())).all())
+
+    return RewriteRuleSet([RewriteRule(pattern, fused, is_triangle) for pattern in (plain, causal)])
 
 
 def save(proto: Any, path: Path) -> None:

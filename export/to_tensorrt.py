@@ -80,7 +80,7 @@ def write_tensorrt(
         builder = trt.Builder(logger)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse(to_proto(graph).SerializeToString()):
+        if not parser.parse(to_proto(graph, fuse=False).SerializeToString()):
             raise RuntimeError(f"{graph.name}: {parser.get_error(0)}")
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)

@@ -5,26 +5,35 @@ else here imports it.
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from clip_har_jax.preprocess import Preprocess
 
 
 def write_torchscript(
-    model_folder: Path, preprocess: Preprocess, classes: Float32[np.ndarray, "c d"], scale: float, folder: Path
+    model_folder: Path,
+    preprocess: Preprocess,
+    head: str,
+    head_params: Mapping[str, np.ndarray],
+    temperature: float,
+    folder: Path,
 ) -> None:
     """One traced module a graph.
 
     Args:
       model_folder: config.json and model.safetensors in the Hugging Face layout.
       preprocess: whose normalisation the graphs do.
-      classes: class embeddings.
-      scale: what cosine similarities are multiplied by.
+      head: from image features to class logits, of `models.heads`.
+      head_params: its parameters.
+      temperature: what its logits are divided by.
       folder: where to write.
+
+    Raises:
+      NotImplementedError: a head that isn't known here.
     """
     import torch
     from transformers import CLIPModel
@@ -34,13 +43,11 @@ def write_torchscript(
     mean, std = (
         torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (preprocess.mean, preprocess.std)
     )
-    class_rows = torch.tensor(np.asarray(classes))
+    params = {name: torch.tensor(np.asarray(value)) for name, value in head_params.items()}
+    class_rows = params["classes.kernel"].T
 
     def to_floats(image: Any) -> Any:
         return (image.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-    def unit(x: Any) -> Any:
-        return x / x.norm(dim=-1, keepdim=True)
 
     def encode_image(image: Any) -> Any:
         return (unit(clip.visual_projection(vision(pixel_values=to_floats(image)).pooler_output)),)
@@ -49,7 +56,9 @@ def write_torchscript(
         return (unit(clip.text_projection(clip.text_model(input_ids=input_ids.long()).pooler_output)),)
 
     def classify(image: Any) -> Any:
-        logits = scale * encode_image(image)[0] @ class_rows.T
+        tokens = vision(pixel_values=to_floats(image)).last_hidden_state
+        embeds = unit(clip.visual_projection(vision.post_layernorm(tokens)))
+        logits = head_logits(head, params, embeds[:, 0], embeds[:, 1:]) / temperature
         return logits.softmax(-1), logits
 
     def explain(image: Any, class_weights: Any) -> Any:
@@ -67,7 +76,7 @@ def write_torchscript(
         added = moved @ attention.out_proj.weight.T
         added = (added - added.mean(-1, keepdim=True)) * vision.post_layernorm.weight
         patches = clip.visual_projection(added)[:, 1:]
-        relevance = torch.einsum("bnd,bd->bn", patches, scale * class_weights @ class_rows).relu()
+        relevance = torch.einsum("bnd,bd->bn", patches, class_weights @ class_rows).relu()
         heat = relevance / relevance.amax(1, keepdim=True).clamp_min(1e-12)
         grid = vision.config.image_size // vision.config.patch_size
         return heat.unflatten(1, (grid, grid)), patches
@@ -83,7 +92,7 @@ def write_torchscript(
     image = torch.zeros((2, size, size, 3), dtype=torch.uint8)
     ids = torch.full((2, clip.config.text_config.max_position_embeddings), 3, dtype=torch.int32)
     ids[:, -1] = clip.config.text_config.eos_token_id
-    weights = torch.eye(len(classes))[:2]
+    weights = torch.eye(len(class_rows))[:2]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns of every shape that it keeps; the gate tries other batch sizes
         for name, function, inputs in (
@@ -94,3 +103,45 @@ def write_torchscript(
         ):
             traced = torch.jit.trace(Module(function), inputs, check_trace=False)
             torch.jit.save(torch.jit.freeze(traced.eval()), str(folder / f"{name}.pt"))
+
+
+def unit(x: Any) -> Any:
+    """Unit length along the last dim."""
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def head_logits(head: str, params: Mapping[str, Any], image: Any, patches: Any) -> Any:
+    """What the heads of `models.heads` compute, in torch.
+
+    Args:
+      head: its name.
+      params: its parameters.
+      image: L2-normalised image embeddings [b, d].
+      patches: L2-normalised patch embeddings [b, n, d].
+    """
+    from torch import cat
+    from torch.nn.functional import gelu
+
+    def linear(name: str, x: Any) -> Any:
+        y = x @ params[f"{name}.kernel"]
+        return y + params[f"{name}.bias"] if f"{name}.bias" in params else y
+
+    logits, classes = linear("classes", image), unit(params["classes.kernel"].T)
+    if head == "linear":
+        return logits
+    if head == "mlp":
+        shape = (len(image), *classes.shape)
+        pairs = cat([image[:, None].expand(shape), classes[None].expand(shape)], dim=-1)
+        return logits + linear("fc2", gelu(linear("fc1", pairs)))[..., 0]
+    if head == "cross_attention":
+        query, key, value = linear("query", classes), linear("key", patches), linear("value", patches)
+        weights = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
+        scale = params["classes.kernel"].norm(dim=0)
+        return logits + scale * (linear("out", weights @ value) * classes).sum(-1)
+    if head == "adapter":
+        mixed = params["ratio"] * linear("up", linear("down", image).relu()).relu() + (1 - params["ratio"]) * image
+        return linear("classes", unit(mixed))
+    if head == "tip_adapter":
+        affinity = (-params["beta"] * (1 - linear("keys", image))).exp()
+        return logits + params["alpha"] * linear("values", affinity)
+    raise NotImplementedError(f"the {head!r} head isn't written in torch")

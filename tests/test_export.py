@@ -17,6 +17,7 @@ from clip_har_jax import Predictor, UserError, bundle
 from clip_har_jax.inference import exported
 from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.factory import load
+from clip_har_jax.models.heads import make_head
 from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import read_config, write_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION
@@ -228,8 +229,8 @@ def dropped_bias(model: Model, folder: Path) -> Any:
 
 
 def graphs_of(model: Model, preprocess: Any, folder: Path) -> Any:
-    loaded = load(str(model.folder))
-    return make_graphs(loaded.model, preprocess, model.backend.class_embeddings, model.scale)
+    head = make_head(model.head, model.head_params)
+    return make_graphs(load(str(model.folder)).model, preprocess, head, model.temperature)
 
 
 FAULTS = {"changed mean": changed_mean, "swapped channel": swapped_channel, "dropped bias": dropped_bias}
@@ -322,7 +323,7 @@ def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
 def test_every_operator_is_on_nvidias_list(proof: Any) -> None:
     model = proof[0]
     for graph in model.graphs:
-        proto = to_proto(graph)
+        proto = to_proto(graph, fuse=False)
         assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
         for precision in ("FP32", "FP16", "BF16"):
             assert unsupported(proto, precision) == []

@@ -34,9 +34,9 @@ def patch_embeds(
     query, key, value = (layer(x).reshape(shape) for layer in (attention.query, attention.key, attention.value))
     scores = jnp.einsum("bhd,bnhd->bhn", query[:, 0], key) * (dim // heads) ** -0.5
     moved = (jnp.einsum("bhn->bnh", jax.nn.softmax(scores))[..., None] * value).reshape(x.shape)
-    added = moved @ attention.out.kernel[...]
+    added = jnp.matmul(moved, attention.out.kernel[...])
     added = (added - jnp.mean(added, axis=-1, keepdims=True)) * vision.post_norm.scale[...][None, None]
-    return (added @ projection)[:, 1:]
+    return jnp.matmul(added, projection)[:, 1:]
 
 
 def heat_map(patches: Float[Array, "b n d"], classes: Float[Array, "b d"]) -> Float[Array, "b g g"]:

@@ -101,19 +101,25 @@ class Attention(nnx.Module):
         self.out = linear(dim, dim, ("heads", "embed"), rngs, runtime, std=std * (2 * config.num_layers) ** -0.5)
 
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b 1 1 n"] | None, is_causal: bool
-    ) -> Float[Array, "b n d"]:
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b 1 1 n"] | None,
+        is_causal: bool,
+        queries: Float[Array, "b q d"] | None = None,
+    ) -> Float[Array, "b q d"]:
+        """What `queries`, or without them all tokens, find among the tokens."""
+        queries = x if queries is None else queries
         batch, length, dim = x.shape
-        heads = (batch, length, self.num_heads, dim // self.num_heads)
+        heads = (self.num_heads, dim // self.num_heads)
         attended = jax.nn.dot_product_attention(
-            self.query(x).reshape(heads),
-            self.key(x).reshape(heads),
-            self.value(x).reshape(heads),
+            self.query(queries).reshape(batch, queries.shape[1], *heads),
+            self.key(x).reshape(batch, length, *heads),
+            self.value(x).reshape(batch, length, *heads),
             mask=mask,
             is_causal=is_causal,
             implementation=self.runtime.attention_implementation,
         )
-        return self.out(attended.reshape(x.shape))
+        return self.out(attended.reshape(queries.shape))
 
 
 class MLP(nnx.Module):
@@ -140,6 +146,12 @@ class Block(nnx.Module):
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b 1 1 n"] | None, is_causal: bool
     ) -> Float[Array, "b n d"]:
         x = x + self.attention(self.norm1(x), mask, is_causal)
+        return x + self.mlp(self.norm2(x))
+
+    def first_token(self, x: Float[Array, "b n d"]) -> Float[Array, "b 1 d"]:
+        """The first token of what a call gives, without computing the others."""
+        normed = self.norm1(x)
+        x = x[:, :1] + self.attention(normed, None, False, queries=normed[:, :1])
         return x + self.mlp(self.norm2(x))
 
 
