@@ -26,7 +26,8 @@ def patch_embeds(
       images: normalised.
     """
     x, last = _entering_last(vision.layers, vision.embed_patches(images))
-    norm, attention = last.norm1, last.attention
+    norm, attention, scale = last.norm1, last.attention, vision.post_norm.scale
+    assert scale is not None
     x = norm(x)
     batch, length, dim = x.shape
     heads = attention.num_heads
@@ -35,7 +36,7 @@ def patch_embeds(
     scores = jnp.einsum("bhd,bnhd->bhn", query[:, 0], key) * (dim // heads) ** -0.5
     moved = (jnp.einsum("bhn->bnh", jax.nn.softmax(scores))[..., None] * value).reshape(x.shape)
     added = jnp.matmul(moved, attention.out.kernel[...])
-    added = (added - jnp.mean(added, axis=-1, keepdims=True)) * vision.post_norm.scale[...][None, None]
+    added = (added - jnp.mean(added, axis=-1, keepdims=True)) * scale[...][None, None]
     return jnp.matmul(added, projection)[:, 1:]
 
 
