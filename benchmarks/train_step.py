@@ -48,8 +48,11 @@ class Side:
         self.about = self._read()
 
     def step(self) -> Step:
+        return self.ask("step")
+
+    def ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
+        self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return self._read()
 

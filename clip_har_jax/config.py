@@ -23,6 +23,11 @@ from clip_har_jax.text import DEFAULT_TEMPLATES
 class AugmentConfig:
     crop_scale_min: float = 0.6  # smallest share of the image's area that a random resized crop keeps; 1.0: no crop
     flip: bool = True  # mirror half of the images; off where left and right matter
+    no_flip_labels: tuple[str, ...] = ()  # classes that are never mirrored, where left and right matter for them alone
+    randaugment_operations: int = 0  # random operations on each image (RandAugment); 0: none
+    randaugment_magnitude: float = 9.0  # their strength, 0 to 30
+    color_jitter: float = 0.0  # brightness, contrast and saturation change by up to this share
+    erase_probability: float = 0.0  # share of the images of which a random part becomes noise
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,10 @@ class DataConfig:
     labels: tuple[str, ...] = ()  # the classes and their order; empty: those of the training data
     max_bad_fraction: float = 0.01  # share of unreadable images above which the run ends
     max_megapixels: float = 50.0  # larger images are refused before decoding
-    num_threads: int = 4  # decoding threads of a process
-    num_workers: int = 0  # decoding processes; 0: decode in threads of the trainer
+    num_threads: int | None = None  # decoding threads of a process; None: one a core, at most 8
+    num_workers: int | None = None  # decoding processes; 0: decode in threads of the trainer; None: by the cores
     prefetch_batches: int = 4  # decoded batches that wait in host memory
+    sampling: str = "shuffle"  # or class_balanced, repeat_factor, weights (of a manifest): how often an example comes
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -133,6 +139,7 @@ class RunConfig:
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 CHOICES = {
+    "data.sampling": ("shuffle", "class_balanced", "repeat_factor", "weights"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "xla", "cudnn"),
@@ -145,9 +152,13 @@ POSITIVE = (
     "optim.learning_rate optim.eps optim.clip_norm optim.layer_decay mesh.data mesh.fsdp mesh.tensor "
     "checkpoint.every_steps checkpoint.keep_latest eval.every_steps eval.batch_size"
 ).split()
-NOT_NEGATIVE = "data.num_workers optim.weight_decay checkpoint.keep_best seed".split()
+NOT_NEGATIVE = (
+    "data.num_workers data.augment.randaugment_operations data.augment.randaugment_magnitude optim.weight_decay "
+    "checkpoint.keep_best seed"
+).split()
 FRACTIONS = (
-    "data.val_fraction data.max_bad_fraction data.augment.crop_scale_min method.label_smoothing "
+    "data.val_fraction data.max_bad_fraction data.augment.crop_scale_min data.augment.color_jitter "
+    "data.augment.erase_probability method.label_smoothing "
     "optim.warmup_fraction optim.b1 optim.b2 optim.layer_decay optim.ema_decay"
 ).split()
 
@@ -285,7 +296,7 @@ def _check_ranges(config: RunConfig) -> None:
         if values[key] is not None and not values[key] > 0:
             raise UserError(f"config key {key!r} must be above 0, not {values[key]!r}")
     for key in NOT_NEGATIVE:
-        if values[key] < 0:
+        if values[key] is not None and values[key] < 0:
             raise UserError(f"config key {key!r} must be 0 or more, not {values[key]!r}")
     for key in FRACTIONS:
         if not 0 <= values[key] <= 1:

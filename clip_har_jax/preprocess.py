@@ -215,17 +215,25 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndar
 
 
 def _check_header(image: Image.Image, max_megapixels: float) -> None:
-    width, height = image.size
+    check_size(*image.size, max_megapixels)
+    # A phone's photograph of format MPO carries a preview or depth map as its second picture; the first is meant.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise BadImage(f"animated ({frames} frames); save one frame as an image")
+
+
+def check_size(width: int, height: int, max_megapixels: float) -> None:
+    """Refuses an image by what its header says.
+
+    Raises:
+      BadImage: too large, too small or too long.
+    """
     if width * height > max_megapixels * 1e6:
         raise BadImage(f"{width}x{height} px, over {max_megapixels:g} megapixels; make it smaller")
     if min(width, height) < MIN_SIDE_PX:
         raise BadImage(f"{width}x{height} px is too small to show anything; remove it")
     if max(width, height) > MAX_ASPECT * min(width, height):  # resized by its shorter side it would fill the memory
         raise BadImage(f"{width}x{height} px, one side over {MAX_ASPECT} times the other; crop it")
-    # A phone's photograph of format MPO carries a preview or depth map as its second picture; the first is meant.
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise BadImage(f"animated ({frames} frames); save one frame as an image")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -25,10 +25,12 @@ from PIL import Image
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import AugmentConfig, DataConfig
 from clip_har_jax.data.augment import augment
-from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
+from clip_har_jax.data.pipeline import BadInputs, default_workers, eval_batches, prefetch_to_mesh, train_batches
+from clip_har_jax.data.randaugment import OPERATIONS
+from clip_har_jax.data.sampling import Order
 from clip_har_jax.data.sources import Example, Source, make_source
 from clip_har_jax.errors import UserError
-from clip_har_jax.preprocess import Preprocess, decode, evaluation_transform
+from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 
 SIZE_PX = 16
 PREPROCESS = Preprocess(SIZE_PX)
@@ -370,3 +372,184 @@ def test_synthetic_set_runs_through() -> None:
     (batch,) = train(source, 1, config)
     assert batch.image.std() > 0
     assert source.labels[int(batch.label[0])] == source.labels[int(source.label_ids[batch.index[0]])]
+
+
+def jpeg(image: np.ndarray, quality: int = 95, **options: Any) -> bytes:
+    Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG", quality=quality, **options)
+    return buffer.getvalue()
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    return np.asarray(Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC))
+
+
+EVERYTHING = AugmentConfig(
+    randaugment_operations=2, color_jitter=0.4, erase_probability=0.5, no_flip_labels=("run",), crop_scale_min=0.3
+)
+
+
+class PhotoSource(ArraySource):
+    """JPEGs, larger than what is made of them."""
+
+    def __getitem__(self, i: int) -> Example:
+        example = super().__getitem__(i)
+        if isinstance(example.data, bytes):
+            return example
+        return example._replace(data=jpeg(np.kron(example.data, np.ones((8, 8, 1), np.uint8))))
+
+
+def digest(batches: list[Batch]) -> list[int]:
+    return [zlib.crc32(b"".join(np.ascontiguousarray(part).tobytes() for part in batch)) for batch in batches]
+
+
+def test_batches_are_equal_for_every_number_of_workers_and_across_a_resume() -> None:
+    source = PhotoSource(12, damaged=[5])
+    one = DataConfig(augment=EVERYTHING, num_workers=0, num_threads=1, sampling="class_balanced")
+    expected = digest(train(source, 6, one))
+    assert len(set(expected)) == 6
+    for workers in (1, 2, 4):
+        config = replace(one, num_workers=workers)
+        assert digest(train(source, 3, config)) + digest(train(source, 3, config, start_step=3)) == expected
+
+
+@pytest.mark.parametrize("size", [(40, 60), (300, 500), (97, 203)])
+def test_training_crop_of_a_jpeg_is_that_of_its_pixels(size: tuple[int, int]) -> None:
+    """Decoded at a reduced scale, or whole: what is seen is the same, but for half a pixel and the colours' blur."""
+    data = jpeg(smooth(*size))
+    config = AugmentConfig(crop_scale_min=0.3)
+    for seed in range(8):
+        of_bytes = augment(data, 32, config, np.random.default_rng(seed))
+        of_pixels = augment(decode(data), 32, config, np.random.default_rng(seed))
+        assert of_bytes.shape == (32, 32, 3)
+        assert np.abs(of_bytes.astype(int) - of_pixels.astype(int)).mean() < 8  # two random pictures: 70
+
+
+def test_jpegs_that_must_be_turned_or_converted_are() -> None:
+    config, image = AugmentConfig(crop_scale_min=1.0, flip=False), smooth(60, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    turned = augment(jpeg(image, exif=exif), 60, config, np.random.default_rng(0))
+    assert np.abs(turned.astype(int) - np.rot90(image, -1)).mean() < 6
+    Image.fromarray(image).convert("CMYK").save(buffer := io.BytesIO(), "JPEG", quality=95)
+    assert np.abs(augment(buffer.getvalue(), 60, config, np.random.default_rng(0)).astype(int) - image).mean() < 12
+    grey = jpeg(image[..., 0])
+    assert augment(grey, 60, config, np.random.default_rng(0)).shape == (60, 60, 3)
+
+
+def test_training_refuses_what_evaluation_refuses() -> None:
+    whole = jpeg(smooth(100, 160))
+    for data in (b"", b"\xff\xd8", whole[:300], whole[:-400], b"GIF89a" + whole, jpeg(smooth(2, 500))[:-1] + b""):
+        reasons = []
+        for read in (
+            lambda data: decode(data),
+            lambda data: augment(data, 8, AugmentConfig(), np.random.default_rng(0)),
+        ):
+            try:
+                reasons.append(read(data) is None)
+            except BadImage as error:
+                reasons.append(str(error))
+        assert reasons[0] == reasons[1]
+    with pytest.raises(BadImage, match="megapixels"):
+        augment(whole, 8, AugmentConfig(), np.random.default_rng(0), max_megapixels=0.01)
+
+
+def test_flips_are_off_for_classes_where_left_and_right_matter() -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:, :8] = 255
+    config = AugmentConfig(crop_scale_min=1.0, no_flip_labels=("turn left",))
+
+    def mirrored(label: str) -> int:
+        return sum(augment(image, 16, config, np.random.default_rng(i), label)[0, 0, 0] == 0 for i in range(40))
+
+    assert mirrored("turn left") == 0
+    assert 8 < mirrored("walk") < 32
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_randaugment_operations_keep_the_picture_a_picture(name: str) -> None:
+    image = Image.fromarray(smooth(24, 32))
+    for strength in (0.0, 0.3, 1.0):
+        for sign in (-1, 1):
+            changed = np.asarray(OPERATIONS[name](image, strength, sign))
+            assert (changed.dtype, changed.shape) == (np.uint8, (24, 32, 3))
+    still = np.asarray(OPERATIONS[name](image, 0.0, 1))
+    if name not in ("autocontrast", "equalize", "solarize"):
+        assert np.abs(still.astype(int) - np.asarray(image)).max() <= 1
+    if name != "identity":
+        assert (np.asarray(OPERATIONS[name](image, 1.0, 1)) != np.asarray(image)).any()
+
+
+def test_jitter_and_erasing_change_what_they_say() -> None:
+    image, plain = smooth(32, 32), AugmentConfig(crop_scale_min=1.0, flip=False)
+    unchanged = augment(image, 32, plain, np.random.default_rng(0))
+    np.testing.assert_array_equal(unchanged, image)
+    erased = augment(image, 32, replace(plain, erase_probability=1.0), np.random.default_rng(0))
+    share = (erased != image).any(axis=2).mean()
+    assert 0.01 < share < 0.4
+    jittered = augment(image, 32, replace(plain, color_jitter=0.4), np.random.default_rng(3))
+    assert 2 < np.abs(jittered.astype(int) - image).mean() < 90
+
+
+class Skewed(ArraySource):
+    """60 of run, 6 of sit, 3 of walk."""
+
+    def __init__(self) -> None:
+        super().__init__(69)
+        self.label_ids = np.repeat(np.arange(3, dtype=np.int32), (60, 6, 3))
+        self.weights = np.linspace(0, 2, 69)
+
+
+def drawn(sampling: str, epochs: int) -> np.ndarray:
+    order = Order(Skewed(), sampling, 3)
+    return np.array([order[position].index for position in range(epochs * 69)]).reshape(epochs, 69)
+
+
+def test_class_balanced_sampling_draws_each_class_alike() -> None:
+    for epoch in drawn("class_balanced", 4):
+        counts = np.bincount(Skewed().label_ids[epoch], minlength=3)
+        assert np.abs(counts - 23).max() <= 1
+        assert (
+            np.bincount(epoch, minlength=69)[60:66].tolist()
+            in np.stack(np.meshgrid(*[[3, 4]] * 6), -1).reshape(-1, 6).tolist()
+        )
+
+
+def test_repeat_factor_sampling_favours_rare_classes_by_the_root() -> None:
+    share = np.array([60, 6, 3]) / 69
+    factor = np.maximum(1, np.sqrt(1 / 3 / share)) * share
+    counts = np.bincount(Skewed().label_ids[drawn("repeat_factor", 20).ravel()], minlength=3)
+    np.testing.assert_allclose(counts / counts.sum(), factor / factor.sum(), atol=0.01)
+
+
+def test_sampling_by_the_weights_of_a_manifest() -> None:
+    counts = np.bincount(drawn("weights", 60).ravel(), minlength=69) / 60
+    np.testing.assert_allclose(counts, Skewed().weights, atol=0.15)
+    assert counts[0] == 0
+    with pytest.raises(UserError, match="no manifest"):
+        Order(ArraySource(5), "weights", 0)
+
+
+def test_an_example_drawn_twice_is_augmented_twice() -> None:
+    draws = [Order(Skewed(), "class_balanced", 3)[position] for position in range(69)]
+    assert len({draw.key for draw in draws}) == 69 > len({draw.index for draw in draws})
+    assert Order(Skewed(), "class_balanced", 3)[10**12] == Order(Skewed(), "class_balanced", 3)[10**12]
+
+
+def test_default_workers_leave_cores_to_the_trainer() -> None:
+    assert [default_workers(cores) for cores in (1, 2, 4, 8, 16, 96)] == [0, 0, 0, 4, 8, 8]
+
+
+def test_ten_thousand_images_of_which_one_in_a_hundred_is_damaged(tmp_path: Path) -> None:
+    source = ArraySource(10_000, damaged=range(0, 10_000, 100))
+    for limit, ends in ((0.01, False), (0.0099, True)):
+        log = tmp_path / f"bad-{limit}.jsonl"
+        bad_inputs = BadInputs(source, limit, log)
+        if ends:
+            with pytest.raises(UserError, match="100 of 10000 images can't be read"):
+                evaluation(source, 500, DataConfig(num_workers=2), bad_inputs=bad_inputs)
+        else:
+            batches = evaluation(source, 500, DataConfig(num_workers=0), bad_inputs=bad_inputs)
+            assert sum(float(batch.mask.sum()) for batch in batches) == 9900
+        assert len(log.read_text().splitlines()) == 100
+    assert multiprocessing.active_children() == []

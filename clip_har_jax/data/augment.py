@@ -2,28 +2,53 @@
 
 import math
 
+import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
-from clip_har_jax.config import AugmentConfig
+from clip_har_jax.config import AugmentConfig, DataConfig
+from clip_har_jax.data.decode import Box, TrainingImage
+from clip_har_jax.data.randaugment import randaugment
 
 
 def augment(
-    image: UInt8[np.ndarray, "h w 3"], size_px: int, config: AugmentConfig, rng: np.random.Generator
+    image: bytes | UInt8[np.ndarray, "h w 3"],
+    size_px: int,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    label: str = "",
+    max_megapixels: float = DataConfig.max_megapixels,
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A random resized crop (Szegedy et al. 2015) and a flip, as the config says."""
-    box = _random_box(image.shape[0], image.shape[1], config.crop_scale_min, rng)
-    flip = config.flip and rng.random() < 0.5
-    whole = (0, 0, image.shape[1], image.shape[0])
-    if box != whole or image.shape[:2] != (size_px, size_px):
-        resized = Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
-        image = np.asarray(resized)
-    return np.ascontiguousarray(image[:, ::-1] if flip else image)
+    """A random resized crop (Szegedy et al. 2015), a flip, and what else the config says, in this order.
+
+    Args:
+      image: encoded, or pixels.
+      size_px: side of the result.
+      config: what is done.
+      rng: of the example in its epoch.
+      label: the example's class, which may be one of those that are never mirrored.
+      max_megapixels: larger encoded images are refused.
+
+    Raises:
+      BadImage: as `preprocess.decode`.
+    """
+    source = TrainingImage(image, max_megapixels)
+    box = _random_box(source.height, source.width, config.crop_scale_min, rng)
+    flip = rng.random() < 0.5
+    result = source.take(box, size_px)
+    if flip and config.flip and label not in config.no_flip_labels:
+        result = cv2.flip(result, 1)
+    if config.randaugment_operations:
+        result = randaugment(result, config.randaugment_operations, config.randaugment_magnitude, rng)
+    if config.color_jitter:
+        result = _jitter(result, config.color_jitter, rng)
+    if rng.random() < config.erase_probability:
+        result = _erase(result, rng)
+    return np.ascontiguousarray(result)
 
 
-def _random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a crop of random area and aspect; with scale_min 1 the centre square."""
+def _random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:
+    """A crop of random area and aspect; with scale_min 1 the centre square."""
     if scale_min < 1:
         for _ in range(10):
             area = height * width * rng.uniform(scale_min, 1)
@@ -36,3 +61,24 @@ def _random_box(height: int, width: int, scale_min: float, rng: np.random.Genera
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
+
+
+def _jitter(image: UInt8[np.ndarray, "h w 3"], strength: float, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+    """Brightness, contrast and saturation, each times 1 - strength to 1 + strength, in one map of the colours."""
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
+    luma = np.array([0.299, 0.587, 0.114])
+    colours = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * luma)
+    shift = brightness * (1 - contrast) * float(image.mean(axis=(0, 1)) @ luma)  # contrast keeps the mean grey
+    return cv2.transform(image, np.hstack([colours, np.full((3, 1), shift)]))
+
+
+def _erase(image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+    """Random erasing (Zhong et al. 2020): noise over 2 to 33% of the image."""
+    height, width = image.shape[:2]
+    area, aspect = height * width * rng.uniform(0.02, 0.33), math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+    down = min(max(round(math.sqrt(area * aspect)), 1), height)
+    across = min(max(round(math.sqrt(area / aspect)), 1), width)
+    top, left = int(rng.integers(0, height - down + 1)), int(rng.integers(0, width - across + 1))
+    result = image.copy()
+    result[top : top + down, left : left + across] = rng.integers(0, 256, (down, across, 3), np.uint8)
+    return result

@@ -20,7 +20,9 @@ from etils import epath
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
+from clip_har_jax.data.sampling import Order
 from clip_har_jax.data.sources import Example, Source
+from clip_har_jax.data.workers import usable_cores
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 
@@ -56,7 +58,7 @@ class BatchSource:
     ):
         self.source, self.config, self.preprocess, self.seed = source, config, preprocess, seed
         self.global_batch_size, self.rows, self.first_example = global_batch_size, rows, first_example
-        self._order = None if seed is None else grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self._order = None if seed is None else Order(source, config.sampling, seed)
 
     def __len__(self) -> int:
         if self.seed is not None:
@@ -77,12 +79,12 @@ class BatchSource:
         blank = np.zeros((size, size, 3), np.uint8)
         if self._order is None and position >= len(self.source):
             return (blank, 0, 0.0, -1), None
-        index = position if self._order is None else int(self._order[position])
+        index, key = (position, ()) if self._order is None else self._order[position]
         label, name = int(self.source.label_ids[index]), f"example {index}"
         try:
             example = self.source[index]
             name = example.name
-            return (self._transform(example, position, index), label, 1.0, index), None
+            return (self._transform(example, key), label, 1.0, index), None
         except BadImage as error:
             return (blank, label, 0.0, index), (index, name, str(error))
         except OSError as error:
@@ -91,14 +93,15 @@ class BatchSource:
         except Exception as error:  # a bug; of its kind nothing is sure, not even that a worker can send it
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
-    def _transform(self, example: Example, position: int, index: int) -> np.ndarray:
-        image = example.data
+    def _transform(self, example: Example, key: tuple[int, ...]) -> np.ndarray:
+        image, config = example.data, self.config
+        if key:
+            rng = np.random.default_rng(key)
+            label = self.source.labels[example.label]
+            return augment(image, self.preprocess.image_size_px, config.augment, rng, label, config.max_megapixels)
         if isinstance(image, bytes):
-            image = decode(image, self.config.max_megapixels)
-        if self.seed is None:
-            return evaluation_transform(image, self.preprocess)
-        rng = np.random.default_rng((self.seed, position // len(self.source), index))
-        return augment(image, self.preprocess.image_size_px, self.config.augment, rng)
+            image = decode(image, config.max_megapixels)
+        return evaluation_transform(image, self.preprocess)
 
 
 class BadInputs:
@@ -155,13 +158,15 @@ class BatchIterator:
 
     def __init__(self, batches: BatchSource, bad_inputs: BadInputs, start_step: int = 0):
         config = batches.config
-        threads = min(config.num_threads, config.prefetch_batches)  # a thread reads a whole batch
+        cores = usable_cores()
+        threads = min(config.num_threads or min(cores, 8), config.prefetch_batches)  # a thread reads a whole batch
+        workers = default_workers(cores) if config.num_workers is None else config.num_workers
         dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch_batches)
         )
-        if config.num_workers:
+        if workers:
             _let_workers_start()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _guard_worker)
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers), _guard_worker)
         self._bad_inputs = bad_inputs
         self._iterator: Any = iter(dataset)
 
@@ -190,6 +195,15 @@ class BatchIterator:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None  # collected as late as the interpreter's end, it would fail noisily
+
+
+def default_workers(cores: int) -> int:
+    """Decoding processes for so many cores: none where threads use them up, as decoders leave Python's lock alone.
+
+    Each costs 3 s at the start and about 300 MB, so there are never more than 8; one core a process is left to the
+    trainer.
+    """
+    return 0 if cores <= 4 else min(cores // 2, 8)
 
 
 def _let_workers_start() -> None:

@@ -154,6 +154,8 @@ class SubsetSource:
         self.source, self.indices = source, indices
         self.labels, self.label_ids = source.labels, source.label_ids[indices]
         self.fingerprint = _fingerprint(source.fingerprint, indices.tobytes())
+        weights = getattr(source, "weights", None)
+        self.weights = None if weights is None else weights[indices]
 
     def __len__(self) -> int:
         return len(self.indices)

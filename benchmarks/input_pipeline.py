@@ -1,0 +1,201 @@
+"""Training images a second: this project's input beside torch's DataLoader and tf.data, on the same files.
+
+    python -m benchmarks.input_pipeline [--data=folder:photos] [--torch_python=.venv-peers/bin/python] [--workers=2]
+
+Each reads JPEGs, takes a random resized crop of 224 px, flips half of them and makes shuffled batches. torch runs the
+transforms that torchvision runs on PIL images (bicubic, to float, normalise) in as many worker processes as we have
+threads; tf.data runs its own decode_and_crop_jpeg, bicubic resize and normalisation. Ours ends with uint8, since the
+training step normalises; the row "ours, float" adds that on the host's CPU for those who compare like with like. The
+sides take turns, so that what else the machine does slows all. torch and TensorFlow are no requirement of this
+benchmark:
+
+    python -m venv .venv-peers && .venv-peers/bin/pip install torch pillow tensorflow-cpu
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_step import Side
+from clip_har_jax import cli
+from clip_har_jax.errors import UserError
+
+SIDE_FLAG = "--side"  # what this file is started with as our child process
+SIZE_PX, SCALE_MIN, BATCH_SIZE = 224, 0.6, 64
+DRAWN = 640  # images that are drawn where none are named
+
+
+def ours(files: str, workers: str, cores: str, cache: str) -> None:
+    """Our child process: reads the files once for each line, answers with the seconds and its greatest memory."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
+    from clip_har_jax.config import AugmentConfig, DataConfig
+    from clip_har_jax.data.pipeline import BadInputs, train_batches
+    from clip_har_jax.data.sources import make_source
+    from clip_har_jax.preprocess import Preprocess
+
+    source = make_source(cache or f"csv:{files}", "train")
+    config = DataConfig(num_threads=int(workers), num_workers=0, augment=AugmentConfig(crop_scale_min=SCALE_MIN))
+    finish = _make_float()
+    print(json.dumps({"versions": {}}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        bad = BadInputs(source, 0.5)
+        begin = time.perf_counter()
+        with train_batches(
+            source, config, Preprocess(SIZE_PX), seed=0, global_batch_size=BATCH_SIZE, bad_inputs=bad
+        ) as batches:
+            for _ in range(request["batches"]):
+                batch = next(batches)
+                if request["float"]:
+                    finish(batch.image)
+            seconds = time.perf_counter() - begin
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "memory_mb": memory}), flush=True)
+
+
+def _make_float() -> Callable[[Any], Any]:
+    """Normalisation as the training step does it; compiled when it is first used."""
+    compiled: list[Any] = []
+
+    def finish(images: Any) -> Any:
+        if not compiled:
+            import jax
+            import jax.numpy as jnp
+
+            from clip_har_jax.preprocess import CLIP_MEAN, CLIP_STD
+
+            mean, std = jnp.asarray(CLIP_MEAN), jnp.asarray(CLIP_STD)
+            compiled.append(jax.jit(lambda x: (x.astype(jnp.float32) / 255 - mean) / std))
+        return compiled[0](images).block_until_ready()
+
+    return finish
+
+
+def write_files(data: str, folder: Path) -> tuple[Path, int]:
+    """A CSV of the files that --data names, or of drawn ones; and their number."""
+    from clip_har_jax.data import synthetic
+    from clip_har_jax.data.sources import FileSource, make_source
+
+    rows = []
+    if data:
+        source = make_source(data, "train")
+        if not isinstance(source, FileSource):
+            raise UserError(f"--data={data}: the other sides read files; name a folder, csv or manifest")
+        rows = [(os.path.abspath(p), source.labels[i]) for p, i in zip(source.paths, source.label_ids, strict=True)]
+    else:
+        from PIL import Image
+
+        for i in range(DRAWN):
+            path = folder / f"{i}.jpg"
+            Image.fromarray(synthetic.draw("train", i, 256)).save(path, quality=90)
+            rows.append((str(path), synthetic.LABELS[synthetic.label_of("train", i)]))
+    import csv
+
+    with (folder / "files.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("filename", "label"), *rows])
+    return folder / "files.csv", len(rows)
+
+
+def _can_import(python: str, name: str) -> bool:
+    try:
+        return subprocess.run([python, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def main() -> None:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--data", default="", help="files to read, as --data=folder:photos; empty: drawn ones")
+    parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch, Pillow and TensorFlow")
+    parser.add_argument("--workers", type=int, default=2, help="threads of ours, processes of torch's, as --workers=2")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, as --rounds=5")
+    parser.add_argument("--epochs", type=int, default=3, help="times that a round reads all files, as --epochs=3")
+    parser.add_argument("--cache", default="", help="a manifest's cached images, as --cache='manifest:FILE?cache=256'")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    print(f"{'':14}{'images/s':>10}{'least':>10}{'most':>10}{'memory MB':>12}")
+    for name, row in result["sides"].items():
+        print(f"{name:14}{row['images_per_s']:10.0f}{row['least']:10.0f}{row['most']:10.0f}{row['memory_mb']:12.0f}")
+    print(json.dumps(result))
+
+
+def measure(arguments: Any) -> dict[str, Any]:
+    """Images a second of each side, and the ratios."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        files, count = write_files(arguments.data, Path(folder))
+        batches = max(1, arguments.epochs * count // BATCH_SIZE)
+        sides = _make_sides(arguments, str(files))
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        memory: dict[str, float] = {}
+        for _ in range(1 + arguments.rounds):
+            for name, (side, options) in sides.items():
+                answer = side.ask(json.dumps({"batches": batches, "float": False} | options))
+                rates[name].append(batches * BATCH_SIZE / answer["seconds"])
+                memory[name] = answer["memory_mb"]
+        for side in {id(side): side for side, _ in sides.values()}.values():
+            side.close()
+    rows = {
+        name: {
+            "images_per_s": statistics.median(timed[1:]),
+            "least": min(timed[1:]),
+            "most": max(timed[1:]),
+            "memory_mb": memory[name],
+        }
+        for name, timed in rates.items()
+    }
+    speed = {name: row["images_per_s"] for name, row in rows.items()}
+    ratios = {
+        f"ratio_to_{name}": round(speed["ours"] / speed[name], 3) for name in ("torch", "tf.data") if name in speed
+    }
+    return {
+        "benchmark": "input_pipeline",
+        "ratio": ratios.get("ratio_to_torch"),
+        **ratios,
+        "cores_ratio": round(speed["ours"] / speed["ours, 1 core"], 3),
+        "images": count,
+        "load": os.getloadavg()[0],
+        **vars(arguments),
+        "sides": rows,
+    }
+
+
+def _make_sides(arguments: Any, files: str) -> dict[str, tuple[Side, dict[str, Any]]]:
+    """Name -> the process that does it and what it is asked besides."""
+    cores = min(arguments.workers, len(os.sched_getaffinity(0)))
+
+    def our_side(workers: int, cores: int, cache: str = "") -> Side:
+        command = [sys.executable, "-m", "benchmarks.input_pipeline", SIDE_FLAG, files]
+        return Side([*command, str(workers), str(cores), cache])
+
+    all_cores = our_side(arguments.workers, cores)
+    sides: dict[str, tuple[Side, dict[str, Any]]] = {
+        "ours": (all_cores, {}),
+        "ours, 1 core": (our_side(1, 1), {}),
+        "ours, float": (our_side(arguments.workers, cores), {"float": True}),
+    }
+    if arguments.cache:
+        sides["ours, cached"] = (our_side(arguments.workers, cores, arguments.cache), {})
+    for name, module in (("torch", "torch"), ("tf.data", "tensorflow")):
+        if _can_import(arguments.torch_python, module):
+            script = str(Path(__file__).with_name(f"{module}_input_pipeline.py"))
+            settings = [files, str(arguments.workers), str(SIZE_PX), str(SCALE_MIN), str(BATCH_SIZE)]
+            sides[name] = (Side([arguments.torch_python, script, *settings]), {})
+        else:
+            print(f"{arguments.torch_python} has no {module} to compare with; see --help for how to add it")
+    return sides
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [SIDE_FLAG]:
+        ours(*sys.argv[2:])
+    else:
+        cli.run(main)

@@ -1,0 +1,88 @@
+"""Bytes -> a part of an image at a size, for training: JPEGs at the least scale that holds enough pixels.
+
+Other kernels than evaluation's: faster, and never used where a model is judged.
+"""
+
+import math
+
+import cv2
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import Image
+
+from clip_har_jax.preprocess import check_size, decode
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the whole image
+
+cv2.setNumThreads(1)  # batches are decoded side by side already
+
+
+class TrainingImage:
+    """An image of which a part will be taken; an encoded one is decoded when the part is known.
+
+    Raises:
+      BadImage: as `preprocess.decode`, now or by `take`.
+    """
+
+    def __init__(self, image: bytes | UInt8[np.ndarray, "h w 3"], max_megapixels: float):
+        self._max_megapixels = max_megapixels
+        self._jpeg, self._array = None, image
+        if isinstance(image, bytes):
+            size = _plain_jpeg_size(image)
+            if size is None:
+                self._array = decode(image, max_megapixels)
+            else:
+                self.height, self.width = size
+                check_size(self.width, self.height, max_megapixels)
+                self._jpeg = image
+        if self._jpeg is None:
+            self.height, self.width = self._array.shape[:2]
+
+    def take(self, box: Box, size_px: int) -> UInt8[np.ndarray, "size size 3"]:
+        """The part in `box`, resized to a square."""
+        left, top, right, bottom = box
+        image = self._array
+        if self._jpeg is not None:
+            need = max(size_px / (bottom - top), size_px / (right - left))
+            image = _decode_jpeg(self._jpeg, math.ceil(self.height * need), math.ceil(self.width * need))
+            if image is None:  # damaged, or of a kind that this decoder doesn't do
+                image = decode(self._jpeg, self._max_megapixels)
+            down, across = image.shape[0] / self.height, image.shape[1] / self.width
+            top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
+            left, right = round(left * across), max(round(right * across), round(left * across) + 1)
+        part = image[top:bottom, left:right]
+        if part.shape[:2] == (size_px, size_px):
+            return part
+        shrinks = min(part.shape[:2]) > size_px  # cubic interpolation would skip pixels, and show moiré
+        return cv2.resize(part, (size_px, size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that needs neither turning nor a conversion of colours; None for all else."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colorspace not in ("YCbCr", "Gray", "RGB") or (b"Exif\0" in data[: 2**16] and _is_turned(data)):
+        return None
+    return height, width
+
+
+def _is_turned(data: bytes) -> bool:
+    import io
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return image.getexif().get(0x0112, 1) != 1
+    except Exception:  # metadata that can't be read turns nothing, but who knows
+        return True
+
+
+def _decode_jpeg(data: bytes, min_height: int, min_width: int) -> np.ndarray | None:
+    try:
+        return simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width)
+    except ValueError:
+        return None

@@ -1,0 +1,65 @@
+"""Which example comes at which position: shuffled anew each epoch, and where asked for, rare classes more often."""
+
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Float64
+
+from clip_har_jax.data.sources import Source
+from clip_har_jax.errors import UserError
+
+
+class Draw(NamedTuple):
+    """An example at a position, and the seed of what is random in it."""
+
+    index: int
+    key: tuple[int, ...]
+
+
+def example_weights(source: Source, sampling: str) -> Float64[np.ndarray, " n"] | None:
+    """How often each example comes, on average in an epoch; None: once.
+
+    class_balanced: each class equally often. repeat_factor: classes rarer than the mean more often, by the square root
+    of how much (Gupta et al. 2019, equation 1, with the mean share as threshold). weights: as the manifest says.
+
+    Raises:
+      UserError: weights of a source that has none, or of which none is above 0.
+    """
+    if sampling == "shuffle":
+        return None
+    if sampling == "weights":
+        weights = getattr(source, "weights", None)
+        if weights is None:
+            raise UserError("config.data.sampling='weights': the training data is no manifest, so it has no weights")
+        weights = np.asarray(weights, np.float64)
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+            raise UserError("config.data.sampling='weights': weights must be 0 or more, and one above 0")
+    else:
+        counts = np.bincount(source.label_ids, minlength=len(source.labels))
+        share = counts / counts.sum()
+        found = np.maximum(share, 1e-12)
+        factor = 1 / found if sampling == "class_balanced" else np.maximum(1, np.sqrt(1 / (counts > 0).sum() / found))
+        weights = factor[source.label_ids]
+    return weights / weights.sum() * len(weights)
+
+
+class Order:
+    """Position -> example, endless and with random access; an epoch is as many positions as there are examples.
+
+    With weights, an epoch is a systematic sample: an example of weight w comes floor(w) or ceil(w) times in it.
+    """
+
+    def __init__(self, source: Source, sampling: str, seed: int):
+        weights = example_weights(source, sampling)
+        self._bounds = None if weights is None else np.cumsum(weights)
+        self._size, self._seed = len(source), seed
+        self._ranks = grain.MapDataset.range(self._size).seed(seed).shuffle().repeat()
+
+    def __getitem__(self, position: int) -> Draw:
+        epoch, rank = position // self._size, int(self._ranks[position])
+        if self._bounds is None:
+            return Draw(rank, (self._seed, epoch, rank))
+        offset = np.random.default_rng((self._seed, epoch)).random()
+        index = int(np.searchsorted(self._bounds, rank + offset, side="right"))
+        return Draw(min(index, self._size - 1), (self._seed, epoch, index, rank))
