@@ -3,6 +3,8 @@
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import jax
@@ -210,6 +212,47 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="checkpoints can't be written there"):
         Checkpointer(tmp_path / "file" / "checkpoints", KEEP)
+
+
+WITHOUT_PRIVILEGES = """
+import ctypes, sys
+ctypes.CDLL(None).prctl(24, 1)  # drop CAP_DAC_OVERRIDE from the bounding set: root obeys modes after the next exec
+ctypes.CDLL(None).prctl(24, 2)
+import os
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
+"""
+OPEN = """
+import sys
+from clip_har_jax.config import CheckpointConfig
+from clip_har_jax.errors import UserError
+from clip_har_jax.training.checkpoint import Checkpointer
+try:
+    Checkpointer(sys.argv[1], CheckpointConfig())
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "message"),
+    [
+        (".", 0o555, "c: checkpoints can't be written there (Permission denied)"),
+        ("2/state/d", 0o000, "2/state/d: checkpoint 2 may not be read"),
+        ("2.manifest.json", 0o000, "2.manifest.json: checkpoint 2 may not be read"),
+    ],
+)
+def test_a_lack_of_permission_is_said_at_once_and_no_damage(saved, tmp_path, place, mode, message):
+    folder = tmp_path / "c"
+    shutil.copytree(saved, folder)
+    before = (folder / place).stat().st_mode
+    (folder / place).chmod(mode)
+    command = [sys.executable, "-c", WITHOUT_PRIVILEGES, OPEN, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (folder / place).chmod(before)
+    assert done.stdout.endswith(f"/{message}\n"), (done.stdout, done.stderr)
+    assert done.stdout.count("\n") == 1
+    with Checkpointer(folder, KEEP) as kept:
+        assert kept.newest_whole() == 2
 
 
 def test_another_mesh_restores_the_same_bits(saved):

@@ -18,7 +18,7 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig, leaves
 from clip_har_jax.errors import UserError
-from clip_har_jax.training.checkpoint import was_saved
+from clip_har_jax.training.checkpoint import probe, was_saved
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
 
@@ -104,10 +104,7 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
         raise UserError("--workdir is empty; name a folder, e.g. --workdir=runs/demo")
     path = epath.Path(workdir)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe.{secrets.token_hex(4)}"
-        probe.write_text("")
-        probe.unlink()
+        probe(path)
     except ImportError as error:  # says which client of the object store to install
         raise UserError(f"--workdir={workdir}: {error} (pip)") from error
     except KeyError as error:

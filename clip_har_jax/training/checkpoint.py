@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import secrets
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ class Checkpointer:
         self._folder, self._config = path.absolute() if bundle.is_local(path) else path, config
         self._saving: int | None = None
         try:
+            probe(self._folder)
             self._damaged = self._sweep(steps_on_disk(self._folder))
             self._manager = self._open()
         except OSError as error:
@@ -241,17 +243,31 @@ class Checkpointer:
             ) from error
 
     def _problem(self, step: int) -> str | None:
-        """How the files of a checkpoint differ from its manifest; None: not at all."""
+        """How the files of a checkpoint differ from its manifest; None: not at all.
+
+        Raises:
+          UserError: they may not be read, which says nothing of them.
+        """
+        try:
+            return self._difference(step)
+        except PermissionError as error:
+            raise UserError(f"{error.filename or self._folder}: checkpoint {step} may not be read") from error
+
+    def _difference(self, step: int) -> str | None:
         try:
             files = json.loads(self._manifest(step).read_text())["files"]
         except FileNotFoundError:
             return "its manifest is missing"
+        except PermissionError:
+            raise
         except (OSError, ValueError, KeyError, TypeError):
             return "its manifest is damaged"
         try:
             # A kill may have come before these were sealed; nothing of the state is in them.
             unsealed = tuple(name for name in LATE if name not in files)
             found = _hashes(self._folder / str(step), leave_out=unsealed)
+        except PermissionError:
+            raise
         except OSError as error:
             return f"can't be read: {error}"
         if differing := sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name)):
@@ -297,6 +313,18 @@ class Checkpointer:
 
     def _write_manifest(self, step: int, files: Mapping[str, str]) -> None:
         bundle.write_json(self._manifest(step), {"step": step, "files": dict(files)})
+
+
+def probe(folder: epath.Path) -> None:
+    """Makes a folder, and finds out whether anything can be written there.
+
+    Raises:
+      OSError: it can't.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".probe.{secrets.token_hex(4)}"
+    path.write_text("")
+    path.unlink()
 
 
 def steps_on_disk(folder: epath.Path) -> list[int]:
