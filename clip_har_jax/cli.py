@@ -59,6 +59,23 @@ def process_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names + timeouts}
 
 
+def add_gates(parser: argparse.ArgumentParser) -> None:
+    """Adds the bounds of a promotion; `mlops.gates.Gates` takes them."""
+    parser.add_argument(
+        "--min_gain",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="the 95%% interval of top-1's gain over the champion must lie above, e.g. --min_gain=-0.02",
+    )
+    parser.add_argument(
+        "--min_retention", type=float, metavar="X", help="share of zero-shot accuracy left, e.g. --min_retention=0.95"
+    )
+    parser.add_argument(
+        "--max_latency_ms", type=float, metavar="MS", help="for one image, measured here, e.g. --max_latency_ms=50"
+    )
+
+
 def step_range(text: str) -> tuple[int, int]:
     """The value of --profile_steps: FIRST:LAST, counted from 1."""
     first, colon, last = text.partition(":")

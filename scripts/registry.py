@@ -104,10 +104,10 @@ def _announce(version: "Version", arguments: argparse.Namespace) -> None:
 
 
 def _reload(url: str) -> None:
-    """Tells a server to open the new folder; where it wants a key, HAR_API_KEY holds one that may change models."""
+    """Tells a server to open the new folder; where it wants a key, RELOAD_KEY holds an admin's."""
     import urllib.request
 
-    key = os.environ.get("HAR_API_KEY")
+    key = os.environ.get("RELOAD_KEY")
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, data=json.dumps({}).encode(), headers=headers, method="POST")
     with urllib.request.urlopen(request, timeout=120) as answer:
@@ -130,7 +130,7 @@ def _parse() -> argparse.Namespace:
     new.add_argument("--evaluation", type=Path, metavar="DIR", help="of it, e.g. --evaluation=runs/demo/test")
     up = command("promote", promote, "point an alias to a version that passes the gates")
     up.add_argument("--version", required=True, help="number or alias, e.g. --version=3")
-    add_gates(up)
+    cli.add_gates(up)
     down = command("rollback", rollback, "point an alias to the version that had it before")
     for child in (up, down):
         child.add_argument("--alias", default="champion", help="e.g. --alias=champion (default)")
@@ -148,23 +148,6 @@ def _parse() -> argparse.Namespace:
     get.add_argument("--every_s", type=float, default=30, metavar="S", help="between looks, e.g. --every_s=30")
     get.add_argument("--reload_url", metavar="URL", help="told after each pull (POST), e.g. that of a local server")
     return parser.parse_args()
-
-
-def add_gates(parser: argparse.ArgumentParser) -> None:
-    """The bounds of a promotion."""
-    parser.add_argument(
-        "--min_gain",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="the 95%% interval of top-1's gain over the champion must lie above, e.g. --min_gain=-0.02",
-    )
-    parser.add_argument(
-        "--min_retention", type=float, metavar="X", help="share of zero-shot accuracy left, e.g. --min_retention=0.95"
-    )
-    parser.add_argument(
-        "--max_latency_ms", type=float, metavar="MS", help="for one image, measured here, e.g. --max_latency_ms=50"
-    )
 
 
 if __name__ == "__main__":

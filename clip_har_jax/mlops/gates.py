@@ -57,12 +57,17 @@ def read_evaluation(folder: Path, digest: str) -> dict[str, Any]:
 def check_gates(gates: Gates, candidate: Path, champion: Path | None) -> list[Check]:
     """Checks a version's folders against the bounds, and against those of the champion if there is one."""
     checks = [_check_parity(candidate / "export")] if (candidate / "export").is_dir() else []
-    if champion is not None:
-        checks.append(_check_gain(gates.min_gain, candidate / "evaluation", champion / "evaluation"))
-    if gates.min_retention is not None:
-        checks.append(_check_retention(gates.min_retention, candidate / "evaluation"))
+    checks += check_evaluation(gates, candidate / "evaluation", champion and champion / "evaluation")
     if gates.max_latency_ms is not None:
         checks.append(_check_latency(gates.max_latency_ms, candidate / "export"))
+    return checks
+
+
+def check_evaluation(gates: Gates, candidate: Path, champion: Path | None) -> list[Check]:
+    """Checks what an evaluation shows, against the champion's if there is one."""
+    checks = [_check_gain(gates.min_gain, candidate, champion)] if champion is not None else []
+    if gates.min_retention is not None:
+        checks.append(_check_retention(gates.min_retention, candidate))
     return checks
 
 

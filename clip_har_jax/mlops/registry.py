@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.mlops.gates import Check, Gates, check_gates, read_evaluation
+from clip_har_jax.mlops.gates import Check, Gates, check_evaluation, check_gates, read_evaluation
 from clip_har_jax.mlops.mlflow import find_experiment
 
 NAME = "har"
@@ -184,10 +184,28 @@ class Registry:
             self._point(alias, version, before)
         return checks
 
+    def compare(self, model: Path, evaluation: Path, alias: str, gates: Gates) -> list[Check]:
+        """Checks a model that isn't registered yet against an alias's version, by what needs no export.
+
+        Raises:
+          UserError: the alias's version was tampered with.
+        """
+        number = self._aliases().get(alias)
+        digest = bundle.verify(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            champion = None
+            if number is not None and self.find(alias).digest != digest:
+                champion = self._download(self.find(alias), Path(scratch) / "champion") / "evaluation"
+            return check_evaluation(gates, evaluation, champion)
+
+    def point(self, alias: str, version: Version) -> None:
+        """Points an alias to a version without asking anything, as at a challenger."""
+        self._client.set_registered_model_alias(self.name, alias, str(version.number))
+
     def _point(self, alias: str, version: Version, before: int | None) -> None:
         if before is not None:
             self._client.set_model_version_tag(self.name, str(version.number), f"{REPLACED}.{alias}", str(before))
-        self._client.set_registered_model_alias(self.name, alias, str(version.number))
+        self.point(alias, version)
 
     def rollback(self, alias: str) -> Version:
         """Points an alias back to the version that had it before; that one passed its gates when it was promoted.
