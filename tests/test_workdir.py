@@ -13,7 +13,7 @@ from etils import epath
 
 from clip_har_jax.config import leaves, make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.pipelines.workdir import AT_RESUME, WorkdirLock, claim_config, make_workdir
+from clip_har_jax.pipelines.workdir import AT_RESUME, WorkdirLock, claim_config, clear_other_run, make_workdir
 
 HOLD = """
 import sys, time
@@ -148,6 +148,17 @@ def test_a_run_that_saved_nothing_holds_no_one_to_its_config(tmp_path):
         claim_config(folder, make_config())
 
 
+def test_a_key_that_a_newer_version_has_stood_at_its_default(tmp_path):
+    folder = make_saved(tmp_path / "run")
+    claim_config(folder, make_config())
+    old = json.loads((folder / "config.json").read_text())
+    del old["data"]["sampling"], old["method"]
+    (folder / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"method\.freeze=\[\], this one says"):
+        claim_config(folder, config_with("method.freeze", ("text.*",)))
+    assert claim_config(folder, make_config()) == []
+
+
 def test_a_batch_size_changes_when_asked(tmp_path):
     folder = make_saved(tmp_path / "run")
     claim_config(folder, make_config())
@@ -162,6 +173,31 @@ def test_every_rule_at_resume_is_of_a_key():
     keys = [key for key, _ in leaves(make_config())]
     for prefix, _ in AT_RESUME:
         assert any(key.startswith(prefix) for key in keys), prefix
+
+
+@pytest.mark.parametrize(
+    ("last_step", "has_model", "config", "data", "stays"),
+    [
+        (3, False, {}, "a", True),
+        (9, False, {}, "a", True),  # killed while the model was written: nothing is computed again
+        (9, True, {}, "a", False),
+        (3, False, {"checkpoint": {"every_steps": 7}}, "a", True),
+        (3, False, {"optim": {"learning_rate": 0.5}}, "a", False),
+        (3, False, {}, "b", False),
+    ],
+)
+def test_a_restart_clears_what_is_not_this_run_unfinished(tmp_path, last_step, has_model, config, data, stays):
+    folder = make_saved(tmp_path / "run")
+    claim_config(folder, make_config())
+    record = {"last_step": last_step, "num_steps": 9, "data": {"train": {"fingerprint": "a"}}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "notes.txt").write_text("a person's own")
+    if has_model:
+        (folder / "model").mkdir()
+        (folder / "model" / "manifest.json").write_text("{}")
+    clear_other_run(folder, make_config(config), {"train": data})
+    assert (folder / "checkpoints" / "3").exists() == (folder / "config.json").exists() == stays
+    assert (folder / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("place", ["a file", "/proc/nothing"])

@@ -127,7 +127,8 @@ def clear_other_run(workdir: epath.Path, config: RunConfig, fingerprints: Mappin
     old, record = read_json(workdir / "config.json"), read_json(workdir / "run.json")
     if old is None or record is None:
         return
-    unfinished = record.get("last_step", 0) < record.get("num_steps", 0)
+    trained = record.get("last_step", 0) >= record.get("num_steps", 0)
+    unfinished = not (trained and (workdir / "model" / bundle.MANIFEST).exists())
     same_config = all(change.policy == FREE for change in _changes(old, config))
     same_data = fingerprints == {name: part["fingerprint"] for name, part in record["data"].items()}
     if unfinished and same_config and same_data:
@@ -163,13 +164,14 @@ def claim_config(workdir: epath.Path, config: RunConfig) -> list[Change]:
 
 
 def _changes(old: Mapping[str, Any], config: RunConfig) -> Iterator[Change]:
+    defaults = dict(leaves(RunConfig()))
     for key, value in leaves(config):
         node: Any = old
-        for name in key.split("."):
-            node = node.get(name) if isinstance(node, dict) else None
-        new = json.loads(json.dumps(value))
-        if new != node:
-            yield Change(key, node, new, _policy(key, config))
+        for name in key.split("."):  # a key that came with a newer version stood at its default
+            node = node.get(name, defaults[key]) if isinstance(node, dict) else defaults[key]
+        before, new = (json.loads(json.dumps(side)) for side in (node, value))
+        if new != before:
+            yield Change(key, before, new, _policy(key, config))
 
 
 def _policy(key: str, config: RunConfig) -> str:
