@@ -4,6 +4,7 @@
 # Nothing is written outside /tmp: start it with --read-only --tmpfs /tmp.
 FROM python:3.12.12-slim-trixie AS packages
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
 COPY requirements.txt requirements-app.txt ./
 RUN python -m venv /opt/venv \
     && grep -v "^-e" requirements.txt > constraints.txt \
@@ -27,7 +28,7 @@ COPY LICENSE ./
 COPY clip_har_jax clip_har_jax
 COPY serving serving
 COPY app app
-RUN useradd --no-create-home --uid 10001 har
+RUN useradd --no-log-init --no-create-home --uid 10001 har
 USER 10001
 EXPOSE 8000 8501
 HEALTHCHECK --interval=10s --timeout=4s --start-period=30s --retries=3 \
