@@ -66,7 +66,7 @@ def test_a_pass_killed_after_each_step_ends_as_an_unbroken_one(start):
     def done_steps():
         return list(json.loads(state.read_text())) if state.exists() else []
 
-    for kill_after in ("data", "train", "export"):
+    for kill_after in ("train", "export"):
         process = subprocess.Popen(
             command(start), cwd=start, env=environment(start), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

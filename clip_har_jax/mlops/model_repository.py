@@ -1,0 +1,89 @@
+"""Triton's model repository, which KServe reads too: an exported folder's ONNX graphs in the layout that they want.
+
+NAME/1/model.onnx, NAME/config.pbtxt and NAME/labels.txt, as Triton's model configuration describes them
+(https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md).
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError
+
+SIGNATURE = "signature.json"
+TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
+# What each graph answers: the output's shape without the batch; -1 where the model's width stands.
+SHAPES = {"probs": "classes", "logits": "classes", "image_embeds": -1, "text_embeds": -1}
+SERVED = ("classifier", "image_encoder", "text_encoder")
+
+
+def write_model_repository(export: Path, output: Path, name: str, format: str, max_batch_size: int) -> list[str]:
+    """Writes the repository; gives the models in it.
+
+    Args:
+      export: a sealed exported folder.
+      output: the repository; models of these names in it are replaced.
+      name: of the classifier; the encoders are NAME_image_encoder and NAME_text_encoder.
+      format: one of the folder's ONNX formats.
+      max_batch_size: images that Triton may put together.
+
+    Raises:
+      UserError: not an exported folder, a changed file, or no such format in it.
+    """
+    digest = bundle.verify(export)
+    if digest is None or not (export / SIGNATURE).is_file():
+        raise UserError(f"--export={export}: not a sealed folder of `python -m export`")
+    if not (export / format).is_dir() or not format.startswith("onnx"):
+        there = [path.name for path in sorted(export.glob("onnx*")) if path.is_dir()]
+        raise UserError(f"--format={format}: not in {export}; it has {', '.join(there) or 'no ONNX format'}")
+    graphs = json.loads((export / SIGNATURE).read_text(encoding="utf-8"))["graphs"]
+    labels = bundle.read_actions(export).labels
+    written = []
+    for graph in SERVED:
+        if graph not in graphs:
+            continue
+        model = name if graph == "classifier" else f"{name}_{graph}"
+        config = _config(model, graphs[graph], len(labels), max_batch_size, digest, graph == "classifier")
+
+        def fill(folder: Path, graph: str = graph, config: str = config) -> None:
+            (folder / "1").mkdir()
+            shutil.copy(export / format / f"{graph}.onnx", folder / "1" / "model.onnx")
+            for data in (export / format).glob(f"{graph}.onnx.*"):  # weights beside a large graph
+                shutil.copy(data, folder / "1" / data.name)
+            (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+            if graph == "classifier":
+                (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+
+        bundle.replace_folder(output / model, fill)
+        written.append(model)
+    return written
+
+
+def _config(name: str, graph: Mapping[str, Any], classes: int, most: int, digest: str, labelled: bool) -> str:
+    """config.pbtxt; the digest stands in it, so that a served model can be traced."""
+    inputs = [
+        f'  {{ name: "{key}" data_type: {TYPES[kind]} dims: {list(shape[1:])} }}'
+        for key, (kind, shape) in graph["inputs"].items()
+    ]
+    outputs = []
+    for key in graph["outputs"]:
+        size = classes if SHAPES[key] == "classes" else SHAPES[key]
+        label = ' label_filename: "labels.txt"' if labelled and key == "probs" else ""
+        outputs.append(f'  {{ name: "{key}" data_type: TYPE_FP32 dims: [{size}]{label} }}')
+    lines = [
+        f'name: "{name}"',
+        'platform: "onnxruntime_onnx"',
+        f"max_batch_size: {most}",
+        "input [",
+        ",\n".join(inputs),
+        "]",
+        "output [",
+        ",\n".join(outputs),
+        "]",
+        "dynamic_batching { max_queue_delay_microseconds: 2000 }",
+        f'parameters {{ key: "digest" value: {{ string_value: "{digest}" }} }}',
+    ]
+    return "\n".join(lines) + "\n"
