@@ -76,6 +76,21 @@ def add_gates(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_event_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the rules by which frames become events, as `inference.stream.EventRules` has them."""
+    add = parser.add_argument
+    help = "how a frame is averaged with those before it: exponential (by age), attention (by likeness), none, e.g. "
+    add("--smoothing", default="exponential", metavar="NAME", help=f"{help}--smoothing=attention")
+    for name, default, what in (
+        ("memory_s", 1.0, "the age at which a frame counts 1/e"),
+        ("start_score", 0.6, "the probability at which an action starts"),
+        ("end_score", 0.4, "the one below which it ends"),
+        ("min_duration_s", 0.5, "shorter actions aren't told"),
+    ):
+        help = f"{what}, e.g. --{name}={default} (default)"
+        add(f"--{name}", type=float, default=default, metavar="X", help=help)
+
+
 def step_range(text: str) -> tuple[int, int]:
     """The value of --profile_steps: FIRST:LAST, counted from 1."""
     first, colon, last = text.partition(":")

@@ -152,16 +152,34 @@ def iter_frames(
       BadVideo: not a video or no frame in it; or, after the frames that could be read, where it is damaged.
     """
     with _open(source, num_threads) as container:
-        decoding = _Decoding(container, _video_stream(container), max_megapixels)
-        first_s: float | None = None
-        due_s = 0.0
-        for frame_s, frame in decoding:
-            first_s = frame_s if first_s is None else first_s
-            time_s = frame_s - first_s
-            if rate_hz is None or time_s >= due_s - ROUNDING_S:
-                yield TimedFrame(time_s, _upright(frame))
-            if rate_hz is not None:
-                due_s = max(due_s, (np.floor((time_s + ROUNDING_S) * rate_hz) + 1) / rate_hz)
+        yield from _timed(_Decoding(container, _video_stream(container), max_megapixels), rate_hz)
+
+
+def iter_camera(device: str, rate_hz: float | None = None) -> Iterator[TimedFrame]:
+    """The frames of a camera of this machine, as `/dev/video0`, by Video4Linux.
+
+    Raises:
+      BadVideo: no such camera, or it stopped.
+    """
+    av = import_av()
+    try:
+        with av.open(device, format="v4l2", timeout=LIVE_TIMEOUT_S) as container:
+            yield from _timed(_Decoding(container, _video_stream(container), MAX_MEGAPIXELS), rate_hz)
+    except av.error.FFmpegError as error:
+        raise BadVideo(f"no camera that can be read ({(error.strerror or '').lower()})") from error
+
+
+def _timed(decoding: "_Decoding", rate_hz: float | None) -> Iterator[TimedFrame]:
+    """Upright frames at most at `rate_hz`, timed from the first; damage is raised behind them."""
+    first_s: float | None = None
+    due_s = 0.0
+    for frame_s, frame in decoding:
+        first_s = frame_s if first_s is None else first_s
+        time_s = frame_s - first_s
+        if rate_hz is None or time_s >= due_s - ROUNDING_S:
+            yield TimedFrame(time_s, _upright(frame))
+        if rate_hz is not None:
+            due_s = max(due_s, (np.floor((time_s + ROUNDING_S) * rate_hz) + 1) / rate_hz)
     if first_s is None:
         raise BadVideo(f"no frame of it can be decoded{decoding.why()}")
     if damage := decoding.damage():

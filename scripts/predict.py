@@ -1,21 +1,24 @@
 """Tells the action in images.
 
   python scripts/predict.py --model=runs/demo/model photo.jpg holiday/
+  python scripts/predict.py --model=runs/demo/model --events clip.mp4
   find photos -name '*.jpg' | python scripts/predict.py --model=runs/demo/model --json -
 
-Prints a line for each image: probability, action, file. A file that can't be read is reported and the rest go on.
+Prints a line for each image: probability, action, file; with --events one for each action in a video. A file that
+can't be read is reported and the rest go on.
 Exits 0 when all were read, 1 when some were not, 2 on a mistake.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from clip_har_jax import cli
 
 if TYPE_CHECKING:
-    from clip_har_jax.inference.predictor import Prediction
+    from clip_har_jax.inference.predictor import Prediction, Predictor
 
 
 def main() -> int:
@@ -27,6 +30,8 @@ def main() -> int:
 
     inputs = list_inputs(arguments.inputs, sys.stdin.buffer)
     predictor = Predictor(arguments.model, split_classes(arguments.classes), arguments.batch_size)
+    if arguments.events:
+        return _print_events(predictor, inputs, arguments)
     width, count, failed = max(map(len, predictor.labels)), 0, 0
     for prediction in predictor.stream(inputs):
         if arguments.json:
@@ -36,6 +41,35 @@ def main() -> int:
         count, failed = count + 1, failed + (prediction.error is not None)
     if not count:
         raise UserError("no paths on stdin; write one a line")
+    return 1 if failed else 0
+
+
+def _print_events(predictor: "Predictor", videos: Iterable[str], arguments: argparse.Namespace) -> int:
+    """The actions of each video, one after the other."""
+    from clip_har_jax.inference.stream import EventRules, find_events
+    from clip_har_jax.video import BadVideo, iter_frames
+
+    names = ("smoothing", "memory_s", "start_score", "end_score", "min_duration_s")
+    rules = EventRules(**{name: getattr(arguments, name) for name in names})
+    failed = False
+    for video in videos:
+        try:
+            watched = find_events(iter_frames(video, arguments.rate_hz), predictor.backend, rules, arguments.batch_size)
+        except BadVideo as error:
+            failed = True
+            message = (
+                json.dumps({"input": video, "error": str(error)}) if arguments.json else f"error: {video}: {error}"
+            )
+            print(message, file=sys.stdout if arguments.json else sys.stderr, flush=True)
+            continue
+        if arguments.json:
+            events = {**vars(watched), "events": [vars(event) for event in watched.events]}
+            print(json.dumps({"input": video, **events}), flush=True)
+            continue
+        for event in watched.events:
+            print(f"{event.start_s:8.1f} to {event.end_s:.1f} s  {event.score:.3f}  {event.label}  {video}", flush=True)
+        if watched.damage:
+            print(f"warning: {video}: {watched.damage}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -65,6 +99,15 @@ def _parse() -> argparse.Namespace:
         metavar="N",
         help="images computed at once, e.g. --batch_size=32 (default)",
     )
+    add("--events", action="store_true", help="find the actions in videos, from when to when, e.g. --events")
+    add(
+        "--rate_hz",
+        type=float,
+        default=4.0,
+        metavar="N",
+        help="with --events: frames of a second that are looked at, e.g. --rate_hz=4 (default)",
+    )
+    cli.add_event_flags(parser)
     add(
         "--json",
         action="store_true",

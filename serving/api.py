@@ -92,7 +92,7 @@ async def _probs(
     """Class probabilities of one decoded image."""
     if classes is None:
         return softmax(await service.batcher.run(model.classify, pixels, deadline))
-    return classes.probs(await service.batcher.run(model.embed, pixels, deadline))
+    return softmax(classes.logits(await service.batcher.run(model.embed, pixels, deadline)))
 
 
 def _answer(service: Service, model: Model, labels: tuple[str, ...], probs: np.ndarray, asked: HowAsked) -> Answer:

@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from serving import api, kserve
+from serving import api, kserve, streams
 from serving.problems import Problem, responses
 from serving.requests import ClientGone
 from serving.security import Gate
@@ -50,6 +50,7 @@ def make_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.include_router(api.router)
+    app.include_router(streams.router)
     app.include_router(kserve.router)
     app.add_api_route(
         "/metrics",
@@ -60,6 +61,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(WebSocketRequestValidationError, _on_invalid)
     app.add_exception_handler(ClientGone, _on_client_gone)
     # The last one added is the outermost.
     app.add_middleware(Gate, settings=settings, metrics=service.metrics)
@@ -95,7 +97,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     """Names what is wrong, without repeating what was sent."""
-    assert isinstance(error, RequestValidationError)
+    assert isinstance(error, RequestValidationError | WebSocketRequestValidationError)
     first = error.errors()[0]
     where = " ".join(str(part) for part in first["loc"])
     code = "malformed" if first["type"] == "json_invalid" else "invalid_request"

@@ -157,6 +157,17 @@ class Batcher:
             if not self._lanes[lane]:
                 del self._lanes[lane]
 
+    async def quiet(self, deadline: float) -> None:
+        """Returns when work that nobody waits for image by image may go on.
+
+        Raises:
+          Problem: it didn't come to that in time.
+        """
+        while self.estimated_wait_s > self._max_wait_s / 4:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Problem("overloaded", "too busy with others; try again", retry_after_s=self.estimated_wait_s)
+            await asyncio.sleep(0.02)
+
     async def run(self, lane: Lane, value: Any, deadline: float) -> Any:
         """The lane's result for one item, computed in a batch with others.
 

@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +19,7 @@ from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_tra
 from serving.problems import Problem
 from serving.telemetry import Metrics, log
 
+T = TypeVar("T")
 ACCEPTED = "JPEG, PNG or WebP"
 
 
@@ -104,18 +107,26 @@ class Decoder:
         check_image(data)
         start = time.perf_counter()
         try:
-            for attempt in (1, 2):
-                try:
-                    return await self._submit(_decode, data, preprocess, self._max_megapixels)
-                except BrokenProcessPool:
-                    log.error("a decoding process died", extra={"fields": {"attempt": attempt}})
-            raise Problem("not_ready", "the image decoder had to be restarted; try again", retry_after_s=1)
+            return await self.run(_decode, data, preprocess, self._max_megapixels)
         except BadImage as error:
             raise Problem("bad_image", str(error)) from error
         finally:
             self._metrics.decode_seconds.observe(time.perf_counter() - start)
 
-    async def _submit(self, function, *arguments):  # type: ignore[no-untyped-def]
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` gives in a decoding process.
+
+        Raises:
+          Problem: the process died, and so did the next one.
+        """
+        for attempt in (1, 2):
+            try:
+                return await self._submit(function, *arguments)
+            except BrokenProcessPool:
+                log.error("a decoding process died", extra={"fields": {"attempt": attempt}})
+        raise Problem("not_ready", "the decoder had to be restarted; try again", retry_after_s=1)
+
+    async def _submit(self, function: Callable[..., T], *arguments: Any) -> T:
         pool = self._pool
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)

@@ -295,7 +295,7 @@ async def _compute(
     if from_classifier:
         arrays["logits"] = np.stack([row[0] for row in rows])
     elif model.classes is not None:
-        arrays["logits"] = model.classes.scale * arrays["image_embeds"] @ model.classes.embeddings.T
+        arrays["logits"] = model.classes.logits(arrays["image_embeds"])
     if "logits" in arrays:
         arrays["probs"] = softmax(arrays["logits"])
         arrays["label"] = np.asarray([model.labels[i] for i in arrays["logits"].argmax(axis=-1)], object)

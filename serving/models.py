@@ -52,9 +52,9 @@ class Classes:
     embeddings: np.ndarray  # [c, d], of length 1
     scale: float
 
-    def probs(self, embedding: np.ndarray) -> np.ndarray:
-        """Of one image's embedding."""
-        return softmax(self.scale * embedding @ self.embeddings.T)
+    def logits(self, embeddings: np.ndarray) -> np.ndarray:
+        """Of one image's embedding, or of several."""
+        return self.scale * embeddings @ self.embeddings.T
 
 
 class Model:
@@ -116,7 +116,7 @@ class Model:
     @property
     def abstain_below(self) -> float | None:
         """The score under which an answer abstains."""
-        return getattr(self.actions, "thresholds", {}).get("abstain")
+        return self.actions.thresholds.get("abstain")
 
     @contextmanager
     def use(self) -> Iterator["Model"]:

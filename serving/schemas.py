@@ -161,6 +161,7 @@ class VideoEvents(_Frozen):
     events: list[Event]
     duration_s: float
     frames: int = Field(description="frames that were looked at")
+    damage: str | None = Field(None, description="what of the video couldn't be read")
     model: ModelRef
 
 

@@ -195,12 +195,14 @@ class Gate:
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """A `receive` that ends what is too long or too slow."""
         settings = self._settings
-        limit = settings.max_video_bytes if scope["path"] == "/v1/stream" else settings.max_body_bytes
+        video = scope["path"] == "/v1/stream"
+        limit = settings.max_video_bytes if video else settings.max_body_bytes
+        timeout_s = settings.video_timeout_s if video else settings.body_timeout_s
         length = Headers(scope=scope).get("content-length", "0")
         too_large = Problem("body_too_large", f"over {limit / 1e6:g} MB; send less", headers={"Connection": "close"})
         if length.isdecimal() and int(length) > limit:
             raise too_large
-        deadline = asyncio.get_running_loop().time() + settings.body_timeout_s
+        deadline = asyncio.get_running_loop().time() + timeout_s
         received, complete = 0, False
 
         async def bounded() -> Message:
@@ -212,7 +214,7 @@ class Gate:
                     message = await receive()
             except TimeoutError as error:
                 raise Problem(
-                    "body_timeout", f"the body took over {settings.body_timeout_s:g} s", headers={"Connection": "close"}
+                    "body_timeout", f"the body took over {timeout_s:g} s", headers={"Connection": "close"}
                 ) from error
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)

@@ -1,8 +1,9 @@
 """The parts of the running service, and the order in which they start and end."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ class Service:
         self.settings, self.metrics = settings, Metrics()
         self.limiter = Limiter(settings.rate_limit_per_s, settings.rate_burst)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sessions: Counter[str] = Counter()  # WebSockets of each client
+        self._videos = 0
         self._decoding = False
 
     def start(self) -> None:
@@ -56,7 +59,7 @@ class Service:
         for name in self.registry.entries:
             self._spawn(self._load(name))
 
-    def _spawn(self, work) -> None:  # type: ignore[no-untyped-def]
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -87,6 +90,44 @@ class Service:
         with self.registry.get(which.model, which.version).use() as model:
             self.batcher.check()
             yield model
+
+    @asynccontextmanager
+    async def one_session(self, client: str) -> AsyncIterator[None]:
+        """Holds the place of a WebSocket.
+
+        Raises:
+          Problem: too many, in all or of this client.
+        """
+        most = self.settings.max_sessions_per_client
+        if self._sessions[client] >= most:
+            raise Problem("too_many_requests", f"{most} streams are open", retry_after_s=10)
+        if self._sessions.total() >= self.settings.max_stream_sessions:
+            raise Problem("overloaded", "as many streams are open as the service takes", retry_after_s=10)
+        self._sessions[client] += 1
+        self.metrics.stream_sessions.inc()
+        try:
+            yield
+        finally:
+            self.metrics.stream_sessions.dec()
+            self._sessions[client] -= 1
+            if not self._sessions[client]:
+                del self._sessions[client]
+
+    @asynccontextmanager
+    async def one_video(self) -> AsyncIterator[None]:
+        """Holds the place of an uploaded video: they are large.
+
+        Raises:
+          Problem: there are too many already.
+        """
+        if self._videos >= self.settings.max_videos:
+            self.metrics.refused.labels("videos").inc()
+            raise Problem("overloaded", "as many videos are being read as the service takes", retry_after_s=5)
+        self._videos += 1
+        try:
+            yield
+        finally:
+            self._videos -= 1
 
     async def decode(self, data: bytes, model: Model) -> np.ndarray:
         """An image as the model takes it."""

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
 
     max_body_bytes: Count = Field(10_000_000, description="of a request")
     max_video_bytes: Count = Field(100_000_000, description="of an uploaded video")
+    max_video_frames: Count = Field(600, description="of an uploaded video that are looked at")
+    max_videos: Count = Field(2, description="uploaded videos at once")
+    video_timeout_s: Seconds = Field(60.0, description="for a video to arrive, and again for its answer")
     max_megapixels: float = Field(25.0, gt=0, description="of an image; told by its header, before decoding")
     max_batch_images: Count = Field(64, description="images in one batch request")
     max_classes: Count = Field(200, description="classes in free text")

@@ -1,0 +1,91 @@
+"""Follows a camera, a live stream or a video, and prints what is done, from when to when.
+
+  python scripts/stream.py --model=runs/demo/export rtsp://camera.example/live
+  python scripts/stream.py --model=runs/demo/export /dev/video0 --rate_hz=5
+  python scripts/stream.py --model=runs/demo/export --json clip.mp4
+
+A line as an action starts and as it ends. Where the model is slower than the source, the newest frame counts and the
+others are left out; --whole looks at each frame of a file instead. Ends with the source, or by Ctrl-C. Exits 0; 1 if
+the source broke off; 2 on a mistake.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from clip_har_jax import cli
+
+if TYPE_CHECKING:
+    from clip_har_jax.inference.stream import Event
+    from clip_har_jax.video import TimedFrame
+
+
+def main() -> int:
+    arguments = _parse()
+
+    from clip_har_jax.inference.backends import split_classes
+    from clip_har_jax.inference.exported import open_backend
+    from clip_har_jax.inference.stream import EventDetector, EventRules, Latest, watch
+    from clip_har_jax.video import BadVideo
+
+    rules = EventRules(
+        arguments.smoothing, arguments.memory_s, arguments.start_score, arguments.end_score, arguments.min_duration_s
+    )
+    backend = open_backend(arguments.model, split_classes(arguments.classes))
+    detector = EventDetector(backend.labels, rules)
+    frames = _frames(arguments.source, arguments.rate_hz)
+    source = frames if arguments.whole else Latest(frames)
+    status = 0
+    try:
+        for moment in watch(source, backend, detector):
+            for event in (*moment.ended, *moment.started):
+                _print_event(event, arguments.json)
+    except BadVideo as error:
+        print(f"error: {arguments.source}: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        pass
+    for event in detector.finish():
+        _print_event(event, arguments.json)
+    if isinstance(source, Latest) and source.skipped:
+        print(f"{source.skipped} frames were left out: the model is slower than the source", file=sys.stderr)
+    return status
+
+
+def _frames(source: str, rate_hz: float) -> Iterator["TimedFrame"]:
+    from clip_har_jax.video import iter_camera, iter_frames
+
+    return iter_camera(source, rate_hz) if source.startswith("/dev/video") else iter_frames(source, rate_hz)
+
+
+def _print_event(event: "Event", as_json: bool) -> None:
+    if as_json:
+        what = "end" if event.end_s is not None else "start"
+        print(json.dumps({"event": what, **vars(event)}), flush=True)
+    elif event.end_s is None:
+        print(f"{event.start_s:8.1f} s  starts  {event.label}", flush=True)
+    else:
+        print(
+            f"{event.end_s:8.1f} s  ends    {event.label}  {event.score:.2f}, since {event.start_s:.1f} s", flush=True
+        )
+
+
+def _parse() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "source", metavar="SOURCE", help="a camera, an address (rtsp, rtmp, srt, udp, http) or a file, e.g. /dev/video0"
+    )
+    add("--model", required=True, metavar="PATH", help="an exported or a model folder, e.g. --model=runs/demo/export")
+    add("--classes", metavar="NAMES", help='tell these actions apart, e.g. --classes="riding a bike,sleeping"')
+    add("--rate_hz", type=float, default=4.0, metavar="N", help="frames a second at most, e.g. --rate_hz=4 (default)")
+    cli.add_event_flags(parser)
+    add("--whole", action="store_true", help="look at every frame, however long it takes, e.g. --whole")
+    add("--json", action="store_true", help="print one JSON object a line, e.g. --json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
