@@ -17,5 +17,14 @@ from jaxtyping import install_import_hook
 install_import_hook("clip_har_jax", "beartype.beartype").__enter__()
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported folder that the tests of the service share; its photographs lie beside it."""
+    from tests.serving_setup import write_export
+
+    return write_export(tmp_path_factory.mktemp("served"))

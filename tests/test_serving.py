@@ -19,12 +19,12 @@ from PIL import Image
 from clip_har_jax import Predictor
 from serving.security import PUBLIC, needed_scope, new_key
 from serving.service import Service
-from tests.serving_setup import LABELS, running, write_export
+from tests.serving_setup import LABELS, running
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_export(tmp_path_factory.mktemp("serving"))
+def folder(served_folder: Path) -> Path:
+    return served_folder
 
 
 @pytest.fixture(scope="module")
