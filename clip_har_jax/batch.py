@@ -9,7 +9,7 @@ class Batch(NamedTuple):
     A row with mask 0 (padding of the last batch, or an image that could not be read) counts nowhere.
     """
 
-    image: Any  # uint8 [b, height, width, 3]
+    image: Any  # uint8 [b, height, width, 3]; of clips [b, frames, ...], of several views of clips [b, views, ...]
     label: Any  # int32 [b]
     mask: Any  # float32 [b]: 1 counts, 0 does not
     index: Any  # int32 [b]: position in the source, -1 for padding

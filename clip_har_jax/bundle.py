@@ -14,8 +14,9 @@ from clip_har_jax.errors import UserError, nearest
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-HEADS = ("cosine", "linear", "mlp", "cross_attention", "adapter", "tip_adapter")
+HEADS = ("cosine", "linear", "mlp", "cross_attention", "adapter", "tip_adapter", "frame_attention", "temporal")
 THRESHOLDS = ("abstain", "coverage", "split_conformal", "aps")
+VIDEO = ("num_frames", "sampling", "rate_hz", "num_views")  # the keys of config.data.video
 PREPROCESS = "clip_har_jax.preprocess"  # the file that decodes and resizes images for an exported model
 
 
@@ -30,6 +31,7 @@ class Actions:
       head: how features become logits; cosine: similarity to the class embeddings, so that classes can be given by
         their names; any other stands in head.safetensors and knows its own classes only.
       thresholds: probabilities by the names in `THRESHOLDS`, see `evaluation.calibration`; empty: not calibrated.
+      video: how frames are sampled from a clip, by the names in `VIDEO`; empty: trained on images.
       preprocess_version: of an exported model, the `preprocess.PREPROCESS_VERSION` that its images need; None: any.
     """
 
@@ -39,6 +41,7 @@ class Actions:
     head: str = "cosine"
     thresholds: dict[str, float] = field(default_factory=dict)
     preprocess_version: int | None = None
+    video: dict[str, Any] = field(default_factory=dict)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -88,6 +91,8 @@ def write_actions(folder: str | Path, actions: Actions) -> None:
     fields = {key: getattr(actions, key) for key in ("labels", "prompts", "temperature", "head")}
     if actions.thresholds:
         fields["thresholds"] = actions.thresholds
+    if actions.video:
+        fields["video"] = actions.video
     if actions.preprocess_version is not None:
         fields["preprocess"] = {"name": PREPROCESS, "version": actions.preprocess_version}
     write_json(Path(folder) / "actions.json", fields)
@@ -106,7 +111,7 @@ def read_actions(folder: str | Path) -> Actions:
     """
     path = Path(folder) / "actions.json"
     values = read_object(path)
-    known = ("labels", "prompts", "temperature", "head", "thresholds", "preprocess")
+    known = ("labels", "prompts", "temperature", "head", "thresholds", "preprocess", "video")
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: key {unknown[0]!r} is unknown; {nearest(unknown[0], list(known))}")
     if missing := sorted({"labels", "prompts"} - set(values)):
@@ -126,7 +131,22 @@ def read_actions(folder: str | Path) -> Actions:
     texts = {label: _texts(prompts[label], path, f"prompts.{label}") for label in labels}
     thresholds = _thresholds(values.get("thresholds", {}), path)
     version = _preprocess_version(values.get("preprocess"), path)
-    return Actions(labels, texts, float(temperature), head, thresholds, version)
+    video = _video(values.get("video", {}), path)
+    return Actions(labels, texts, float(temperature), head, thresholds, version, video)
+
+
+def _video(value: Any, path: Path) -> dict[str, Any]:
+    from clip_har_jax.video import METHODS
+
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: key 'video' is {value!r}; an object is needed")
+    for name, given in value.items():
+        if name not in VIDEO:
+            raise UserError(f"{path}: key 'video.{name}' is unknown; {nearest(name, list(VIDEO))}")
+        wanted = given in METHODS if name == "sampling" else type(given) in (int, float) and given > 0
+        if not wanted or (name.startswith("num_") and type(given) is not int):
+            raise UserError(f"{path}: key 'video.{name}' is {given!r}; copy the file again")
+    return dict(value)
 
 
 def _thresholds(value: Any, path: Path) -> dict[str, float]:

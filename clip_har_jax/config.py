@@ -31,6 +31,14 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class VideoConfig:
+    num_frames: int = 8  # frames of a clip that the model sees together
+    sampling: str = "tsn"  # uniform, tsn (uniform, jittered while training) or dense (a stretch of the clip)
+    rate_hz: float = 4.0  # frames a second of dense sampling
+    num_views: int = 1  # how often a clip is sampled when it isn't trained on; the answers are averaged
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train: str = "synthetic?split=train"  # SPEC of the training data
     val: str = ""  # SPEC of the validation data; empty: hold out val_fraction of the training data
@@ -43,6 +51,7 @@ class DataConfig:
     prefetch_batches: int = 4  # decoded batches that wait in host memory
     sampling: str = "shuffle"  # or class_balanced, repeat_factor, weights (of a manifest): how often an example comes
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,7 @@ class RunConfig:
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 CHOICES = {
+    "data.video.sampling": ("uniform", "tsn", "dense"),
     "data.sampling": ("shuffle", "class_balanced", "repeat_factor", "weights"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
@@ -147,6 +157,7 @@ CHOICES = {
     "mesh.strategy": ("dp", "fsdp", "tp", "fsdp_tp"),
 }
 POSITIVE = (
+    "data.video.num_frames data.video.rate_hz data.video.num_views "
     "data.max_megapixels data.num_threads data.prefetch_batches model.image_size_px train.num_epochs train.num_steps "
     "train.global_batch_size train.accumulation_steps train.max_skipped_steps train.log_every_steps "
     "optim.learning_rate optim.eps optim.clip_norm optim.layer_decay mesh.data mesh.fsdp mesh.tensor "

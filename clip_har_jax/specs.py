@@ -17,6 +17,7 @@ KINDS = {
     "folder": ("PATH", ("split",)),
     "csv": ("FILE", ("images",)),
     "manifest": ("FILE", ("split", "images", "cache")),
+    "video": ("PATH", ("split", "fold")),
     "tfds": ("NAME", ("split", "data_dir")),
     "hf": ("OWNER/NAME", ("split",)),
 }
@@ -98,20 +99,27 @@ def list_files(spec: Spec, split: str) -> list[tuple[Path, str]]:
       UserError: nothing is there, or it isn't what it should be; says what to do.
     """
     try:
-        return _list_folder(spec, split) if spec.kind == "folder" else _list_csv(spec)
+        return list_folder(spec, split) if spec.kind == "folder" else _list_csv(spec)
     except OSError as error:
         raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
 
 
-def _list_folder(spec: Spec, split: str) -> list[tuple[Path, str]]:
+def list_folder(
+    spec: Spec, split: str, suffixes: Collection[str] = IMAGE_SUFFIXES, noun: str = "images"
+) -> list[tuple[Path, str]]:
+    """The (file, label) pairs of one folder a class.
+
+    Raises:
+      UserError: there are none.
+    """
     root = _split_folder(Path(spec.path).expanduser(), spec, split)
     classes = _class_folders(root)
     if not classes:
-        raise UserError(f"{root}: no class folders in it; put the images of each class in a folder of its name")
-    files = [(file, folder.name) for folder in classes for file in find_images(folder)]
+        raise UserError(f"{root}: no class folders in it; put the {noun} of each class in a folder of its name")
+    files = [(file, folder.name) for folder in classes for file in find_files(folder, suffixes)]
     if not files:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{root}: no images in its {len(classes)} class folders; names that end in {suffixes} count")
+        ends = " ".join(sorted(suffixes))
+        raise UserError(f"{root}: no {noun} in its {len(classes)} class folders; names that end in {ends} count")
     return files
 
 

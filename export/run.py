@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from clip_har_jax import bundle
-from clip_har_jax.data.sources import make_source
+from clip_har_jax.data.sources import are_clips, make_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
@@ -168,12 +168,15 @@ def read_images(model: Model, data: str, count: int) -> tuple[UInt8[np.ndarray, 
       UserError: a spec that names no images, a label that is no class, or none that can be read.
     """
     source = make_source(data, "test")
+    if are_clips(source):
+        raise UserError(f"--data={data}: an exported model takes single images; name a set of images")
     classes = {label: i for i, label in enumerate(model.actions.labels)}
     images, true = [], []
     for i in np.unique(np.linspace(0, len(source) - 1, count).astype(int)):
         try:
             example = source[int(i)]
             pixels = decode(example.data) if isinstance(example.data, bytes) else example.data
+            assert isinstance(pixels, np.ndarray), "clips were refused"
             images.append(evaluation_transform(pixels, model.backend.preprocess))
         except (BadImage, OSError):
             continue

@@ -46,6 +46,13 @@ def main() -> int:
         help=f"end if a larger share of images can't be read, e.g. --max_bad_fraction={DataConfig.max_bad_fraction:g} "
         "(default)",
     )
+    parser.add_argument(
+        "--num_views",
+        type=int,
+        metavar="N",
+        help="of video data: how often a clip is sampled, the answers being averaged, e.g. --num_views=3; left out: as "
+        "the model was trained for",
+    )
     arguments = parser.parse_args()
 
     from clip_har_jax.inference.backends import split_classes

@@ -1,11 +1,11 @@
-"""Tells the action in images.
+"""Tells the action in images and videos.
 
-  python scripts/predict.py --model=runs/demo/model photo.jpg holiday/
+  python scripts/predict.py --model=runs/demo/model photo.jpg clip.mp4 holiday/
   python scripts/predict.py --model=runs/demo/model --events clip.mp4
   find photos -name '*.jpg' | python scripts/predict.py --model=runs/demo/model --json -
 
-Prints a line for each image: probability, action, file; with --events one for each action in a video. A file that
-can't be read is reported and the rest go on.
+Prints a line for each image or video: probability, action, file; with --events one for each action in a video. A file
+that can't be read is reported and the rest go on. Of a video some frames are read, by default 8 spread over it.
 Exits 0 when all were read, 1 when some were not, 2 on a mistake.
 """
 
@@ -78,13 +78,15 @@ def _print_line(prediction: "Prediction", width: int) -> None:
     if prediction.error is not None:
         print(f"error: {name}: {prediction.error}", file=sys.stderr)
     else:
+        if prediction.damage is not None:
+            print(f"warning: {name}: {prediction.damage}", file=sys.stderr)
         print(f"{prediction.score:.3f}  {prediction.label:<{width}}  {name}", flush=True)
 
 
 def _parse() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="an image, a folder of images, or - for paths on stdin, e.g. a.jpg")
+    add("inputs", nargs="+", metavar="INPUT", help="an image, a video, a folder, or - for paths on stdin, e.g. a.jpg")
     add("--model", required=True, metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model")
     add(
         "--classes",

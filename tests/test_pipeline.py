@@ -502,7 +502,7 @@ class Skewed(ArraySource):
 
 def drawn(sampling: str, epochs: int) -> np.ndarray:
     order = Order(Skewed(), sampling, 3)
-    return np.array([order[position].index for position in range(epochs * 69)]).reshape(epochs, 69)
+    return np.array([order[position].example for position in range(epochs * 69)]).reshape(epochs, 69)
 
 
 def test_class_balanced_sampling_draws_each_class_alike() -> None:
@@ -532,7 +532,7 @@ def test_sampling_by_the_weights_of_a_manifest() -> None:
 
 def test_an_example_drawn_twice_is_augmented_twice() -> None:
     draws = [Order(Skewed(), "class_balanced", 3)[position] for position in range(69)]
-    assert len({draw.key for draw in draws}) == 69 > len({draw.index for draw in draws})
+    assert len({draw.key for draw in draws}) == 69 > len({draw.example for draw in draws})
     assert Order(Skewed(), "class_balanced", 3)[10**12] == Order(Skewed(), "class_balanced", 3)[10**12]
 
 

@@ -189,7 +189,7 @@ def test_list_inputs(photos: Path, tmp_path: Path) -> None:
     in_folder = [str(photos / name) for name in ("a.png", "b.png", "deep/er/c.png")]
     assert found == ["x.png", *in_folder, "one.png", " two.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images in this folder"):
+    with pytest.raises(UserError, match="no images or videos in this folder"):
         list_inputs([str(tmp_path / "empty")], io.BytesIO())
 
 
@@ -245,7 +245,7 @@ def test_the_command_names_mistakes(
     run_command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(str(tmp_path)) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no images in this folder")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no images or videos in this folder")
     assert run_command("-") == 2
     assert capsys.readouterr().err == "error: no paths on stdin; write one a line\n"
 

@@ -369,3 +369,10 @@ def test_classes_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
     for label in ("Running", "running", "sitting"):
         write_image(tmp_path / label / "0.png", seed=0)
     assert "'Running' and 'running' differ only in case" in refused(f"folder:{tmp_path}")
+
+
+def test_clips_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "clip.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match="takes images"):
+        prepare([f"video:{tmp_path}"], tmp_path / "out")

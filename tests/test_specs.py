@@ -58,8 +58,8 @@ def test_spec_is_parsed_as_typed(text: str, spec: Spec) -> None:
     ("text", "said"),
     [
         ("foldr:/x", "did you mean 'folder'"),
-        ("", "accepted: 'synthetic', 'folder', 'csv', 'manifest', 'tfds', 'hf'"),
-        ("video:/x", "unknown kind 'video'"),
+        ("", "accepted: 'synthetic', 'folder', 'csv', 'manifest', 'video', 'tfds', 'hf'"),
+        ("audio:/x", "unknown kind 'audio'"),
         ("data/train.csv", "write csv:data/train.csv"),
         ("folder:", "write folder:PATH"),
         ("hf", "write hf:OWNER/NAME"),

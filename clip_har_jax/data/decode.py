@@ -27,27 +27,25 @@ class TrainingImage:
 
     def __init__(self, image: bytes | UInt8[np.ndarray, "h w 3"], max_megapixels: float):
         self._max_megapixels = max_megapixels
-        self._jpeg, self._array = None, image
-        if isinstance(image, bytes):
-            size = _plain_jpeg_size(image)
-            if size is None:
-                self._array = decode(image, max_megapixels)
-            else:
-                self.height, self.width = size
-                check_size(self.width, self.height, max_megapixels)
-                self._jpeg = image
-        if self._jpeg is None:
-            self.height, self.width = self._array.shape[:2]
+        self._image: bytes | np.ndarray = image
+        size = _plain_jpeg_size(image) if isinstance(image, bytes) else None
+        if size is not None:
+            self.height, self.width = size
+            check_size(self.width, self.height, max_megapixels)
+            return
+        array = decode(image, max_megapixels) if isinstance(image, bytes) else image
+        self._image = array
+        self.height, self.width = array.shape[:2]
 
     def take(self, box: Box, size_px: int) -> UInt8[np.ndarray, "size size 3"]:
         """The part in `box`, resized to a square."""
         left, top, right, bottom = box
-        image = self._array
-        if self._jpeg is not None:
+        image = self._image
+        if isinstance(image, bytes):
             need = max(size_px / (bottom - top), size_px / (right - left))
-            image = _decode_jpeg(self._jpeg, math.ceil(self.height * need), math.ceil(self.width * need))
-            if image is None:  # damaged, or of a kind that this decoder doesn't do
-                image = decode(self._jpeg, self._max_megapixels)
+            pixels = _decode_jpeg(image, math.ceil(self.height * need), math.ceil(self.width * need))
+            # None: damaged, or of a kind that this decoder doesn't do
+            image = decode(image, self._max_megapixels) if pixels is None else pixels
             down, across = image.shape[0] / self.height, image.shape[1] / self.width
             top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
             left, right = round(left * across), max(round(right * across), round(left * across) + 1)

@@ -21,10 +21,11 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
 from clip_har_jax.data.sampling import Order
-from clip_har_jax.data.sources import Example, Source
+from clip_har_jax.data.sources import ClipFile, Example, Source, are_clips
 from clip_har_jax.data.workers import usable_cores
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+from clip_har_jax.video import FrameSampling, read_clip
 
 Row = tuple[np.ndarray, int, float, int]  # image, label, mask, index
 BadInput = tuple[int, str, str]  # index, name, reason
@@ -58,6 +59,7 @@ class BatchSource:
     ):
         self.source, self.config, self.preprocess, self.seed = source, config, preprocess, seed
         self.global_batch_size, self.rows, self.first_example = global_batch_size, rows, first_example
+        self._clips = are_clips(source)
         self._order = None if seed is None else Order(source, config.sampling, seed)
 
     def __len__(self) -> int:
@@ -75,8 +77,7 @@ class BatchSource:
         return HostBatch(batch, tuple(error for _, error in loaded if error is not None))
 
     def _load(self, position: int) -> tuple[Row, BadInput | None]:
-        size = self.preprocess.image_size_px
-        blank = np.zeros((size, size, 3), np.uint8)
+        blank = np.zeros(self._shape(), np.uint8)
         if self._order is None and position >= len(self.source):
             return (blank, 0, 0.0, -1), None
         index, key = (position, ()) if self._order is None else self._order[position]
@@ -93,8 +94,32 @@ class BatchSource:
         except Exception as error:  # a bug; of its kind nothing is sure, not even that a worker can send it
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
+    def _shape(self) -> tuple[int, ...]:
+        """Of one example: an image, or the frames of a clip's view, or of several views."""
+        size, video = self.preprocess.image_size_px, self.config.video
+        views = (video.num_views,) if video.num_views > 1 and self.seed is None else ()
+        return (*views, video.num_frames, size, size, 3) if self._clips else (size, size, 3)
+
+    def _read_frames(self, path: str, label: str, key: tuple[int, ...]) -> np.ndarray:
+        """The frames of a clip, transformed alike."""
+        config, video = self.config, self.config.video
+        sampling = FrameSampling(video.num_frames, video.sampling, video.rate_hz, video.num_views)
+
+        def each(image: np.ndarray) -> np.ndarray:
+            if not key:
+                return evaluation_transform(image, self.preprocess)
+            return augment(image, self.preprocess.image_size_px, config.augment, np.random.default_rng(key), label)
+
+        rng = np.random.default_rng((*key, 1)) if key else None
+        views = range(1 if key else video.num_views)
+        clips = [read_clip(path, sampling, view, rng, each, config.max_megapixels) for view in views]
+        frames = np.stack([np.stack(clip.frames) for clip in clips])
+        return frames.reshape(self._shape())
+
     def _transform(self, example: Example, key: tuple[int, ...]) -> np.ndarray:
         image, config = example.data, self.config
+        if isinstance(image, ClipFile):
+            return self._read_frames(image.path, self.source.labels[example.label], key)
         if key:
             rng = np.random.default_rng(key)
             label = self.source.labels[example.label]

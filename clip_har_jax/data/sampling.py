@@ -13,7 +13,7 @@ from clip_har_jax.errors import UserError
 class Draw(NamedTuple):
     """An example at a position, and the seed of what is random in it."""
 
-    index: int
+    example: int
     key: tuple[int, ...]
 
 

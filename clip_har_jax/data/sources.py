@@ -18,12 +18,19 @@ from clip_har_jax.data.manifest import read_split
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.preprocess import BadImage
 from clip_har_jax.specs import Spec, find_split, label_ids, list_files, parse_spec
+from clip_har_jax.video_sets import list_videos
+
+
+class ClipFile(NamedTuple):
+    """A video, of which frames are read when it is known which."""
+
+    path: str
 
 
 class Example(NamedTuple):
     """One example as its source gives it."""
 
-    data: bytes | np.ndarray  # an encoded image, or uint8 [h, w, 3]
+    data: bytes | np.ndarray | ClipFile  # an encoded image, uint8 [h, w, 3], or a video
     label: int
     name: str  # by which a person finds it
 
@@ -67,6 +74,13 @@ class FileSource:
 
     def __getitem__(self, i: int) -> Example:
         return Example(Path(self.paths[i]).read_bytes(), int(self.label_ids[i]), self.paths[i])
+
+
+class VideoSource(FileSource):
+    """Video files with labels; their examples are clips."""
+
+    def __getitem__(self, i: int) -> Example:
+        return Example(ClipFile(self.paths[i]), int(self.label_ids[i]), self.paths[i])
 
 
 class ManifestSource(FileSource):
@@ -173,6 +187,13 @@ def manifest_of(source: Source) -> str | None:
     return source.manifest_sha256
 
 
+def are_clips(source: Source) -> bool:
+    """Whether a source's examples are videos."""
+    while hasattr(source, "source"):
+        source = source.source
+    return isinstance(source, VideoSource)
+
+
 def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False) -> Source:
     """The examples that a SPEC names.
 
@@ -191,6 +212,7 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
         "folder": _files,
         "csv": _files,
         "manifest": ManifestSource,
+        "video": lambda spec, split, labels: VideoSource(list_videos(spec, split), labels, str(spec)),
         "tfds": _tfds,
         "hf": _hf,
     }

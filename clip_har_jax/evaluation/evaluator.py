@@ -108,11 +108,16 @@ def _mistakes(part: Predictions, images: Any, rows: np.ndarray) -> list[Mistake]
     wrong = np.flatnonzero(part.predicted != part.label)
     score = part.score
     return [
-        Mistake(
-            int(part.index[i]), int(part.label[i]), int(part.predicted[i]), float(score[i]), np.asarray(images[row])
-        )
+        Mistake(int(part.index[i]), int(part.label[i]), int(part.predicted[i]), float(score[i]), _picture(images[row]))
         for i, row in zip(wrong, rows[wrong], strict=True)
     ]
+
+
+def _picture(image: Any) -> np.ndarray:
+    """An image itself; of a clip its middle frame."""
+    frames = np.asarray(image)
+    frames = frames.reshape(-1, *frames.shape[-3:])
+    return frames[len(frames) // 2]
 
 
 def _most_confident(mistakes: list[Mistake], count: int) -> list[Mistake]:

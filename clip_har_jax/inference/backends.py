@@ -106,6 +106,8 @@ class JaxBackend:
       UserError: not a whole model, a sealed one with a changed file, or no classes.
     """
 
+    takes_clips = True  # [b, frames, h, w, 3] where images are [b, h, w, 3]
+
     def __init__(
         self,
         name_or_folder: str | os.PathLike[str],
@@ -183,7 +185,7 @@ class JaxBackend:
             parts.append(np.asarray(self._encode_text(self._state, pad(part, size)))[: len(part)])
         return np.concatenate(parts)
 
-    def _run(self, images: UInt8[np.ndarray, "b h w 3"]) -> tuple[np.ndarray, ...]:
+    def _run(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> tuple[np.ndarray, ...]:
         """Logits, probabilities and embeddings; compiled for one image and for `batch_size` images, nothing else."""
         size, parts = 1 if len(images) == 1 else self.batch_size, []
         for start in range(0, len(images), size):
@@ -194,11 +196,11 @@ class JaxBackend:
         check_finite(logits, self.path)
         return logits, probs, embeddings
 
-    def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
+    def logits(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Class logits, temperature included."""
         return self._run(images)[0]
 
-    def predict(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
+    def predict(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Class probabilities."""
         return self._run(images)[1]
 

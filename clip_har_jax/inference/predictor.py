@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
+from clip_har_jax.config import VideoConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
-from clip_har_jax.specs import IMAGE_SUFFIXES, find_images
+from clip_har_jax.specs import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_files
+from clip_har_jax.video import FrameSampling, read_clip
 
 # A path, an encoded image, a PIL image, or uint8 [h, w, 3] in RGB.
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
@@ -33,13 +35,15 @@ class Prediction:
     top: tuple[tuple[str, float], ...] = ()  # at most 5 (label, probability), the most probable first
     error: str | None = None
     abstained: bool = False  # less sure than the model's threshold: more often wrong than its other answers
+    damage: str | None = None  # what of a clip couldn't be read, if something
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `predict.py --json` prints."""
         if self.error is not None:
             return {"input": self.input, "error": self.error}
         top = [{"label": label, "score": score} for label, score in self.top]
-        return {"input": self.input, "label": self.label, "score": self.score, "top": top, "abstained": self.abstained}
+        answer = {"input": self.input, "label": self.label, "score": self.score, "top": top}
+        return answer | {"abstained": self.abstained} | ({"damage": self.damage} if self.damage else {})
 
 
 class Predictor:
@@ -72,11 +76,34 @@ class Predictor:
         numbered = enumerate(inputs)
         while chunk := list(islice(numbered, self.batch_size)):
             names = [_name(item, position) for position, item in chunk]
-            loaded = [self.try_load(item) for _, item in chunk]
-            images = [image for image in loaded if not isinstance(image, str)]
+            loaded = [None if _is_clip(item) else self.try_load(item) for _, item in chunk]
+            images = [image for image in loaded if isinstance(image, np.ndarray)]
             probs = iter(self.backend.predict(np.stack(images)) if images else ())
             for name, image in zip(names, loaded, strict=True):
-                yield Prediction(name, error=image) if isinstance(image, str) else self._prediction(name, next(probs))
+                if image is None:
+                    yield self.predict_clip(name)
+                else:
+                    yield (
+                        Prediction(name, error=image) if isinstance(image, str) else self._prediction(name, next(probs))
+                    )
+
+    def predict_clip(self, path: str | Path) -> Prediction:
+        """One prediction for a whole video, its frames sampled as the model folder says.
+
+        An exported model, which takes single images, answers with the mean over the frames.
+        """
+        video = asdict(VideoConfig()) | self.backend.actions.video
+        sampling = FrameSampling(video["num_frames"], video["sampling"], video["rate_hz"], video["num_views"])
+        probs, damage = [], None
+        try:
+            for view in range(sampling.num_views):
+                clip = read_clip(path, sampling, view, each=self._transform, num_threads=0)
+                frames, damage = np.stack(clip.frames), clip.damage or damage
+                whole = getattr(self.backend, "takes_clips", False)
+                probs.append(self.backend.predict(frames[None] if whole else frames).mean(axis=0))
+        except BadImage as error:
+            return Prediction(str(path), error=str(error))
+        return replace(self._prediction(str(path), np.mean(probs, axis=0)), damage=damage)
 
     def embed(self, inputs: Iterable[ImageLike]) -> Float32[np.ndarray, "n d"]:
         """L2-normalised image embeddings.
@@ -103,7 +130,14 @@ class Predictor:
         image = _to_array(item)
         if max(image.shape[:2]) > MAX_ASPECT * min(image.shape[:2]):
             raise BadImage(f"{image.shape[1]}x{image.shape[0]} px, one side over {MAX_ASPECT} times the other; crop it")
+        return self._transform(image)
+
+    def _transform(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "size size 3"]:
         return evaluation_transform(image, self.backend.preprocess)
+
+
+def _is_clip(item: ImageLike) -> bool:
+    return isinstance(item, str | Path) and Path(item).suffix.lower() in VIDEO_SUFFIXES
 
 
 def _name(item: ImageLike, position: int) -> str:
@@ -125,7 +159,7 @@ def _to_array(item: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes]) -> Iterator[str]:
-    """The image files that a command line names: files, folders' images (sorted), - for the lines of `stdin`.
+    """The files that a command line names: files, folders' images and videos (sorted), - for the lines of `stdin`.
 
     Raises:
       UserError: a folder without images; before anything is read.
@@ -135,9 +169,10 @@ def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes]) -> Iterator[st
         if argument == "-":
             parts.append(os.fsdecode(line.rstrip(b"\r\n")) for line in stdin if line.strip())
         elif Path(argument).is_dir():
-            found = [str(path) for path in find_images(Path(argument))]
+            found = [str(path) for path in find_files(Path(argument), IMAGE_SUFFIXES | VIDEO_SUFFIXES)]
             if not found:
-                raise UserError(f"{argument}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                suffixes = ", ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+                raise UserError(f"{argument}: no images or videos in this folder ({suffixes})")
             parts.append(found)
         else:
             parts.append([argument])

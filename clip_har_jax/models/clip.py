@@ -234,10 +234,11 @@ class CLIPOutput(NamedTuple):
 
 
 def normalize_images(
-    images: UInt8[Array, "b h w 3"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Array, "b h w 3"]:
+    images: UInt8[Array, "b *t h w 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "b *t h w 3"]:
     """CLIP's normalisation, on the device: a quarter of the bytes cross to it."""
-    shift, scale = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (mean, std))
+    shape = (1,) * (images.ndim - 1) + (3,)
+    shift, scale = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))
     return (images.astype(jnp.float32) / 255.0 - shift) / scale
 
 
@@ -304,9 +305,16 @@ class FlaxCLIPModel(nnx.Module):
         """L2-normalised text embeddings in float32."""
         return l2_normalize(self.get_text_features(input_ids))
 
-    def encode_image(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """L2-normalised embeddings in float32 of normalised images, channels last."""
+    def encode_image(self, images: Float[Array, "b *t h w 3"]) -> Float[Array, "b d"]:
+        """L2-normalised embeddings in float32 of normalised images, channels last; of clips their frames' mean's."""
+        if images.ndim == 5:
+            return l2_normalize(self.encode_frames(images).mean(axis=1))
         return l2_normalize(self.visual_projection(self.vision(images.astype(self.runtime.dtype))))
+
+    def encode_frames(self, clips: Float[Array, "b t h w 3"]) -> Float[Array, "b t d"]:
+        """L2-normalised embeddings of each frame of normalised clips."""
+        frames = self.encode_image(clips.reshape(-1, *clips.shape[2:]))
+        return frames.reshape(*clips.shape[:2], -1)
 
     def encode_classes(
         self, input_ids: Int[Array, "p t"], class_of_prompt: Int[Array, " p"], num_classes: int

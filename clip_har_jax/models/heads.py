@@ -29,10 +29,11 @@ ADAPTER_RATIO = 0.2  # of new features to CLIP's
 
 
 class Features(NamedTuple):
-    """What heads see of images."""
+    """What heads see of images, or of clips, whose image embedding is that of their frames' mean."""
 
     image: Float[Array, "b d"]  # L2-normalised embeddings
     patches: Any = None  # [b, n, d]: the patch tokens in the same space, L2-normalised; None unless the head needs them
+    frames: Any = None  # [b, t, d]: the embeddings of a clip's frames, L2-normalised; None: images
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,58 @@ class CacheHead(Head):
         return self.classes(features.image) + self.alpha[...] * self.values(affinity)
 
 
+class FrameAttentionHead(Head):
+    """Attention pooling of a clip's frames by one learned query; untrained it weighs all alike, as their mean does."""
+
+    def __init__(self, size: HeadSize, rngs: nnx.Rngs):
+        super().__init__(size, rngs)
+        self.score = linear(size.dim, 1, ("embed", None), rngs, FLOAT32, std=0.0)
+
+    def __call__(self, features: Features) -> Float[Array, "b c"]:
+        frames = frames_of(features)
+        weights = jax.nn.softmax(self.score(frames), axis=1)
+        return self.classes(l2_normalize(jnp.sum(weights * frames, axis=1)))
+
+
+class TemporalHead(Head):
+    """A transformer layer over a clip's frames, then their mean; untrained it adds nothing to them.
+
+    Pre-norm without its norms, as embeddings have unit length; one head of attention and sinusoidal positions (Vaswani
+    et al. 2017, equation 1 and section 3.5), so that clips may be of any length.
+    """
+
+    def __init__(self, size: HeadSize, rngs: nnx.Rngs):
+        super().__init__(size, rngs)
+        dim, std, hidden = size.dim, size.dim**-0.5, size.hidden or MLP_DIM
+        self.query = linear(dim, dim, ("embed", "heads"), rngs, FLOAT32, std=std)
+        self.key = linear(dim, dim, ("embed", "heads"), rngs, FLOAT32, std=std)
+        self.value = linear(dim, dim, ("embed", "heads"), rngs, FLOAT32, std=std)
+        self.out = linear(dim, dim, ("heads", "embed"), rngs, FLOAT32, std=0.0)
+        self.fc1 = linear(dim, hidden, ("embed", "mlp"), rngs, FLOAT32, std=std)
+        self.fc2 = linear(hidden, dim, ("mlp", "embed"), rngs, FLOAT32, std=0.0)
+
+    def __call__(self, features: Features) -> Float[Array, "b c"]:
+        frames = frames_of(features)
+        timed = frames + _positions(frames.shape[1], frames.shape[2])[None]
+        query, key, value = self.query(timed), self.key(timed), self.value(timed)
+        scores = jnp.einsum("btd,bsd->bts", query, key) * query.shape[-1] ** -0.5
+        frames = frames + self.out(jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores), value))
+        frames = frames + self.fc2(jax.nn.gelu(self.fc1(frames), approximate=False))
+        return self.classes(l2_normalize(frames.mean(axis=1)))
+
+
+def frames_of(features: Features) -> Float[Array, "b t d"]:
+    """The embeddings of a clip's frames; an image is a clip of one."""
+    return features.image[:, None] if features.frames is None else features.frames
+
+
+def _positions(length: int, dim: int) -> Float32[np.ndarray, "t d"]:
+    """Sinusoids of unit length, as the embeddings that they are added to."""
+    waves = -(-dim // 2)
+    angles = np.arange(length)[:, None] / 10_000 ** (np.arange(waves) / waves)
+    return (np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :dim] * waves**-0.5).astype(np.float32)
+
+
 # name in actions.json -> class, and the parameter whose last dim is `HeadSize.hidden`
 HEADS: dict[str, tuple[type[Head], str | None]] = {
     "linear": (LinearHead, None),
@@ -153,6 +206,8 @@ HEADS: dict[str, tuple[type[Head], str | None]] = {
     "cross_attention": (CrossAttentionHead, None),
     "adapter": (AdapterHead, "down.kernel"),
     "tip_adapter": (CacheHead, "keys.kernel"),
+    "frame_attention": (FrameAttentionHead, None),
+    "temporal": (TemporalHead, "fc1.kernel"),
 }
 
 
@@ -212,13 +267,26 @@ def head_logits(name: str, params: Mapping[str, Any], features: Features) -> Flo
     return make_head(name, params)(features)
 
 
-def image_features(model: FlaxCLIPModel, images: Float[Array, "b h w 3"], with_patches: bool) -> Features:
+def image_features(model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], with_patches: bool) -> Features:
     """What heads see of normalised images."""
+    if images.ndim == 5:
+        return _clip_features(model, images, with_patches)
     if not with_patches:
         return Features(model.encode_image(images))
     tokens = model.vision.tokens(images.astype(model.runtime.dtype))
     embeddings = l2_normalize(model.visual_projection(model.vision.post_norm(tokens)))
     return Features(embeddings[:, 0], embeddings[:, 1:])
+
+
+def _clip_features(model: FlaxCLIPModel, clips: Float[Array, "b t h w 3"], with_patches: bool) -> Features:
+    """As `image_features`, of clips; their patches are those of all frames."""
+    count, length = clips.shape[:2]
+    of_frames = image_features(model, clips.reshape(-1, *clips.shape[2:]), with_patches)
+    frames = of_frames.image.reshape(count, length, -1)
+    patches = None
+    if with_patches:
+        patches = of_frames.patches.reshape(count, -1, of_frames.patches.shape[-1])
+    return Features(l2_normalize(frames.mean(axis=1)), patches, frames)
 
 
 def write_head(folder: str | Path, params: Mapping[str, Any]) -> None:

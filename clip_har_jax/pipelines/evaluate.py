@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,13 @@ class ClassedSource:
         self.labels, self.fingerprint = tuple(classes), source.fingerprint
         self.label_ids = _match_labels(source, classes, where)[source.label_ids]
         self.names: dict[int, str] = {}
-        self._source = source
+        self.source = source
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, i: int) -> Example:
-        example = self._source[i]
+        example = self.source[i]
         self.names[i] = example.name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
         return example._replace(label=int(self.label_ids[i]))
 
@@ -63,6 +64,7 @@ def evaluate_model(
     classes: Sequence[str] = (),
     batch_size: int = EvalConfig.batch_size,
     max_bad_fraction: float = DataConfig.max_bad_fraction,
+    num_views: int | None = None,
 ) -> EvalResult:
     """Evaluates a model folder, or any CLIP in the Hugging Face layout, and writes metrics, predictions and report.
 
@@ -74,6 +76,7 @@ def evaluate_model(
       batch_size: images computed at once.
       max_bad_fraction: share of unreadable images above which the evaluation ends; they are listed in
         bad_inputs.jsonl.
+      num_views: how often a clip is sampled; None: as the model folder says.
 
     Raises:
       UserError: a mistake in the arguments, the model or the data.
@@ -83,7 +86,7 @@ def evaluate_model(
     backend = JaxBackend(model, classes, data_source.labels, batch_size)
     source = ClassedSource(data_source, backend.labels, data)
     output = _make_output(output)
-    result = run_backend(backend, source, config.data, output / "bad_inputs.jsonl", NUM_MISTAKES)
+    result = run_backend(backend, source, config.data, output / "bad_inputs.jsonl", NUM_MISTAKES, num_views)
     result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
     about = {
         "model": str(backend.path),
@@ -91,14 +94,19 @@ def evaluate_model(
         "data": data,
         "data fingerprint": source.fingerprint,
         "manifest SHA-256": manifest_of(data_source) or "none: the data is no manifest",
-        "command": _command(model, data, output, classes, batch_size, max_bad_fraction),
+        "command": _command(model, data, output, classes, batch_size, max_bad_fraction, num_views),
     }
     write_result(result, output, [source.names[i] for i in result.predictions.index.tolist()], about)
     return result
 
 
 def run_backend(
-    backend: JaxBackend, source: ClassedSource, config: DataConfig, log: Path, num_mistakes: int = 0
+    backend: JaxBackend,
+    source: ClassedSource,
+    config: DataConfig,
+    log: Path,
+    num_mistakes: int = 0,
+    num_views: int | None = None,
 ) -> EvalResult:
     """One pass of a model over labelled images, with progress on the terminal.
 
@@ -108,16 +116,27 @@ def run_backend(
       config: how many images may be unreadable.
       log: where those are listed.
       num_mistakes: how many confident mistakes to keep with their images.
+      num_views: how often a clip is sampled; None: as the model folder says.
 
     Raises:
       UserError: too many unreadable images.
     """
     size = backend.batch_size
+    views = {} if num_views is None else {"num_views": num_views}
+    config = replace(config, video=replace(config.video, **(backend.actions.video | views)))
     log.unlink(missing_ok=True)  # of an earlier evaluation
     bad_inputs = BadInputs(source, config.max_bad_fraction, log)
     with eval_batches(source, config, backend.preprocess, batch_size=size, bad_inputs=bad_inputs) as batches:
         shown = _with_progress(batches, -(-len(source) // size))
-        return evaluate(lambda batch: backend.logits(batch.image), shown, backend.labels, num_mistakes)
+        return evaluate(lambda batch: _logits(backend, batch.image), shown, backend.labels, num_mistakes)
+
+
+def _logits(backend: JaxBackend, images: np.ndarray) -> np.ndarray:
+    """Class logits; of several views of clips, [b, views, frames, ...], those of the mean of their probabilities."""
+    if images.ndim < 6:
+        return backend.logits(images)
+    probs = [backend.predict(images[:, view]) for view in range(images.shape[1])]
+    return np.log(np.maximum(np.mean(probs, axis=0), np.finfo(np.float32).tiny))
 
 
 def _make_output(output: str | Path) -> Path:
@@ -130,12 +149,19 @@ def _make_output(output: str | Path) -> Path:
 
 
 def _command(
-    model: str, data: str, output: Path, classes: Sequence[str], batch_size: int, max_bad_fraction: float
+    model: str,
+    data: str,
+    output: Path,
+    classes: Sequence[str],
+    batch_size: int,
+    max_bad_fraction: float,
+    num_views: int | None,
 ) -> str:
     """What to type to get the same result."""
     flags = [f"--model={model}", f"--data={data}", f"--output={output}"]
     flags += [f"--classes={','.join(classes)}"] if classes else []
     flags += [f"--batch_size={batch_size}", f"--max_bad_fraction={max_bad_fraction:g}"]
+    flags += [f"--num_views={num_views}"] if num_views is not None else []
     return shlex.join(["python", "scripts/evaluate.py", *flags])
 
 

@@ -18,7 +18,7 @@ from clip_har_jax.data.cache import write_cache
 from clip_har_jax.data.duplicates import Signature, find_pairs, group, make_signature
 from clip_har_jax.data.manifest import Manifest, make_manifest, read_manifest, write_manifest
 from clip_har_jax.data.quality import Facts, find_suspects, measure
-from clip_har_jax.data.sources import FileSource, Source, make_source
+from clip_har_jax.data.sources import FileSource, Source, are_clips, make_source
 from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
@@ -58,6 +58,7 @@ class Pooled:
         example = source[int(i - self._start[self.given[i]])]
         if isinstance(example.data, bytes):
             return example.data, example.name
+        assert isinstance(example.data, np.ndarray), "clips were refused"
         Image.fromarray(example.data).save(buffer := io.BytesIO(), "PNG")
         return buffer.getvalue(), example.name
 
@@ -144,6 +145,8 @@ def prepare(
     earlier = read_manifest(Path(reference)) if reference else None
     specs = [*data, *([test] if test else [])]
     source = Pooled([make_source(spec, "test" if spec is test else "train") for spec in specs])
+    if clips := [spec for spec, one in zip(specs, source.sources, strict=True) if are_clips(one)]:
+        raise UserError(f"--data={clips[0]}: prepare_data.py takes images; split clips by folders train/ and test/")
     make_folder(output)
     outcomes = list(map_in_workers(_scan, source, len(source), num_workers, "reading"))
     kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]

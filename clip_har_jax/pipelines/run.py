@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
-from clip_har_jax.data.sources import Source, SubsetSource, make_source, manifest_of
+from clip_har_jax.data.sources import Source, SubsetSource, are_clips, make_source, manifest_of
 from clip_har_jax.data.splits import hold_out
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import Calibration
@@ -316,6 +316,8 @@ class Run:
             self.start.preprocess.save(folder)
             temperature, thresholds = calibration.temperature, calibration.thresholds
             actions = bundle.Actions(self.data.labels, self.data.prompts, temperature, thresholds=thresholds)
+            if are_clips(self.data.train):
+                actions = replace(actions, video=asdict(self.config.data.video))
             bundle.write_actions(folder, actions)
             bundle.write_json(folder / "calibration.json", calibration.report)
             (folder / "run.json").write_text((self.workdir / "run.json").read_text())

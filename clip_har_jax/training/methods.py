@@ -46,7 +46,7 @@ class Full:
         return model.encode_classes(classes.input_ids, classes.class_of_prompt, self.num_classes)
 
     def logits(
-        self, model: FlaxCLIPModel, images: Float[Array, "b h w 3"], embeddings: Float[Array, "c d"]
+        self, model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], embeddings: Float[Array, "c d"]
     ) -> Float[Array, "b c"]:
         """exp(logit_scale) * image . class."""
         return jnp.exp(model.logit_scale[...]) * model.encode_image(images) @ embeddings.T

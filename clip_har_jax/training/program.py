@@ -26,6 +26,7 @@ from clip_har_jax.parallel.sharding import (
     replicated,
 )
 from clip_har_jax.preprocess import Preprocess
+from clip_har_jax.specs import parse_spec
 from clip_har_jax.training.methods import Classes, make_method
 from clip_har_jax.training.optim import freeze_masks, make_optimizer
 from clip_har_jax.training.state import TrainState, make_state, state_shardings
@@ -52,6 +53,8 @@ class Program:
     ):
         self.config, self.clip, self.preprocess, self.num_steps, self.mesh = config, clip, preprocess, num_steps, mesh
         self.num_classes = num_classes
+        # Of a clip that is trained on; None: images.
+        self.num_frames = config.data.video.num_frames if parse_spec(config.data.train).kind == "video" else None
         check_batch_size(config.train.global_batch_size, mesh, "train.global_batch_size")
         check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
         _check_accumulation(config, mesh)
@@ -129,8 +132,9 @@ class Program:
             classes = Classes(ids, struct((count,), jnp.int32, rows), None)
         else:
             classes = Classes(None, None, struct((self.num_classes, self.clip.projection_dim), jnp.float32, whole))
+        image = (batch_size, *([self.num_frames] if self.num_frames else []), size, size, 3)
         label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
-        return state, frozen, classes, Batch(struct((batch_size, size, size, 3), jnp.uint8, rows), label, mask, label)
+        return state, frozen, classes, Batch(struct(image, jnp.uint8, rows), label, mask, label)
 
     def flops_per_step(self, num_prompts: int) -> int:
         """Of one step's matrix products over all devices: forward, and twice that backward where a tower is trained.
@@ -138,6 +142,7 @@ class Program:
         What rematerialisation computes again doesn't count, as is usual for model FLOPs (Chowdhery et al. 2022, B).
         """
         image = forward_flops(self.clip.vision, self.clip.projection_dim) * (3 if self.trains_image else 1)
+        image *= self.num_frames or 1
         text = 3 * forward_flops(self.clip.text, self.clip.projection_dim) if self.trains_text else 0
         return self.config.train.global_batch_size * image + num_prompts * text
 
