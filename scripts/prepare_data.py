@@ -30,6 +30,7 @@ def main() -> None:
         arguments.cache_px,
         arguments.model,
         arguments.reference,
+        arguments.tfds_dir,
         arguments.max_bad_fraction,
         arguments.num_workers,
     )
@@ -74,6 +75,13 @@ def _parse() -> argparse.Namespace:
         default="",
         metavar="FILE",
         help="an earlier manifest to compare with, e.g. --reference=old/manifest.parquet",
+    )
+    add(
+        "--tfds_dir",
+        default="",
+        metavar="DIR",
+        help="also write HAR-15's splits as a TFDS data set, read by tfds:har15?data_dir=DIR, e.g. "
+        "--tfds_dir=tensorflow_datasets",
     )
     add(
         "--max_bad_fraction",

@@ -376,3 +376,40 @@ def test_clips_are_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "clip.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="takes images"):
         prepare([f"video:{tmp_path}"], tmp_path / "out")
+
+
+TFDS_CHECK = """
+import sys
+from pathlib import Path
+from clip_har_jax.data import synthetic
+synthetic.SPLITS["val"] = 60
+from clip_har_jax.data.sources import make_source
+from clip_har_jax.data.splits import Shares
+from clip_har_jax.errors import UserError
+from clip_har_jax.pipelines.prepare import prepare
+
+root = Path(sys.argv[1])
+options = {"shares": Shares(0.25, 0.25), "tfds_dir": f"{root}/tfds"}
+found = prepare(["synthetic?split=val"], root / "out", **options)
+for split in ("train", "val", "test"):
+    ours = make_source(f"manifest:{root}/out/manifest.parquet?split={split}", split)
+    theirs = make_source(f"tfds:har15?split={split}&data_dir={root}/tfds", split)
+    assert theirs.labels == synthetic.LABELS
+    assert {ours[i].data for i in range(len(ours))} == {theirs[i].data for i in range(len(theirs))}
+    assert {(ours[i].data, ours[i].label) for i in range(len(ours))} == {
+        (theirs[i].data, theirs[i].label) for i in range(len(theirs))
+    }
+try:
+    prepare(["synthetic?split=val"], root / "out", **options)
+except UserError as error:
+    assert "there already" in str(error)
+else:
+    raise AssertionError("built twice")
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_tfds_har15_holds_the_splits_of_the_manifest(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", TFDS_CHECK, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr

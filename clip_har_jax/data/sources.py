@@ -309,6 +309,8 @@ def _tfds_builder(spec: Spec, tfds: Any) -> Any:
     Raises:
       UserError: unknown, not prepared, or prepared as TFRecord.
     """
+    if spec.path.split(":")[0] == "har15":
+        importlib.import_module("clip_har_jax.data.har15")  # registers it
     data_dir = spec.options.get("data_dir")
     where = f", data_dir={data_dir!r}" if data_dir else ""
     prepare = f"prepare it with tfds.builder({spec.path!r}{where}, file_format='array_record').download_and_prepare()"

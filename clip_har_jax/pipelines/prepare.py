@@ -119,6 +119,7 @@ def prepare(
     cache_px: int | None = None,
     model: str = "",
     reference: str = "",
+    tfds_dir: str = "",
     max_bad_fraction: float = DataConfig.max_bad_fraction,
     num_workers: int | None = None,
 ) -> Prepared:
@@ -134,6 +135,7 @@ def prepare(
       cache_px: shorter side of the images in cache_<px>px/, shards for training; None: none are written.
       model: a CLIP whose features tell labels that may be wrong; empty: none are looked for.
       reference: an earlier manifest to compare with.
+      tfds_dir: where the splits are also written as the TFDS data set har15; empty: nowhere.
       max_bad_fraction: share of unreadable images above which nothing is written.
       num_workers: processes; None: one a core.
 
@@ -174,6 +176,10 @@ def prepare(
     bundle.write_json(output / "duplicates.json", duplicates)
     if cache_px:
         write_cache(manifest, output / f"cache_{cache_px}px", cache_px, num_workers)
+    if tfds_dir:
+        from clip_har_jax.data.har15 import build_har15
+
+        build_har15(manifest, tfds_dir)
     page = make_data_report(manifest, prepared.summary, duplicates, suspects, bad, earlier)
     (output / "report.html").write_text(page, encoding="utf-8")
     bundle.write_json(output / "prepare.json", prepared.summary)
