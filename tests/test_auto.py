@@ -1,11 +1,16 @@
 """Automated training: each step once, killed anywhere it goes on, and a gate that refuses leaves the champion."""
 
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -89,6 +94,86 @@ def test_a_pass_killed_after_each_step_ends_as_an_unbroken_one(start):
     assert refused.returncode == 1
     assert ran(refused) == ["train", "evaluate"]  # nothing is exported of a model that is no better
     assert "not exported: gain: top-1" in refused.stdout
+
+
+def test_a_server_follows_the_alias_back_under_load(start):
+    """A second version is let through, and rolled back while clients ask: no request fails, the first one answers."""
+    from PIL import Image
+
+    from clip_har_jax.mlops.registry import open_registry
+
+    assert run(start, "--config.optim.learning_rate=1e-9", "--min_gain=-1").returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", environment(start)["MLFLOW_TRACKING_URI"])
+        registry = open_registry("har")
+    second = registry.pull("champion", "export", start / "served")
+    assert second.number == 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48), (40, 90, 160)).save(picture, "PNG")
+    statuses, ended = [], threading.Event()
+
+    def get(path):
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+            return json.load(answer)
+
+    def ask():
+        request = urllib.request.Request(
+            f"http://{address}/v1/predict", picture.getvalue(), {"Content-Type": "image/png"}, method="POST"
+        )
+        while not ended.is_set():
+            try:
+                with urllib.request.urlopen(request, timeout=10) as answer:
+                    statuses.append(answer.status)
+            except urllib.error.HTTPError as error:
+                statuses.append(error.code)
+
+    def digest():
+        return get("/v2/models/har")["parameters"]["model_digest"]
+
+    serve = [sys.executable, "-m", "serving", f"--model={start / 'served'}", f"--port={address.split(':')[1]}"]
+    watch = [sys.executable, ROOT / "scripts" / "registry.py", "pull", f"--output={start / 'served'}", "--watch"]
+    watch += ["--every_s=0.2", f"--reload_url=http://{address}/v1/models/har/load"]
+    limits = {"HAR_DECODE_PROCESSES": "1", "HAR_RATE_LIMIT_PER_S": "0"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with (
+        subprocess.Popen(serve, cwd=ROOT, env=environment(start) | limits, **quiet) as server,
+        subprocess.Popen(watch, cwd=start, env=environment(start), **quiet) as follower,
+    ):
+        try:
+            wait_for(lambda: get("/v2/health/ready") is not None)
+            assert digest() == second.digest
+            clients = [threading.Thread(target=ask) for _ in range(3)]
+            for client in clients:
+                client.start()
+            first = registry.rollback("champion")
+            assert first.number == 1
+            wait_for(lambda: digest() == first.digest)
+            switched = len(statuses)
+            wait_for(lambda: len(statuses) > switched + 20)
+            ended.set()
+            for client in clients:
+                client.join()
+        finally:
+            ended.set()
+            follower.terminate()
+            server.terminate()
+    assert len(statuses) > 20 and set(statuses) == {200}
+    assert server.returncode == 0  # drained
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_sigterm_is_handed_on_and_the_same_command_continues(start, tmp_path):

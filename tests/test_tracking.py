@@ -341,6 +341,25 @@ def test_mistakes_are_said_before_any_compute(folders, tmp_path, monkeypatch):
         sync(tmp_path)
 
 
+def test_a_dirty_work_tree_is_recorded_and_warned_of(folders, tmp_path, monkeypatch, capsys):
+    """In a git repository of the test's own: clean, then with a change that no commit holds."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "model.py").write_text("a = 1\n")
+    git = ["git", "-C", str(code), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr("clip_har_jax.pipelines.provenance.ROOT", code)
+    warned = []
+    for name in ("clean", "dirty"):
+        result = train(config_for(folders, (), num_steps=1), tmp_path / name)
+        warned.append("no commit holds" in capsys.readouterr().err)
+        record = json.loads((result.model / "run.json").read_text())
+        assert record["git_dirty"] is (name == "dirty") and len(record["git_sha"]) == 40
+        (code / "model.py").write_text("a = 2\n")
+    assert warned == [False, True]
+
+
 def test_sync_on_the_command_line(tmp_path):
     command = [sys.executable, "scripts/sync.py", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -5,6 +5,7 @@ That is also what `mlflow ui`, started in the same folder, shows.
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -15,6 +16,8 @@ from typing import Any
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+if not sys.stderr.isatty():
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
