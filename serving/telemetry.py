@@ -86,6 +86,8 @@ def configure_logging(level: str) -> None:
     """Sends the service's and uvicorn's records to stderr as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
+    # Of a WebSocket that was refused with an HTTP answer, uvicorn says as an error that it was never opened.
+    handler.addFilter(lambda record: "without completing handshake" not in record.getMessage())
     for name in ("har", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler] if name != "uvicorn.error" else [], name == "uvicorn.error"
