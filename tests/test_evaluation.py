@@ -1,5 +1,7 @@
 """Evaluating: one exact pass, the files it leaves, the way from a model folder and a SPEC to them."""
 
+import base64
+import hashlib
 import io
 import json
 import re
@@ -19,10 +21,14 @@ from PIL import Image
 
 from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
+from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.calibration import split_conformal_sets
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
+from clip_har_jax.evaluation.history import History, read_history
 from clip_har_jax.evaluation.plots import draw_confusion
-from clip_har_jax.evaluation.report import make_report, worst_confusions
+from clip_har_jax.evaluation.report import Details, make_report, worst_confusions
+from clip_har_jax.evaluation.significance import bootstrap_intervals
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.factory import load
 from clip_har_jax.pipelines.evaluate import evaluate_model
@@ -77,7 +83,7 @@ def test_predictions_fit_the_metrics() -> None:
 
 
 def test_the_most_confident_mistakes_are_kept_with_their_images() -> None:
-    rows, mistakes = make_result().predictions, make_result(num_mistakes=4, batch_size=7).mistakes
+    rows, mistakes = make_result().predictions, make_result(num_shown=4, batch_size=7).mistakes
     wrong = np.flatnonzero(rows.predicted != rows.label)
     wanted = wrong[np.argsort(-rows.score[wrong], kind="stable")][:4]
     assert [mistake.index for mistake in mistakes] == wanted.tolist()
@@ -86,13 +92,22 @@ def test_the_most_confident_mistakes_are_kept_with_their_images() -> None:
         assert np.all(mistake.image == mistake.index)
 
 
+def test_uncertain_hits_and_a_sample_are_kept_whatever_the_batches() -> None:
+    rows, result = make_result().predictions, make_result(num_shown=4, batch_size=7)
+    hits = np.flatnonzero(rows.predicted == rows.label)
+    assert [one.index for one in result.unsure] == hits[np.argsort(rows.score[hits], kind="stable")][:4].tolist()
+    assert result.sample[0].index in range(50)
+    other = make_result(num_shown=4, batch_size=50)
+    assert [one.index for one in result.sample] == [one.index for one in other.sample] != [0, 1, 2, 3]
+
+
 def test_nothing_readable_is_an_error() -> None:
     with pytest.raises(UserError, match="none could be read"):
         make_result(count=4, bad=(0, 1, 2, 3))
 
 
 def test_files_of_a_result(tmp_path: Path) -> None:
-    result = make_result(bad=(7,), num_mistakes=3)
+    result = make_result(bad=(7,), num_shown=3)
     names = [f"images/{i}.png" for i in result.predictions.index]
     write_result(result, tmp_path / "new" / "out", names, {"model": "m"})
     output = tmp_path / "new" / "out"
@@ -139,18 +154,77 @@ def report_of(result: EvalResult, **about: str) -> str:
 
 
 def test_the_report_needs_nothing_else() -> None:
-    text = report_of(make_result(num_mistakes=3), model="m")
+    text = report_of(make_result(num_shown=3), model="m")
     page = Page(text)
-    assert len(page.loads) == 5  # the confusion matrix twice, three mistakes
-    assert all(load.startswith("data:image/") for load in page.loads)
-    assert not page.tags & {"script", "link", "iframe", "object"}
-    assert not re.search(r"https?://|url\(|@import", text)
+    pictures = [load for load in page.loads if not load.startswith("#")]
+    assert len(pictures) == 4 + 9  # the confusion matrix in two ways, light and dark; three examples of each kind
+    assert all(load.startswith("data:image/") for load in pictures)
+    assert not page.tags & {"link", "iframe", "object"}
+    assert not re.search(r"https?://|url\((?!#)|@import", text)
     assert all(page.alts)
     assert ".headlines > div" in text  # the style stands unescaped
+    digest = base64.b64encode(hashlib.sha256(re.search(r"<script>(.*?)</script>", text, re.S)[1].encode()).digest())
+    assert f"script-src 'sha256-{digest.decode()}'" in text  # and no other script runs
+
+
+def test_the_report_tells_what_is_known_of_the_model(tmp_path: Path) -> None:
+    result = make_result(num_shown=2)
+    details = Details(
+        2.0,
+        {"abstain": 0.6, "coverage": 0.9, "split_conformal": 0.1, "aps": 0.95},
+        {result.mistakes[0].index: np.eye(2, dtype=np.float32)},
+        write_history(tmp_path),
+    )
+    text = make_report(result, [f"images/{i}.png" for i in result.predictions.index], {}, details)
+    rows = result.predictions
+    unsure = rows.score < 0.6
+    assert f"here on {unsure.sum()} of 50 images" in text
+    covered = split_conformal_sets(rows.probs, 0.1)[np.arange(50), rows.label].mean()
+    assert f"{100 * covered:.1f}%" in text
+    assert "The temperature of 2.000, fitted on validation images, makes it less sure" in text
+    assert text.count("where the model sees") == 1 + 1  # one picture, and the line that explains it
+    assert "Loss" in text and "Learning rate" in text and "Throughput" not in text
+    assert "75% moved the model forward" in text
+    assert "train.num_steps" in text and "checksum abc" in text
+    assert "Loss" not in report_of(result)
+
+
+def write_history(root: Path) -> History:
+    """A work folder of a run that logged loss and rate, read from its model folder."""
+    (root / "model").mkdir()
+    record = {"run_id": "r1", "goodput": {"productive": 3.0, "start": 1.0}, "command": ["train.py"]}
+    record["data"] = {"val": {"spec": "folder:x", "num_examples": 5, "fingerprint": "abc"}}
+    bundle.write_json(root / "run.json", record)
+    bundle.write_json(root / "model" / "run.json", {"run_id": "r1"})
+    bundle.write_json(root / "config.json", make_config({"train": {"num_steps": 7}}).to_dict())
+    lines = [json.dumps({"step": i, "train/loss": 3.0 - i, "train/learning_rate": 0.1 * i}) for i in range(3)]
+    (root / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "train/lo']))
+    return read_history(root / "model")
+
+
+def test_a_history_is_of_its_own_run_alone(tmp_path: Path) -> None:
+    history = write_history(tmp_path)
+    assert history.series("train/loss") == ([0, 1, 2], [3.0, 2.0, 1.0])
+    assert history.changed == {"train.num_steps": (None, 7)}
+    bundle.write_json(tmp_path / "run.json", {"run_id": "another"})
+    assert read_history(tmp_path / "model").rows == ()
+
+
+def test_intervals_hold_the_figure_and_shrink_with_more_images() -> None:
+    widths = []
+    for count in (50, 800):
+        result = make_result(count=count)
+        intervals = bootstrap_intervals(result.predictions.probs, result.predictions.label, resamples=200)
+        for name, (low, high) in intervals.items():
+            assert low <= result.metrics[name] <= high
+        widths.append(intervals["top1"][1] - intervals["top1"][0])
+    spread = 2 * 1.96 * np.sqrt(result.metrics["top1"] * (1 - result.metrics["top1"]) / 800)
+    assert widths[1] == pytest.approx(spread, rel=0.25)  # of a share, by the normal distribution
+    assert widths[1] < widths[0] / 2
 
 
 def test_the_report_says_what_it_found() -> None:
-    result = make_result(bad=(2, 5), num_mistakes=2)
+    result = make_result(bad=(2, 5), num_shown=2)
     text = report_of(result, model="a/model", command="python scripts/evaluate.py --model=a/model")
     assert f"{result.metrics['top1']:.3f}" in text
     assert "48 images" in text
@@ -164,7 +238,7 @@ def test_the_report_says_what_it_found() -> None:
 
 def test_labels_and_names_are_escaped() -> None:
     nasty = ("<script>alert(1)</script>", 'a "quoted" & label')
-    page = report_of(make_result(labels=nasty, num_mistakes=2), model="<b>bold</b>")
+    page = report_of(make_result(labels=nasty, num_shown=2), model="<b>bold</b>")
     assert "<script>" not in page
     assert "<b>" not in page
     assert "&lt;script&gt;" in page
@@ -173,11 +247,12 @@ def test_labels_and_names_are_escaped() -> None:
 def test_a_perfect_result_has_a_report() -> None:
     label = np.asarray([0, 1, 2], np.int32)
     batches = make_batches(label, np.ones(3, np.float32), 3)
-    result = evaluate(lambda batch: 9 * np.eye(3, dtype=np.float32)[batch.label], batches, LABELS, num_mistakes=3)
+    result = evaluate(lambda batch: 9 * np.eye(3, dtype=np.float32)[batch.label], batches, LABELS, num_shown=3)
     text = report_of(result)
     assert "1.000" in text
     assert "Confident mistakes" not in text
-    assert "confusions</h2>" not in text
+    assert "Uncertain hits" in text
+    assert "confusions</h3>" not in text
 
 
 def test_worst_confusions_are_sorted_and_leave_out_what_is_right() -> None:

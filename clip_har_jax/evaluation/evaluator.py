@@ -1,11 +1,12 @@
 """One pass over a split -> EvalResult, and the files it becomes."""
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt8
@@ -14,6 +15,9 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.bundle import write_json
 from clip_har_jax.evaluation.calibration import fit_scores
 from clip_har_jax.evaluation.metrics import ClassificationState, log_softmax
+
+if TYPE_CHECKING:
+    from clip_har_jax.evaluation.report import Details
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """An example that the model got wrong, with the image as the model saw it."""
+class Shown:
+    """An example that a person is shown, with the image as the model saw it."""
 
     index: int
     label: int
@@ -55,11 +59,13 @@ class EvalResult:
     metrics: dict[str, Any]  # the contents of metrics.json
     confusion: Int[np.ndarray, "c c"]  # number of examples by true (row) and predicted (column) class
     predictions: Predictions
-    mistakes: tuple[Mistake, ...]  # the most confident ones, most confident first
+    mistakes: tuple[Shown, ...]  # the most confident ones, most confident first
+    unsure: tuple[Shown, ...] = ()  # right, but with the lowest probability; the lowest first
+    sample: tuple[Shown, ...] = ()  # drawn at random
 
 
 def evaluate(
-    logits_fn: Callable[[Batch], np.ndarray], batches: Iterable[Batch], labels: Sequence[str], num_mistakes: int = 0
+    logits_fn: Callable[[Batch], np.ndarray], batches: Iterable[Batch], labels: Sequence[str], num_shown: int = 0
 ) -> EvalResult:
     """Evaluates in one pass.
 
@@ -67,14 +73,14 @@ def evaluate(
       logits_fn: batch -> logits [b, c] of the same rows, temperature included.
       batches: each example in one row of mask 1; rows of mask 0 (padding, unreadable images) count nowhere.
       labels: the names of the c classes.
-      num_mistakes: how many confident mistakes to keep with their images.
+      num_shown: how many confident mistakes, uncertain hits and random examples each to keep with their images.
 
     Raises:
       UserError: no example could be read, or logits that aren't finite.
     """
     state = ClassificationState.empty(len(labels))
     parts: list[Predictions] = []
-    mistakes: list[Mistake] = []
+    shown: dict[str, list[Shown]] = {name: [] for name in KEPT}
     unreadable = 0
     for batch in batches:
         label, mask, index = (np.asarray(values) for values in (batch.label, batch.mask, batch.index))
@@ -84,13 +90,15 @@ def evaluate(
         unreadable += int(((mask == 0) & (index >= 0)).sum())
         part, rows = _predictions(logits, label, index, mask > 0)
         parts.append(part)
-        if num_mistakes:
-            mistakes = _most_confident([*mistakes, *_mistakes(part, batch.image, rows)], num_mistakes)
+        if num_shown:
+            for name, (wanted, order) in KEPT.items():
+                shown[name] = sorted([*shown[name], *_shown(part, batch.image, rows, wanted)], key=order)[:num_shown]
     metrics = state.compute(labels) | {"num_unreadable": unreadable}
     predictions = _join(parts)
     for name in ("ece_adaptive", "brier"):
         metrics[name] = fit_scores(predictions.probs, predictions.label)[name]
-    return EvalResult(tuple(labels), metrics, state.confusion, predictions, tuple(mistakes))
+    kept = {name: tuple(examples) for name, examples in shown.items()}
+    return EvalResult(tuple(labels), metrics, state.confusion, predictions, **kept)
 
 
 def _predictions(
@@ -104,12 +112,13 @@ def _predictions(
     ), rows
 
 
-def _mistakes(part: Predictions, images: Any, rows: np.ndarray) -> list[Mistake]:
-    wrong = np.flatnonzero(part.predicted != part.label)
-    score = part.score
+def _shown(
+    part: Predictions, images: Any, rows: np.ndarray, wanted: Callable[[Predictions], np.ndarray]
+) -> list[Shown]:
+    chosen, score = np.flatnonzero(wanted(part)), part.score
     return [
-        Mistake(int(part.index[i]), int(part.label[i]), int(part.predicted[i]), float(score[i]), _picture(images[row]))
-        for i, row in zip(wrong, rows[wrong], strict=True)
+        Shown(int(part.index[i]), int(part.label[i]), int(part.predicted[i]), float(score[i]), _picture(images[row]))
+        for i, row in zip(chosen, rows[chosen], strict=True)
     ]
 
 
@@ -120,8 +129,17 @@ def _picture(image: Any) -> np.ndarray:
     return frames[len(frames) // 2]
 
 
-def _most_confident(mistakes: list[Mistake], count: int) -> list[Mistake]:
-    return sorted(mistakes, key=lambda mistake: (-mistake.score, mistake.index))[:count]
+def _lot(example: Shown) -> int:
+    """A number that follows from the example's position alone, so that the sample doesn't depend on the batches."""
+    return zlib.crc32(example.index.to_bytes(8, "little"))
+
+
+# field of EvalResult -> (which examples, what puts first those that are kept)
+KEPT: dict[str, tuple[Callable[[Predictions], np.ndarray], Callable[[Shown], Any]]] = {
+    "mistakes": (lambda part: part.predicted != part.label, lambda example: (-example.score, example.index)),
+    "unsure": (lambda part: part.predicted == part.label, lambda example: (example.score, example.index)),
+    "sample": (lambda part: part.index >= 0, _lot),
+}
 
 
 def _join(parts: Sequence[Predictions]) -> Predictions:
@@ -130,13 +148,20 @@ def _join(parts: Sequence[Predictions]) -> Predictions:
     return Predictions(*(np.concatenate([getattr(part, name) for part in parts])[order] for name in fields))
 
 
-def write_result(result: EvalResult, output: str | Path, names: Sequence[str], about: Mapping[str, str]) -> None:
+def write_result(
+    result: EvalResult,
+    output: str | Path,
+    names: Sequence[str],
+    about: Mapping[str, str],
+    details: "Details | None" = None,
+) -> None:
     """Writes predictions.parquet, confusion_matrix.png, report.html and, last, metrics.json.
 
     Args:
       output: the folder; made if need be.
       names: by which a person finds each example, in the order of `result.predictions`.
       about: what was evaluated (model, digest, data, command ...), shown in the report as it stands.
+      details: what else the report can tell of the model.
     """
     from clip_har_jax.evaluation.plots import draw_confusion
     from clip_har_jax.evaluation.report import make_report
@@ -145,7 +170,7 @@ def write_result(result: EvalResult, output: str | Path, names: Sequence[str], a
     output.mkdir(parents=True, exist_ok=True)
     _write_predictions(output / "predictions.parquet", result, names)
     (output / "confusion_matrix.png").write_bytes(draw_confusion(result.confusion, result.labels))
-    (output / "report.html").write_text(make_report(result, names, about), encoding="utf-8")
+    (output / "report.html").write_text(make_report(result, names, about, details), encoding="utf-8")
     write_json(output / "metrics.json", result.metrics)
 
 

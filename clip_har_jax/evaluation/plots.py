@@ -19,8 +19,10 @@ MAX_SIDE_IN = 24.0
 MAX_LABEL_LENGTH = 28
 
 
-def draw_confusion(confusion: Int[np.ndarray, "c c"], labels: Sequence[str], dark: bool = False) -> bytes:
-    """A confusion matrix as a PNG: colour is the share of the true class, numbers are examples."""
+def draw_confusion(
+    confusion: Int[np.ndarray, "c c"], labels: Sequence[str], dark: bool = False, normalized: bool = False
+) -> bytes:
+    """A confusion matrix as a PNG: colour is the share of the true class, numbers are examples or percent of it."""
     count = len(labels)
     side = min(count * (0.44 if count <= MAX_COUNTED_CLASSES else 0.17), MAX_SIDE_IN)
     colors = DARK if dark else LIGHT
@@ -32,7 +34,7 @@ def draw_confusion(confusion: Int[np.ndarray, "c c"], labels: Sequence[str], dar
     if count <= MAX_COUNTED_CLASSES:
         for row, column in np.argwhere(confusion > 0):
             color = colors["on_high"] if share[row, column] > 0.5 else colors["ink"]
-            text = str(confusion[row, column])
+            text = f"{100 * share[row, column]:.0f}" if normalized else str(confusion[row, column])
             size = 9 if len(text) < 4 else 6
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
     buffer = io.BytesIO()

@@ -1,19 +1,31 @@
-"""The report of an evaluation: one HTML file that needs nothing else, neither network nor scripts."""
+"""The report of an evaluation: one HTML file that needs nothing else."""
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+from jaxtyping import Float, UInt8
+from markupsafe import Markup
 from PIL import Image
 
-from clip_har_jax.evaluation.evaluator import EvalResult, Mistake
+from clip_har_jax.evaluation import charts
+from clip_har_jax.evaluation.calibration import aps_sets, softmax, split_conformal_sets
+from clip_har_jax.evaluation.evaluator import EvalResult, Shown
+from clip_har_jax.evaluation.history import History
 from clip_har_jax.evaluation.plots import draw_confusion
+from clip_har_jax.evaluation.significance import bootstrap_intervals
 
 NUM_CONFUSIONS = 10
-THUMBNAIL_PX = 160
+THUMBNAIL_PX = 224
+NUM_SIZES = 5  # conformal sets of 1, 2 ... and of more classes
+TEMPLATES = Path(__file__).parent / "templates"
 HEADLINES = (
     ("top1", "top-1", "share of images whose most probable action is right"),
     ("top5", "top-5", "share of images with the right action among the 5 most probable"),
@@ -21,147 +33,88 @@ HEADLINES = (
     ("nll", "NLL", "negative log-likelihood, in nats; lower is better"),
     ("ece", "ECE", "how far confidence is from accuracy; lower is better"),
 )
-
-STYLE = """
-:root { color-scheme: light dark; --page: #f6f8fa; --card: #fff; --ink: #1c2430; --soft: #57606a; --line: #d8dee4;
-  --bar: #0b4f9c; }
-@media (prefers-color-scheme: dark) { :root { --page: #0d1117; --card: #161b22; --ink: #e2e8f0; --soft: #9aa7b4;
-  --line: #30363d; --bar: #7cc0ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.25rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
-p { margin: 0 0 .75rem; } .soft { color: var(--soft); font-size: .875rem; }
-section, .headlines > div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-section { padding: 1rem; margin: 1rem 0; }
-.headlines { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1rem 0; }
-.headlines > div { padding: .75rem 1rem; }
-.headlines dt { color: var(--soft); } .headlines dd { margin: 0; }
-.headlines .value { font-size: 1.75rem; font-weight: 600; }
-.wide { overflow-x: auto; } .wide:focus-visible { outline: 2px solid var(--bar); }
-.wide img { display: block; min-width: min(100%, 40rem); max-width: 100%; height: auto; margin: 0 auto; }
-table { border-collapse: collapse; width: 100%; } caption { text-align: left; color: var(--soft); font-size: .875rem; }
-th, td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--line); }
-.number { text-align: right; font-variant-numeric: tabular-nums; } th[scope=row] { font-weight: 500; }
-.bar { width: 30%; min-width: 5rem; } .bar div { height: .7rem; background: var(--bar); border-radius: .2rem; }
-.mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 1rem; margin: 0;
-  padding: 0; list-style: none; }
-.mistakes img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .35rem; }
-.mistakes li, .about dd, code { overflow-wrap: anywhere; }
-.about { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1rem; margin: 0; }
-.about dt { color: var(--soft); } .about dd { margin: 0; font-family: ui-monospace, monospace; font-size: .875rem; }
-@media (max-width: 30rem) { .about { grid-template-columns: 1fr; gap: 0; } .about dd { margin-bottom: .6rem; }
-  .wide img { min-width: 40rem; } .bar { display: none; } th, td { padding: .35rem; font-size: .875rem; }
-  td:not(.number) { overflow-wrap: anywhere; } body { padding: .75rem; } section { padding: .75rem; } }
-"""
-
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Evaluation: top-1 {{ "%.3f"|format(metrics.top1) }} on {{ metrics.num_examples }} images</title>
-<style>{{ style|safe }}</style>
-</head>
-<body>
-<h1>Evaluation</h1>
-<p>{{ metrics.num_examples }} images of {{ num_classes }} actions{% if metrics.num_unreadable %};
-<strong>{{ metrics.num_unreadable }} more could not be read</strong> and count nowhere{% endif %}.</p>
-<dl class="headlines">
-{% for name, title, meaning in headlines %}
-<div><dt>{{ title }}</dt><dd class="value">{{ "%.3f"|format(metrics[name]) }}</dd>
-<dd class="soft">{{ meaning }}</dd></div>
-{% endfor %}
-</dl>
-
-<section>
-<h2>Confusion matrix</h2>
-<p class="soft">Rows are the true actions, columns the predicted ones; the colour is the share of the row.</p>
-<div class="wide" tabindex="0" role="region" aria-label="Confusion matrix">
-<picture><source media="(prefers-color-scheme: dark)" srcset="{{ pictures.dark }}">
-<img src="{{ pictures.light }}" alt="{{ pictures.alt }}"></picture></div>
-</section>
-
-{% if confusions %}
-<section>
-<h2>Most frequent confusions</h2>
-<p class="soft">The share is of all images of the true action.</p>
-<div class="wide" tabindex="0" role="region" aria-label="Most frequent confusions">
-<table>
-<thead><tr><th scope="col">true</th><th scope="col">predicted</th><th scope="col" class="number">images</th>
-<th scope="col" class="number">share</th></tr></thead>
-<tbody>
-{% for row in confusions %}
-<tr><td>{{ row.label }}</td><td>{{ row.predicted }}</td><td class="number">{{ row.count }}</td>
-<td class="number">{{ "%.0f"|format(100 * row.share) }}%</td></tr>
-{% endfor %}
-</tbody></table></div>
-</section>
-{% endif %}
-
-<section>
-<h2>Each action</h2>
-<div class="wide" tabindex="0" role="region" aria-label="Each action">
-<table>
-<caption>Weakest first</caption>
-<thead><tr><th scope="col">action</th><th scope="col" class="number">F1</th><td class="bar"></td>
-<th scope="col" class="number">precision</th><th scope="col" class="number">recall</th>
-<th scope="col" class="number">images</th></tr></thead>
-<tbody>
-{% for label, row in per_class %}
-<tr><th scope="row">{{ label }}</th>
-<td class="number">{{ "%.3f"|format(row.f1) }}</td>
-<td class="bar"><div style="width: {{ "%.1f"|format(100 * row.f1) }}%"></div></td>
-<td class="number">{{ "%.3f"|format(row.precision) }}</td><td class="number">{{ "%.3f"|format(row.recall) }}</td>
-<td class="number">{{ row.support }}</td></tr>
-{% endfor %}
-</tbody></table></div>
-</section>
-
-{% if mistakes %}
-<section>
-<h2>Confident mistakes</h2>
-<ul class="mistakes">
-{% for row in mistakes %}
-<li><img src="{{ row.image }}" alt="an image of {{ row.label }}, taken for {{ row.predicted }}">
-<strong>{{ row.predicted }}</strong> {{ "%.2f"|format(row.score) }}<br>is {{ row.label }}<br>
-<span class="soft">{{ row.name }}</span></li>
-{% endfor %}
-</ul>
-</section>
-{% endif %}
-
-<section>
-<h2>What was evaluated</h2>
-<dl class="about">
-{% for name, value in about.items() %}
-<dt>{{ name }}</dt><dd>{{ value }}</dd>
-{% endfor %}
-</dl>
-</section>
-</body>
-</html>
-"""
+GALLERIES = (
+    ("mistakes", "Confident mistakes", "Wrong, and the surest of it first."),
+    ("unsure", "Uncertain hits", "Right, but barely; the least sure first."),
+    ("sample", "Random examples", "Neither good nor bad ones were picked."),
+)
 
 
-def make_report(result: EvalResult, names: Sequence[str], about: Mapping[str, str]) -> str:
-    """The report as HTML; see `evaluator.write_result` for the arguments."""
+@dataclass(frozen=True)
+class Details:
+    """What a report can tell beyond the predictions.
+
+    Attributes:
+      temperature: that the logits are already divided by; None: not known.
+      thresholds: as in `actions.json`.
+      heat_maps: where the model sees the predicted class, of the examples that are shown, by their index.
+      history: of the run that made the model.
+    """
+
+    temperature: float | None = None
+    thresholds: dict[str, float] = field(default_factory=dict)
+    heat_maps: Mapping[int, Float[np.ndarray, "g g"]] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+
+
+@cache
+def templates() -> jinja2.Environment:
+    """The pages' templates, with what all pages share."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    name_of = dict(zip(result.predictions.index.tolist(), names, strict=True))
+    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    environment.globals |= {
+        "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # our own files
+        "script": Markup(script),
+        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    return environment
+
+
+def make_report(
+    result: EvalResult, names: Sequence[str], about: Mapping[str, str], details: Details | None = None
+) -> str:
+    """The report as HTML; see `evaluator.write_result` for the arguments."""
+    details = details or Details()
+    rows = result.predictions
+    name_of = dict(zip(rows.index.tolist(), names, strict=True))
     per_class = sorted(result.metrics["per_class"].items(), key=lambda item: (item[1]["support"] == 0, item[1]["f1"]))
-    return environment.from_string(TEMPLATE).render(
-        style=STYLE,
-        metrics=result.metrics,
-        num_classes=len(result.labels),
-        headlines=HEADLINES,
-        pictures=_pictures(result),
-        confusions=worst_confusions(result),
-        per_class=per_class,
-        mistakes=[_describe(mistake, result.labels, name_of[mistake.index]) for mistake in result.mistakes],
-        about=about,
+    galleries = [
+        {
+            "title": title,
+            "explained": explained,
+            "examples": [_describe(one, result, name_of, details) for one in shown],
+        }
+        for name, title, explained in GALLERIES
+        if (shown := getattr(result, name))
+    ]
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            metrics=result.metrics,
+            num_classes=len(result.labels),
+            headlines=HEADLINES,
+            intervals=bootstrap_intervals(rows.probs, rows.label),
+            pictures=_pictures(result),
+            confusions=worst_confusions(result),
+            per_class=per_class,
+            charts=_calibration_charts(result, details),
+            temperature=_say_temperature(details),
+            abstention=_say_abstention(result, details),
+            sets=_conformal(result, details.thresholds),
+            galleries=galleries,
+            has_heat=bool(details.heat_maps),
+            training=_training(details.history),
+            tradeoffs=[],
+            about={**about, **_environment(details.history.record)},
+            changed=details.history.changed,
+        )
     )
 
 
@@ -183,29 +136,152 @@ def worst_confusions(result: EvalResult) -> list[dict[str, Any]]:
     ]
 
 
-def _pictures(result: EvalResult) -> dict[str, str]:
-    images = {
-        name: _data_uri(draw_confusion(result.confusion, result.labels, dark), "png")
-        for name, dark in (("light", False), ("dark", True))
-    }
+def _pictures(result: EvalResult) -> list[dict[str, str]]:
     worst = worst_confusions(result)
     most = f"most often {worst[0]['label']} is taken for {worst[0]['predicted']}" if worst else "none is confused"
-    return images | {"alt": f"Confusion matrix of {len(result.labels)} actions; {most}"}
+    alt = f"Confusion matrix of {len(result.labels)} actions; {most}"
+    return [
+        {"kind": kind, "alt": alt}
+        | {
+            name: data_uri(draw_confusion(result.confusion, result.labels, name == "dark", kind == "shares"), "png")
+            for name in ("light", "dark")
+        }
+        for kind in ("counts", "shares")
+    ]
 
 
-def _describe(mistake: Mistake, labels: Sequence[str], name: str) -> dict[str, Any]:
-    thumbnail = Image.fromarray(mistake.image)
-    thumbnail.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    thumbnail.save(buffer, "JPEG", quality=80)
+def _calibration_charts(result: EvalResult, details: Details) -> dict[str, Markup]:
+    rows = result.predictions
+    right, temperature = rows.predicted == rows.label, details.temperature
+    before = None if temperature in (None, 1.0) else softmax(rows.logits * temperature)
     return {
-        "label": labels[mistake.label],
-        "predicted": labels[mistake.predicted],
-        "score": mistake.score,
-        "name": name,
-        "image": _data_uri(buffer.getvalue(), "jpeg"),
+        "reliability": charts.draw_reliability(before, softmax(rows.logits), right),
+        "coverage": charts.draw_coverage(rows.score, right, details.thresholds.get("abstain")),
     }
 
 
-def _data_uri(data: bytes, kind: str) -> str:
+def _say_temperature(details: Details) -> str:
+    if details.temperature is None:
+        return ""
+    if details.temperature == 1.0:
+        return "The model's temperature is 1: its probabilities are as they came out of training."
+    way = "less" if details.temperature > 1 else "more"
+    return f"The temperature of {details.temperature:.3f}, fitted on validation images, makes it {way} sure of itself."
+
+
+def _say_abstention(result: EvalResult, details: Details) -> str:
+    told, rows = "From right to left: only the surest part of the answers is given.", result.predictions
+    if (threshold := details.thresholds.get("abstain")) is None:
+        return told
+    answered, right = rows.score >= threshold, rows.predicted == rows.label
+    if not answered.any():
+        return f"{told} Below {threshold:.2f} the model says that it isn't sure, which here is always."
+    return (
+        f"{told} Below {threshold:.2f} the model says that it isn't sure: here on {(~answered).sum()} of "
+        f"{len(rows.label)} images, {(~answered & ~right).sum()} of them mistakes. Of what it answers, "
+        f"{right[answered].mean():.1%} is right, where without abstaining it would be {right.mean():.1%}."
+    )
+
+
+def _conformal(result: EvalResult, thresholds: Mapping[str, float]) -> dict[str, Any] | None:
+    if not {"coverage", "split_conformal", "aps"} <= set(thresholds):
+        return None
+    rows, own = result.predictions, np.arange(len(result.predictions.label))
+    table = []
+    for title, sets in (
+        ("all that are probable enough", split_conformal_sets(rows.probs, thresholds["split_conformal"])),
+        ("the most probable until it is enough (APS)", aps_sets(rows.probs, thresholds["aps"])),
+    ):
+        sizes = sets.sum(axis=1)
+        counts = np.bincount(np.minimum(sizes, NUM_SIZES + 1), minlength=NUM_SIZES + 2)
+        covered = float(sets[own, rows.label].mean())
+        table.append({"title": title, "covered": covered, "mean": sizes.mean(), "shares": counts / len(sizes)})
+    sizes_shown = [*map(str, range(NUM_SIZES + 1)), f"over {NUM_SIZES}"]
+    return {"coverage": thresholds["coverage"], "sizes": sizes_shown, "rows": table}
+
+
+def _training(history: History) -> list[dict[str, Any]]:
+    """The charts of the run, each with its title."""
+    found = []
+    for title, y, series, log_y in (
+        ("Loss", "loss, nats", {"training": "train/loss", "validation": "val/nll"}, True),
+        ("Accuracy", "top-1", {"training": "train/top1", "validation": "val/top1"}, False),
+        ("Learning rate", "rate", {"learning rate": "train/learning_rate"}, False),
+        ("Throughput", "images a second", {"images a second": "train/images_per_s"}, False),
+    ):
+        lines = {name: history.series(key) for name, key in series.items()}
+        lines = {name: points for name, points in lines.items() if len(points[0]) > 1}
+        if lines:
+            ends = ", ".join(f"{name} ends at {points[1][-1]:.3g}" for name, points in lines.items())
+            drawn = charts.draw_lines(lines, "step", y, f"{title} over {y}: {ends}", log_y)
+            found.append({"title": title, "chart": drawn})
+    seconds = {name: value for name, value in history.record.get("goodput", {}).items() if value >= 0.05}
+    if seconds:
+        share = seconds.get("productive", 0.0) / sum(seconds.values())
+        title = f"Where the time went: {share:.0%} moved the model forward"
+        named = {name.replace("_", " "): value for name, value in seconds.items()}
+        drawn = charts.draw_bars(named, "seconds, over all starts", title, " s")
+        found.append({"title": title, "chart": drawn})
+    return found
+
+
+def _environment(record: Mapping[str, Any]) -> dict[str, str]:
+    """What run.json tells of the training, in words."""
+    if not record:
+        return {}
+    data = record.get("data", {})
+    told = {
+        "trained by": " ".join(["python", *record.get("command", [])]),
+        "run": f"{record.get('run_id')}, started {record.get('started')}",
+        "code": f"{record.get('git_sha')}{' with uncommitted changes' if record.get('git_dirty') else ''}",
+        "config checksum": record.get("config_hash"),
+        "machine": f"{record.get('num_devices')} x {record.get('device')}, {record.get('num_processes')} process(es)",
+        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "environment checksum": record.get("lock_hash"),
+        **{
+            f"{name} split": "{spec}: {num_examples} images, checksum {fingerprint}".format(**part)
+            for name, part in data.items()
+        },
+    }
+    return {name: str(value) for name, value in told.items() if value}
+
+
+def _describe(shown: Shown, result: EvalResult, names: Mapping[int, str], details: Details) -> dict[str, Any]:
+    labels, right = result.labels, shown.label == shown.predicted
+    heat = details.heat_maps.get(shown.index)
+    return {
+        "label": labels[shown.label],
+        "predicted": labels[shown.predicted],
+        "right": right,
+        "said": "recognised" if right else f"taken for {labels[shown.predicted]}",
+        "score": shown.score,
+        "name": names[shown.index],
+        "image": _thumbnail(shown.image),
+        "heat": None if heat is None else _thumbnail(overlay(shown.image, heat)),
+    }
+
+
+def overlay(image: UInt8[np.ndarray, "h w 3"], heat: Float[np.ndarray, "g g"]) -> UInt8[np.ndarray, "h w 3"]:
+    """An image in grey with the heat laid over it; the heat is 0 to 1."""
+    from matplotlib import colormaps
+
+    height, width = image.shape[:2]
+    small = Image.fromarray((255 * np.clip(heat, 0, 1)).astype(np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    grey = image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
+    color = 255 * colormaps["inferno"](smooth[..., 0])[..., :3]
+    weight = 0.15 + 0.6 * smooth
+    return ((1 - weight) * grey + weight * color).clip(0, 255).astype(np.uint8)
+
+
+def _thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> str:
+    picture = Image.fromarray(image)
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=82)
+    return data_uri(buffer.getvalue(), "jpeg")
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """An image as an address that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

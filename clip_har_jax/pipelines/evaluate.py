@@ -14,10 +14,12 @@ from clip_har_jax.data.pipeline import BadInputs, eval_batches
 from clip_har_jax.data.sources import Example, Source, make_source, manifest_of
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
+from clip_har_jax.evaluation.history import read_history
+from clip_har_jax.evaluation.report import Details
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.text import phrase
 
-NUM_MISTAKES = 12  # shown in the report
+NUM_SHOWN = 8  # examples of a kind in the report
 
 
 class ClassedSource:
@@ -86,7 +88,7 @@ def evaluate_model(
     backend = JaxBackend(model, classes, data_source.labels, batch_size)
     source = ClassedSource(data_source, backend.labels, data)
     output = _make_output(output)
-    result = run_backend(backend, source, config.data, output / "bad_inputs.jsonl", NUM_MISTAKES, num_views)
+    result = run_backend(backend, source, config.data, output / "bad_inputs.jsonl", NUM_SHOWN, num_views)
     result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
     about = {
         "model": str(backend.path),
@@ -96,8 +98,21 @@ def evaluate_model(
         "manifest SHA-256": manifest_of(data_source) or "none: the data is no manifest",
         "command": _command(model, data, output, classes, batch_size, max_bad_fraction, num_views),
     }
-    write_result(result, output, [source.names[i] for i in result.predictions.index.tolist()], about)
+    details = Details(
+        backend.actions.temperature,
+        backend.actions.thresholds,
+        _heat_maps(backend, result),
+        read_history(backend.path),
+    )
+    write_result(result, output, [source.names[i] for i in result.predictions.index.tolist()], about, details)
     return result
+
+
+def _heat_maps(backend: JaxBackend, result: EvalResult) -> dict[int, np.ndarray]:
+    """Where the model sees what it predicts, in each example that is shown."""
+    shown = {one.index: one for one in (*result.mistakes, *result.unsure, *result.sample)}
+    heat = backend.explain(np.stack([one.image for one in shown.values()]), [one.predicted for one in shown.values()])
+    return dict(zip(shown, heat, strict=True))
 
 
 def run_backend(
@@ -105,7 +120,7 @@ def run_backend(
     source: ClassedSource,
     config: DataConfig,
     log: Path,
-    num_mistakes: int = 0,
+    num_shown: int = 0,
     num_views: int | None = None,
 ) -> EvalResult:
     """One pass of a model over labelled images, with progress on the terminal.
@@ -115,7 +130,7 @@ def run_backend(
       source: the images, under the model's classes.
       config: how many images may be unreadable.
       log: where those are listed.
-      num_mistakes: how many confident mistakes to keep with their images.
+      num_shown: how many examples of a kind to keep with their images.
       num_views: how often a clip is sampled; None: as the model folder says.
 
     Raises:
@@ -128,7 +143,7 @@ def run_backend(
     bad_inputs = BadInputs(source, config.max_bad_fraction, log)
     with eval_batches(source, config, backend.preprocess, batch_size=size, bad_inputs=bad_inputs) as batches:
         shown = _with_progress(batches, -(-len(source) // size))
-        return evaluate(lambda batch: _logits(backend, batch.image), shown, backend.labels, num_mistakes)
+        return evaluate(lambda batch: _logits(backend, batch.image), shown, backend.labels, num_shown)
 
 
 def _logits(backend: JaxBackend, images: np.ndarray) -> np.ndarray:

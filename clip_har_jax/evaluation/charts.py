@@ -1,0 +1,168 @@
+"""Charts as inline SVG that takes its colours from the page, so that one drawing serves light and dark."""
+
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from clip_har_jax.evaluation.calibration import calibration_error
+from clip_har_jax.evaluation.metrics import NUM_BINS
+
+# What is drawn in the colour on the left becomes the page's variable of that name.
+COLORS = {
+    "ink": "#010203",
+    "soft": "#010204",
+    "line": "#010205",
+    "bar": "#010206",
+    "second": "#010207",
+    "third": "#010208",
+}
+SERIES = ("bar", "second", "third", "soft")
+SIZE_IN = (4.6, 3.0)
+
+Points = tuple[Sequence[float], Sequence[float]]  # x and y
+
+
+def chart(size_in: tuple[float, float] = SIZE_IN) -> tuple[Figure, Axes]:
+    """An empty chart in the page's colours."""
+    figure = Figure(figsize=size_in)
+    axes = figure.add_axes((0.13, 0.17, 0.84, 0.8))
+    axes.grid(True, color=COLORS["line"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=COLORS["soft"], length=0, labelsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=COLORS["soft"], fontsize=9)
+    return figure, axes
+
+
+def to_svg(figure: Figure, description: str) -> Markup:
+    """The figure as SVG for an HTML page: no address, no id that could occur twice, its colours the page's."""
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        for text in legend.get_texts() if legend else ():
+            text.set_color(COLORS["ink"])
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": description}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.patch.set_alpha(0)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'\sid="[a-z0-9]+_\d+"', "", text)
+    text = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
+    for name, color in COLORS.items():
+        text = text.replace(color, f"var(--{name})")
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+    label = Markup('<div class="chart" role="img" aria-label="{}">').format(description)
+    return label + Markup(text) + Markup("</div>")
+
+
+def _legend(axes: Axes, **options: Any) -> None:
+    axes.legend(frameon=False, fontsize=9, **options)
+
+
+def draw_lines(
+    series: Mapping[str, Points], x: str, y: str, description: str, log_y: bool = False, markers: bool = False
+) -> Markup:
+    """Lines over a common axis."""
+    figure, axes = chart()
+    for (name, (xs, ys)), color in zip(series.items(), SERIES * len(series), strict=False):
+        marker = "o" if markers or len(xs) < 12 else None
+        axes.plot(xs, ys, color=COLORS[color], linewidth=1.8, marker=marker, markersize=4, label=name)
+    if log_y:
+        axes.set_yscale("log")
+    axes.set(xlabel=x, ylabel=y)
+    axes.margins(x=0.02)
+    if len(series) > 1:
+        _legend(axes)
+    return to_svg(figure, description)
+
+
+def draw_reliability(
+    before: Float[np.ndarray, "n c"] | None, after: Float[np.ndarray, "n c"], right: Bool[np.ndarray, " n"]
+) -> Markup:
+    """How often answers of each confidence are right, with temperature and, where it is known, without."""
+    figure, axes = chart((4.8, 4.2))
+    axes.set_position((0.13, 0.13, 0.84, 0.77))
+    axes.plot([0, 1], [0, 1], color=COLORS["soft"], linewidth=1, linestyle=(0, (4, 4)))
+    label = np.where(right, after.argmax(axis=-1), -1)
+    told = []
+    for name, probs, color in (("without temperature", before, "second"), ("as the model answers", after, "bar")):
+        if probs is None:
+            continue
+        confidence = probs.max(axis=-1)
+        bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+        counts = np.bincount(bins, minlength=NUM_BINS)
+        seen = counts > 0
+        xs, ys = (np.bincount(bins, values, NUM_BINS)[seen] / counts[seen] for values in (confidence, right))
+        ece = calibration_error(probs, label)
+        told.append(f"{name} ECE {ece:.3f}")
+        sizes = 12 + 240 * counts[seen] / counts.sum()
+        axes.scatter(xs, ys, s=sizes, color=COLORS[color], label=f"{name}: ECE {ece:.3f}", alpha=0.8, zorder=3)
+    axes.set(xlabel="how sure the model is", ylabel="how often it is right", xlim=(0, 1.03), ylim=(0, 1.03))
+    _legend(axes, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, columnspacing=1, handletextpad=0.2)
+    for handle in axes.get_legend().legend_handles:
+        handle.set_sizes([40])  # type: ignore[union-attr]
+    return to_svg(figure, "Reliability diagram: " + ", ".join(told))
+
+
+def draw_coverage(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"], abstain: float | None) -> Markup:
+    """Accuracy of the answers when only the surest part is given."""
+    order = np.argsort(-confidence, kind="stable")
+    answered = np.arange(1, len(order) + 1)
+    accuracy = np.cumsum(right[order]) / answered
+    start = min(len(order) - 1, max(0, len(order) // 50 - 1))  # of a handful of answers the line is noise
+    figure, axes = chart()
+    axes.plot(answered[start:] / len(order), accuracy[start:], color=COLORS["bar"], linewidth=1.8)
+    description = f"Accuracy against the share of images answered: {accuracy[-1]:.3f} when all are"
+    if abstain is not None and (given := int((confidence >= abstain).sum())):
+        axes.plot([given / len(order)], [accuracy[given - 1]], "o", color=COLORS["second"], markersize=8)
+        axes.annotate(
+            "as the model answers",
+            (given / len(order), accuracy[given - 1]),
+            xytext=(-10, -16),
+            textcoords="offset points",
+            ha="right",
+            color=COLORS["ink"],
+            fontsize=9,
+        )
+        description += f", {accuracy[given - 1]:.3f} when the surest {given / len(order):.0%} are"
+    axes.set(xlabel="share of images answered", ylabel="accuracy of the answers")
+    return to_svg(figure, description)
+
+
+def draw_bars(values: Mapping[str, float], x: str, description: str, unit: str = "") -> Markup:
+    """Horizontal bars, each with its value."""
+    figure = Figure(figsize=(4.6, 0.4 + 0.36 * len(values)))
+    axes = figure.add_axes((0.28, 0.3 / (0.4 + 0.36 * len(values)), 0.58, 0.97 - 0.3 / (0.4 + 0.36 * len(values))))
+    axes.spines[:].set_visible(False)
+    names, widths = list(values), list(values.values())
+    axes.barh(names, widths, color=COLORS["bar"], height=0.62)
+    axes.invert_yaxis()
+    for i, width in enumerate(widths):
+        axes.annotate(
+            f"{width:,.0f}{unit}" if width >= 10 else f"{width:.2g}{unit}",
+            (width, i),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=COLORS["ink"],
+        )
+    axes.tick_params(colors=COLORS["ink"], length=0, labelsize=9)
+    axes.set_xticks([])
+    axes.set_xlabel(x, color=COLORS["soft"], fontsize=9)
+    return to_svg(figure, description)
