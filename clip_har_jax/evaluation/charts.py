@@ -28,7 +28,7 @@ COLORS = {
 SERIES = ("bar", "second", "third", "soft")
 SIZE_IN = (4.6, 3.0)
 
-Points = tuple[Sequence[float], Sequence[float]]  # x and y
+Points = tuple[Sequence[int | float], Sequence[float]]  # x and y
 
 
 def chart(size_in: tuple[float, float] = SIZE_IN) -> tuple[Figure, Axes]:

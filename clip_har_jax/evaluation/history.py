@@ -23,10 +23,10 @@ class History:
     record: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
-    def series(self, name: str) -> tuple[list[float], list[float]]:
+    def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, without those that aren't known."""
         points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
-        return [step for step, _ in points], [value for _, value in points]
+        return [step for step, _ in points], [float(value) for _, value in points]
 
 
 def read_history(model: str | Path) -> History:
