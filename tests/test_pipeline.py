@@ -553,3 +553,32 @@ def test_ten_thousand_images_of_which_one_in_a_hundred_is_damaged(tmp_path: Path
             assert sum(float(batch.mask.sum()) for batch in batches) == 9900
         assert len(log.read_text().splitlines()) == 100
     assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_is_killed_is_told() -> None:
+    source = PhotoSource(500)
+    config = DataConfig(num_workers=2, prefetch_batches=1)
+    bad = counting_only(source)
+    with train_batches(source, config, PREPROCESS, seed=0, global_batch_size=8, bad_inputs=bad) as batches:
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        with pytest.raises(UserError, match="decoding process was killed"):
+            for _ in range(100_000):
+                next(batches)
+    assert multiprocessing.active_children() == []
+
+
+def test_what_a_file_holds_counts_not_its_name(tmp_path: Path) -> None:
+    for label in ("run", "sit"):
+        (tmp_path / label).mkdir()
+    Image.fromarray(smooth(20, 30)).save(buffer := io.BytesIO(), "PNG")
+    (tmp_path / "run" / "a-png.jpg").write_bytes(buffer.getvalue())
+    (tmp_path / "run" / "text.png").write_text("not an image")
+    (tmp_path / "sit" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "sit" / "jpeg.png").write_bytes(jpeg(smooth(20, 30)))
+    source = make_source(f"folder:{tmp_path}", "train")
+    for batches in (train(source, 1, seed=0), evaluation(source, 4)):
+        found = {
+            Path(source[int(i)].name).name: mask for i, mask in zip(batches[0].index, batches[0].mask, strict=True)
+        }
+        assert found == {"a-png.jpg": 1.0, "text.png": 0.0, "empty.jpg": 0.0, "jpeg.png": 1.0}

@@ -204,8 +204,13 @@ class BatchIterator:
         try:
             batch, errors = next(self._iterator)
             self._bad_inputs.record(errors)
-        except BaseException:  # the end of the data, or of the run: nothing is read any more
+        except BaseException as error:  # the end of the data, or of the run: nothing is read any more
             self.close()
+            if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
+                raise UserError(
+                    "a decoding process was killed, as it is when memory runs out; lower config.data.num_workers or "
+                    "config.data.prefetch_batches, and start again"
+                ) from error
             raise
         return batch
 
