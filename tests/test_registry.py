@@ -112,10 +112,16 @@ def test_gates_refuse(registry, good, better, tmp_path):
     assert "-0.15" in refused("2")["gain"]
     assert "other data" in refused("3")["gain"]
     assert refused("4") == {"parity": "onnx failed"}
-    assert refused("4", Gates(min_retention=0.9))["retention"].startswith("the evaluation says nothing")
+    assert refused("4", Gates(min_retention=0.9))["retention"].startswith("the training measured none")
     assert registry.find("champion").number == 1
     with pytest.raises(UserError, match="champion already"):
         registry.promote("1", "champion", Gates())
+
+    kept = make_version(tmp_path / "kept", 5.0, right=190)
+    bundle.write_json(tmp_path / "kept" / "retention.json", {"before": 0.8, "after": 0.72})
+    registry.register(**kept)
+    assert "0.900 is left" in refused("5", Gates(min_retention=0.95))["retention"]
+    assert not refused("5", Gates(min_retention=0.85))
 
 
 def test_the_interval_of_a_gain():

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.mlops.gates import Check, Gates, check_evaluation, check_gates, read_evaluation
+from clip_har_jax.mlops.gates import RETENTION, Check, Gates, check_evaluation, check_gates, read_evaluation
 from clip_har_jax.mlops.mlflow import find_experiment
 
 NAME = "har"
@@ -91,13 +91,16 @@ class Registry:
             if version.digest == digest and version.tags.get("export_digest") == tags.get("export_digest"):
                 return version
         folders = {"model": model, "export": export, "evaluation": evaluation}
-        return self._create(digest, {name: folder for name, folder in folders.items() if folder is not None}, tags)
+        given = {name: folder for name, folder in folders.items() if folder is not None}
+        return self._create(digest, given, model.parent / RETENTION, tags)
 
-    def _create(self, digest: str, folders: Mapping[str, Path], tags: Mapping[str, str]) -> Version:
+    def _create(self, digest: str, folders: Mapping[str, Path], retention: Path, tags: Mapping[str, str]) -> Version:
         run_id = self._find_run(tags.get("run_id")) or self._make_run(digest, tags)
         place = f"versions/{digest[:12]}-{tags.get('export_digest', 'model')[:12]}"
         for name, folder in folders.items():
             self._client.log_artifacts(run_id, str(folder), f"{place}/{name}")
+        if retention.is_file():
+            self._client.log_artifact(run_id, str(retention), place)
         source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
         try:
             self._client.create_registered_model(self.name)
@@ -196,7 +199,7 @@ class Registry:
             champion = None
             if number is not None and self.find(alias).digest != digest:
                 champion = self._download(self.find(alias), Path(scratch) / "champion") / "evaluation"
-            return check_evaluation(gates, evaluation, champion)
+            return check_evaluation(gates, evaluation, champion, model.parent / RETENTION)
 
     def point(self, alias: str, version: Version) -> None:
         """Points an alias to a version without asking anything, as at a challenger."""
