@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import os
 import secrets
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax
 from clip_har_jax.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+GIT_SHA = "CLIP_HAR_JAX_GIT_SHA"  # set where the code came without its history, as in an image
 
 
 def _git(*arguments: str) -> str | None:
@@ -42,7 +44,7 @@ def make_record(config: RunConfig, facts: dict[str, Any], previous: dict[str, An
     return {
         "run_id": old.get("run_id") or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
         "started": old.get("started") or now.isoformat(timespec="seconds"),
-        "git_sha": _git("rev-parse", "HEAD"),
+        "git_sha": _git("rev-parse", "HEAD") or os.environ.get(GIT_SHA) or None,
         "git_dirty": None if status is None else bool(status),
         "config_hash": config.digest,
         "lock_hash": environment_hash(),
