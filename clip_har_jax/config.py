@@ -147,6 +147,7 @@ class RunConfig:
 
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
+MAX_MAGNITUDE = 30  # of RandAugment: the paper's scale
 CHOICES = {
     "data.video.sampling": ("uniform", "tsn", "dense"),
     "data.sampling": ("shuffle", "class_balanced", "repeat_factor", "weights"),
@@ -306,6 +307,11 @@ def _check_ranges(config: RunConfig) -> None:
     for key in POSITIVE:
         if values[key] is not None and not values[key] > 0:
             raise UserError(f"config key {key!r} must be above 0, not {values[key]!r}")
+    if config.data.augment.randaugment_magnitude > MAX_MAGNITUDE:
+        raise UserError(
+            f"config key 'data.augment.randaugment_magnitude' is at most {MAX_MAGNITUDE}, not "
+            f"{config.data.augment.randaugment_magnitude!r}"
+        )
     for key in NOT_NEGATIVE:
         if values[key] is not None and values[key] < 0:
             raise UserError(f"config key {key!r} must be 0 or more, not {values[key]!r}")

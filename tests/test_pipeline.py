@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
@@ -23,13 +24,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_har_jax.batch import Batch
-from clip_har_jax.config import AugmentConfig, DataConfig
+from clip_har_jax.config import AugmentConfig, DataConfig, make_config
 from clip_har_jax.data.augment import augment
 from clip_har_jax.data.pipeline import BadInputs, default_workers, eval_batches, prefetch_to_mesh, train_batches
 from clip_har_jax.data.randaugment import OPERATIONS
 from clip_har_jax.data.sampling import Order
 from clip_har_jax.data.sources import Example, Source, make_source
 from clip_har_jax.errors import UserError
+from clip_har_jax.pipelines.run import load_data
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 
 SIZE_PX = 16
@@ -563,8 +565,7 @@ def test_a_worker_that_is_killed_is_told() -> None:
         next(batches)
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         with pytest.raises(UserError, match="decoding process was killed"):
-            for _ in range(100_000):
-                next(batches)
+            deque(batches, maxlen=0)
     assert multiprocessing.active_children() == []
 
 
@@ -582,3 +583,10 @@ def test_what_a_file_holds_counts_not_its_name(tmp_path: Path) -> None:
             Path(source[int(i)].name).name: mask for i, mask in zip(batches[0].index, batches[0].mask, strict=True)
         }
         assert found == {"a-png.jpg": 1.0, "text.png": 0.0, "empty.jpg": 0.0, "jpeg.png": 1.0}
+
+
+def test_augmentation_that_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="at most 30"):
+        make_config({"data": {"augment": {"randaugment_magnitude": 31.0}}})
+    with pytest.raises(UserError, match="did you mean 'running'"):
+        load_data(make_config({"data": {"train": "synthetic?split=test", "augment": {"no_flip_labels": ("runing",)}}}))

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
-MAX_MAGNITUDE = 30  # the paper's scale
+from clip_har_jax.config import MAX_MAGNITUDE
+
 FILL = (124, 116, 104)  # CLIP's mean colour, where an operation moves the picture away
 
 # name -> what it does to an image for a strength of 0 to 1 and a sign of -1 or 1

@@ -17,7 +17,7 @@ from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
 from clip_har_jax.data.sources import Source, SubsetSource, are_clips, make_source, manifest_of
 from clip_har_jax.data.splits import hold_out
-from clip_har_jax.errors import UserError
+from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.calibration import Calibration
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
 from clip_har_jax.models.factory import Start, start_params
@@ -66,6 +66,11 @@ def load_data(config: RunConfig) -> Data:
     else:
         train_ids, val_ids = hold_out(train_source.label_ids, config.data.val_fraction, config.seed)
         train_source, val_source = SubsetSource(train_source, train_ids), SubsetSource(train_source, val_ids)
+    if unknown := [label for label in config.data.augment.no_flip_labels if label not in labels]:
+        raise UserError(
+            f"config.data.augment.no_flip_labels: {unknown[0]!r} is none of the {len(labels)} classes; "
+            f"{nearest(unknown[0], list(labels))}"
+        )
     if not len(val_source):
         raise UserError("config.data.val_fraction leaves no validation images; raise it, or set config.data.val")
     prompts = make_prompts(labels, config.text.templates, config.text.descriptions, config.text.phrases)
