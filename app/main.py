@@ -1,0 +1,78 @@
+"""The web app: streamlit run app/main.py
+
+It speaks to a running service (HAR_URL, HAR_KEY), or starts one on the demo's model.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import own_service
+import streamlit as st
+from parts import STYLE
+from service import Service, Trouble, configured
+
+PAGES = (
+    ("try_it", "Try it", ":material/image_search:"),
+    ("video", "Video", ":material/movie:"),
+    ("vocabulary", "Open vocabulary", ":material/edit_note:"),
+    ("batch", "Batch", ":material/grid_view:"),
+    ("compare", "Compare models", ":material/compare:"),
+    ("runs", "Runs", ":material/insights:"),
+    ("about", "About", ":material/info:"),
+)
+ICON = Path(__file__).parent / "samples" / "icon.png"
+WITHOUT_SERVICE = ("runs",)
+
+
+@st.cache_resource(show_spinner="Starting the service; this takes a few seconds ...")
+def own_url() -> str:
+    """Where the app's own service is; one for all visitors."""
+    return own_service.start()
+
+
+def connect() -> Service:
+    """The service that this visitor uses."""
+    if "service" not in st.session_state:
+        url, key = configured()
+        st.session_state.service = Service(url or own_url(), key)
+    return st.session_state.service
+
+
+def show_trouble(trouble: Trouble) -> None:
+    """The sentence, and what helps."""
+    st.error(str(trouble), icon=":material/error:")
+    if isinstance(trouble, own_service.NoModel):
+        st.code(own_service.COMMANDS, language="bash", wrap_lines=True)
+    if st.button("Try again", icon=":material/refresh:"):
+        own_url.clear()
+        st.session_state.pop("service", None)
+        st.rerun()
+
+
+def show(title: str, run: Callable[[], None], with_service: bool = True) -> None:
+    """Runs a page; whatever happens in it, a person reads a sentence."""
+    try:
+        if with_service:
+            st.session_state.models = connect().models()
+        run()
+    except Trouble as trouble:
+        show_trouble(trouble)
+    except Exception:
+        logging.getLogger("app").exception("page %s", title)
+        st.error("Something went wrong in this page. Reload it; if it happens again, the app's log says why.")
+
+
+def main() -> None:
+    st.set_page_config(page_title="Human actions", page_icon=str(ICON), layout="wide")
+    st.html(STYLE)
+    pages = [
+        st.Page(f"views/{name}.py", title=title, icon=icon, url_path=name, default=name == "try_it")
+        for name, title, icon in PAGES
+    ]
+    page = st.navigation(pages)
+    show(page.title, page.run, page.url_path not in WITHOUT_SERVICE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A service of the app's own, started on the demo's model when none is configured."""
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+from service import Trouble
+
+ROOT = Path(__file__).resolve().parents[1]
+START_S = 60.0
+COMMANDS = """python scripts/train.py --config=configs/demo.py --workdir=runs/demo
+python -m export --model=runs/demo/model --formats=onnx,onnx_int8 --output=runs/demo/export"""
+
+
+class NoModel(Trouble):
+    """There is nothing that a service could be started on."""
+
+
+def start() -> str:
+    """Starts the service and waits until it is ready; gives its address.
+
+    Raises:
+      NoModel: no exported model where one is looked for.
+      Trouble: it doesn't start.
+    """
+    export = Path(os.environ.get("APP_MODEL") or ROOT / "runs" / "demo" / "export").resolve()
+    if not (export / "signature.json").is_file():
+        raise NoModel(f"There is no model at {export} yet. Make one with these two commands, which take a few minutes:")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    others = {"har-small": str(export / "onnx_int8")} if (export / "onnx_int8").is_dir() else {}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving", f"--model={export}", f"--port={port}"],
+        cwd=ROOT,
+        env={**os.environ, "HAR_MODELS": json.dumps(others), "HAR_RATE_LIMIT_PER_S": "0"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    atexit.register(process.terminate)
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/v2/health/ready", timeout=1.0, trust_env=False).is_success:
+                return url
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    process.terminate()
+    raise Trouble(
+        f"The service didn't start on {export}. See why with `python -m serving --model={export}`, then reload the page."
+    )

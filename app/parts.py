@@ -1,0 +1,148 @@
+"""What several pages show: pictures that were checked, answers as bars, choices of a model."""
+
+import base64
+import html
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from PIL import Image, ImageOps
+from service import Service, Trouble
+
+SAMPLES = Path(__file__).parent / "samples"
+MAX_IMAGE_BYTES = 10_000_000
+MAX_MEGAPIXELS = 25
+KINDS = ["jpg", "jpeg", "png", "webp"]
+
+STYLE = """<style>
+.block-container { padding-top: 3.5rem; max-width: 72rem; }
+.answer { margin: 0 0 .5rem; } .answer .what { font-size: 1.9rem; font-weight: 650; line-height: 1.2; }
+.answer .sure { opacity: .8; }
+.bars { list-style: none; margin: 0; padding: 0; } .bars li { margin: 0 0 .6rem; }
+.bars .line { display: flex; justify-content: space-between; gap: 1rem; }
+.bars .line span:last-child { font-variant-numeric: tabular-nums; }
+.bars .track { height: .6rem; border-radius: .3rem; background: color-mix(in srgb, currentColor 14%, transparent); }
+.bars .fill { height: 100%; border-radius: .3rem; background: #3b82d6; min-width: 2px; }
+.bars .first .line { font-weight: 650; } .bars .unsure .fill { background: #8a94a3; }
+</style>"""
+
+
+def service() -> Service:
+    """The service of this visitor."""
+    return st.session_state.service
+
+
+def words(label: str) -> str:
+    """A label as it is read: without underscores."""
+    return label.replace("_", " ")
+
+
+def percent(score: float) -> str:
+    """A probability as it is read; never 100%, which no model can mean."""
+    return "over 99%" if score > 0.99 else "under 1%" if score < 0.01 else f"{score:.0%}"
+
+
+def check_picture(content: bytes, name: str) -> Image.Image:
+    """A picture that can be shown.
+
+    Raises:
+      Trouble: it isn't one, or too large.
+    """
+    if not content:
+        raise Trouble(f"{name} is empty. Choose another picture.")
+    if len(content) > MAX_IMAGE_BYTES:
+        size = f"{len(content) / 1e6:.0f} MB, more than {MAX_IMAGE_BYTES // 1_000_000} MB"
+        raise Trouble(f"{name} has {size}. Save it smaller and try again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; what can't be drawn raises
+            image = Image.open(io.BytesIO(content))
+            if image.format not in ("JPEG", "PNG", "WEBP"):
+                raise Trouble(f"{name} is no JPEG, PNG or WebP picture. Save it as one and try again.")
+            if image.width * image.height > MAX_MEGAPIXELS * 1e6:
+                raise Trouble(f"{name} has over {MAX_MEGAPIXELS} megapixels. Make it smaller and try again.")
+            image.draft("RGB", (1024, 1024))
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Trouble:
+        raise
+    except Exception as error:  # decoders raise all kinds
+        raise Trouble(f"{name} is no picture, or a damaged one. Choose another (JPEG, PNG or WebP).") from error
+
+
+def thumbnail(image: Image.Image, size_px: int = 96) -> str:
+    """A small copy as an address that holds it, for tables."""
+    small = ImageOps.fit(image, (size_px, size_px))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def choose_picture(key: str, camera: bool = True) -> tuple[str, bytes, Image.Image] | None:
+    """Lets a person choose a picture; None while there is none. Says what is wrong with a bad one."""
+    ways = ["Sample", "Upload", *(["Camera"] if camera else [])]
+    way = st.segmented_control("Where the picture comes from", ways, default="Sample", required=True, key=f"{key}_way")
+    if way == "Upload":
+        given = st.file_uploader("A picture", KINDS, key=f"{key}_file", help="JPEG, PNG or WebP, up to 10 MB")
+    elif way == "Camera":
+        given = st.camera_input("Take a picture", key=f"{key}_camera")
+    else:
+        names = sorted(path.stem for path in SAMPLES.glob("*.jpg"))
+        chosen = st.pills(
+            "Sample pictures", names, default=names[0], required=True, format_func=words, key=f"{key}_pick"
+        )
+        content = (SAMPLES / f"{chosen}.jpg").read_bytes()
+        return f"sample: {words(chosen)}", content, check_picture(content, chosen)
+    if given is None:
+        return None
+    try:
+        return given.name, given.getvalue(), check_picture(given.getvalue(), given.name)
+    except Trouble as trouble:
+        st.error(str(trouble), icon=":material/broken_image:")
+        return None
+
+
+def show_answer(answer: dict[str, Any]) -> None:
+    """What the model says, or that it isn't sure enough to say."""
+    best = answer["top"][0]
+    if answer["abstained"]:
+        what = "Not sure"
+        sure = f"The best guess would be <b>{html.escape(words(best['label']))}</b>, at {percent(best['score'])}. Below its limit the model rather says nothing."
+    else:
+        what, sure = html.escape(words(best["label"])), f"The model is {percent(best['score'])} sure."
+    st.html(f'<div class="answer" role="status"><div class="what">{what}</div><div class="sure">{sure}</div></div>')
+    show_bars(answer["top"], answer["abstained"])
+
+
+def show_bars(top: Sequence[dict[str, Any]], unsure: bool = False) -> None:
+    """Probabilities as bars."""
+    rows = [
+        f'<li class="{"first" if i == 0 else ""}"><div class="line"><span>{html.escape(words(one["label"]))}</span>'
+        f'<span>{percent(one["score"])}</span></div><div class="track" aria-hidden="true"><div class="fill" '
+        f'style="width:{100 * one["score"]:.1f}%"></div></div></li>'
+        for i, one in enumerate(top)
+    ]
+    st.html(f'<ol class="bars{" unsure" if unsure else ""}">{"".join(rows)}</ol>')
+
+
+def versions() -> dict[str, tuple[str, dict[str, Any]]]:
+    """All versions that the service holds: how they are called here -> (model's name, version)."""
+    found = {}
+    for model in st.session_state.models:
+        for version in model["versions"]:
+            active = ", in use" if version["version"] == model["active"] else ""
+            found[f"{model['name']} {version['version']} ({version['format']}{active})"] = (model["name"], version)
+    if not found:
+        raise Trouble("The service holds no model that is ready. Wait a few seconds and try again.")
+    return found
+
+
+def active_model() -> tuple[str, dict[str, Any]]:
+    """The first model's name, and its version in use."""
+    for model in st.session_state.models:
+        for version in model["versions"]:
+            if version["version"] == model["active"]:
+                return model["name"], version
+    raise Trouble("The service holds no model that is ready. Wait a few seconds and try again.")

@@ -1,0 +1,133 @@
+"""Batch: many pictures at once."""
+
+import io
+import json
+import stat
+import zipfile
+from pathlib import PurePosixPath
+
+import pandas as pd
+import parts
+import streamlit as st
+from service import Trouble
+
+MAX_PICTURES = 500
+AT_ONCE = 16
+SUFFIXES = tuple(f".{kind}" for kind in parts.KINDS)
+
+
+def unpack(name: str, content: bytes) -> list[tuple[str, bytes]]:
+    """The pictures in a zip, by their place in it. Nothing is written anywhere, so that no path in it can harm.
+
+    Raises:
+      Trouble: no zip, a protected one, or too much in it.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = [entry for entry in archive.infolist() if _is_picture(entry)]
+            if len(entries) > MAX_PICTURES:
+                raise Trouble(f"{name} holds {len(entries)} pictures; {MAX_PICTURES} or fewer can be done at once.")
+            return [(entry.filename, _read(archive, entry)) for entry in entries]
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+        raise Trouble(f"{name} is a damaged zip, or none. Make it again and try once more.") from error
+    except RuntimeError as error:  # how zipfile says that a password is needed
+        raise Trouble(f"{name} is protected by a password. Make one without.") from error
+
+
+def _is_picture(entry: zipfile.ZipInfo) -> bool:
+    path = PurePosixPath(entry.filename.replace("\\", "/"))
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    link = stat.S_ISLNK(entry.external_attr >> 16)
+    return not entry.is_dir() and not hidden and not link and path.suffix.lower() in SUFFIXES
+
+
+def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    with archive.open(entry) as file:
+        return file.read(parts.MAX_IMAGE_BYTES + 1)  # one more than is allowed, whatever the header claims
+
+
+def answer_all(pictures: list[tuple[str, bytes]]) -> list[dict[str, object]]:
+    """A row for each picture."""
+    rows: list[dict[str, object]] = []
+    progress = st.progress(0.0, f"0 of {len(pictures)} pictures")
+    for start in range(0, len(pictures), AT_ONCE):
+        rows += _answer(pictures[start : start + AT_ONCE])
+        progress.progress(len(rows) / len(pictures), f"{len(rows)} of {len(pictures)} pictures")
+    progress.empty()
+    return rows
+
+
+def _answer(pictures: list[tuple[str, bytes]]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    good = []
+    for name, content in pictures:
+        row: dict[str, object] = {"picture": None, "file": name, "action": "", "sure": None, "note": ""}
+        try:
+            row["picture"] = parts.thumbnail(parts.check_picture(content, PurePosixPath(name).name))
+            good.append((row, (name, content)))
+        except Trouble as trouble:
+            row["note"] = str(trouble)
+        rows.append(row)
+    if good:
+        answers = parts.service().predict_batch([picture for _, picture in good])
+        for (row, _), answer in zip(good, answers, strict=True):
+            if answer.get("error"):
+                row["note"] = f"The service can't read it: {answer['error']['detail']}"
+            else:
+                best = answer["top"][0]
+                row |= {"action": parts.words(best["label"]), "sure": best["score"]}
+                row["note"] = "not sure" if answer["abstained"] else ""
+    return rows
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    """The table, its filter and its downloads."""
+    table = pd.DataFrame(rows)
+    told = sorted({str(action) for action in table["action"] if action})
+    wanted = st.multiselect("Show only", told, placeholder="all actions", key="batch_filter")
+    unsure = st.toggle("Only those that need a look", help="not sure, or can't be read", key="batch_unsure")
+    shown = table[table["action"].isin(wanted)] if wanted else table
+    shown = shown[shown["note"] != ""] if unsure else shown
+    st.dataframe(
+        shown,
+        hide_index=True,
+        row_height=72,
+        alt=f"{len(shown)} pictures with their actions",
+        column_config={
+            "picture": st.column_config.ImageColumn("picture", width="small"),
+            "sure": st.column_config.ProgressColumn("how sure", min_value=0, max_value=1, format="percent"),
+        },
+    )
+    plain = shown.drop(columns="picture")
+    one, two = st.columns(2)
+    one.download_button("Download as CSV", plain.to_csv(index=False), "actions.csv", "text/csv", width="stretch")
+    as_json = json.dumps(plain.astype(object).where(plain.notna(), None).to_dict("records"), indent=1)
+    two.download_button("Download as JSON", as_json, "actions.json", "application/json", width="stretch")
+
+
+st.title("Many pictures at once")
+st.write("Give pictures, or a zip of them. Every one gets its action, in a table that you can filter and download.")
+files = st.file_uploader("Pictures, or a zip", [*parts.KINDS, "zip"], accept_multiple_files=True, key="batch_files")
+samples = st.button("Use the sample pictures", icon=":material/photo_library:")
+if samples:
+    st.session_state.batch_rows = answer_all(
+        [(path.name, path.read_bytes()) for path in sorted(parts.SAMPLES.glob("*.jpg"))]
+    )
+    st.session_state.batch_of = None
+elif files and st.session_state.get("batch_of") != [file.file_id for file in files]:
+    try:
+        pictures: list[tuple[str, bytes]] = []
+        for file in files:
+            content = file.getvalue()
+            pictures += unpack(file.name, content) if file.name.lower().endswith(".zip") else [(file.name, content)]
+        if not pictures:
+            raise Trouble("There is no JPEG, PNG or WebP picture in it. Choose another file.")
+        if len(pictures) > MAX_PICTURES:
+            raise Trouble(f"{len(pictures)} pictures are too many; {MAX_PICTURES} or fewer can be done at once.")
+        st.session_state.batch_rows = answer_all(pictures)
+        st.session_state.batch_of = [file.file_id for file in files]
+    except Trouble as trouble:
+        st.session_state.pop("batch_rows", None)
+        st.error(str(trouble), icon=":material/error:")
+if st.session_state.get("batch_rows"):
+    show(st.session_state.batch_rows)

@@ -1,0 +1,92 @@
+"""Runs: what the work folders of training runs hold."""
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import streamlit as st
+from service import Trouble
+
+ROOT = Path(__file__).resolve().parents[2]
+CURVES = (
+    ("Loss", {"train/loss": "training", "val/nll": "validation"}, "loss"),
+    ("Share of right answers", {"train/top1": "training", "val/top1": "validation"}, "share"),
+    ("Pictures a second", {"train/images_per_s": "training"}, "pictures"),
+)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The work folders in a folder, the newest first."""
+    found = [path.parent for path in folder.glob("*/metrics.jsonl")]
+    return sorted(found, key=lambda path: -(path / "metrics.jsonl").stat().st_mtime)
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """metrics.jsonl, a row a step; lines that can't be read are left out, as the last of a run that goes on may be."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            rows.setdefault(int(row["step"]), {}).update(row)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return pd.DataFrame(sorted(rows.values(), key=lambda row: row["step"]))
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """An object, or nothing where it isn't there or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def show_curves(metrics: pd.DataFrame) -> None:
+    """Each curve, with what it ends at."""
+    for column, (title, names, unit) in zip(st.columns(len(CURVES)), CURVES, strict=True):
+        known = [name for name in names if name in metrics]
+        if not known:
+            continue
+        with column:
+            st.subheader(title)
+            parts = [metrics[["step", name]].dropna().rename(columns={name: names[name]}) for name in known]
+            long = pd.concat([part.melt("step", var_name="of", value_name=unit) for part in parts])
+            last = ", ".join(f"{names[name]} {metrics[name].dropna().iloc[-1]:.3g}" for name in known)
+            st.line_chart(
+                long, x="step", y=unit, color="of", height=260, alt=f"{title} over the steps; at the end: {last}"
+            )
+            st.caption(f"At the end: {last}")
+
+
+st.title("Training runs")
+folder = Path(os.environ.get("APP_RUNS_DIR") or ROOT / "runs")
+runs = find_runs(folder)
+if not runs:
+    raise Trouble(
+        f"There are no runs in {folder}. Train one with `python scripts/train.py --config=configs/demo.py "
+        "--workdir=runs/demo`, or say where they are with APP_RUNS_DIR."
+    )
+run = folder / st.selectbox("Run", [path.name for path in runs])
+record = read_json(run / "run.json")
+st.caption(
+    f"Started {record.get('started', 'at an unknown time')} · step {record.get('last_step', '?')} of {record.get('num_steps', '?')}"
+)
+curves, report, settings = st.tabs(["Curves", "Report", "Settings"])
+with curves:
+    show_curves(read_metrics(run / "metrics.jsonl"))
+with report:
+    pages = sorted(run.glob("**/report.html"), key=lambda path: -path.stat().st_mtime)
+    if pages:
+        which = st.selectbox("Report", [str(path.relative_to(run)) for path in pages])
+        text = (run / which).read_text(encoding="utf-8")
+        st.download_button("Download the report", text, "report.html", "text/html", icon=":material/download:")
+        st.iframe(text, height=900, alt=f"The report {which}")
+    else:
+        st.info(
+            f"No report yet. Write one with `python scripts/evaluate.py --model={run}/model --data=SPEC --output={run}/test`."
+        )
+with settings:
+    st.json(read_json(run / "config.json"), expanded=2)
+    st.json(record, expanded=False)

@@ -1,0 +1,119 @@
+"""Video: what is done when."""
+
+import hashlib
+import io
+import json
+from typing import Any
+
+import av
+import pandas as pd
+import parts
+import plotly.graph_objects as go
+import streamlit as st
+from PIL import Image
+from service import Trouble
+
+MAX_VIDEO_BYTES = 100_000_000
+COLORS = ("#3b82d6", "#d97706", "#0f9f8f", "#b4509b", "#7a8b2f", "#7c5cd6", "#c2554d", "#5f7d95")
+
+
+def frame_at(content: bytes, time_s: float) -> Image.Image | None:
+    """The picture shown at a time; None where the video can't be drawn."""
+    try:
+        with av.open(io.BytesIO(content)) as container:
+            stream = container.streams.video[0]
+            container.seek(int(time_s / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.time is None or frame.time >= time_s - 0.05:
+                    return frame.to_image()
+    except (av.FFmpegError, IndexError, ValueError, OSError):
+        return None
+    return None
+
+
+def clock(seconds: float) -> str:
+    """A time as it is read: minutes and seconds."""
+    return f"{int(seconds // 60)}:{seconds % 60:04.1f}"
+
+
+def timeline(events: list[dict[str, Any]], duration_s: float) -> go.Figure:
+    """Each action in a row of its own, over the time."""
+    labels = list(dict.fromkeys(parts.words(event["label"]) for event in events))
+    figure = go.Figure()
+    for i, label in enumerate(labels):
+        own = [event for event in events if parts.words(event["label"]) == label]
+        figure.add_bar(
+            y=[label] * len(own),
+            base=[event["start_s"] for event in own],
+            x=[event["end_s"] - event["start_s"] for event in own],
+            orientation="h",
+            marker_color=COLORS[i % len(COLORS)],
+            hovertext=[f"{clock(event['start_s'])} to {clock(event['end_s'])}" for event in own],
+            hoverinfo="text+y",
+            showlegend=False,
+        )
+    figure.update_layout(height=110 + 44 * len(labels), margin={"l": 0, "r": 10, "t": 10, "b": 40}, barmode="overlay")
+    figure.update_xaxes(range=[0, duration_s], title="seconds")
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def show_events(content: bytes, answer: dict[str, Any]) -> None:
+    """The timeline, a card an event, the downloads."""
+    events, duration_s = answer["events"], answer["duration_s"]
+    if not events:
+        st.info("No action lasted long enough, or was sure enough, to be named in this video.")
+        return
+    told = "; ".join(
+        f"{parts.words(one['label'])} from {clock(one['start_s'])} to {clock(one['end_s'])}" for one in events
+    )
+    st.plotly_chart(timeline(events, duration_s), config={"displayModeBar": False}, alt=f"Timeline: {told}")
+    columns = st.columns(min(4, max(2, len(events))))
+    for i, event in enumerate(events):
+        with columns[i % len(columns)], st.container(border=True):
+            label = parts.words(event["label"])
+            picture = frame_at(content, (event["start_s"] + event["end_s"]) / 2)
+            if picture:
+                st.image(picture, width="stretch", alt=f"A moment of {label}")
+            st.markdown(f"**{label}**")
+            st.caption(f"{clock(event['start_s'])} to {clock(event['end_s'])} · {parts.percent(event['score'])} sure")
+    one, two = st.columns(2)
+    table = pd.DataFrame(events)[["label", "start_s", "end_s", "score"]]
+    one.download_button("Download as CSV", table.to_csv(index=False), "events.csv", "text/csv", width="stretch")
+    two.download_button(
+        "Download as JSON", json.dumps(answer, indent=1), "events.json", "application/json", width="stretch"
+    )
+
+
+def choose_video() -> tuple[str, bytes] | None:
+    """Lets a person choose a video; None while there is none."""
+    way = st.segmented_control("Where the video comes from", ["Sample", "Upload"], default="Sample", required=True)
+    if way == "Sample":
+        return "the sample", (parts.SAMPLES / "actions.mp4").read_bytes()
+    given = st.file_uploader("A video", ["mp4", "mov", "webm", "mkv", "avi"], key="video_file", help="up to 100 MB")
+    if given is None:
+        return None
+    if given.size > MAX_VIDEO_BYTES:
+        raise Trouble(f"{given.name} has {given.size / 1e6:.0f} MB; 100 MB or less is needed. Cut it and try again.")
+    if frame_at(given.getvalue(), 0.0) is None:
+        raise Trouble(
+            f"{given.name} holds no pictures, or is damaged. Choose another video (MP4, MOV, WebM, MKV, AVI)."
+        )
+    return given.name, given.getvalue()
+
+
+st.title("What happens when?")
+st.write("Give a video. You get the actions in it, each with its start and end.")
+try:
+    video = choose_video()
+    if video:
+        name, content = video
+        st.video(content, alt=f"The video: {name}", width=480)
+        key = hashlib.sha256(content).hexdigest()
+        if st.session_state.get("video_of") != key:
+            with st.spinner("Watching the video ..."):
+                st.session_state.video_answer = parts.service().events(content)
+            st.session_state.video_of = key
+        show_events(content, st.session_state.video_answer)
+except Trouble as trouble:
+    st.error(str(trouble), icon=":material/error:")

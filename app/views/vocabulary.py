@@ -1,0 +1,68 @@
+"""Open vocabulary: actions in a person's own words."""
+
+import parts
+import streamlit as st
+from service import Trouble
+
+MAX_ACTIONS = 200
+EXAMPLE = "running\nriding a bike\nsleeping\ntalking on the phone: a photo of a person holding a phone to the ear"
+
+
+def read_actions(text: str) -> dict[str, list[str]]:
+    """The actions of the lines, each with its descriptions, if any.
+
+    Raises:
+      Trouble: too few, too many, or one twice.
+    """
+    actions: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        label, _, said = line.partition(":")
+        label = " ".join(label.split())
+        if not label:
+            continue
+        if label in actions:
+            raise Trouble(f"“{label}” is there twice. Take one of the lines out.")
+        actions[label] = [part.strip() for part in said.split(";") if part.strip()]
+    if len(actions) < 2:
+        raise Trouble("Write two actions or more, each on its own line. The model tells them apart.")
+    if len(actions) > MAX_ACTIONS:
+        raise Trouble(f"{len(actions)} actions are too many; {MAX_ACTIONS} or fewer are needed.")
+    return actions
+
+
+def save(actions: dict[str, list[str]]) -> None:
+    """Makes these the actions of the model that the service uses."""
+    name, version = parts.active_model()
+    old = set(version["labels"])
+    add = {label: texts for label, texts in actions.items() if label not in old or texts}
+    with st.spinner("Saving ..."):
+        parts.service().save_classes(name, add, [label for label in version["labels"] if label not in actions])
+    st.session_state.models = parts.service().models()
+    st.success(f"Saved: the service now tells these {len(actions)} actions apart.", icon=":material/check:")
+
+
+st.title("Any action, in your own words")
+st.write("Write the actions that you want to tell apart. The result changes at once; nothing has to be trained.")
+_, version = parts.active_model()
+if not version["accepts_classes"]:
+    st.info("This model knows only the actions it was trained on. Use one that compares pictures with texts.")
+    st.stop()
+left, right = st.columns(2, gap="large")
+with left:
+    text = st.text_area("Actions, one on each line", EXAMPLE, height=190, key="actions")
+    st.caption("After a colon you may say how it looks; divide several descriptions by semicolons.")
+    picture = parts.choose_picture("words")
+    if picture:
+        st.image(picture[2], width="stretch", alt=f"The picture: {picture[0]}")
+with right:
+    try:
+        actions = read_actions(text)
+        if picture:
+            with st.spinner("Looking ..."):
+                answer = parts.service().predict(picture[1], actions, top=min(10, len(actions)))
+            parts.show_answer(answer)
+        st.caption("New words are a guess from the texts alone: check the result on pictures whose action you know.")
+        if st.button("Save this set to the service", icon=":material/save:"):
+            save(actions)
+    except Trouble as trouble:
+        st.error(str(trouble), icon=":material/error:")
