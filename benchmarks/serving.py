@@ -168,12 +168,12 @@ def read_images(folder: str | None) -> list[bytes]:
 
     from PIL import Image
 
-    from clip_har_jax.data.sources import make_source
+    from clip_har_jax.data.synthetic import draw
 
-    images, source = [], make_source("synthetic", "test")
+    images = []
     for i in range(100):
         buffer = io.BytesIO()
-        Image.fromarray(source[i].data).resize((275, 183)).save(buffer, "JPEG")
+        Image.fromarray(draw("test", i)).resize((275, 183)).save(buffer, "JPEG")
         images.append(buffer.getvalue())
     return images
 
