@@ -364,3 +364,11 @@ def test_sync_on_the_command_line(tmp_path):
     command = [sys.executable, "scripts/sync.py", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --workdir=") and done.stderr.count("\n") == 1
+
+
+def test_wandb_says_in_one_line_why_it_took_nothing(environment, tracked, monkeypatch, refusing_server):
+    monkeypatch.setenv("WANDB_BASE_URL", refusing_server)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with pytest.raises(UserError, match=r"^wandb: offline-run-\S+ wasn't uploaded: ") as refused:
+        sync(tracked.workdir, ["wandb"])
+    assert "\n" not in str(refused.value) and "0" * 40 not in str(refused.value)
