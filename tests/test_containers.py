@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from serving.security import new_key
+from serving.settings import Settings
 from tests.serving_setup import LABELS, write_export
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,10 +325,21 @@ def test_compose_is_locked_and_open_to_this_machine_alone():
     assert services["mlflow"]["image"].rpartition(":v")[2] == dict(pins(ROOT / "requirements.txt"))["mlflow"]
 
 
+def test_compose_sets_what_is_read():
+    services = compose()["services"]
+    given = {name for name in services["server"]["environment"] if name.startswith("HAR_")}
+    given |= set(re.findall(r"\b(HAR_\w+)=", (ROOT / "Dockerfile.app").read_text()))
+    assert {name.removeprefix("HAR_").lower() for name in given} <= set(Settings.model_fields)
+    app = (ROOT / "app" / "service.py").read_text() + (ROOT / "app" / "views" / "runs.py").read_text()
+    assert all(f'"{name}"' in app for name in services["app"]["environment"])
+    grace = float(services["server"]["stop_grace_period"].removesuffix("s"))
+    assert grace > Settings.model_fields["drain_timeout_s"].default
+
+
 def test_what_compose_mounts_is_there():
     composed = compose()
     mounts = [volume for service in composed["services"].values() for volume in service.get("volumes", [])]
-    files = [volume["source"] for volume in mounts if volume["type"] == "bind" and "/runs/" not in volume["source"]]
+    files = [volume["source"] for volume in mounts if volume["type"] == "bind" and "/runs" not in volume["source"]]
     assert len(files) == 3
     assert all(Path(file).exists() for file in files)
     scrape = yaml.safe_load((ROOT / "serving" / "monitoring" / "prometheus.yml").read_text())["scrape_configs"][0]
