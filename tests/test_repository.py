@@ -29,6 +29,8 @@ def jobs() -> dict[str, dict]:
         ("dependabot", ROOT / ".github" / "dependabot.yml"),
         ("citation-file-format", ROOT / "CITATION.cff"),
         ("compose-spec", ROOT / "docker-compose.yml"),
+        ("github-issue-forms", ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"),
+        ("github-issue-config", ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
