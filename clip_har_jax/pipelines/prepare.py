@@ -145,11 +145,8 @@ def prepare(
     if not (0 <= shares.val < 1 and 0 <= shares.test < 1 and shares.val + shares.test < 1):
         raise UserError(f"--val_fraction={shares.val:g} --test_fraction={shares.test:g}: nothing is left for training")
     earlier = read_manifest(Path(reference)) if reference else None
-    specs = [*data, *([test] if test else [])]
-    source = Pooled([make_source(spec, "test" if spec is test else "train") for spec in specs])
-    if clips := [spec for spec, one in zip(specs, source.sources, strict=True) if are_clips(one)]:
-        raise UserError(f"--data={clips[0]}: prepare_data.py takes images; split clips by folders train/ and test/")
-    make_folder(output)
+    source = _open(data, test)
+    _make_folder(output)
     outcomes = list(map_in_workers(_scan, source, len(source), num_workers, "reading"))
     kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]
     scanned = [outcome for outcome in outcomes if isinstance(outcome, Scanned)]
@@ -161,32 +158,55 @@ def prepare(
     if test:
         splits = _keep_test(splits, groups, source.given[kept] == len(data))
     paths, root = _place(source, kept, scanned, output)
-    sizes = np.bincount(groups)
-    rows = [
-        {"path": path, "sha256": one.sha256, "label": source.labels[label], "group": int(number), "split": split}
-        | {"weight": 1 / float(sizes[number]), "bytes": one.bytes, **one.facts._asdict()}
-        for path, one, label, number, split in zip(paths, scanned, ids, groups, splits, strict=True)
-    ]
+    rows = _make_rows(paths, scanned, [source.labels[i] for i in ids], groups, splits)
     about = {"data": list(data), "test": test, "seed": seed, "val_fraction": shares.val, "test_fraction": shares.test}
     manifest = make_manifest(rows, root, about)
-    duplicates = _list_duplicates(rows, pairs, [specs[i] for i in source.given[kept]])
+    duplicates = _list_duplicates(rows, pairs, [[*data, test][i] for i in source.given[kept]])
     suspects = _find_suspects(model, rows, root, ids, groups, source.labels) if model else []
     prepared = Prepared(manifest, bad, duplicates, suspects)
     write_manifest(manifest, output / "manifest.parquet")
-    bundle.write_json(output / "duplicates.json", duplicates)
     if cache_px:
         write_cache(manifest, output / f"cache_{cache_px}px", cache_px, num_workers)
     if tfds_dir:
         from clip_har_jax.data.har15 import build_har15
 
         build_har15(manifest, tfds_dir)
-    page = make_data_report(manifest, prepared.summary, duplicates, suspects, bad, earlier)
-    (output / "report.html").write_text(page, encoding="utf-8")
-    bundle.write_json(output / "prepare.json", prepared.summary)
+    _write_findings(prepared, earlier, output)
     return prepared
 
 
-def make_folder(path: Path) -> None:
+def _open(data: Sequence[str], test: str) -> Pooled:
+    """All examples, those of the test set last."""
+    sources = [make_source(spec, "train") for spec in data]
+    sources += [make_source(test, "test")] if test else []
+    if clips := [spec for spec, source in zip([*data, test], sources, strict=False) if are_clips(source)]:
+        raise UserError(f"--data={clips[0]}: prepare_data.py takes images; split clips by folders train/ and test/")
+    return Pooled(sources)
+
+
+def _make_rows(
+    paths: Sequence[str], scanned: Sequence[Scanned], labels: Sequence[str], groups: np.ndarray, splits: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The manifest's rows; an image weighs the less the more copies it has."""
+    sizes = np.bincount(groups)
+    return [
+        {"path": path, "sha256": one.sha256, "label": label, "group": int(number), "split": split}
+        | {"weight": 1 / float(sizes[number]), "bytes": one.bytes, **one.facts._asdict()}
+        for path, one, label, number, split in zip(paths, scanned, labels, groups, splits, strict=True)
+    ]
+
+
+def _write_findings(prepared: Prepared, reference: Manifest | None, output: Path) -> None:
+    """duplicates.json, report.html and, last, prepare.json."""
+    bundle.write_json(output / "duplicates.json", prepared.duplicates)
+    page = make_data_report(
+        prepared.manifest, prepared.summary, prepared.duplicates, prepared.suspects, prepared.bad, reference
+    )
+    (output / "report.html").write_text(page, encoding="utf-8")
+    bundle.write_json(output / "prepare.json", prepared.summary)
+
+
+def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
