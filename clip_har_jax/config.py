@@ -43,7 +43,10 @@ class DataConfig:
     train: str = "synthetic?split=train"  # SPEC of the training data
     val: str = ""  # SPEC of the validation data; empty: hold out val_fraction of the training data
     val_fraction: float = 0.1
+    split_seed: int = 0  # of what is held out; the same for all seeds, so that runs can be compared
+    shots: int | None = None  # training images of each class that are used, drawn by the seed; None: all
     labels: tuple[str, ...] = ()  # the classes and their order; empty: those of the training data
+    classes: tuple[str, ...] = ()  # only these classes of the data; empty: all
     max_bad_fraction: float = 0.01  # share of unreadable images above which the run ends
     max_megapixels: float = 50.0  # larger images are refused before decoding
     num_threads: int | None = None  # decoding threads of a process; None: one a core, at most 8
@@ -74,8 +77,24 @@ class ModelConfig:
 class MethodConfig:
     name: str = "full"  # how the model is fine-tuned
     towers: str = "both"  # image, text or both: what is trainable
+    head: str = ""  # cosine, linear, mlp, cross_attention ...; empty: the method's own
+    loss: str = ""  # cross_entropy, class_aware, softmax or sigmoid; empty: the method's own
     freeze: tuple[str, ...] = ()  # patterns of parameter names that stay as they are, e.g. vision.layers.[0-5].*
     label_smoothing: float = 0.0
+    focal_gamma: float = 0.0  # examples that are found with probability p count (1 - p)^gamma; 0: all alike
+    class_balance: float = 0.0  # 0.99 to 0.9999: rare classes count more; 0: all examples alike
+    mixup: float = 0.0  # images are mixed by a share of Beta(mixup, mixup); 0: never
+    cutmix: float = 0.0  # boxes of other images are pasted in, their area as above; 0: never
+    drop_path: float = 0.0  # probability that an image passes by the last layer, less below (stochastic depth)
+    lora_rank: int = 16
+    lora_alpha: float = 16.0  # updates count alpha / rank times
+    lora_targets: tuple[str, ...] = ("*.attention.query", "*.attention.value")  # patterns of layer names
+    prompt_length: int = 5  # learned vectors before each class's name
+    prompt_init: str = "a photo of a person"  # the words that the first of them start from; the rest are random
+    prompt_per_class: bool = False  # vectors for each class instead of the same for all
+    solver: str = "lbfgs"  # or adamw: what fits a linear probe
+    cache_per_class: int = 16  # training images of each class that a Tip-Adapter remembers
+    wise_ft: tuple[float, ...] = ()  # alphas to try between the start (0) and the fine-tuned weights (1); empty: none
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,14 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class RetentionConfig:
+    data: str = ""  # SPEC whose zero-shot accuracy is compared before and after training; empty: no gate
+    classes: tuple[str, ...] = ()  # of that data; empty: all
+    max_drop: float = 0.05  # of top-1; more is reported
+    fail: bool = False  # more ends the run with exit code 3 and no model
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     num_epochs: float = 10.0
     num_steps: int | None = None  # overrides num_epochs
@@ -94,6 +121,7 @@ class TrainConfig:
     accumulation_steps: int = 1  # parts of a batch that are computed one after the other, to save memory
     max_skipped_steps: int = 10  # updates in a row that may be skipped for not being finite; one more ends the run
     log_every_steps: int = 10
+    patience: int = 0  # evaluations without a better val/top1 after which the run is done; 0: never before its end
 
 
 @dataclass(frozen=True)
@@ -129,6 +157,7 @@ class RunConfig:
     text: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -155,10 +184,12 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "xla", "cudnn"),
     "method.towers": ("image", "text", "both"),
+    "method.solver": ("lbfgs", "adamw"),
     "mesh.strategy": ("dp", "fsdp", "tp", "fsdp_tp"),
 }
 POSITIVE = (
     "data.video.num_frames data.video.rate_hz data.video.num_views "
+    "data.shots method.lora_rank method.lora_alpha method.prompt_length method.cache_per_class "
     "data.max_megapixels data.num_threads data.prefetch_batches model.image_size_px train.num_epochs train.num_steps "
     "train.global_batch_size train.accumulation_steps train.max_skipped_steps train.log_every_steps "
     "optim.learning_rate optim.eps optim.clip_norm optim.layer_decay mesh.data mesh.fsdp mesh.tensor "
@@ -166,11 +197,11 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "data.num_workers data.augment.randaugment_operations data.augment.randaugment_magnitude optim.weight_decay "
-    "checkpoint.keep_best seed"
+    "method.focal_gamma method.mixup method.cutmix train.patience data.split_seed checkpoint.keep_best seed"
 ).split()
 FRACTIONS = (
     "data.val_fraction data.max_bad_fraction data.augment.crop_scale_min data.augment.color_jitter "
-    "data.augment.erase_probability method.label_smoothing "
+    "data.augment.erase_probability method.label_smoothing method.class_balance method.drop_path retention.max_drop "
     "optim.warmup_fraction optim.b1 optim.b2 optim.layer_decay optim.ema_decay"
 ).split()
 
@@ -315,6 +346,9 @@ def _check_ranges(config: RunConfig) -> None:
     for key in NOT_NEGATIVE:
         if values[key] is not None and values[key] < 0:
             raise UserError(f"config key {key!r} must be 0 or more, not {values[key]!r}")
+    for alpha in config.method.wise_ft:
+        if not 0 <= alpha <= 1:
+            raise UserError(f"config key 'method.wise_ft' holds {alpha!r}; alphas are from 0 (the start) to 1")
     for key in FRACTIONS:
         if not 0 <= values[key] <= 1:
             raise UserError(f"config key {key!r} is a share, 0 to 1, not {values[key]!r}")

@@ -16,7 +16,8 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import load, make_start
 from clip_har_jax.models.params import flat_params
 from clip_har_jax.pipelines import run as run_module
-from clip_har_jax.pipelines.run import Run, load_data
+from clip_har_jax.pipelines.inputs import load_data
+from clip_har_jax.pipelines.run import Run
 from clip_har_jax.pipelines.train import continue_goodput, train
 from clip_har_jax.training import checkpoint
 from clip_har_jax.training.goodput import CATEGORIES

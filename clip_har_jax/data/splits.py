@@ -1,9 +1,12 @@
 """Which examples are for training, which for validation and which for test."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Int32
+
+from clip_har_jax.errors import UserError
 
 
 def hold_out(
@@ -70,3 +73,23 @@ def assign_splits(
             for i in positions:
                 splits[i] = split
     return splits
+
+
+def take_shots(
+    label_ids: Int32[np.ndarray, " n"], labels: Sequence[str], shots: int, seed: int
+) -> Int[np.ndarray, " chosen"]:
+    """Sorted positions of `shots` examples of each class, drawn by the seed.
+
+    Raises:
+      UserError: a class has fewer.
+    """
+    chosen = []
+    for i, label in enumerate(labels):
+        positions = np.flatnonzero(label_ids == i)
+        if len(positions) < shots:
+            raise UserError(
+                f"config.data.shots is {shots}, but class {label!r} has only {len(positions)} training images; use "
+                f"{len(positions)} or fewer, or leave the class out by config.data.labels"
+            )
+        chosen.append(np.random.default_rng((seed, i)).permutation(positions)[:shots])
+    return np.sort(np.concatenate(chosen))

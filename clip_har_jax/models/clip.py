@@ -14,7 +14,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.models.layers import ACTIVATIONS, Runtime, TowerConfig, apply_layers, layer_norm, linear, make_layers
+from clip_har_jax.models.layers import (
+    ACTIVATIONS,
+    Drop,
+    Runtime,
+    TowerConfig,
+    apply_layers,
+    layer_norm,
+    linear,
+    make_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -175,13 +184,13 @@ class VisionTransformer(nnx.Module):
         x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(x.dtype)[None]
         return self.pre_norm(x)
 
-    def tokens(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+    def tokens(self, images: Float[Array, "b h w 3"], drop: Drop | None = None) -> Float[Array, "b n d"]:
         """The last layer's tokens, class token first, before the last norm."""
-        return apply_layers(self.layers, self.embed_patches(images), self.runtime)
+        return apply_layers(self.layers, self.embed_patches(images), self.runtime, drop=drop)
 
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+    def __call__(self, images: Float[Array, "b h w 3"], drop: Drop | None = None) -> Float[Array, "b d"]:
         if not isinstance(self.layers, Sequence):
-            return self.post_norm(self.tokens(images)[:, 0])
+            return self.post_norm(self.tokens(images, drop)[:, 0])
         # Of the last layer one token is needed: a fifteenth less to compute in ViT-B/32.
         x = apply_layers(self.layers[:-1], self.embed_patches(images), self.runtime)
         return self.post_norm(self.layers[-1].first_token(x)[:, 0])
@@ -212,16 +221,23 @@ class TextTransformer(nnx.Module):
         return jnp.argmax(input_ids == self.config.eos_token_id, axis=-1)
 
     def __call__(
-        self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"] | None = None,
+        context: Float[Array, "b n d"] | None = None,
     ) -> Float[Array, "b d"]:
-        length = input_ids.shape[1]
+        """With a `context` its vectors stand after the begin token, as if they were tokens' embeddings."""
+        dtype, end = self.runtime.dtype, self.end_positions(input_ids)
+        x = self.token_embedding[...].astype(dtype)[input_ids]
+        if context is not None:
+            x, end = jnp.concatenate([x[:, :1], context.astype(dtype), x[:, 1:]], axis=1), end + context.shape[1]
+        length = x.shape[1]
         if length > self.config.context_length:
             raise ValueError(f"texts of {length} tokens; the model takes at most {self.config.context_length}")
-        dtype = self.runtime.dtype
-        x = self.token_embedding[...].astype(dtype)[input_ids] + self.position_embedding[:length].astype(dtype)[None]
+        x = x + self.position_embedding[:length].astype(dtype)[None]
         mask = None if attention_mask is None else attention_mask[:, None, None, :].astype(bool)
         x = self.final_norm(apply_layers(self.layers, x, self.runtime, mask=mask, is_causal=True))
-        return jnp.take_along_axis(x, self.end_positions(input_ids)[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
 
 
 class CLIPOutput(NamedTuple):
@@ -246,6 +262,15 @@ def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Unit length along the last dim, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def mean_by_class(
+    embeddings: Float[Array, "p d"], class_of_prompt: Int[Array, " p"], num_classes: int
+) -> Float[Array, "c d"]:
+    """The mean of each class's normalised prompt embeddings, normalised again; classes beyond the last don't count."""
+    sums = jax.ops.segment_sum(embeddings, class_of_prompt, num_classes)
+    counts = jax.ops.segment_sum(jnp.ones(len(class_of_prompt)), class_of_prompt, num_classes)
+    return l2_normalize(sums / counts[:, None])
 
 
 def _projection(tower: TowerConfig, dim: int, runtime: Runtime, rngs: nnx.Rngs) -> nnx.Linear:
@@ -305,24 +330,26 @@ class FlaxCLIPModel(nnx.Module):
         """L2-normalised text embeddings in float32."""
         return l2_normalize(self.get_text_features(input_ids))
 
-    def encode_image(self, images: Float[Array, "b *t h w 3"]) -> Float[Array, "b d"]:
+    def encode_image(self, images: Float[Array, "b *t h w 3"], drop: Drop | None = None) -> Float[Array, "b d"]:
         """L2-normalised embeddings in float32 of normalised images, channels last; of clips their frames' mean's."""
         if images.ndim == 5:
-            return l2_normalize(self.encode_frames(images).mean(axis=1))
-        return l2_normalize(self.visual_projection(self.vision(images.astype(self.runtime.dtype))))
+            return l2_normalize(self.encode_frames(images, drop).mean(axis=1))
+        return l2_normalize(self.visual_projection(self.vision(images.astype(self.runtime.dtype), drop)))
 
-    def encode_frames(self, clips: Float[Array, "b t h w 3"]) -> Float[Array, "b t d"]:
+    def encode_prompts(self, input_ids: Int[Array, "p t"], context: Float[Array, "p n d"]) -> Float[Array, "p d"]:
+        """As `encode_text`, with learned vectors after each text's begin token."""
+        return l2_normalize(self.text_projection(self.text(input_ids, context=context)))
+
+    def encode_frames(self, clips: Float[Array, "b t h w 3"], drop: Drop | None = None) -> Float[Array, "b t d"]:
         """L2-normalised embeddings of each frame of normalised clips."""
-        frames = self.encode_image(clips.reshape(-1, *clips.shape[2:]))
+        frames = self.encode_image(clips.reshape(-1, *clips.shape[2:]), drop)
         return frames.reshape(*clips.shape[:2], -1)
 
     def encode_classes(
         self, input_ids: Int[Array, "p t"], class_of_prompt: Int[Array, " p"], num_classes: int
     ) -> Float[Array, "c d"]:
         """Class embeddings: the mean of each class's normalised prompt embeddings, normalised again."""
-        sums = jax.ops.segment_sum(self.encode_text(input_ids), class_of_prompt, num_classes)
-        counts = jax.ops.segment_sum(jnp.ones(len(class_of_prompt)), class_of_prompt, num_classes)
-        return l2_normalize(sums / counts[:, None])
+        return mean_by_class(self.encode_text(input_ids), class_of_prompt, num_classes)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, runtime: Runtime = Runtime()) -> "FlaxCLIPModel":

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import FlaxCLIPModel, l2_normalize
-from clip_har_jax.models.layers import Runtime, linear
+from clip_har_jax.models.layers import Drop, Runtime, linear
 from clip_har_jax.models.params import Params, axis_names, flat_params, unflatten
 
 HEAD_FILE = "head.safetensors"
@@ -267,21 +267,25 @@ def head_logits(name: str, params: Mapping[str, Any], features: Features) -> Flo
     return make_head(name, params)(features)
 
 
-def image_features(model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], with_patches: bool) -> Features:
+def image_features(
+    model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], with_patches: bool, drop: Drop | None = None
+) -> Features:
     """What heads see of normalised images."""
     if images.ndim == 5:
-        return _clip_features(model, images, with_patches)
+        return _clip_features(model, images, with_patches, drop)
     if not with_patches:
-        return Features(model.encode_image(images))
-    tokens = model.vision.tokens(images.astype(model.runtime.dtype))
+        return Features(model.encode_image(images, drop))
+    tokens = model.vision.tokens(images.astype(model.runtime.dtype), drop)
     embeddings = l2_normalize(model.visual_projection(model.vision.post_norm(tokens)))
     return Features(embeddings[:, 0], embeddings[:, 1:])
 
 
-def _clip_features(model: FlaxCLIPModel, clips: Float[Array, "b t h w 3"], with_patches: bool) -> Features:
+def _clip_features(
+    model: FlaxCLIPModel, clips: Float[Array, "b t h w 3"], with_patches: bool, drop: Drop | None
+) -> Features:
     """As `image_features`, of clips; their patches are those of all frames."""
     count, length = clips.shape[:2]
-    of_frames = image_features(model, clips.reshape(-1, *clips.shape[2:]), with_patches)
+    of_frames = image_features(model, clips.reshape(-1, *clips.shape[2:]), with_patches, drop)
     frames = of_frames.image.reshape(count, length, -1)
     patches = None
     if with_patches:

@@ -5,7 +5,7 @@ Parameters carry logical axis names ('embed', 'heads', 'mlp', 'layers'); `parall
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +173,22 @@ def unstack(layers: Block) -> list[Block]:
     return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count)]
 
 
+class Drop(NamedTuple):
+    """Stochastic depth (Huang et al. 2016): rows pass by a layer at random, by the last one with this probability.
+
+    It grows linearly from 0 at the first layer (their equation 4). What a layer adds counts as much more as it is there
+    more seldom, so that nothing is to be scaled in evaluation.
+    """
+
+    key: Any
+    rate: float
+
+
+def _drop_rows(old: jax.Array, new: jax.Array, key: jax.Array, rate: jax.Array) -> jax.Array:
+    kept = jax.random.bernoulli(key, 1 - rate, (old.shape[0], 1, 1))
+    return jnp.where(kept, old + (new - old) / (1 - rate).astype(old.dtype), old)
+
+
 def apply_layers(
     layers: Block | Sequence[Block],
     x: Float[Array, "b n d"],
@@ -180,6 +196,7 @@ def apply_layers(
     *,
     mask: Bool[Array, "b 1 1 n"] | None = None,
     is_causal: bool = False,
+    drop: Drop | None = None,
 ) -> Float[Array, "b n d"]:
     """Runs the blocks, stacked or as `unstack` gives them, one after the other.
 
@@ -191,11 +208,18 @@ def apply_layers(
         return x
     graphdef, stacked = nnx.split(layers)
 
-    def block(x: jax.Array, params: object) -> tuple[jax.Array, None]:
+    count = len(jax.tree.leaves(stacked)[0])
+    dropping = None
+    if drop is not None:
+        dropping = (jax.random.split(drop.key, count), drop.rate * jnp.arange(count) / max(count - 1, 1))
+
+    def block(x: jax.Array, inputs: tuple[object, Any]) -> tuple[jax.Array, None]:
+        params, dropping = inputs
         # Without this the compiler may spread the width over the axis that the weights are sharded on.
         x = x if runtime.activations is None else jax.lax.with_sharding_constraint(x, runtime.activations)
-        return nnx.merge(graphdef, params)(x, mask, is_causal), None
+        new = nnx.merge(graphdef, params)(x, mask, is_causal)
+        return (new if dropping is None else _drop_rows(x, new, *dropping)), None
 
     if runtime.remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)
-    return jax.lax.scan(block, x, stacked)[0]
+    return jax.lax.scan(block, x, (stacked, dropping))[0]

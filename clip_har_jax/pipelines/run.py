@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +15,28 @@ from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
-from clip_har_jax.data.sources import Source, SubsetSource, are_clips, make_source, manifest_of
-from clip_har_jax.data.splits import hold_out
-from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.data.sources import Source, are_clips, manifest_of
+from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import Calibration
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
 from clip_har_jax.models.factory import Start, start_params
+from clip_har_jax.models.heads import write_head
 from clip_har_jax.models.params import Params
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.parallel.mesh import AXES, make_mesh, peak_flops
+from clip_har_jax.pipelines.fitting import describe_method, fit_to_features, start_embeddings
+from clip_har_jax.pipelines.inputs import Data
 from clip_har_jax.pipelines.provenance import make_record
 from clip_har_jax.pipelines.workdir import read_json
-from clip_har_jax.text import make_prompts
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput
 from clip_har_jax.training.guards import SkipGuard, StopSignal, TooManySkippedError
 from clip_har_jax.training.loop import Meter, Outcome, Schedule, fit
-from clip_har_jax.training.methods import Classes
+from clip_har_jax.training.methods import HEAD, Classes
 from clip_har_jax.training.program import Program
 from clip_har_jax.training.sinks import Sink
 from clip_har_jax.training.state import TrainState
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run learns from and is judged by."""
-
-    train: Source
-    val: Source
-    labels: tuple[str, ...]
-    prompts: dict[str, tuple[str, ...]]
-
-    @property
-    def texts(self) -> list[str]:
-        """All prompts, class after class."""
-        return [text for label in self.labels for text in self.prompts[label]]
-
-
-def load_data(config: RunConfig) -> Data:
-    """The data that a config names.
-
-    Raises:
-      UserError: it isn't there, or leaves nothing to train or to validate on.
-    """
-    train_source = make_source(config.data.train, "train", config.data.labels, several_classes=True)
-    labels = tuple(train_source.labels)
-    if config.data.val:
-        val_source = make_source(config.data.val, "val", labels)
-    else:
-        train_ids, val_ids = hold_out(train_source.label_ids, config.data.val_fraction, config.seed)
-        train_source, val_source = SubsetSource(train_source, train_ids), SubsetSource(train_source, val_ids)
-    if unknown := [label for label in config.data.augment.no_flip_labels if label not in labels]:
-        raise UserError(
-            f"config.data.augment.no_flip_labels: {unknown[0]!r} is none of the {len(labels)} classes; "
-            f"{nearest(unknown[0], list(labels))}"
-        )
-    if not len(val_source):
-        raise UserError("config.data.val_fraction leaves no validation images; raise it, or set config.data.val")
-    prompts = make_prompts(labels, config.text.templates, config.text.descriptions, config.text.phrases)
-    return Data(train_source, val_source, labels, prompts)
 
 
 class Run:
@@ -97,16 +59,68 @@ class Run:
         epochs = round((config.train.num_epochs * len(data.train) - self.first_example) / batch_size)
         self.num_steps = config.train.num_steps or max(1, epochs)
         self._check_profile()
-        self.program = Program(config, start.config, start.preprocess, len(data.labels), self.num_steps, self.mesh)
-        self.state, self.frozen = self.program.place(start_params(start, config.seed))
-        input_ids, _ = start.tokenizer(data.texts, start.config.text.context_length)
-        class_of_prompt = [i for i, label in enumerate(data.labels) for _ in data.prompts[label]]
-        self.prompts = self.program.place_prompts(input_ids, class_of_prompt)
         process = f".{jax.process_index()}" if jax.process_index() else ""
-        self.bad_inputs = {
-            name: BadInputs(source, config.data.max_bad_fraction, workdir / f"bad_inputs{process}.jsonl")
-            for name, source in (("train", data.train), ("val", data.val))
-        }
+        self._bad_log = workdir / f"bad_inputs{process}.jsonl"
+        self.bad_inputs = {name: self.watch(source) for name, source in (("train", data.train), ("val", data.val))}
+        counts = np.bincount(data.train.label_ids, minlength=len(data.labels))
+        self.cache_size = int(np.minimum(counts, config.method.cache_per_class).sum())
+        self.program = Program(
+            config,
+            start.config,
+            start.preprocess,
+            len(data.labels),
+            self.num_steps,
+            self.mesh,
+            class_counts=counts.tolist(),
+            cache_size=self.cache_size,
+        )
+        self.prompts = self.place_texts(data.texts, data.class_of_prompt)
+        self.fit_report: dict[str, float] = {}  # how a head was fitted to features
+        self.state, self.frozen = self.program.place(self.start_params())
+        self._fixed_classes: Classes | None = None
+
+    def watch(self, source: Source) -> BadInputs:
+        """Counts and logs what can't be read of a source."""
+        return BadInputs(source, self.config.data.max_bad_fraction, self._bad_log)
+
+    def place_texts(self, texts: Sequence[str], class_of_prompt: Sequence[int]) -> tuple[Any, Any]:
+        """Prompts of the run's classes on the mesh; learned vectors, where there are some, still have room in them."""
+        length = self.start.config.text.context_length - self.program.method.context_length
+        if length < 3:
+            raise UserError(
+                f"config.method.prompt_length is {self.program.method.context_length}; the text tower takes "
+                f"{self.start.config.text.context_length} tokens in all, leave some for the classes' names"
+            )
+        return self.program.place_prompts(self.start.tokenizer(texts, length)[0], class_of_prompt)
+
+    def start_params(self) -> Params:
+        """All parameters as the run begins with them, on the host."""
+        clip, method = start_params(self.start, self.config.seed), self.program.method
+        head = self.start.head
+        if method.has_head and head is not None and (head.name, head.labels) == (method.head, self.data.labels):
+            return clip | {HEAD + name: value for name, value in head.params.items()}
+        embeddings = start_embeddings(self, clip) if method.has_head else None
+        own = method.init_own(clip, self.program.shapes, embeddings, self._context_ids(), self.config.seed)
+        if method.recipe.learns_from == "features" or method.recipe.probes_first:
+            assert embeddings is not None
+            fit = fit_to_features(self, clip, embeddings)
+            self.fit_report = fit.about
+            own |= {HEAD + name: value for name, value in fit.params.items()}
+        return clip | own
+
+    def _context_ids(self) -> np.ndarray | None:
+        """The tokens of the words that a learned context starts from."""
+        config = self.config.method
+        if not self.program.method.context_length:
+            return None
+        ids, mask = self.start.tokenizer([config.prompt_init], self.start.config.text.context_length)
+        words = ids[0, 1 : mask[0].sum() - 1]
+        if len(words) > config.prompt_length:
+            raise UserError(
+                f"config.method.prompt_init={config.prompt_init!r} is {len(words)} tokens; set method.prompt_length to "
+                f"{len(words)} or more, or use fewer words"
+            )
+        return words
 
     def _check_profile(self) -> None:
         if self.profile_steps is None:
@@ -123,9 +137,19 @@ class Run:
         """The trainable parameters that are evaluated and kept: their moving average where there is one."""
         return state.ema or state.params
 
+    def with_weights(self, state: TrainState, params: Mapping[str, Any]) -> TrainState:
+        """A state whose trainable parameters are these, from the host."""
+        placed = sharding.put(dict(params), self.program.shardings.params)
+        return state._replace(params=placed, ema=placed if state.ema else {})
+
     def classes(self, params: Params) -> Classes:
-        """The classes with their embeddings, computed now."""
-        return Classes(None, None, self.program.class_step(params | self.frozen, *self.prompts))
+        """The classes with their embeddings; computed once where they never change."""
+        if self._fixed_classes is not None:
+            return self._fixed_classes
+        classes = Classes(None, None, self.program.class_step(params | self.frozen, Classes(*self.prompts, None)))
+        if not self.program.trains_text:
+            self._fixed_classes = classes
+        return classes
 
     def fit(
         self,
@@ -149,6 +173,7 @@ class Run:
             batch_size,
             self.first_example,
             self.profile_steps if distributed.is_main() else None,
+            config.train.patience,
         )
         with train_batches(
             self.data.train,
@@ -206,27 +231,32 @@ class Run:
     def evaluate(self, state: TrainState) -> EvalResult:
         weights = self.weights(state)
         classes = self.classes(weights)
-        rows = sharding.batch_sharding(self.mesh)
-        shard, num_shards = sharding.process_shard(self.mesh, self.config.eval.batch_size)
 
+        def logits(batch: Batch) -> tuple[jax.Array, Batch]:
+            return self.program.eval_step(weights, self.frozen, classes, batch)
+
+        batches = self.computed(logits, self.data.val, self.bad_inputs["val"])
+        return evaluate(lambda batch: batch.image, batches, self.data.labels)
+
+    def computed(
+        self, step: Callable[[Batch], tuple[jax.Array, Batch]], source: Source, bad_inputs: BadInputs
+    ) -> Iterator[Batch]:
+        """Batches of all processes' rows, each example once, with what `step` gives in the images' place."""
+        rows, batch_size = sharding.batch_sharding(self.mesh), self.config.eval.batch_size
+        shard, num_shards = sharding.process_shard(self.mesh, batch_size)
         batches = eval_batches(
-            self.data.val,
+            source,
             self.config.data,
             self.start.preprocess,
-            batch_size=self.config.eval.batch_size,
+            batch_size=batch_size,
             process_index=shard,
             process_count=num_shards,
-            bad_inputs=self.bad_inputs["val"],
+            bad_inputs=bad_inputs,
         )
-
-        def computed() -> Iterator[Batch]:
-            """Batches of all processes' rows, with the logits in the images' place."""
-            for batch in batches:
-                logits, whole = self.program.eval_step(weights, self.frozen, classes, sharding.place(batch, rows))
-                label, mask, index = (np.asarray(part) for part in (whole.label, whole.mask, whole.index))
-                yield Batch(np.asarray(logits), label, mask, index)
-
-        return evaluate(lambda batch: batch.image, computed(), self.data.labels)
+        for batch in batches:
+            outputs, whole = step(sharding.place(batch, rows))
+            label, mask, index = (np.asarray(part) for part in (whole.label, whole.mask, whole.index))
+            yield Batch(np.asarray(outputs), label, mask, index)
 
     def data_record(self) -> dict[str, dict[str, Any]]:
         """What identifies the training and the validation data, by name."""
@@ -268,6 +298,8 @@ class Run:
             "mesh": {axis: self.mesh.shape[axis] for axis in AXES},
             "param_bytes_per_device": sharding.bytes_per_device((self.state.params, self.frozen)),
             "num_steps": self.num_steps,
+            "trainable_parameters": sum(value.size for value in self.state.params.values()),
+            "optimizer_bytes_per_device": sharding.bytes_per_device(self.state.opt_state),
             "starts": (old or {}).get("starts", 0) + 1,
             "config_changes": [*(old or {}).get("config_changes", []), *changed],
             "last_step": self.first_step,
@@ -302,6 +334,9 @@ class Run:
             f"model   {self.config.model.name}, {count:,} parameters ({trainable:,} trainable), "
             f"listed in {self.workdir / 'parameters.txt'}"
         )
+        print(f"method  {describe_method(self)}")
+        if self.program.method.recipe.learns_from != "steps":
+            return
         print(
             f"run     {self.num_steps} steps of {self.config.train.global_batch_size} images on {mesh}{processes}"
             + (f", continuing at step {self.first_step}" if self.first_step else ""),
@@ -310,17 +345,22 @@ class Run:
 
     def write_model(self, state: TrainState, calibration: Calibration) -> epath.Path:
         """Writes the model folder and seals it; the old one stays whole until the new one is."""
-        params = distributed.fetch({**self.weights(state), **self.frozen})
+        weights = self.weights(state)
+        embeddings = np.asarray(self.classes(weights).embeddings)
+        params = distributed.fetch({**weights, **self.frozen})
         target = self.workdir / "model"
         if not distributed.is_main():
             return target
+        clip, head, head_params = self.program.method.finish(params, embeddings)
 
         def fill(folder: Path) -> None:
-            write_params(folder, self.start.config, params)
+            write_params(folder, self.start.config, clip)
+            if head_params:
+                write_head(folder, head_params)
             self.start.tokenizer.save(folder)
             self.start.preprocess.save(folder)
             temperature, thresholds = calibration.temperature, calibration.thresholds
-            actions = bundle.Actions(self.data.labels, self.data.prompts, temperature, thresholds=thresholds)
+            actions = bundle.Actions(self.data.labels, self.data.prompts, temperature, head, thresholds)
             if are_clips(self.data.train):
                 actions = replace(actions, video=asdict(self.config.data.video))
             bundle.write_actions(folder, actions)

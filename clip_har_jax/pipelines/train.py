@@ -21,7 +21,9 @@ from clip_har_jax.evaluation.calibration import calibrate
 from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_facts
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
-from clip_har_jax.pipelines.run import Run, load_data
+from clip_har_jax.pipelines.inputs import load_data, load_retention
+from clip_har_jax.pipelines.retention import Retention, choose_wise_ft
+from clip_har_jax.pipelines.run import Run
 from clip_har_jax.pipelines.workdir import (
     WARNED,
     WorkdirLock,
@@ -34,7 +36,10 @@ from clip_har_jax.pipelines.workdir import (
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput, productive_share
 from clip_har_jax.training.guards import StopSignal
+from clip_har_jax.training.methods import check_method
 from clip_har_jax.training.sinks import ConsoleSink, JsonlSink, Metrics, Sink, write_curves
+
+EXIT_RETENTION = 3  # more zero-shot accuracy was lost than the config allows
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Result:
     metrics: dict[str, Any]  # of the model folder, on the validation data
     goodput: dict[str, float]  # seconds by category, over all starts
     seconds: float
-    exit_code: int  # 0, or 128 + the signal's number
+    exit_code: int  # 0, 128 + the signal's number, or `EXIT_RETENTION`
 
 
 def train(
@@ -77,7 +82,8 @@ def train(
     begin, quiet = time.monotonic(), quiet or not distributed.is_main()
     _keep_compiled()
     check_trackers(config.trackers, workdir)
-    data = load_data(config)
+    check_method(config.method)
+    data, retention_data = load_data(config), load_retention(config)
     start = make_start(config.model.name, data.texts, config.model.image_size_px)
     folder = make_workdir(workdir)
     with disk_faults(folder), ExitStack() as stack:
@@ -100,21 +106,35 @@ def train(
             stack.callback(sink.close)
         stop = stack.enter_context(StopSignal())
         goodput.claim("start")
-        outcome = run.fit(state, checkpointer, all_sinks, goodput, stop)
-        last_step = int(outcome.state.step)
-        if outcome.stopped:
-            if trackers:
-                trackers.status = STOPPED
-            seconds = run.record_goodput(goodput, last_step)
-            return Result(folder, None, last_step, {}, seconds, time.monotonic() - begin, stop.exit_code)
-        with goodput.measure("checkpoint"):
-            best = checkpointer.best_whole()
-            kept = checkpointer.restore(outcome.state, best)
+        retention = Retention(run, retention_data) if retention_data else None
         with goodput.measure("evaluation"):
-            result = run.evaluate(kept)
-            calibration = calibrate(result.predictions.logits, result.predictions.label)
+            before = retention.before() if retention else 0.0
+        last_step = best = 0
+        if run.program.method.recipe.learns_from == "steps":
+            outcome = run.fit(state, checkpointer, all_sinks, goodput, stop)
+            last_step = int(outcome.state.step)
+            if outcome.stopped:
+                if trackers:
+                    trackers.status = STOPPED
+                seconds = run.record_goodput(goodput, last_step)
+                return Result(folder, None, last_step, {}, seconds, time.monotonic() - begin, stop.exit_code)
+            with goodput.measure("checkpoint"):
+                best = checkpointer.best_whole()
+                state = checkpointer.restore(outcome.state, best)
+        else:
+            with goodput.measure("evaluation"):
+                write_step(all_sinks, 0, run.validate(state))
+        with goodput.measure("evaluation"):
+            if config.method.wise_ft:
+                state = choose_wise_ft(run, state, retention)
+            passed = retention.check(before, retention.of(state)) if retention else True
+            result = run.evaluate(state)
+        if not passed and config.retention.fail:
+            seconds = run.record_goodput(goodput, last_step)
+            return Result(folder, None, best, result.metrics, seconds, time.monotonic() - begin, EXIT_RETENTION)
         with goodput.measure("checkpoint"):
-            model = run.write_model(kept, calibration)
+            calibration = calibrate(result.predictions.logits, result.predictions.label)
+            model = run.write_model(state, calibration)
         if distributed.is_main():
             write_curves(folder / "metrics.jsonl", folder / "curves.csv")
         if config.trackers:
@@ -122,8 +142,12 @@ def train(
             if trackers:
                 hand_over(trackers, model, report)
         seconds = run.record_goodput(goodput, last_step)
-        metrics = read_json(folder / "eval" / str(best) / "metrics.json") or {}
-    return Result(folder, model, best, metrics, seconds, time.monotonic() - begin, 0)
+    return Result(folder, model, best, result.metrics, seconds, time.monotonic() - begin, 0)
+
+
+def write_step(sinks: Sequence[Sink], step: int, values: Metrics) -> None:
+    for sink in sinks:
+        sink.write(step, values)
 
 
 def hand_over(trackers: Trackers, model: epath.Path, report: epath.Path) -> None:
@@ -250,7 +274,10 @@ def print_result(result: Result) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
-    if result.model is None:
+    if result.exit_code == EXIT_RETENTION:
+        table.add_row("refused", "no model is written: more zero-shot accuracy was lost than config.retention.max_drop")
+        table.add_row("", "the checkpoints are kept; with other retention or wise_ft settings the same command goes on")
+    elif result.model is None:
         table.add_row("stopped", f"at step {result.steps}, saved; the same command continues")
     else:
         table.add_row("top-1", f"{result.metrics['top1']:.3f} on {result.metrics['num_examples']} validation images")

@@ -31,6 +31,12 @@ class Schedule:
     global_batch_size: int
     first_example: int = 0  # examples seen before step 0 of this batch size; not 0 after the batch size was changed
     profile: tuple[int, int] | None = None  # first and last step of a trace
+    patience: int = 0  # evaluations without a better one after which the run is done; 0: never
+
+    def is_over(self, step: int, best_step: int | None) -> bool:
+        """Whether no more steps are to be made: all were, or the last ones brought nothing."""
+        patience = self.patience * self.eval_every
+        return step >= self.num_steps or (patience > 0 and best_step is not None and step - best_step >= patience)
 
     def examples_seen(self, step: int) -> int:
         return self.first_example + step * self.global_batch_size
@@ -88,7 +94,7 @@ def fit(
     stop: StopSignal,
     profile_dir: str,
 ) -> Outcome:
-    """Trains from `state` to the last step, or to a signal.
+    """Trains from `state` to the last step, to one after which nothing gets better, or to a signal.
 
     Args:
       train_step: donates the state that it is given.
@@ -113,13 +119,15 @@ def fit(
             "goodput": goodput.seconds(),
         }
 
-    best = checkpointer.best_metric()
+    best, best_step = checkpointer.best_metric(), checkpointer.best_step()
+    stopped = False
     start = saved = int(state.step)
     values: Mapping[str, float] = {}
     trace_begin, trace_end = schedule.profile or (0, 0)
     tracing = False
     meter.begin = time.monotonic()
-    for step in range(start + 1, schedule.num_steps + 1):
+    steps = range(start + 1, schedule.num_steps + 1)
+    for step in () if schedule.is_over(start, best_step) else steps:
         if step == trace_begin:
             jax.profiler.start_trace(profile_dir, create_perfetto_trace=True)
             tracing = True
@@ -135,7 +143,8 @@ def fit(
         meter.metrics.append(metrics)
         skips.watch(step, skipped, batch.index)
 
-        last = distributed.agree_to_stop(step, stop.received is not None) or step == schedule.num_steps
+        stopped = distributed.agree_to_stop(step, stop.received is not None) and step < schedule.num_steps
+        last = stopped or step == schedule.num_steps
         if tracing and (step == trace_end or last):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
@@ -148,7 +157,9 @@ def fit(
             write(step, values)
             meter.begin = time.monotonic()
         improved = bool(values) and (best is None or values[BEST_BY] > best)
-        best = values[BEST_BY] if improved else best
+        if improved:
+            best, best_step = values[BEST_BY], step
+        last = last or (bool(values) and schedule.is_over(step, best_step))
         if step % schedule.checkpoint_every == 0 or improved or last:
             if step % schedule.log_every == 0 and meter.metrics:  # a start that continues here won't write them
                 write(step, meter.take(schedule.global_batch_size))
@@ -157,9 +168,11 @@ def fit(
             saved = step
         if last:
             break
+    if tracing:  # the run was over before the trace was
+        jax.profiler.stop_trace()
     if meter.metrics:
         write(saved, meter.take(schedule.global_batch_size))
     skips.finish()
     with goodput.measure("checkpoint"):
         checkpointer.finish(state, position(saved), values)
-    return Outcome(state, saved < schedule.num_steps)
+    return Outcome(state, stopped)

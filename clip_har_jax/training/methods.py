@@ -1,63 +1,321 @@
-"""How a model is fine-tuned: what is trainable, and the class logits that the loss compares with the labels."""
+"""How a model is fine-tuned: what is trainable, what the loss is, what head is saved. The loop is the same for all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
+from clip_har_jax.batch import Batch
 from clip_har_jax.config import MethodConfig
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.models.clip import FlaxCLIPModel
+from clip_har_jax.models.adapters import add_lora, init_lora, merge_lora
+from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel, mean_by_class
+from clip_har_jax.models.heads import HEADS, HeadSize, head_shapes, image_features, init_head, make_head
+from clip_har_jax.models.layers import Drop
+from clip_har_jax.models.params import Params, unflatten
+from clip_har_jax.training.contrastive import contrastive_loss
+from clip_har_jax.training.losses import cross_entropy
+from clip_har_jax.training.mixing import mix
 
-METHODS = ("full",)
+HEAD, CONTEXT = "head.", "prompt.context"  # names of the parameters that aren't CLIP's own
+ANY_HEAD = ("cosine", "linear", "mlp", "cross_attention", "frame_attention", "temporal")
+CLASS_LOSSES, PAIR_LOSSES = ("cross_entropy",), ("class_aware", "softmax", "sigmoid")
+ANY_LOSS = CLASS_LOSSES + PAIR_LOSSES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: what tells it from the others.
+
+    Attributes:
+      trains: shell patterns of the parameters that are updated; those of a tower only where `method.towers` names it.
+      heads: what may be saved, the default first.
+      losses: what it may learn from, the default first.
+      learns_from: steps over images; features computed once; or nothing at all.
+      probes_first: whether the head is fitted to features before the steps.
+    """
+
+    trains: tuple[str, ...]
+    heads: tuple[str, ...] = ANY_HEAD
+    losses: tuple[str, ...] = ANY_LOSS
+    learns_from: str = "steps"
+    probes_first: bool = False
+
+
+WHOLE = ("text*", "vis*", "logit_scale", "head.*")
+METHODS = {
+    "zero_shot": Recipe((), ("cosine",), CLASS_LOSSES, learns_from="nothing"),
+    # Radford et al. 2021, section 3.2
+    "linear_probe": Recipe(("head.*",), ("linear",), CLASS_LOSSES, learns_from="features"),
+    "full": Recipe(WHOLE),
+    # Kumar et al. 2022
+    "lp_ft": Recipe(WHOLE, ("linear",), CLASS_LOSSES, probes_first=True),
+    # Goyal et al. 2023; with classes rather than captions, the other images of a class are positives too
+    "flyp": Recipe(WHOLE, ("cosine",), PAIR_LOSSES),
+    # Hu et al. 2021
+    "lora": Recipe(("*.lora_[ab]", "head.*")),
+    # CoOp, Zhou et al. 2022: saved as the class embeddings that the context leads to
+    "prompt": Recipe((CONTEXT,), ("cosine",), CLASS_LOSSES),
+    # CLIP-Adapter, Gao et al. 2021
+    "adapter": Recipe(("head.down.*", "head.up.*"), ("adapter",), CLASS_LOSSES),
+    # Zhang et al. 2022
+    "tip_adapter": Recipe(("head.*",), ("tip_adapter",), CLASS_LOSSES, learns_from="features"),
+    # Ben Zaken et al. 2022
+    "bitfit": Recipe(("*.bias", "head.*")),
+}
 
 
 class Classes(NamedTuple):
-    """The classes as the model sees them: their prompts, or their embeddings where the text tower is frozen."""
+    """The classes as the model sees them: their prompts, or their embeddings where these never change."""
 
     input_ids: Any  # int32 [prompts, tokens], or None
     class_of_prompt: Any  # int32 [prompts], or None; the number of classes for a prompt that only fills up the mesh
     embeddings: Any  # float32 [classes, dim], or None
 
 
-@dataclass(frozen=True)
-class Full:
-    """Fine-tunes whole towers against the text tower's class embeddings (zero-shot style cross-entropy)."""
+class Method:
+    """A recipe applied to a model of certain sizes.
 
-    towers: str  # image, text or both
-    num_classes: int
+    Args:
+      config: the `method` section.
+      clip: the model's sizes.
+      num_classes: actions.
+      model: abstract; LoRA's updates are put into it.
+      mesh: over which images are compared with texts.
+      class_weights: what each class's examples count in the loss; None: all alike.
+
+    Raises:
+      UserError: an unknown name; a head, loss, tower or setting that doesn't fit the method.
+    """
+
+    def __init__(
+        self,
+        config: MethodConfig,
+        clip: CLIPConfig,
+        num_classes: int,
+        model: FlaxCLIPModel,
+        mesh: Mesh,
+        class_weights: Float[np.ndarray, " c"] | None = None,
+    ):
+        self.recipe, self.head, self.loss = check_method(config)
+        self.config, self.clip, self.num_classes, self.mesh = config, clip, num_classes, mesh
+        self.class_weights = class_weights
+        if config.name == "lora":
+            names = {"image": ("vision",), "text": ("text",), "both": ("text", "vision")}[self.towers]
+            add_lora(model, config.lora_targets, names, config.lora_rank, config.lora_alpha)
+        self.graphdef = nnx.graphdef(model)
+        self.has_head = self.head != "cosine"
+        self.needs_patches = self.has_head and HEADS[self.head][0].needs_patches
 
     @property
-    def trains_text(self) -> bool:
-        return self.towers in ("text", "both")
+    def towers(self) -> str:
+        """What is trained of the towers; a head of its own takes the text tower's place."""
+        return "image" if self.head != "cosine" else self.config.towers
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that learned vectors take of a prompt."""
+        return self.config.prompt_length if self.config.name == "prompt" else 0
+
+    def own_parameters(self, cache_size: int = 0) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Any, ...]]]:
+        """Shapes and logical axis names of the parameters beside the model's: a head's, or a prompt's."""
+        if self.context_length:
+            stack = (self.num_classes,) if self.config.prompt_per_class else ()
+            shape = (*stack, self.context_length, self.clip.text.hidden_size)
+            return {CONTEXT: shape}, {CONTEXT: (None,) * len(shape)}
+        if not self.has_head:
+            return {}, {}
+        shapes, axes = head_shapes(self.head, HeadSize(self.clip.projection_dim, self.num_classes, cache_size))
+        return {HEAD + name: shape for name, shape in shapes.items()}, {HEAD + name: axes[name] for name in axes}
+
+    def init_own(
+        self,
+        params: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        class_embeddings: np.ndarray | None,
+        context_ids: Int[np.ndarray, " n"] | None,
+        seed: int,
+    ) -> Params:
+        """What all parameters beside CLIP's own start as: everything answers as the start does, as far as it can.
+
+        Args:
+          params: CLIP's.
+          shapes: of all parameters.
+          class_embeddings: those of the start; needed where there is a head.
+          context_ids: the words that a learned context starts from.
+          seed: of what starts at random.
+        """
+        own: Params = dict(init_lora(shapes, seed))
+        if self.has_head and self.recipe.learns_from != "features":
+            assert class_embeddings is not None
+            scale = float(np.exp(params["logit_scale"]))
+            own |= {HEAD + k: v for k, v in init_head(self.head, class_embeddings, scale, seed).items()}
+        if self.context_length:
+            assert context_ids is not None
+            shape = shapes[CONTEXT]
+            context = np.random.default_rng(seed).normal(0, 0.02, shape).astype(np.float32)
+            context[..., : len(context_ids), :] = np.asarray(params["text.token_embedding"])[context_ids]
+            own[CONTEXT] = context
+        return own
 
     def is_trainable(self, name: str) -> bool:
-        """Whether the parameter of this dotted name is updated; the logit scale always is."""
-        if name == "logit_scale":
+        """Whether the parameter of this dotted name is updated."""
+        if not any(fnmatchcase(name, pattern) for pattern in self.recipe.trains):
+            return False
+        if name.startswith(HEAD) or name == CONTEXT:
             return True
-        return self.trains_text if name.startswith("text") else self.towers in ("image", "both")
+        if name == "logit_scale":
+            return not self.has_head
+        return self.towers in ("both", "text" if name.startswith("text") else "image")
 
-    def class_embeddings(self, model: FlaxCLIPModel, classes: Classes) -> Float[Array, "c d"]:
-        """The classes' embeddings, computed from their prompts unless they are known."""
+    def model(self, params: Params) -> FlaxCLIPModel:
+        """The model that computes with `params`, of which a head's and a prompt's are set aside."""
+        own = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
+        return nnx.merge(self.graphdef, unflatten(own))
+
+    def class_embeddings(self, params: Params, classes: Classes) -> Float[Array, "c d"]:
+        """What images are compared with: embeddings of classes, or of single prompts where the loss pairs images with
+        texts. Computed unless they are known."""
         if classes.embeddings is not None:
             return classes.embeddings
         assert classes.input_ids is not None and classes.class_of_prompt is not None
-        return model.encode_classes(classes.input_ids, classes.class_of_prompt, self.num_classes)
+        model = self.model(params)
+        if self.loss in PAIR_LOSSES:
+            return model.encode_text(classes.input_ids)
+        if not self.context_length:
+            return model.encode_classes(classes.input_ids, classes.class_of_prompt, self.num_classes)
+        context, count = params[CONTEXT], len(classes.input_ids)
+        if self.config.prompt_per_class:
+            context = jnp.take(context, classes.class_of_prompt, axis=0, mode="clip")
+        else:
+            context = jnp.broadcast_to(context, (count, *context.shape))
+        embeddings = model.encode_prompts(classes.input_ids, context)
+        return mean_by_class(embeddings, classes.class_of_prompt, self.num_classes)
 
     def logits(
-        self, model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], embeddings: Float[Array, "c d"]
+        self,
+        params: Params,
+        images: Float[Array, "b *t h w 3"],
+        embeddings: Float[Array, "c d"],
+        drop: Drop | None = None,
     ) -> Float[Array, "b c"]:
-        """exp(logit_scale) * image . class."""
-        return jnp.exp(model.logit_scale[...]) * model.encode_image(images) @ embeddings.T
+        """The head's logits; with the cosine exp(logit_scale) * image . class."""
+        features = image_features(self.model(params), images, self.needs_patches, drop)
+        if self.has_head:
+            return self.make_head(params)(features)
+        return jnp.exp(params["logit_scale"]) * features.image @ embeddings.T
+
+    def make_head(self, params: Params) -> Any:
+        return make_head(self.head, {k.removeprefix(HEAD): v for k, v in params.items() if k.startswith(HEAD)})
+
+    def losses(
+        self,
+        params: Params,
+        images: Float[Array, "b *t h w 3"],
+        embeddings: Float[Array, "c d"],
+        classes: Classes,
+        batch: Batch,
+        key: jax.Array,
+    ) -> tuple[Float[Array, " b"], Float[Array, "b c"]]:
+        """Each row's loss and class logits."""
+        config = self.config
+        drop_key, mix_key, prompt_key = jax.random.split(key, 3)
+        drop = Drop(drop_key, config.drop_path) if config.drop_path else None
+        if self.loss in PAIR_LOSSES:
+            image = self.model(params).encode_image(images, drop)
+            text = embeddings[_choose_prompts(prompt_key, batch.label, classes.class_of_prompt)]
+            scale = jnp.exp(params["logit_scale"])
+            losses = contrastive_loss(
+                image,
+                text,
+                scale,
+                batch.mask,
+                mesh=self.mesh,
+                kind="sigmoid" if self.loss == "sigmoid" else "softmax",
+                label=None if self.loss == "softmax" else batch.label,
+                logit_bias=_even_bias(image, text, scale, batch.mask) if self.loss == "sigmoid" else 0.0,
+            )
+            return losses, scale * image @ mean_by_class(embeddings, classes.class_of_prompt, self.num_classes).T
+        target = jax.nn.one_hot(batch.label, self.num_classes)
+        if config.mixup or config.cutmix:
+            images, target = mix(images, target, batch.mask, mix_key, config.mixup, config.cutmix)
+        logits = self.logits(params, images, embeddings, drop)
+        losses = cross_entropy(
+            logits,
+            target,
+            label_smoothing=config.label_smoothing,
+            focal_gamma=config.focal_gamma,
+            class_weights=None if self.class_weights is None else jnp.asarray(self.class_weights),
+        )
+        return losses, logits
+
+    def finish(self, params: Mapping[str, Any], class_embeddings: np.ndarray) -> tuple[Params, str, Params]:
+        """What a model folder holds: CLIP's parameters, the name of the head, and the head's parameters.
+
+        Args:
+          class_embeddings: that these parameters give the run's classes; learned prompts are saved as these.
+        """
+        clip = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
+        clip = merge_lora(clip, self.config.lora_alpha / self.config.lora_rank)
+        if self.context_length:
+            head = init_head("linear", np.asarray(class_embeddings), float(np.exp(params["logit_scale"])), 0)
+            return clip, "linear", dict(head)
+        return clip, self.head, {k.removeprefix(HEAD): v for k, v in params.items() if k.startswith(HEAD)}
 
 
-def make_method(config: MethodConfig, num_classes: int) -> Full:
-    """The method that `config.name` names.
+def _even_bias(
+    image: Float[Array, "b d"], text: Float[Array, "b d"], scale: Float[Array, ""], mask: Float[Array, " b"]
+) -> Float[Array, ""]:
+    """The sigmoid's bias at which an average pair is as likely to match as one row's texts are.
+
+    SigLIP learns it (Zhai et al. 2023, section 3.2); a fine-tuning of a CLIP that has none is too short for that.
+    """
+    count = jnp.maximum(jnp.sum(mask), 2.0)
+    mean_image, mean_text = (jnp.sum(side * mask[:, None], axis=0) / count for side in (image, text))
+    return jax.lax.stop_gradient(-scale * mean_image @ mean_text - jnp.log(count - 1))
+
+
+def _choose_prompts(key: jax.Array, label: Int[Array, " b"], class_of_prompt: Int[Array, " p"]) -> Int[Array, " b"]:
+    """One prompt of each row's class, at random."""
+    scores = jax.random.uniform(key, (len(label), len(class_of_prompt)))
+    return jnp.argmax(jnp.where(class_of_prompt[None] == label[:, None], scores, -1.0), axis=-1)
+
+
+def check_method(config: MethodConfig) -> tuple[Recipe, str, str]:
+    """The recipe that `config.name` names, its head and its loss.
 
     Raises:
-      UserError: an unknown name.
+      UserError: an unknown name; a head, loss or tower that doesn't fit; names the accepted ones.
     """
     if config.name not in METHODS:
         raise UserError(f"config.method.name is {config.name!r}; {nearest(config.name, list(METHODS))}")
-    return Full(config.towers, num_classes)
+    recipe = METHODS[config.name]
+    head, loss = config.head or recipe.heads[0], config.loss or recipe.losses[0]
+    for key, value, accepted in (("head", head, recipe.heads), ("loss", loss, recipe.losses)):
+        if value not in accepted:
+            raise UserError(
+                f"config.method.{key} is {value!r}, but method {config.name!r} takes {' or '.join(accepted)}"
+            )
+    if head != "cosine" and config.towers == "text":
+        raise UserError(
+            f"config.method.towers is 'text', but the {head!r} head takes the text tower's place; use 'image' or 'both'"
+        )
+    for key in ("class_balance", "drop_path"):
+        if getattr(config, key) == 1:
+            raise UserError(f"config.method.{key} must be below 1")
+    if loss in PAIR_LOSSES:
+        if head != "cosine" or config.towers == "image":
+            raise UserError(
+                f"config.method.loss={loss} compares images with texts: use method.head=cosine and a method.towers "
+                f"with the text tower (text or both), not {head!r} and {config.towers!r}"
+            )
+        if wrong := [k for k in ("mixup", "cutmix", "label_smoothing", "focal_gamma") if getattr(config, k)]:
+            raise UserError(f"config.method.{wrong[0]} needs class logits; with the loss {loss!r} set it to 0")
+    return recipe, head, loss

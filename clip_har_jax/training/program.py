@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Int
 
@@ -27,10 +26,11 @@ from clip_har_jax.parallel.sharding import (
 )
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.specs import parse_spec
-from clip_har_jax.training.methods import Classes, make_method
+from clip_har_jax.training.losses import balanced_weights
+from clip_har_jax.training.methods import PAIR_LOSSES, Classes, Method
 from clip_har_jax.training.optim import freeze_masks, make_optimizer
 from clip_har_jax.training.state import TrainState, make_state, state_shardings
-from clip_har_jax.training.steps import make_class_step, make_eval_step, make_train_step
+from clip_har_jax.training.steps import make_class_step, make_eval_step, make_feature_step, make_train_step
 
 
 class Program:
@@ -43,13 +43,24 @@ class Program:
       num_classes: actions.
       num_steps: updates of the whole run.
       mesh: the devices; abstract ones serve too.
+      class_counts: training images of each class, for a loss that balances them.
+      cache_size: training images that a Tip-Adapter remembers.
 
     Raises:
-      UserError: a batch or a parameter that the mesh doesn't divide, nothing to train.
+      UserError: a batch or a parameter that the mesh doesn't divide, a method's settings that don't fit, nothing to
+        train.
     """
 
     def __init__(
-        self, config: RunConfig, clip: CLIPConfig, preprocess: Preprocess, num_classes: int, num_steps: int, mesh: Mesh
+        self,
+        config: RunConfig,
+        clip: CLIPConfig,
+        preprocess: Preprocess,
+        num_classes: int,
+        num_steps: int,
+        mesh: Mesh,
+        class_counts: Sequence[int] | None = None,
+        cache_size: int = 0,
     ):
         self.config, self.clip, self.preprocess, self.num_steps, self.mesh = config, clip, preprocess, num_steps, mesh
         self.num_classes = num_classes
@@ -61,17 +72,21 @@ class Program:
         rows = batch_sharding(mesh)
         self.runtime = Runtime(config.model.compute_dtype, config.model.remat, config.model.attention, activations=rows)
         model = abstract_model(clip, self.runtime)
-        self.shapes = {name: value.shape for name, value in flat_params(model).items()}
-        self.param_shardings = param_shardings(self.shapes, axis_names(model), mesh)
-        self.method = make_method(config.method, num_classes)
+        balance = config.method.class_balance
+        weights = balanced_weights(class_counts, balance) if balance and class_counts is not None else None
+        self.method = Method(config.method, clip, num_classes, model, mesh, weights)
+        own_shapes, own_axes = self.method.own_parameters(cache_size)
+        self.shapes = {name: value.shape for name, value in flat_params(model).items()} | own_shapes
+        self.param_shardings = param_shardings(self.shapes, axis_names(model) | own_axes, mesh)
         masks = freeze_masks(self.shapes, config.method.freeze)
         self.trainable = {
             name: shape for name, shape in self.shapes.items() if self.method.is_trainable(name) and masks[name].any()
         }
-        if not self.trainable:
+        if not self.trainable and self.method.recipe.learns_from != "nothing":
             raise UserError("config.method.freeze leaves nothing to train; freeze less")
-        self.trains_text = any(name.startswith("text") for name in self.trainable)
+        self.trains_text = any(name.startswith(("text", "prompt")) for name in self.trainable)
         self.trains_image = any(name.startswith("vis") for name in self.trainable)
+        self._check_pairs()
         self.optimizer = make_optimizer(config.optim, num_steps, self.trainable, masks)
         self.shardings = state_shardings(
             self.optimizer,
@@ -80,12 +95,21 @@ class Program:
             mesh,
             with_ema=config.optim.ema_decay > 0,
         )
-        graphdef = nnx.graphdef(model)
         self.train_step = make_train_step(
-            graphdef, self.method, self.optimizer, config, num_steps, preprocess, self.shardings, mesh
+            self.method, self.optimizer, config, num_steps, preprocess, self.shardings, mesh
         )
-        self.eval_step = make_eval_step(graphdef, self.method, preprocess, mesh)
-        self.class_step = make_class_step(graphdef, num_classes, mesh)
+        self.eval_step = make_eval_step(self.method, preprocess, mesh)
+        self.feature_step = make_feature_step(self.method, preprocess, mesh)
+        self.class_step = make_class_step(self.method, mesh)
+
+    def _check_pairs(self) -> None:
+        if self.method.loss in PAIR_LOSSES and not self.trains_text:
+            raise UserError(f"config.method.freeze leaves nothing of the texts that {self.method.loss} learns from")
+        if self.method.loss in PAIR_LOSSES and self.config.train.accumulation_steps > 1:
+            raise UserError(
+                f"config.train.accumulation_steps: {self.method.loss} compares all images of a batch; use 1, and "
+                "config.model.remat=full to save memory"
+            )
 
     def _abstract(self, shapes: dict[str, tuple[int, ...]]) -> Params:
         return {
@@ -94,17 +118,28 @@ class Program:
         }
 
     def place(self, params: Params) -> tuple[TrainState, Params]:
-        """The state before the first step and the frozen parameters, on the mesh, from host parameters."""
+        """The state before the first step and the frozen parameters, on the mesh, from host parameters.
+
+        Those that are missing are the head of features not yet seen; they start as 0.
+        """
+        params = {name: params.get(name, np.zeros(shape, np.float32)) for name, shape in self.shapes.items()}
         trainable = {name: params[name] for name in self.trainable}
         frozen = {name: value for name, value in params.items() if name not in trainable}
         state = make_state(trainable, self.optimizer, self.config.seed, self.shardings)
         return state, put(frozen, {name: self.param_shardings[name] for name in frozen})
 
-    def place_prompts(self, input_ids: Int[np.ndarray, "p t"], class_of_prompt: Sequence[int]) -> tuple[Any, Any]:
-        """The prompts, filled up to a multiple of the mesh so that every device computes its share of them."""
+    def place_prompts(
+        self, input_ids: Int[np.ndarray, "p t"], class_of_prompt: Sequence[int], num_classes: int | None = None
+    ) -> tuple[Any, Any]:
+        """The prompts, filled up to a multiple of the mesh so that every device computes its share of them.
+
+        Args:
+          num_classes: those of the prompts, where they aren't the run's.
+        """
+        fill = self.num_classes if num_classes is None else num_classes
         missing = -len(input_ids) % num_row_shards(self.mesh)
         ids = np.concatenate([input_ids, np.repeat(input_ids[:1], missing, axis=0)])
-        classes = np.asarray([*class_of_prompt, *[self.num_classes] * missing], np.int32)
+        classes = np.asarray([*class_of_prompt, *[fill] * missing], np.int32)
         rows = batch_sharding(self.mesh)
         return put((ids, classes), (rows, rows))
 
@@ -137,13 +172,15 @@ class Program:
         return state, frozen, classes, Batch(struct(image, jnp.uint8, rows), label, mask, label)
 
     def flops_per_step(self, num_prompts: int) -> int:
-        """Of one step's matrix products over all devices: forward, and twice that backward where a tower is trained.
+        """Of one step's matrix products over all devices: forward, and twice that backward where a tower's kernels are.
 
         What rematerialisation computes again doesn't count, as is usual for model FLOPs (Chowdhery et al. 2022, B).
         """
-        image = forward_flops(self.clip.vision, self.clip.projection_dim) * (3 if self.trains_image else 1)
+        kernels = any(name.endswith(".kernel") and not name.startswith("head.") for name in self.trainable)
+        trained = 3 if kernels else 2  # the backward pass has no products for weights that don't change
+        image = forward_flops(self.clip.vision, self.clip.projection_dim) * (trained if self.trains_image else 1)
         image *= self.num_frames or 1
-        text = 3 * forward_flops(self.clip.text, self.clip.projection_dim) if self.trains_text else 0
+        text = trained * forward_flops(self.clip.text, self.clip.projection_dim) if self.trains_text else 0
         return self.config.train.global_batch_size * image + num_prompts * text
 
 

@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
-from flax import nnx, struct
+from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
-from clip_har_jax.models.clip import FlaxCLIPModel, normalize_images
-from clip_har_jax.models.params import Params, unflatten
+from clip_har_jax.models.clip import mean_by_class, normalize_images
+from clip_har_jax.models.params import Params
 from clip_har_jax.parallel.sharding import batch_sharding, replicated
 from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.training.losses import cross_entropy, masked_mean
-from clip_har_jax.training.methods import Classes, Full
+from clip_har_jax.training.losses import masked_mean
+from clip_har_jax.training.methods import PAIR_LOSSES, Classes, Method
 from clip_har_jax.training.optim import make_schedule
 from clip_har_jax.training.state import TrainState
 
@@ -43,14 +43,8 @@ class TrainMetrics(clu_metrics.Collection):
     skipped_steps: clu_metrics.LastValue.from_output("skipped_steps")  # type: ignore[valid-type]
 
 
-def merge_model(graphdef: nnx.GraphDef[FlaxCLIPModel], *params: Params) -> FlaxCLIPModel:
-    """The model that computes with the given parameters, which together are all of its own."""
-    return nnx.merge(graphdef, unflatten({name: value for part in params for name, value in part.items()}))
-
-
 def make_train_step(
-    graphdef: nnx.GraphDef[FlaxCLIPModel],
-    method: Full,
+    method: Method,
     optimizer: optax.GradientTransformation,
     config: RunConfig,
     num_steps: int,
@@ -64,12 +58,13 @@ def make_train_step(
     the number of updates left out in a row, which the next step doesn't donate.
     """
     schedule = make_schedule(config.optim, num_steps)
-    gradients = make_gradients(graphdef, method, config, preprocess, shardings.params, mesh)
+    gradients = make_gradients(method, config, preprocess, shardings.params, mesh)
 
     def train_step(
         state: TrainState, frozen: Params, classes: Classes, batch: Batch
     ) -> tuple[TrainState, TrainMetrics, jax.Array]:
-        grads, losses, correct = gradients(state.params, frozen, classes, batch)
+        key = jax.random.fold_in(state.key, state.step)
+        grads, losses, correct = gradients(state.params, frozen, classes, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if "logit_scale" in params:
@@ -103,13 +98,12 @@ def _moving_average(state: TrainState, params: Params, decay: float) -> Params:
 
 
 def make_gradients(
-    graphdef: nnx.GraphDef[FlaxCLIPModel],
-    method: Full,
+    method: Method,
     config: RunConfig,
     preprocess: Preprocess,
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
-) -> Callable[[Params, Params, Classes, Batch], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
+) -> Callable[[Params, Params, Classes, Batch, jax.Array], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
     """The gradients of a batch's mean loss, each row's loss, and whether its class was found.
 
     With `config.train.accumulation_steps` the batch's parts go through the image tower one after the other. The class
@@ -118,33 +112,41 @@ def make_gradients(
     parts = config.train.accumulation_steps
 
     def loss_fn(
-        weights: tuple[Params, jax.Array], frozen: Params, batch: Batch, count: jax.Array
+        weights: tuple[Params, jax.Array],
+        frozen: Params,
+        classes: Classes,
+        batch: Batch,
+        count: jax.Array,
+        key: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         params, embeddings = weights
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
-        logits = method.logits(merge_model(graphdef, params, frozen), images, embeddings)
-        losses = cross_entropy(logits, batch.label, config.method.label_smoothing)
+        losses, logits = method.losses(params | frozen, images, embeddings, classes, batch, key)
         return jnp.sum(losses * batch.mask) / count, (losses, jnp.argmax(logits, -1) == batch.label)
 
-    def gradients(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[Params, Any, Any]:
+    def gradients(
+        params: Params, frozen: Params, classes: Classes, batch: Batch, key: jax.Array
+    ) -> tuple[Params, Any, Any]:
         def class_embeddings(params: Params) -> jax.Array:
-            return method.class_embeddings(merge_model(graphdef, params, frozen), classes)
+            return method.class_embeddings(params | frozen, classes)
 
         embeddings, pull_back = jax.vjp(class_embeddings, params)
         count = jnp.maximum(jnp.sum(batch.mask), 1.0)
         grad_fn = jax.grad(loss_fn, has_aux=True)
 
-        def add_part(total: tuple[Params, jax.Array], part: Batch) -> tuple[tuple[Params, jax.Array], Any]:
-            grads, rows = grad_fn((params, embeddings), frozen, part, count)
+        def add_part(total: tuple[Params, jax.Array], part: tuple[Batch, Any]) -> tuple[tuple[Params, jax.Array], Any]:
+            grads, rows = grad_fn((params, embeddings), frozen, classes, part[0], count, part[1])
             grads, of_embeddings = jax.tree.map(jnp.add, total, grads)
             # Sharded like the parameters while they are summed: that is where the memory goes.
             return (jax.lax.with_sharding_constraint(grads, dict(shardings)), of_embeddings), rows
 
         if parts == 1:
-            (grads, of_embeddings), rows = grad_fn((params, embeddings), frozen, batch, count)
+            (grads, of_embeddings), rows = grad_fn((params, embeddings), frozen, classes, batch, count, key)
         else:
             zeros = jax.tree.map(jnp.zeros_like, (params, embeddings))
-            (grads, of_embeddings), rows = jax.lax.scan(add_part, zeros, split_batch(batch, parts, mesh))
+            (grads, of_embeddings), rows = jax.lax.scan(
+                add_part, zeros, (split_batch(batch, parts, mesh), jax.random.split(key, parts))
+            )
             rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), rows)
         return jax.tree.map(jnp.add, grads, pull_back(of_embeddings)[0]), *rows
 
@@ -163,25 +165,47 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef[FlaxCLIPModel], method: Full, preprocess: Preprocess, mesh: Mesh
+    method: Method, preprocess: Preprocess, mesh: Mesh
 ) -> Callable[[Params, Params, Classes, Batch], tuple[Float[Array, "b c"], Batch]]:
     """The class logits of a batch, jitted, and its labels, mask and index; every process gets those of all rows."""
 
     def eval_step(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[jax.Array, Batch]:
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
-        model = merge_model(graphdef, params, frozen)
-        return method.logits(model, images, method.class_embeddings(model, classes)), batch._replace(image=None)
+        return method.logits(params | frozen, images, classes.embeddings), batch._replace(image=None)
 
     return jax.jit(eval_step, out_shardings=replicated(mesh))
 
 
-def make_class_step(
-    graphdef: nnx.GraphDef[FlaxCLIPModel], num_classes: int, mesh: Mesh
-) -> Callable[[Params, Int[Array, "p t"], Int[Array, " p"]], Float[Array, "c d"]]:
-    """The class embeddings of all prompts, jitted: run once where the text tower is frozen, before each evaluation
-    where it isn't."""
+def make_feature_step(
+    method: Method, preprocess: Preprocess, mesh: Mesh
+) -> Callable[[Params, Batch], tuple[Float[Array, "b d"], Batch]]:
+    """As `make_eval_step`, the L2-normalised image embeddings."""
 
-    def class_step(params: Params, input_ids: jax.Array, class_of_prompt: jax.Array) -> jax.Array:
-        return merge_model(graphdef, params).encode_classes(input_ids, class_of_prompt, num_classes)
+    def feature_step(params: Params, batch: Batch) -> tuple[jax.Array, Batch]:
+        images = normalize_images(batch.image, preprocess.mean, preprocess.std)
+        return method.model(params).encode_image(images), batch._replace(image=None)
+
+    return jax.jit(feature_step, out_shardings=replicated(mesh))
+
+
+def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, Classes], Float[Array, "c d"]]:
+    """The embeddings of the run's classes, jitted: run once where they never change, else before each evaluation."""
+
+    def class_step(params: Params, classes: Classes) -> jax.Array:
+        embeddings = method.class_embeddings(params, classes)
+        if method.loss in PAIR_LOSSES:
+            return mean_by_class(embeddings, classes.class_of_prompt, method.num_classes)
+        return embeddings
 
     return jax.jit(class_step, out_shardings=replicated(mesh))
+
+
+def make_text_step(
+    method: Method, num_classes: int, mesh: Mesh
+) -> Callable[[Params, Int[Array, "p t"], Int[Array, " p"]], Float[Array, "c d"]]:
+    """The embeddings of any classes from their prompts as they stand, jitted: what zero-shot compares images with."""
+
+    def text_step(params: Params, input_ids: jax.Array, class_of_prompt: jax.Array) -> jax.Array:
+        return method.model(params).encode_classes(input_ids, class_of_prompt, num_classes)
+
+    return jax.jit(text_step, out_shardings=replicated(mesh))

@@ -1,0 +1,87 @@
+"""Image embeddings, computed once and kept on disk by what the images, the model and the preprocessing are."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_har_jax.data.sources import Source
+from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
+from clip_har_jax.training.probe import Embedded
+
+
+def cache_folder() -> Path:
+    """Where features are kept: beside the compiled programs, in $XDG_CACHE_HOME/clip_har_jax (default ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_har_jax" / "features"
+
+
+def content_digest(source: Source) -> str:
+    """SHA-256 over the examples' bytes and labels; of drawn ones over what they are drawn from."""
+
+    def read(i: int) -> Any:
+        try:
+            return source[i].data
+        except OSError as error:  # it will be reported when it is to be read for good
+            return str(error).encode()
+
+    def one(i: int) -> bytes:
+        data = read(i)
+        if isinstance(data, bytes):
+            return hashlib.sha256(data).digest()
+        with Path(data.path).open("rb") as file:  # a clip
+            return hashlib.file_digest(file, "sha256").digest()
+
+    if not len(source) or isinstance(read(0), np.ndarray):
+        return source.fingerprint
+    digest = hashlib.sha256(np.ascontiguousarray(source.label_ids).tobytes())
+    with ThreadPoolExecutor(8) as pool:
+        for part in pool.map(one, range(len(source))):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def image_tower_digest(params: Mapping[str, Any]) -> str:
+    """SHA-256 over the weights that image embeddings depend on."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in params if name.startswith("vis")):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(params[name]).tobytes())
+    return digest.hexdigest()
+
+
+def cached_features(
+    source: Source, tower_digest: str, preprocess: Preprocess, dtype: str, compute: Callable[[], Embedded]
+) -> Embedded:
+    """The features of a source, read if they are kept, else computed and kept.
+
+    Args:
+      tower_digest: from `image_tower_digest`.
+      dtype: in which they are computed.
+      compute: reads and embeds each image once.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file
+
+    key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, asdict(preprocess), dtype])
+    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    try:
+        tensors = load_file(str(path))
+        if len(tensors["label"]) == len(source):  # else some can't be read, which each run is to say
+            return Embedded(tensors["embeddings"], tensors["label"])
+    except (OSError, SafetensorError, KeyError):  # not there, or damaged: then they are computed
+        pass
+    embedded = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({name: np.ascontiguousarray(value) for name, value in embedded._asdict().items()}, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return embedded

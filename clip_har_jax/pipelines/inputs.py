@@ -1,0 +1,109 @@
+"""What a run learns from and is judged by: its data, classes and prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clip_har_jax.config import RunConfig
+from clip_har_jax.data.sources import Source, SubsetSource, make_source
+from clip_har_jax.data.splits import hold_out, take_shots
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.text import make_prompts
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is judged by."""
+
+    train: Source
+    val: Source
+    labels: tuple[str, ...]
+    prompts: dict[str, tuple[str, ...]]
+
+    @property
+    def texts(self) -> list[str]:
+        """All prompts, class after class."""
+        return [text for label in self.labels for text in self.prompts[label]]
+
+    @property
+    def class_of_prompt(self) -> list[int]:
+        return [i for i, label in enumerate(self.labels) for _ in self.prompts[label]]
+
+
+def load_data(config: RunConfig) -> Data:
+    """The data that a config names.
+
+    Raises:
+      UserError: it isn't there, or leaves nothing to train or to validate on; a class with too few images.
+    """
+    classes = config.data.classes
+    train_source = make_source(config.data.train, "train", config.data.labels, several_classes=True)
+    if config.data.val:
+        val_source = make_source(config.data.val, "val", train_source.labels)
+    else:
+        train_ids, val_ids = hold_out(train_source.label_ids, config.data.val_fraction, config.data.split_seed)
+        train_source, val_source = SubsetSource(train_source, train_ids), SubsetSource(train_source, val_ids)
+    if classes:
+        train_source = select_classes(train_source, classes, "data.classes")
+        val_source = select_classes(val_source, classes, "data.classes")
+    labels = tuple(train_source.labels)
+    if unknown := [label for label in config.data.augment.no_flip_labels if label not in labels]:
+        raise UserError(
+            f"config.data.augment.no_flip_labels: {unknown[0]!r} is none of the {len(labels)} classes; "
+            f"{nearest(unknown[0], list(labels))}"
+        )
+    if not len(val_source):
+        raise UserError("config.data.val_fraction leaves no validation images; raise it, or set config.data.val")
+    if config.data.shots is not None:
+        positions = take_shots(train_source.label_ids, labels, config.data.shots, config.seed)
+        train_source = SubsetSource(train_source, positions)
+    # A learned context takes the place of a template's words.
+    templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
+    prompts = make_prompts(labels, templates, config.text.descriptions, config.text.phrases)
+    return Data(train_source, val_source, labels, prompts)
+
+
+def select_classes(source: Source, classes: Sequence[str], key: str) -> Source:
+    """The examples of some of a source's classes, which are then its only ones, in this order.
+
+    Raises:
+      UserError: fewer than two, one that isn't there, or no examples; names the config key.
+    """
+    if unknown := [label for label in classes if label not in source.labels]:
+        raise UserError(
+            f"config.{key}: {unknown[0]!r} is no class of the data; {nearest(unknown[0], list(source.labels))}"
+        )
+    ids = [source.labels.index(label) for label in classes]
+    chosen = SubsetSource(source, np.flatnonzero(np.isin(source.label_ids, ids)))
+    if len(set(classes)) < 2 or not len(chosen):
+        raise UserError(f"config.{key}: two or more classes with images are needed, not {', '.join(classes)}")
+    places = np.full(len(source.labels), -1, np.int32)
+    places[ids] = np.arange(len(ids))
+    chosen.labels, chosen.label_ids = tuple(classes), places[chosen.label_ids]
+    return chosen
+
+
+@dataclass(frozen=True)
+class RetentionData:
+    """Images by which it is seen what a model can still tell without having been trained for it."""
+
+    source: Source
+    labels: tuple[str, ...]
+    prompts: dict[str, tuple[str, ...]]
+
+
+def load_retention(config: RunConfig) -> RetentionData | None:
+    """The data of the retention gate; None where the config names none.
+
+    Raises:
+      UserError: it isn't there, or doesn't have the classes.
+    """
+    if not config.retention.data:
+        if config.retention.classes or config.retention.fail:
+            raise UserError("config.retention.data is empty; name the images by which retention is measured")
+        return None
+    whole = make_source(config.retention.data, "test")
+    chosen = config.retention.classes or tuple(whole.labels)
+    source = select_classes(whole, chosen, "retention.classes")
+    return RetentionData(source, chosen, make_prompts(chosen))

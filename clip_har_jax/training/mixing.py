@@ -1,0 +1,50 @@
+"""mixup and CutMix on the device: each image is mixed with its neighbour in the batch, and so are their labels.
+
+Batches are shuffled, so the neighbour is as good as any other image, and on a mesh each device sends one image.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Images = Float[Array, "b *t h w 3"]  # of clips all frames alike
+Target = Float[Array, "b c"]
+
+
+def mix(
+    images: Images, target: Target, mask: Float[Array, " b"], key: jax.Array, mixup: float, cutmix: float
+) -> tuple[Images, Target]:
+    """Mixes rows whose neighbour counts; where both kinds are on, each row has one of them, by the toss of a coin.
+
+    Args:
+      target: each row's share of each class.
+      mask: 0 for rows that count nowhere, and are mixed into none.
+      mixup: the share of an image is drawn from Beta(mixup, mixup) (Zhang et al. 2018); 0: off.
+      cutmix: the same for the area that stays of an image (Yun et al. 2019); 0: off.
+    """
+    partner_images, partner_target = jnp.roll(images, 1, axis=0), jnp.roll(target, 1, axis=0)
+    is_mixed = (mask > 0) & (jnp.roll(mask, 1) > 0)
+    toss_key, share_key, box_key = jax.random.split(key, 3)
+    rows = len(mask)
+    cuts = jax.random.bernoulli(toss_key, 0.5 if mixup and cutmix else float(cutmix > 0), (rows,))
+    alpha = jnp.where(cuts, cutmix or 1.0, mixup or 1.0)
+    share = jnp.where(is_mixed, jax.random.beta(share_key, alpha, alpha, (rows,)), 1.0)
+    height, width = images.shape[-3:-1]
+    keep = jnp.broadcast_to(share[:, None, None], (rows, height, width))  # of each pixel
+    if cutmix:
+        box = _boxes(1 - share, box_key, height, width)
+        keep = jnp.where(cuts[:, None, None], 1.0 - box, keep)
+    share = jnp.mean(keep, axis=(1, 2))  # what a box keeps is known only when it has been cut at the borders
+    keep = keep.reshape(rows, *[1] * (images.ndim - 4), height, width, 1)
+    images = keep * images + (1 - keep) * partner_images
+    return images, share[:, None] * target + (1 - share[:, None]) * partner_target
+
+
+def _boxes(area: Float[Array, " b"], key: jax.Array, height: int, width: int) -> Float[Array, "b h w"]:
+    """1 inside a box of a share of the image's area, of its aspect, anywhere; what falls outside the image is lost."""
+    centres = jax.random.uniform(key, (2, len(area)))
+    inside = [
+        jnp.abs((jnp.arange(length)[None] + 0.5) / length - centre[:, None]) < jnp.sqrt(area)[:, None] / 2
+        for length, centre in zip((height, width), centres, strict=True)
+    ]
+    return (inside[0][:, :, None] & inside[1][:, None, :]).astype(jnp.float32)
