@@ -1,12 +1,13 @@
 """What a run learns from and is judged by: its data, classes and prompts."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from clip_har_jax.config import RunConfig
-from clip_har_jax.data.sources import Source, SubsetSource, make_source
+from clip_har_jax.data.sources import Example, Source, SubsetSource, make_source
 from clip_har_jax.data.splits import hold_out, take_shots
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.text import make_prompts
@@ -64,6 +65,20 @@ def load_data(config: RunConfig) -> Data:
     return Data(train_source, val_source, labels, prompts)
 
 
+class ClassSource(SubsetSource):
+    """The examples of some classes of another source, which are numbered anew."""
+
+    def __init__(self, source: Source, ids: Sequence[int]):
+        super().__init__(source, np.flatnonzero(np.isin(source.label_ids, ids)))
+        places = np.full(len(source.labels), -1, np.int32)
+        places[ids] = np.arange(len(ids))
+        self.labels, self.label_ids = tuple(source.labels[i] for i in ids), places[self.label_ids]
+        self.fingerprint = hashlib.sha256(f"{self.fingerprint} {self.labels}".encode()).hexdigest()
+
+    def __getitem__(self, i: int) -> Example:
+        return super().__getitem__(i)._replace(label=int(self.label_ids[i]))
+
+
 def select_classes(source: Source, classes: Sequence[str], key: str) -> Source:
     """The examples of some of a source's classes, which are then its only ones, in this order.
 
@@ -75,12 +90,9 @@ def select_classes(source: Source, classes: Sequence[str], key: str) -> Source:
             f"config.{key}: {unknown[0]!r} is no class of the data; {nearest(unknown[0], list(source.labels))}"
         )
     ids = [source.labels.index(label) for label in classes]
-    chosen = SubsetSource(source, np.flatnonzero(np.isin(source.label_ids, ids)))
+    chosen = ClassSource(source, ids)
     if len(set(classes)) < 2 or not len(chosen):
         raise UserError(f"config.{key}: two or more classes with images are needed, not {', '.join(classes)}")
-    places = np.full(len(source.labels), -1, np.int32)
-    places[ids] = np.arange(len(ids))
-    chosen.labels, chosen.label_ids = tuple(classes), places[chosen.label_ids]
     return chosen
 
 
