@@ -37,7 +37,8 @@ class LoRALinear(nnx.Linear):
             ("lora_a", (*stack, in_dim, rank), (*axes[:-1], None)),
             ("lora_b", (*stack, rank, out_dim), (*axes[:-2], None, axes[-1])),
         ):
-            setattr(self, name, nnx.Param(jax.ShapeDtypeStruct(shape, kernel.dtype), out_sharding=sharding))
+            with nnx.use_eager_sharding(False):
+                setattr(self, name, nnx.Param(jax.ShapeDtypeStruct(shape, kernel.dtype), out_sharding=sharding))
 
     def __call__(self, inputs: Float[Array, "*b i"], out_sharding: Any = None) -> Float[Array, "*b o"]:
         a, b = (matrix[...].astype(inputs.dtype) for matrix in (self.lora_a, self.lora_b))
