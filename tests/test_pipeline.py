@@ -31,7 +31,7 @@ from clip_har_jax.data.randaugment import OPERATIONS
 from clip_har_jax.data.sampling import Order
 from clip_har_jax.data.sources import Example, Source, make_source
 from clip_har_jax.errors import UserError
-from clip_har_jax.pipelines.run import load_data
+from clip_har_jax.pipelines.inputs import load_data
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 
 SIZE_PX = 16
