@@ -56,6 +56,10 @@ class Side:
         self._process.stdin.flush()
         return self._read()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def close(self) -> None:
         self._process.communicate()
 

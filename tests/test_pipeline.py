@@ -539,7 +539,8 @@ def test_an_example_drawn_twice_is_augmented_twice() -> None:
 
 
 def test_default_workers_leave_cores_to_the_trainer() -> None:
-    assert [default_workers(cores) for cores in (1, 2, 4, 8, 16, 96)] == [0, 0, 0, 4, 8, 8]
+    assert [default_workers(cores, 50_000) for cores in (1, 2, 4, 8, 16, 96)] == [0, 0, 0, 4, 8, 8]
+    assert default_workers(96, 9_999) == 0
 
 
 def test_ten_thousand_images_of_which_one_in_a_hundred_is_damaged(tmp_path: Path) -> None:

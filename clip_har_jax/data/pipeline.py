@@ -27,6 +27,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.video import FrameSampling, read_clip
 
+MIN_FOR_WORKERS = 10_000  # examples from which on decoding processes are worth their start
 Row = tuple[np.ndarray, int, float, int]  # image, label, mask, index
 BadInput = tuple[int, str, str]  # index, name, reason
 
@@ -185,7 +186,7 @@ class BatchIterator:
         config = batches.config
         cores = usable_cores()
         threads = min(config.num_threads or min(cores, 8), config.prefetch_batches)  # a thread reads a whole batch
-        workers = default_workers(cores) if config.num_workers is None else config.num_workers
+        workers = default_workers(cores, len(batches.source)) if config.num_workers is None else config.num_workers
         dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch_batches)
         )
@@ -227,13 +228,12 @@ class BatchIterator:
             self._iterator = None  # collected as late as the interpreter's end, it would fail noisily
 
 
-def default_workers(cores: int) -> int:
+def default_workers(cores: int, num_examples: int) -> int:
     """Decoding processes for so many cores: none where threads use them up, as decoders leave Python's lock alone.
 
-    Each costs 3 s at the start and about 300 MB, so there are never more than 8; one core a process is left to the
-    trainer.
+    Each costs 3 s at the start and about 300 MB, so there are never more than 8, and none for small data.
     """
-    return 0 if cores <= 4 else min(cores // 2, 8)
+    return 0 if cores <= 4 or num_examples < MIN_FOR_WORKERS else min(cores // 2, 8)
 
 
 def _let_workers_start() -> None:
