@@ -19,13 +19,14 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax import cli
+from clip_har_jax.errors import UserError
 
 CLIENTS = 32
 ROUNDS = 3
@@ -129,19 +131,25 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
 
 @contextmanager
 def server(command: list[str], port: int, ready: str, **environment: str) -> Iterator[tuple[int, float]]:
-    """A server as a process of its own: its process id, and how long it took to be ready."""
+    """A server with all its processes: its process id, and how long it took to be ready."""
+    if _is_ready(port, ready):
+        raise UserError(f"--port={port}: another server answers there")
     start = time.perf_counter()
-    with subprocess.Popen(
-        command, env=os.environ | environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as process:
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **quiet)  # type: ignore[call-overload]
+    try:
+        while not _is_ready(port, ready):
+            if process.poll() is not None:
+                raise RuntimeError(f"{command[:3]} ended with exit code {process.returncode}")
+            time.sleep(0.1)
+        yield process.pid, time.perf_counter() - start
+    finally:
+        process.terminate()
         try:
-            while not _is_ready(port, ready):
-                if process.poll() is not None:
-                    raise RuntimeError(f"{command[:3]} ended with exit code {process.returncode}")
-                time.sleep(0.1)
-            yield process.pid, time.perf_counter() - start
+            process.wait(30)
         finally:
-            process.terminate()
+            with suppress(ProcessLookupError):  # LitServe's workers outlive it
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _is_ready(port: int, path: str) -> bool:
@@ -382,6 +390,7 @@ def stream(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
 
         for count in SESSIONS:
             latencies, skipped = asyncio.run(go(count))
+            latencies = latencies or [float("nan")]
             p50, p99 = (1000 * float(np.percentile(latencies, share)) for share in (50, 99))
             rate = len(latencies) / arguments.seconds
             print(

@@ -5,11 +5,13 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic.json_schema import SkipJsonSchema
 
 from serving.images import overlay
 from serving.models import Classes, Entry, Model, Prompts, softmax
 from serving.problems import Problem, responses
 from serving.requests import (
+    LONGEST_MS,
     HowAsked,
     Timeout,
     Upload,
@@ -42,16 +44,24 @@ ModelName = Annotated[str, Path(pattern=NAME, examples=["har"])]
 ALWAYS = ("unauthorized", "forbidden", "host_not_allowed", "too_many_requests", "internal", "not_ready")
 BODY = ("malformed", "invalid_request", "body_timeout", "body_too_large", "unknown_model")
 COMPUTED = ("empty_body", "bad_image", "unsupported_media_type", "bad_model_output", "overloaded", "deadline")
-IMAGE_ERRORS = responses(*ALWAYS, *BODY, *COMPUTED, "classes_not_supported")
-MODEL_ERRORS = responses(*ALWAYS, *BODY, "conflict", "load_failed", "classes_not_supported", "overloaded", "deadline")
+IMAGE_ERRORS = responses(*ALWAYS, *BODY, *COMPUTED, "not_found", "classes_not_supported")
+MODEL_ERRORS = responses(
+    *ALWAYS, *BODY, "not_found", "conflict", "load_failed", "classes_not_supported", "overloaded", "deadline"
+)
+
+
+CLASSES_FIELD = {
+    "type": "string",
+    "description": 'JSON: ["NAME", ...] or {"NAME": ["PROMPT", ...]}',
+    "examples": ['["riding a bike", "sleeping"]'],
+}
 
 
 def image_body(field: dict[str, Any], raw: bool = True, classes: bool = True) -> dict[str, Any]:
     """What OpenAPI says of a body that FastAPI doesn't read itself."""
     properties: dict[str, Any] = {"image": field}
     if classes:
-        about = 'JSON: ["NAME", ...] or {"NAME": ["PROMPT", ...]}'
-        properties["classes"] = {"type": "string", "description": about, "examples": ['["riding a bike", "sleeping"]']}
+        properties["classes"] = CLASSES_FIELD
     form = {"type": "object", "properties": properties, "required": ["image"], "additionalProperties": False}
     content: dict[str, Any] = {"multipart/form-data": {"schema": form}}
     if raw:
@@ -107,7 +117,7 @@ def _answer(service: Service, model: Model, labels: tuple[str, ...], probs: np.n
 
 
 @router.post("/predict", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE)
-async def predict(request: Request, which: WhichModel, asked: HowAsked, timeout_ms: Timeout = None) -> Prediction:
+async def predict(request: Request, which: WhichModel, asked: HowAsked, timeout_ms: Timeout = LONGEST_MS) -> Prediction:
     """What the image shows: the most probable actions, of the model's own classes or of `classes` in free text."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
@@ -128,7 +138,7 @@ async def predict(request: Request, which: WhichModel, asked: HowAsked, timeout_
 
 @router.post("/predict/batch", responses=IMAGE_ERRORS, openapi_extra=MANY_IMAGES, response_model_exclude_none=False)
 async def predict_batch(
-    request: Request, which: WhichModel, asked: HowAsked, timeout_ms: Timeout = None
+    request: Request, which: WhichModel, asked: HowAsked, timeout_ms: Timeout = LONGEST_MS
 ) -> BatchPrediction:
     """As /v1/predict for several images, the form's field `image` repeated; one that can't be read has an error."""
     service = service_of(request)
@@ -157,7 +167,7 @@ async def predict_batch(
 
 
 @router.post("/embed", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE_ALONE)
-async def embed(request: Request, which: WhichModel, timeout_ms: Timeout = None) -> Embedding:
+async def embed(request: Request, which: WhichModel, timeout_ms: Timeout = LONGEST_MS) -> Embedding:
     """The image's embedding, to compare images or to search among them."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
@@ -183,8 +193,10 @@ async def explain(
     request: Request,
     which: WhichModel,
     asked: HowAsked,
-    label: Annotated[str | None, Query(max_length=200, description="left out: the most probable class")] = None,
-    timeout_ms: Timeout = None,
+    label: Annotated[
+        str | SkipJsonSchema[None], Query(max_length=200, description="left out: the most probable class")
+    ] = None,
+    timeout_ms: Timeout = LONGEST_MS,
 ) -> Explanation | Response:
     """Where the model sees a class in the image; as a picture with `Accept: image/png`."""
     service = service_of(request)
@@ -197,7 +209,7 @@ async def explain(
             classes = await _classes(service, model, prompts, deadline)
             labels = classes.labels if classes else model.labels
             if label is not None and label not in labels:
-                raise Problem("invalid_request", f"label: {label!r} is no class; classes: {', '.join(labels)[:500]}")
+                raise Problem("not_found", f"label: {label!r} is no class; classes: {', '.join(labels)[:500]}")
             lane = model.explain_text if classes else model.explain
             async with service.batcher.admit(lane, 2):
                 pixels = await service.decode(upload.data, model)
@@ -242,7 +254,7 @@ async def activate_model(request: Request, name: ModelName, given: ActivateReque
 async def change_classes(request: Request, name: ModelName, given: ClassesRequest) -> ModelStatus:
     """Adds and removes classes by text; makes a version of its own and switches to it."""
     service = service_of(request)
-    deadline = deadline_of(service.settings, None)
+    deadline = deadline_of(service.settings)
     return _status(await service.registry.change_classes(name, given.add, given.remove, deadline))
 
 

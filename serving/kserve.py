@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Header, Path, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.api import ALWAYS, BODY, COMPUTED, ModelName, service_of
 from serving.models import Model, softmax
 from serving.problems import Problem, responses
-from serving.requests import Timeout, Which, deadline_of, while_wanted
+from serving.requests import LONGEST_MS, Timeout, Which, deadline_of, while_wanted
 from serving.service import Service
 
 router = APIRouter(prefix="/v2")
@@ -161,31 +161,43 @@ async def model_ready(request: Request, name: ModelName, version: VersionName | 
     return {"name": name, "ready": True}
 
 
-BINARY_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}},
-    }
+ONE_FILE = {  # the plainest request; the protocol's others are in the description
+    "type": "object",
+    "required": ["name", "shape", "datatype", "data"],
+    "properties": {
+        "name": {"const": "image_bytes"},
+        "shape": {"const": [1]},
+        "datatype": {"const": "BYTES"},
+        "data": {"type": "array", "minItems": 1, "maxItems": 1, "items": {"type": "string", "format": "byte"}},
+    },
 }
+REQUEST = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string", "maxLength": 200},
+        "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": ONE_FILE},
+    },
+}
+INFER_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": REQUEST}}}}
 
 
-@router.post("/models/{name}/infer", responses=ERRORS, openapi_extra=BINARY_BODY, response_model=InferResponse)
+@router.post("/models/{name}/infer", responses=ERRORS, openapi_extra=INFER_BODY, response_model=InferResponse)
 @router.post(
-    "/models/{name}/versions/{version}/infer", responses=ERRORS, openapi_extra=BINARY_BODY, response_model=InferResponse
+    "/models/{name}/versions/{version}/infer", responses=ERRORS, openapi_extra=INFER_BODY, response_model=InferResponse
 )
 async def infer(
     request: Request,
     name: ModelName,
     version: VersionName | None = None,
-    timeout_ms: Timeout = None,
-    json_length: Annotated[int | None, Header(alias=LENGTH, ge=0, description="where binary tensors begin")] = None,
+    timeout_ms: Timeout = LONGEST_MS,
 ) -> Response:
     """Predicts: `image` (UINT8, resized and cropped) or `image_bytes` (BYTES: image files; in JSON base64)."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
     with service.begin(request, Which(name, version)) as model:
         body = await request.body()
-        asked, binary = _parse(body, json_length)
+        asked, binary = _parse(body, request.headers.get(LENGTH))
         images = _read_input(asked.inputs[0], binary, model, service.settings.max_batch_images)
         service.limiter.take(request.state.client, len(images) - 1)
         wanted = asked.outputs or [OutputRequest(name=name) for name in DEFAULT_OUTPUTS]
@@ -197,10 +209,10 @@ async def infer(
     return _respond(model, asked, outputs)
 
 
-def _parse(body: bytes, json_length: int | None) -> tuple[InferRequest, bytes]:
-    if json_length is not None and json_length > len(body):
-        raise Problem("invalid_request", f"{LENGTH} is larger than the body")
-    end = len(body) if json_length is None else json_length
+def _parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
+    if json_length is not None and not (json_length.isdecimal() and int(json_length) <= len(body)):
+        raise Problem("invalid_request", f"{LENGTH}: where in the body the binary tensors begin is needed")
+    end = len(body) if json_length is None else int(json_length)
     try:
         return InferRequest.model_validate_json(body[:end]), body[end:]
     except ValidationError as error:

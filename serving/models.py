@@ -172,13 +172,13 @@ class Model:
         """
         prompts = dict(self.actions.prompts) if self.classes is None else dict.fromkeys(self.labels, ())
         if unknown := [label for label in remove if label not in prompts]:
-            raise Problem("invalid_request", f"remove: {unknown[0]!r} is no class; classes: {', '.join(prompts)}")
+            raise Problem("conflict", f"remove: {unknown[0]!r} is no class; classes: {', '.join(prompts)}")
         if there := [label for label in add if label in prompts]:
-            raise Problem("invalid_request", f"add: {there[0]!r} is a class already; remove it first")
+            raise Problem("conflict", f"add: {there[0]!r} is a class already; remove it first")
         kept = [label for label in self.labels if label not in remove]
         new = checked_prompts(add) if add else {}
         labels = (*kept, *new)
-        check_labels(labels)
+        check_labels(labels, "conflict")
         own = await self._own_embeddings(batcher, deadline)
         parts = [own[[self.labels.index(label) for label in kept]]]
         if new:
@@ -203,17 +203,17 @@ class Model:
         )
 
 
-def check_labels(labels: Sequence[str]) -> None:
+def check_labels(labels: Sequence[str], code: str = "invalid_request") -> None:
     """Refuses classes that no model could tell apart.
 
     Raises:
       Problem: fewer than two, or two that are said alike.
     """
     if len(labels) < 2:
-        raise Problem("invalid_request", f"classes: two or more are needed, not {len(labels)}")
+        raise Problem(code, f"classes: two or more are needed, not {len(labels)}")
     said = [phrase(label) for label in labels]
     if twice := [label for label in labels if said.count(phrase(label)) > 1]:
-        raise Problem("invalid_request", f"classes: {' and '.join(map(repr, twice[:2]))} mean the same; leave one out")
+        raise Problem(code, f"classes: {' and '.join(map(repr, twice[:2]))} mean the same; leave one out")
 
 
 def checked_prompts(given: Mapping[str, Sequence[str]]) -> dict[str, Prompts]:
@@ -316,7 +316,7 @@ class Registry:
         root = self._models_dir.resolve()
         path = (root / name).resolve()
         if path.parent != root or not path.is_dir():  # names hold no slash; a link could still lead elsewhere
-            raise Problem("load_failed", f"models_dir holds no folder {name!r}")
+            raise Problem("not_found", f"models_dir holds no folder {name!r}")
         return path
 
     async def load(self, name: str, path: Path | None = None, activate: bool = True) -> Entry:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Query, Request
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
 
 from serving.models import Prompts, check_labels, checked_prompts
@@ -17,6 +18,9 @@ from serving.settings import Settings
 
 T = TypeVar("T")
 CLASSES: TypeAdapter[list[str] | dict[str, list[str]]] = TypeAdapter(list[Label] | dict[Label, list[Prompt]])
+
+
+Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class ClientGone(Exception):  # noqa: N818
@@ -35,8 +39,10 @@ class Upload:
 class Which:
     """The model that a request asks for."""
 
-    model: Annotated[str | None, Query(max_length=64, description="a model's name; left out: the first")] = None
-    version: Annotated[str | None, Query(max_length=100, description="left out: the active one")] = None
+    model: Annotated[
+        str | SkipJsonSchema[None], Query(max_length=64, description="a model's name; left out: the first")
+    ] = None
+    version: Annotated[str | SkipJsonSchema[None], Query(max_length=100, description="left out: the active one")] = None
 
 
 @dataclass(frozen=True)
@@ -44,23 +50,21 @@ class Asked:
     """How an answer is wanted."""
 
     top: Annotated[int, Query(ge=1, le=100, description="how many classes to name")] = 5
-    threshold: Annotated[
-        float | None, Query(ge=0, le=1, allow_inf_nan=False, description="abstain below this score")
-    ] = None
+    threshold: Annotated[Threshold | SkipJsonSchema[None], Query(description="abstain below this score")] = None
     classes: Annotated[
         list[str], Query(description="tell these apart instead, in any words; repeated, or divided by commas")
     ] = ()  # type: ignore[assignment]
 
 
+LONGEST_MS = 600_000
 Timeout = Annotated[
-    int | None, Header(alias="X-Timeout-Ms", ge=1, le=600_000, description="give up after so many milliseconds")
+    int, Header(alias="X-Timeout-Ms", ge=1, le=LONGEST_MS, description="give up after so many milliseconds")
 ]
 
 
-def deadline_of(settings: Settings, timeout_ms: int | None) -> float:
+def deadline_of(settings: Settings, timeout_ms: int = LONGEST_MS) -> float:
     """When an answer is of no use any more, by the loop's clock."""
-    allowed = settings.request_timeout_s if timeout_ms is None else min(timeout_ms / 1000, settings.request_timeout_s)
-    return asyncio.get_running_loop().time() + allowed
+    return asyncio.get_running_loop().time() + min(timeout_ms / 1000, settings.request_timeout_s)
 
 
 def is_form(request: Request) -> bool:
@@ -82,7 +86,7 @@ async def read_uploads(request: Request, field: str, most: int) -> tuple[list[Up
             if name == field and isinstance(value, UploadFile):
                 uploads.append(Upload(await value.read(), value.filename or None))
             elif name == "classes" and isinstance(value, str):
-                classes = value
+                classes = value.strip() or None  # a field that was left empty in a page
             else:
                 raise Problem(
                     "invalid_request", f"the form has a part {name[:50]!r}; {field!r} (a file) and 'classes' are taken"

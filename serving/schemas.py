@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.problems import ProblemBody
 
-Label = Annotated[str, Field(min_length=1, max_length=200, examples=["riding a bike"])]
+Label = Annotated[str, Field(pattern=r"[^\W_]", max_length=200, examples=["riding a bike"])]  # a word at least
 Prompt = Annotated[str, Field(min_length=1, max_length=500, examples=["a photo of a person riding a bike."])]
 Probability = Annotated[float, Field(ge=0, le=1)]
 DIGEST = "3f2a9c01b7de4c58a1d06f0be92b3d7781f9a4c2e5d6078b9c3a1e4f5d2b6a70"
@@ -140,8 +140,9 @@ class ClassesRequest(_Given):
     add: dict[Label, list[Prompt]] = Field(
         {},
         max_length=200,
-        examples=[{"juggling": ["a photo of a person juggling."], "climbing": []}],
+        examples=[{"juggling": ["a photo of a person juggling."]}],
         description="label -> texts that describe it; none: the usual ones",
+        json_schema_extra={"additionalProperties": False},
     )
     remove: list[Label] = Field([], max_length=200)
 

@@ -9,16 +9,17 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request, WebSocket, WebSocketDisconnect
+from pydantic.json_schema import SkipJsonSchema
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.stream import Event, EventDetector, EventRules
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.video import BadVideo, iter_frames
-from serving.api import ALWAYS, BODY, COMPUTED
+from serving.api import ALWAYS, BODY, CLASSES_FIELD, COMPUTED
 from serving.batcher import Lane
 from serving.models import Classes, Model, Prompts
 from serving.problems import Problem, responses
-from serving.requests import WhichModel, deadline_of, free_classes, read_uploads, while_wanted
+from serving.requests import Threshold, WhichModel, deadline_of, free_classes, read_uploads, while_wanted
 from serving.schemas import Event as EventBody
 from serving.schemas import VideoEvents, to_scored
 from serving.service import Service
@@ -38,7 +39,7 @@ class AskedEvents:
     start_score: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False)] = EventRules.start_score
     end_score: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False)] = EventRules.end_score
     min_duration_s: Annotated[float, Query(ge=0, le=600, allow_inf_nan=False)] = EventRules.min_duration_s
-    threshold: Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)] = None
+    threshold: Annotated[Threshold | SkipJsonSchema[None], Query()] = None
     top: Annotated[int, Query(ge=1, le=100)] = 5
     classes: Annotated[list[str], Query(description="as /v1/predict takes them")] = ()  # type: ignore[assignment]
 
@@ -252,7 +253,7 @@ async def stream(websocket: WebSocket, which: WhichModel, asked: HowEvents) -> N
     prompts = free_classes(list(asked.classes), None, service.settings)
     follower = Follower(service, which, asked, prompts)
     async with service.one_session(websocket.state.client):
-        await follower.choose(deadline_of(service.settings, None))  # refused before it is accepted, with the reason
+        await follower.choose(deadline_of(service.settings))  # refused before it is accepted, with the reason
         await websocket.accept()
         with suppress(WebSocketDisconnect):
             await Session(websocket, service, follower, asked.top).run()
@@ -289,7 +290,7 @@ VIDEO = {
                     "type": "object",
                     "properties": {
                         "video": {"type": "string", "format": "binary", "description": "MP4, WebM, AVI, MKV, MOV ..."},
-                        "classes": {"type": "string", "description": "as in /v1/predict"},
+                        "classes": CLASSES_FIELD,
                     },
                     "required": ["video"],
                     "additionalProperties": False,

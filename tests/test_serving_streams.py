@@ -165,7 +165,7 @@ def test_a_video_gives_what_the_engine_finds(
     served: tuple[httpx.Client, Service], served_folder: Path, video: Path
 ) -> None:
     rules = EventRules(start_score=0.01, end_score=0.0, min_duration_s=0.1)
-    ours = find_events(iter_frames(video, 5), ExportedBackend(served_folder), rules)
+    ours = find_events(iter_frames(video, 5.0), ExportedBackend(served_folder), rules)
     for request in ({"content": video.read_bytes()}, {"files": {"video": video.read_bytes()}}):
         answer = served[0].post(f"/v1/stream?{EAGER}&rate_hz=5", **request).raise_for_status().json()  # type: ignore[arg-type]
         assert answer["frames"] == ours.frames == 10 and answer["duration_s"] == pytest.approx(ours.duration_s)
