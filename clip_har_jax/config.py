@@ -209,16 +209,30 @@ FRACTIONS = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a config file and the `--config.KEY=VALUE` overrides of a command line.
 
+    A file may also define `complete(config)`, which gives further values by what the command line says; overrides stay.
+
     Raises:
       UserError: no such file, no `get_config` in it, an unknown key, a value of the wrong type or out of range.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"--config={path}: no such file; configs/ holds the ready ones")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
+    defined = runpy.run_path(str(path))
+    if "get_config" not in defined:
         raise UserError(f"--config={path}: defines no get_config()")
-    return make_config(get_config().to_dict(), overrides)
+    values = defined["get_config"]().to_dict()
+    config = make_config(values, overrides)
+    if "complete" in defined:
+        config = make_config(merge_values(values, defined["complete"](config)), overrides)
+    return config
+
+
+def merge_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, level by level; of one key the second's value counts."""
+    merged = dict(first)
+    for key, value in second.items():
+        merged[key] = merge_values(merged.get(key, {}), value) if isinstance(value, Mapping) else value
+    return merged
 
 
 def make_config(values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -20,8 +20,13 @@ from clip_har_jax.text import Tokenizer
 _LARGE_TEXT = TextConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12)
 _LARGE_VISION = VisionConfig(hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, patch_size=14)
 
-# Sizes of Radford et al. 2021, tables 19 and 20; tiny is this project's own.
+# Sizes of Radford et al. 2021, tables 19 and 20; mini and tiny are this project's own, for the embedded set.
 NAMED_SIZES = {
+    "mini": CLIPConfig(
+        TextConfig(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, context_length=24),
+        VisionConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, image_size=32, patch_size=8),
+        projection_dim=32,
+    ),
     "tiny": CLIPConfig(
         TextConfig(hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2, context_length=24),
         VisionConfig(hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, image_size=64, patch_size=16),

@@ -1,0 +1,17 @@
+"""Your own images in one line: settings by their number, printed with the reasons.
+
+    python scripts/train.py --config=configs/finetune.py --workdir=runs/mine --config.data.train=folder:my_images
+
+Starts from OpenAI's ViT-B/32; --config.model.name names another, or a folder. Anything else that is set by
+--config.KEY=VALUE stays as set. Guide: docs/own-data.md.
+
+Hardware: a GPU for thousands of images; a few hundred do on CPU cores. Expected result: depends on the images.
+"""
+
+from ml_collections import ConfigDict
+
+from clip_har_jax.pipelines.presets import complete  # noqa: F401 (called once the command line is known)
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict({"model": {"name": "openai/clip-vit-base-patch32"}})

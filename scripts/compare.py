@@ -1,0 +1,64 @@
+"""Compares methods on equal terms: same start, splits, steps and search; a table, and accuracy against retention.
+
+  python scripts/compare.py --config=configs/compare.py --methods=zero_shot,linear_probe,full,lora --seeds=0,1,2 \
+      --output=runs/compare --config.model.name=runs/start/model
+
+Writes compare.md (the table), compare.json, compare.png (where config.retention.data is set) and cells/. Stopped, the
+same command goes on with the first unfinished cell. Methods: zero_shot, linear_probe, full, lp_ft, flyp, lora, prompt,
+adapter, tip_adapter, bitfit.
+"""
+
+from pathlib import Path
+
+from clip_har_jax import cli
+from clip_har_jax.config import load_config
+from clip_har_jax.errors import UserError
+
+
+def numbers(text: str, flag: str, kind: type) -> list:
+    """A comma-separated list.
+
+    Raises:
+      UserError: a part that isn't a number.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{flag}={text}: write numbers divided by commas, e.g. {flag}=0,1,2") from error
+
+
+def main() -> None:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="of every run, e.g. --config=configs/compare.py"
+    )
+    parser.add_argument("--methods", required=True, metavar="NAMES", help="e.g. --methods=zero_shot,linear_probe,lora")
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="a run each, e.g. --seeds=0,1,2")
+    parser.add_argument("--output", required=True, metavar="DIR", help="results, e.g. --output=runs/compare")
+    parser.add_argument(
+        "--test", metavar="SPEC", help="images that decide; default: config.data.val, e.g. --test=synthetic?split=test"
+    )
+    parser.add_argument(
+        "--search",
+        default="0.3,1,3",
+        metavar="X,X",
+        help="factors of each method's learning rate, chosen on the first seed's validation, e.g. --search=1",
+    )
+    arguments, overrides = cli.parse_with_overrides(parser)
+    config = load_config(arguments.config, overrides)
+    test = arguments.test or config.data.val
+    if not test:
+        raise UserError("--test: name the images that decide, or set config.data.val")
+    seeds, search = numbers(arguments.seeds, "--seeds", int), numbers(arguments.search, "--search", float)
+    if any(factor <= 0 for factor in search) or any(seed < 0 for seed in seeds):
+        raise UserError("--search takes factors above 0, --seeds numbers from 0")
+
+    from clip_har_jax.pipelines.compare import compare
+
+    output = Path(arguments.output)
+    compare(config, arguments.methods.split(","), seeds, output, test, search)
+    print((output / "compare.md").read_text())
+
+
+if __name__ == "__main__":
+    cli.run(main)
