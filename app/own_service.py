@@ -55,5 +55,5 @@ def start() -> str:
         time.sleep(0.2)
     process.terminate()
     raise Trouble(
-        f"The service didn't start on {export}. See why with `python -m serving --model={export}`, then reload the page."
+        f"The service didn't start on {export}. See why with `python -m serving --model={export}`, then try again."
     )

@@ -21,7 +21,8 @@ STYLE = """<style>
 .block-container { padding-top: 3.5rem; max-width: 72rem; }
 .answer { margin: 0 0 .5rem; } .answer .what { font-size: 1.9rem; font-weight: 650; line-height: 1.2; }
 .answer .sure { opacity: .8; }
-.bars { list-style: none; margin: 0; padding: 0; } .bars li { margin: 0 0 .6rem; }
+.bars { list-style: none; margin: 0 !important; padding: 0 !important; }
+.bars li { margin: 0 0 .6rem !important; padding: 0; }
 .bars .line { display: flex; justify-content: space-between; gap: 1rem; }
 .bars .line span:last-child { font-variant-numeric: tabular-nums; }
 .bars .track { height: .6rem; border-radius: .3rem; background: color-mix(in srgb, currentColor 14%, transparent); }
@@ -109,7 +110,8 @@ def show_answer(answer: dict[str, Any]) -> None:
     best = answer["top"][0]
     if answer["abstained"]:
         what = "Not sure"
-        sure = f"The best guess would be <b>{html.escape(words(best['label']))}</b>, at {percent(best['score'])}. Below its limit the model rather says nothing."
+        guess = f"<b>{html.escape(words(best['label']))}</b>, at {percent(best['score'])}"
+        sure = f"The best guess would be {guess}. That is below the model's limit for an answer."
     else:
         what, sure = html.escape(words(best["label"])), f"The model is {percent(best['score'])} sure."
     st.html(f'<div class="answer" role="status"><div class="what">{what}</div><div class="sure">{sure}</div></div>')

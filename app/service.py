@@ -84,8 +84,8 @@ class Service:
             raise Trouble(SENTENCES["deadline"]) from error
         except httpx.HTTPError as error:
             raise Trouble(
-                f"The service at {self.url} doesn't answer. Start it with `python -m serving --model=runs/demo/export`, "
-                "then press R or reload the page."
+                f"The service at {self.url} doesn't answer. Start it with "
+                "`python -m serving --model=runs/demo/export`, then try again."
             ) from error
         if answer.is_success:
             return answer
@@ -97,9 +97,7 @@ def _sentence(answer: httpx.Response) -> str:
         problem = answer.json()
         code, detail = problem["code"], str(problem["detail"]).rstrip(".")
     except (ValueError, KeyError, TypeError):
-        return (
-            f"The service gave an answer that the app doesn't understand (status {answer.status_code}). Check HAR_URL."
-        )
+        return f"What answers at {answer.url.host} isn't the service (status {answer.status_code}). Check HAR_URL."
     known = SENTENCES.get(code)
     return known.format(detail=detail) if known else f"The service can't do this: {detail}."
 

@@ -32,9 +32,6 @@ st.markdown(
     "- It isn't made to identify people, to watch them, or to decide about them."
 )
 st.subheader("Which model this is")
-st.code(
-    f"{name}\nversion {version['version']}\nchecksum {version['digest'] or 'none: the folder is not sealed'}",
-    None,
-    wrap_lines=True,
-)
+checksum = version["digest"] or "none: the folder is not sealed"
+st.code(f"{name}\nversion {version['version']}\nchecksum {checksum}", None, wrap_lines=True)
 st.caption("Pictures that you give are sent to the service, answered and forgotten. Neither it nor the app keeps them.")

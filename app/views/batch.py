@@ -110,9 +110,8 @@ st.write("Give pictures, or a zip of them. Every one gets its action, in a table
 files = st.file_uploader("Pictures, or a zip", [*parts.KINDS, "zip"], accept_multiple_files=True, key="batch_files")
 samples = st.button("Use the sample pictures", icon=":material/photo_library:")
 if samples:
-    st.session_state.batch_rows = answer_all(
-        [(path.name, path.read_bytes()) for path in sorted(parts.SAMPLES.glob("*.jpg"))]
-    )
+    chosen = [(path.name, path.read_bytes()) for path in sorted(parts.SAMPLES.glob("*.jpg"))]
+    st.session_state.batch_rows = answer_all(chosen)
     st.session_state.batch_of = None
 elif files and st.session_state.get("batch_of") != [file.file_id for file in files]:
     try:

@@ -54,9 +54,8 @@ def show_curves(metrics: pd.DataFrame) -> None:
             parts = [metrics[["step", name]].dropna().rename(columns={name: names[name]}) for name in known]
             long = pd.concat([part.melt("step", var_name="of", value_name=unit) for part in parts])
             last = ", ".join(f"{names[name]} {metrics[name].dropna().iloc[-1]:.3g}" for name in known)
-            st.line_chart(
-                long, x="step", y=unit, color="of", height=260, alt=f"{title} over the steps; at the end: {last}"
-            )
+            told = f"{title} over the steps; at the end: {last}"
+            st.line_chart(long, x="step", y=unit, color="of", height=260, alt=told)
             st.caption(f"At the end: {last}")
 
 
@@ -70,9 +69,8 @@ if not runs:
     )
 run = folder / st.selectbox("Run", [path.name for path in runs])
 record = read_json(run / "run.json")
-st.caption(
-    f"Started {record.get('started', 'at an unknown time')} · step {record.get('last_step', '?')} of {record.get('num_steps', '?')}"
-)
+steps = f"step {record.get('last_step', '?')} of {record.get('num_steps', '?')}"
+st.caption(f"Started {record.get('started', 'at an unknown time')} · {steps}")
 curves, report, settings = st.tabs(["Curves", "Report", "Settings"])
 with curves:
     show_curves(read_metrics(run / "metrics.jsonl"))
@@ -84,9 +82,8 @@ with report:
         st.download_button("Download the report", text, "report.html", "text/html", icon=":material/download:")
         st.iframe(text, height=900, alt=f"The report {which}")
     else:
-        st.info(
-            f"No report yet. Write one with `python scripts/evaluate.py --model={run}/model --data=SPEC --output={run}/test`."
-        )
+        command = f"python scripts/evaluate.py --model={run}/model --data=SPEC --output={run}/test"
+        st.info(f"No report yet. Write one with `{command}`.")
 with settings:
     st.json(read_json(run / "config.json"), expanded=2)
     st.json(record, expanded=False)

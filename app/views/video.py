@@ -64,9 +64,8 @@ def show_events(content: bytes, answer: dict[str, Any]) -> None:
     if not events:
         st.info("No action lasted long enough, or was sure enough, to be named in this video.")
         return
-    told = "; ".join(
-        f"{parts.words(one['label'])} from {clock(one['start_s'])} to {clock(one['end_s'])}" for one in events
-    )
+    spans = [f"{parts.words(one['label'])} from {clock(one['start_s'])} to {clock(one['end_s'])}" for one in events]
+    told = "; ".join(spans)
     st.plotly_chart(timeline(events, duration_s), config={"displayModeBar": False}, alt=f"Timeline: {told}")
     columns = st.columns(min(4, max(2, len(events))))
     for i, event in enumerate(events):
@@ -80,9 +79,8 @@ def show_events(content: bytes, answer: dict[str, Any]) -> None:
     one, two = st.columns(2)
     table = pd.DataFrame(events)[["label", "start_s", "end_s", "score"]]
     one.download_button("Download as CSV", table.to_csv(index=False), "events.csv", "text/csv", width="stretch")
-    two.download_button(
-        "Download as JSON", json.dumps(answer, indent=1), "events.json", "application/json", width="stretch"
-    )
+    as_json = json.dumps(answer, indent=1)
+    two.download_button("Download as JSON", as_json, "events.json", "application/json", width="stretch")
 
 
 def choose_video() -> tuple[str, bytes] | None:
@@ -96,9 +94,7 @@ def choose_video() -> tuple[str, bytes] | None:
     if given.size > MAX_VIDEO_BYTES:
         raise Trouble(f"{given.name} has {given.size / 1e6:.0f} MB; 100 MB or less is needed. Cut it and try again.")
     if frame_at(given.getvalue(), 0.0) is None:
-        raise Trouble(
-            f"{given.name} holds no pictures, or is damaged. Choose another video (MP4, MOV, WebM, MKV, AVI)."
-        )
+        raise Trouble(f"{given.name} holds no pictures, or is damaged. Choose another (MP4, MOV, WebM, MKV, AVI).")
     return given.name, given.getvalue()
 
 
