@@ -27,6 +27,7 @@ STYLE = """<style>
 .bars .line span:last-child { font-variant-numeric: tabular-nums; }
 .bars .track { height: .6rem; border-radius: .3rem; background: color-mix(in srgb, currentColor 14%, transparent); }
 .bars .fill { height: 100%; border-radius: .3rem; background: #3b82d6; min-width: 2px; }
+[data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] p { color: inherit !important; opacity: .9; }
 .bars .first .line { font-weight: 650; } .bars .unsure .fill { background: #8a94a3; }
 </style>"""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class Service:
         self.url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
+        weakref.finalize(self, self._client.close)  # with the visit that it was made for
 
     def predict(
         self, image: bytes, classes: Mapping[str, Sequence[str]] | None = None, top: int = 5, **which: str
@@ -73,9 +75,9 @@ class Service:
         body = {"add": {label: list(texts) for label, texts in add.items()}, "remove": list(remove)}
         return self._send(f"/v1/models/{name}/classes", json=body).json()
 
-    def activate(self, name: str, version: str) -> dict[str, Any]:
-        """Makes a version the one that answers."""
-        return self._send(f"/v1/models/{name}/activate", json={"version": version}).json()
+    def reload(self, name: str) -> dict[str, Any]:
+        """Reads a model's folder again: its own actions are back."""
+        return self._send(f"/v1/models/{name}/load", json={"activate": True}).json()
 
     def _send(self, path: str, method: str = "POST", **options: Any) -> httpx.Response:
         try:

@@ -3,9 +3,11 @@
   python scripts/evaluate.py --model=runs/demo/model --data=synthetic --output=runs/demo/test
   python scripts/evaluate.py --model=openai/clip-vit-base-patch32 --data=folder:photos --output=out \\
       --classes="riding a bike,sleeping"
+  python scripts/evaluate.py --compare=runs/a/test,runs/b/test --output=runs/comparison
 
 Writes metrics.json, predictions.parquet, confusion_matrix.png and report.html to the output folder, and
-bad_inputs.jsonl where images could not be read. Exits 0 when done, 2 on a mistake.
+bad_inputs.jsonl where images could not be read; with --compare comparison.json and comparison.html. Exits 0 when done,
+2 on a mistake.
 """
 
 from clip_har_jax import cli
@@ -14,12 +16,9 @@ from clip_har_jax.config import DataConfig, EvalConfig
 
 def main() -> int:
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--model", required=True, metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model"
-    )
+    parser.add_argument("--model", metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model")
     parser.add_argument(
         "--data",
-        required=True,
         metavar="SPEC",
         help="the labelled images: synthetic, folder:PATH, csv:FILE, tfds:NAME or hf:OWNER/NAME, e.g. "
         "--data=folder:photos",
@@ -53,7 +52,23 @@ def main() -> int:
         help="of video data: how often a clip is sampled, the answers being averaged, e.g. --num_views=3; left out: as "
         "the model was trained for",
     )
+    parser.add_argument(
+        "--compare",
+        metavar="DIRS",
+        help="instead of evaluating, set what earlier evaluations of the same images wrote side by side, with a paired "
+        "test of whether they differ from the first, e.g. --compare=runs/a/test,runs/b/test",
+    )
     arguments = parser.parse_args()
+    folders = vars(arguments).pop("compare")
+    if folders is not None:
+        if arguments.model or arguments.data:
+            parser.error("--compare goes without --model and --data: it reads what was written for them")
+        from clip_har_jax.evaluation import compare
+
+        compare.print_result(compare.compare(folders.split(","), arguments.output), arguments.output)
+        return 0
+    if not (arguments.model and arguments.data):
+        parser.error("--model and --data are needed, e.g. --model=runs/demo/model --data=synthetic (or --compare)")
 
     from clip_har_jax.inference.backends import split_classes
     from clip_har_jax.pipelines.evaluate import evaluate_model, print_result

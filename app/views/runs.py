@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 from service import Trouble
 
 ROOT = Path(__file__).resolve().parents[2]
+COLORS = ("#3b82d6", "#d97706")
 CURVES = (
     ("Loss", {"train/loss": "training", "val/nll": "validation"}, "loss"),
     ("Share of right answers", {"train/top1": "training", "val/top1": "validation"}, "share"),
@@ -51,11 +53,17 @@ def show_curves(metrics: pd.DataFrame) -> None:
             continue
         with column:
             st.subheader(title)
-            parts = [metrics[["step", name]].dropna().rename(columns={name: names[name]}) for name in known]
-            long = pd.concat([part.melt("step", var_name="of", value_name=unit) for part in parts])
+            figure = go.Figure()
+            for name, color in zip(known, COLORS, strict=False):
+                points = metrics[["step", name]].dropna()
+                figure.add_scatter(x=points["step"], y=points[name], name=names[name], mode="lines", line_color=color)
+            legend = {"orientation": "h", "y": 1.15}
+            figure.update_layout(height=280, margin={"l": 0, "r": 0, "t": 10, "b": 40}, legend=legend)
+            figure.update_xaxes(title="step")
+            figure.update_yaxes(title=unit, rangemode="tozero")
             last = ", ".join(f"{names[name]} {metrics[name].dropna().iloc[-1]:.3g}" for name in known)
             told = f"{title} over the steps; at the end: {last}"
-            st.line_chart(long, x="step", y=unit, color="of", height=260, alt=told)
+            st.plotly_chart(figure, config={"displayModeBar": False}, alt=told)
             st.caption(f"At the end: {last}")
 
 

@@ -1,39 +1,18 @@
 """Video: what is done when."""
 
 import hashlib
-import io
 import json
 from typing import Any
 
-import av
 import pandas as pd
 import parts
 import plotly.graph_objects as go
 import streamlit as st
-from PIL import Image
+from clip import clock, frame_at
 from service import Trouble
 
 MAX_VIDEO_BYTES = 100_000_000
 COLORS = ("#3b82d6", "#d97706", "#0f9f8f", "#b4509b", "#7a8b2f", "#7c5cd6", "#c2554d", "#5f7d95")
-
-
-def frame_at(content: bytes, time_s: float) -> Image.Image | None:
-    """The picture shown at a time; None where the video can't be drawn."""
-    try:
-        with av.open(io.BytesIO(content)) as container:
-            stream = container.streams.video[0]
-            container.seek(int(time_s / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                if frame.time is None or frame.time >= time_s - 0.05:
-                    return frame.to_image()
-    except (av.FFmpegError, IndexError, ValueError, OSError):
-        return None
-    return None
-
-
-def clock(seconds: float) -> str:
-    """A time as it is read: minutes and seconds."""
-    return f"{int(seconds // 60)}:{seconds % 60:04.1f}"
 
 
 def timeline(events: list[dict[str, Any]], duration_s: float) -> go.Figure:

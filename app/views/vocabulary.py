@@ -41,6 +41,14 @@ def save(actions: dict[str, list[str]]) -> None:
     st.success(f"Saved: the service now tells these {len(actions)} actions apart.", icon=":material/check:")
 
 
+def go_back() -> None:
+    """Gives the model its own actions again."""
+    with st.spinner("Loading the model's own actions ..."):
+        parts.service().reload(parts.active_model()[0])
+    st.session_state.models = parts.service().models()
+    st.success("The model tells its own actions apart again.", icon=":material/check:")
+
+
 st.title("Any action, in your own words")
 st.write("Write the actions that you want to tell apart. The result changes at once; nothing has to be trained.")
 _, version = parts.active_model()
@@ -64,5 +72,9 @@ with right:
         st.caption("New words are a guess from the texts alone: check the result on pictures whose action you know.")
         if st.button("Save this set to the service", icon=":material/save:"):
             save(actions)
+        if "+" in parts.active_model()[1]["version"] and st.button(
+            "Back to the model's own set", icon=":material/undo:"
+        ):
+            go_back()
     except Trouble as trouble:
         st.error(str(trouble), icon=":material/error:")

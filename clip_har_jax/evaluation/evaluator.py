@@ -168,13 +168,13 @@ def write_result(
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    _write_predictions(output / "predictions.parquet", result, names)
+    write_predictions(output / "predictions.parquet", result, names)
     (output / "confusion_matrix.png").write_bytes(draw_confusion(result.confusion, result.labels))
     (output / "report.html").write_text(make_report(result, names, about, details), encoding="utf-8")
     write_json(output / "metrics.json", result.metrics)
 
 
-def _write_predictions(path: Path, result: EvalResult, names: Sequence[str]) -> None:
+def write_predictions(path: Path, result: EvalResult, names: Sequence[str]) -> None:
     """Columns input, label, predicted, score, probs; the order of probs stands in the schema's metadata, `labels`."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,0 +1,25 @@
+"""Moments of a video."""
+
+import io
+
+import av
+from PIL import Image
+
+
+def frame_at(content: bytes, time_s: float) -> Image.Image | None:
+    """The picture shown at a time; None where the video can't be drawn."""
+    try:
+        with av.open(io.BytesIO(content)) as container:
+            stream = container.streams.video[0]
+            container.seek(int(time_s / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.time is None or frame.time >= time_s - 0.05:
+                    return frame.to_image()
+    except (av.FFmpegError, IndexError, ValueError, OSError):
+        return None
+    return None
+
+
+def clock(seconds: float) -> str:
+    """A time as it is read: minutes and seconds."""
+    return f"{int(seconds // 60)}:{seconds % 60:04.1f}"

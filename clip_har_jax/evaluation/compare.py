@@ -1,0 +1,144 @@
+"""Several evaluations of the same images side by side, with a paired test of whether they differ."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from clip_har_jax.bundle import write_json
+from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.report import HEADLINES, templates
+from clip_har_jax.evaluation.significance import bootstrap_intervals, holm, mcnemar, measures, paired_differences
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation wrote to its predictions.parquet, in the order of the inputs' names."""
+
+    name: str
+    labels: tuple[str, ...]
+    inputs: tuple[str, ...]
+    label: Int[np.ndarray, " n"]
+    probs: Float[np.ndarray, "n c"]
+
+
+def read_evaluation(folder: str) -> Evaluation:
+    """Reads the predictions of an evaluation.
+
+    Raises:
+      UserError: there are none, or they are damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(folder) / "predictions.parquet"
+    try:
+        table = pq.read_table(path)
+        labels = tuple(json.loads(table.schema.metadata[b"labels"]))
+        index = {label: i for i, label in enumerate(labels)}
+        inputs = table["input"].to_pylist()
+        label = np.asarray([index[name] for name in table["label"].to_pylist()], np.int64)
+        probs = np.asarray(table["probs"].combine_chunks().flatten(), np.float32).reshape(len(label), len(labels))
+    except FileNotFoundError as error:
+        raise UserError(f"--compare: {path}: no such file; write it with --model, --data and --output") from error
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--compare: {path}: not the predictions of an evaluation; write them again") from error
+    order = sorted(range(len(inputs)), key=inputs.__getitem__)
+    return Evaluation(folder, labels, tuple(inputs[i] for i in order), label[order], probs[order])
+
+
+def check_pair(first: Evaluation, other: Evaluation) -> None:
+    """Refuses what can't be compared image by image.
+
+    Raises:
+      UserError: other classes, other images, or other truths.
+    """
+    for what, a, b in (
+        ("actions", first.labels, other.labels),
+        ("images", first.inputs, other.inputs),
+        ("true actions", tuple(first.label), tuple(other.label)),
+    ):
+        if a != b:
+            raise UserError(
+                f"--compare: {first.name} and {other.name} were not evaluated on the same {what}; "
+                "evaluate both with the same --data and --classes"
+            )
+
+
+def compare(folders: Sequence[str], output: str | Path) -> dict[str, Any]:
+    """Compares evaluations with the first of them, and writes comparison.json and comparison.html.
+
+    Args:
+      folders: that `evaluate.py` wrote.
+      output: the folder to write to.
+
+    Raises:
+      UserError: fewer than two, or ones that can't be compared.
+    """
+    if len(folders) < 2 or not all(folders):
+        raise UserError(
+            "--compare: name two folders or more, divided by commas, e.g. --compare=runs/a/test,runs/b/test"
+        )
+    evaluations = [read_evaluation(folder) for folder in folders]
+    first, everything = evaluations[0], np.arange(len(evaluations[0].label))
+    runs: list[dict[str, Any]] = []
+    for one in evaluations:
+        check_pair(first, one)
+        found: dict[str, Any] = {
+            "name": one.name,
+            "metrics": measures(one.probs, one.label)(everything),
+            "intervals": bootstrap_intervals(one.probs, one.label),
+        }
+        if one is not first:
+            right = [part.probs.argmax(axis=-1) == part.label for part in (first, one)]
+            found["only_first"], found["only_this"], found["p_value"] = mcnemar(*right)
+            found["differences"] = paired_differences(first.probs, one.probs, one.label)
+        runs.append(found)
+    corrected = holm({str(i): run["p_value"] for i, run in enumerate(runs[1:], 1)})
+    for i, run in enumerate(runs[1:], 1):
+        run["p_corrected"] = corrected[str(i)]
+        run["verdict"] = _verdict(run, runs[0])
+    result = {"num_examples": len(first.label), "runs": runs}
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        page = templates().get_template("compare.html").render(headlines=HEADLINES, **result)
+        (Path(output) / "comparison.html").write_text(page, encoding="utf-8")
+        write_json(Path(output) / "comparison.json", result)
+    except OSError as error:
+        raise UserError(f"--output={output}: can't be written ({error.strerror})") from error
+    return result
+
+
+def _verdict(run: dict[str, Any], first: dict[str, Any]) -> str:
+    """What the test says, in words."""
+    difference = run["differences"]["top1"][0]
+    if run["p_corrected"] >= ALPHA:
+        return (
+            f"These images don't tell the two apart: a difference of {100 * difference:+.1f} points in top-1 accuracy "
+            "could be chance."
+        )
+    better, worse = (run, first) if difference > 0 else (first, run)
+    return f"{better['name']} is better than {worse['name']}, by {100 * abs(difference):.1f} points of top-1 accuracy."
+
+
+def print_result(result: dict[str, Any], output: str | Path) -> None:
+    """A short table of all, and what the tests say."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, table = Console(highlight=False, soft_wrap=True), Table(box=None)
+    for title in ("evaluation", *(title for _, title, _ in HEADLINES), "p"):
+        table.add_column(title)
+    for run in result["runs"]:
+        p = f"{run['p_corrected']:.3g}" if "p_corrected" in run else ""
+        table.add_row(run["name"], *(f"{run['metrics'][name]:.3f}" for name, _, _ in HEADLINES), p)
+    console.print(table)
+    for run in result["runs"][1:]:
+        console.print(run["verdict"])
+    console.print(f"comparison: {Path(output) / 'comparison.html'}")
