@@ -20,7 +20,7 @@ from clip_har_jax.data.pipeline import BadInputs, eval_batches, train_batches
 from clip_har_jax.data.sources import ClipFile, Source, SubsetSource, are_clips, make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.predictor import Predictor, list_inputs
-from clip_har_jax.models.heads import Features, head_logits, init_head
+from clip_har_jax.models.heads import Features, head_logits, init_head, read_head
 from clip_har_jax.pipelines.evaluate import evaluate_model
 from clip_har_jax.pipelines.train import train
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
@@ -197,9 +197,7 @@ def test_temporal_head_sees_the_order_and_attention_what_counts() -> None:
     assert differs["frame_attention"] < 1e-4 < 1e-2 < differs["temporal"]
 
 
-@pytest.fixture(scope="module")
-def trained(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
+def trained_with(folder: Path, clips: Path, method: dict[str, object]) -> Path:
     model = write_model(folder / "start")
     spec = f"video:{clips}"
     video = {"num_frames": 2, "sampling": "dense", "rate_hz": 5.0}
@@ -207,11 +205,30 @@ def trained(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "data": {"train": spec, "val": spec, "video": video, "max_bad_fraction": 0.2, "num_workers": 0},
             "model": {"name": str(model)},
+            "method": method,
+            "optim": {"learning_rate": 1e-2},
             "train": {"global_batch_size": 8, "num_steps": 2},
             "eval": {"batch_size": 8, "every_steps": 2},
         }
     )
     return Path(str(train(config, folder / "run", quiet=True).model))
+
+
+@pytest.fixture(scope="module")
+def trained(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_with(tmp_path_factory.mktemp("run"), clips, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["frame_attention", "temporal"])
+def test_heads_over_frames_are_trained_like_any_other(head: str, clips: Path, tmp_path: Path) -> None:
+    model = trained_with(tmp_path, clips, {"name": "full", "head": head})
+    assert bundle.read_actions(model).head == head
+    params = read_head(model, head, 16, 2)
+    learned = "score.kernel" if head == "frame_attention" else "out.kernel"
+    assert np.abs(params[learned]).max() > 0  # it starts as zero
+    (found,) = Predictor(model).predict([clips / "jump" / "1.mp4"])
+    assert found.error is None
 
 
 def test_training_on_clips_leaves_a_model_that_knows_how_to_sample(trained: Path) -> None:
