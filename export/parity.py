@@ -10,6 +10,7 @@ from jaxtyping import Float, Int32, UInt8
 BATCH_SIZE = 32
 SINGLES, ODD = 4, 3  # images also computed one by one, and as one batch of an odd size
 EXPLAINED = 8
+NUM_HARD = 4  # black, white, and two of noise, behind the examples
 MIN_PREDICTED = 0.5  # of the classes; where fewer are ever predicted, agreement says little
 
 Arrays = dict[str, np.ndarray]
@@ -23,7 +24,7 @@ class Bounds:
     Attributes:
       error: largest absolute error of probabilities and embeddings, and of logits over the largest; None: not bounded.
       agreement: smallest share of images with the same first class, where the model predicts half of its classes.
-      cosine: smallest cosine of any embedding to the model's, where it doesn't.
+      cosine: smallest cosine of any embedding to the model's, where it doesn't; always that of the hard images.
     """
 
     error: float | None
@@ -85,8 +86,9 @@ def compare(
     if broken:
         failures = [f"{broken[0]} isn't finite, or of a shape that isn't {list(ours[broken[0]].shape)}"]
         return {"max_abs_error": None, "top1_agreement": None, "passed": False, "failures": failures}
-    predicted, exported = ours["logits"].argmax(-1), theirs["logits"].argmax(-1)
-    coverage = len(set(predicted.tolist())) / len(labels)
+    predicted, exported = (outputs["logits"].argmax(-1) for outputs in (ours, theirs))
+    examples = slice(0, len(predicted) - NUM_HARD)  # on the others, which class comes first is a matter of chance
+    coverage = len(set(predicted[examples].tolist())) / len(labels)
     weak = coverage < MIN_PREDICTED
     scale = max(1.0, float(np.abs(ours["logits"]).max()))
     result: dict[str, Any] = {
@@ -97,9 +99,8 @@ def compare(
         ),
         "max_heat_map_error": _error(ours, theirs, "heat_map"),
         "min_cosine": min(_cosine(ours[name], theirs[name]) for name in ("image_embeds", "text_embeds")),
-        "top1_agreement": float((predicted == exported).mean()),
+        "top1_agreement": float((predicted == exported)[examples].mean()),
         "ece_drift": abs(_ece(theirs["probs"], true) - _ece(ours["probs"], true)),
-        "num_examples": len(predicted),
         "classes_predicted": coverage,
         "weak": weak,
     }
@@ -118,8 +119,10 @@ def compare(
         ]
     if not weak and result["top1_agreement"] < bounds.agreement and (bounds.error is None or failures):
         failures.append(f"top-1 agreement {result['top1_agreement']:.4f} below {bounds.agreement:g}")
-    if (weak or bounds.error is not None) and result["min_cosine"] < bounds.cosine:
-        failures.append(f"cosine of an embedding {result['min_cosine']:.6f} below {bounds.cosine:g}")
+    hard = _cosine(ours["image_embeds"][-NUM_HARD:], theirs["image_embeds"][-NUM_HARD:])
+    cosine = result["min_cosine"] if weak or bounds.error is not None else hard
+    if cosine < bounds.cosine:
+        failures.append(f"cosine of an embedding {cosine:.6f} below {bounds.cosine:g}")
     worst = int(np.abs(ours["probs"] - theirs["probs"]).max(-1).argmax())
     if failures:
         result["failures"] = failures

@@ -27,7 +27,7 @@ from clip_har_jax.models.heads import init_head, make_head
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
 from clip_har_jax.text import Tokenizer
 from export.graphs import Graph, make_graphs
-from export.parity import FLOAT16, FLOAT32, INT8, Arrays, Bounds, compare, make_cases, run_cases
+from export.parity import FLOAT16, FLOAT32, INT8, NUM_HARD, Arrays, Bounds, compare, make_cases, run_cases
 from export.to_onnx import write_fp16, write_int8, write_onnx
 from export.to_tensorrt import missing_for_tensorrt, write_tensorrt
 from export.to_torch import write_torchscript
@@ -214,14 +214,13 @@ def export_model(
       UserError: a mistake in the arguments or the model, or a disk that is full.
     """
     check_formats(formats)
-    output = Path(output)
+    output = Path(output).resolve()
     if num_examples < 1:
         raise UserError(f"--num_examples={num_examples}: 1 or more is needed")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output}: a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"--output={output}: not empty; name another folder, or replace it with --overwrite")
+    check_output(output, overwrite)
     model = open_model(path, classes)
+    if output == model.folder.resolve() or output in model.folder.resolve().parents:
+        raise UserError(f"--output={output}: the model lies there; name another folder")
     images, true = read_images(model, data, num_examples)
     prompts = [text for label in model.actions.labels for text in model.actions.prompts[label]]
     ids = model.backend.tokenize(prompts)
@@ -230,7 +229,7 @@ def export_model(
     parity: dict[str, Any] = {}
 
     def fill(folder: Path) -> None:
-        _write_contract(model, folder)
+        write_contract(model, folder)
         for name in formats:
             parity[name] = _write_and_prove(model, name, folder, cases, expected, true, static_int8)
         if any(entry["passed"] for entry in parity.values()):
@@ -248,6 +247,21 @@ def export_model(
     return parity
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds anything; `overwrite` lets an earlier export be replaced, and nothing else.
+
+    Raises:
+      UserError: a file, or a folder that isn't empty.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output}: a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / SIGNATURE).is_file():
+            raise UserError(f"--output={output}: not empty, and no export that could be replaced; name another folder")
+        if not overwrite:
+            raise UserError(f"--output={output}: not empty; name another folder, or replace it with --overwrite")
+
+
 class _NothingPassed(Exception):  # noqa: N818
     """No format is left to put in the place of what may be there."""
 
@@ -261,20 +275,23 @@ def _write_and_prove(
     print(f"{name}: writing", file=sys.stderr, flush=True)
     start = time.perf_counter()
     (folder / name).mkdir()
-    write(model, folder / name, cases["image"][:NUM_CALIBRATION])
+    try:
+        write(model, folder / name, cases["image"][:NUM_CALIBRATION])
+    except NotImplementedError as error:
+        raise UserError(f"--formats={name}: can't express this model with its {model.head!r} head ({error})") from error
     size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
     print(f"{name}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s; proving", file=sys.stderr, flush=True)
     try:
         entry = compare(expected, prove(folder, name, cases), bounds, model.actions.labels, true)
     except RuntimeError as error:
         entry = {"max_abs_error": None, "top1_agreement": None, "passed": False, "failures": [str(error)]}
-    entry = {"num_examples": len(cases["image"]), **entry}
+    entry = {"num_examples": len(cases["image"]) - NUM_HARD, "num_hard": NUM_HARD, **entry}
     if not entry["passed"]:
         shutil.rmtree(folder / name)
     return entry
 
 
-def _write_contract(model: Model, folder: Path) -> None:
+def write_contract(model: Model, folder: Path) -> None:
     """What all formats share: classes, image settings, tokenizer, signatures."""
     bundle.write_actions(folder, model.actions)
     model.backend.preprocess.save(folder)

@@ -10,7 +10,7 @@ The same command again continues. Exits 0 when all were read, 1 when some were n
 import argparse
 import os
 import sys
-from contextlib import ExitStack
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,30 +27,41 @@ def main() -> int:
     from clip_har_jax.inference.bulk import predict_bulk
     from clip_har_jax.inference.predictor import Predictor
 
-    with ExitStack() as stack:
-        shard = arguments.shard
-        if arguments.distributed:
-            import jax
-
-            from clip_har_jax.parallel import distributed
-
-            stack.enter_context(distributed.join(**cli.process_flags(arguments)))
-            shard = jax.process_index(), jax.process_count()
-        predictor = Predictor(arguments.model, split_classes(arguments.classes), arguments.batch_size)
-        end = predict_bulk(
-            predictor, arguments.inputs, Path(arguments.output), shard, arguments.part_size, arguments.workers, _show
-        )
+    shard = _own_shard(arguments) if arguments.distributed else arguments.shard
+    predictor = Predictor(arguments.model, split_classes(arguments.classes), arguments.batch_size)
+    output = Path(arguments.output)
+    end = predict_bulk(predictor, arguments.inputs, output, shard, arguments.part_size, arguments.workers, _Report())
     print(f"\n{end.done} inputs, {end.failed} of them unreadable, {end.images_per_s:.0f} images/s", file=sys.stderr)
     return 1 if end.failed else 0
 
 
-def _show(progress: "Progress") -> None:
-    left = ""
-    if progress.total and progress.images_per_s:
-        seconds = int((progress.total - progress.done) / progress.images_per_s)
-        left = f" of {progress.total}  left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-    start = "\r" if sys.stderr.isatty() else "\n"
-    print(f"{start}{progress.done}{left}  {progress.images_per_s:.0f} images/s", end="", file=sys.stderr, flush=True)
+def _own_shard(arguments: argparse.Namespace) -> tuple[int, int]:
+    """This process's place among those of the run. They aren't joined: no shard waits for another, or ends with it."""
+    from clip_har_jax.parallel.rendezvous import find_group
+
+    flags = arguments.coordinator_address, arguments.num_processes, arguments.process_id
+    group = find_group(*flags, arguments.join_timeout_s)
+    return (group.process_id, group.num_processes) if group else (0, 1)
+
+
+class _Report:
+    """A line of progress, rewritten in place in a terminal, else a new one every few seconds."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, progress: "Progress") -> None:
+        now = time.monotonic()
+        if now - self._last < (0.2 if sys.stderr.isatty() else 10):
+            return
+        self._last, left = now, ""
+        if progress.total and progress.images_per_s:
+            seconds = int((progress.total - progress.done) / progress.images_per_s)
+            left = f" of {progress.total}  left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        start = "\r" if sys.stderr.isatty() else "\n"
+        print(
+            f"{start}{progress.done}{left}  {progress.images_per_s:.0f} images/s", end="", file=sys.stderr, flush=True
+        )
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -77,7 +88,11 @@ def _parse() -> argparse.Namespace:
     )
     add("--output", required=True, metavar="DIR", help="where to write, e.g. --output=predictions")
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th input from the I-th, e.g. --shard=3/16")
-    add("--distributed", action="store_true", help="shard by the processes of one run, e.g. --distributed")
+    add(
+        "--distributed",
+        action="store_true",
+        help="a shard for each process of a job, e.g. --distributed",
+    )
     add("--classes", metavar="NAMES", help='other actions, e.g. --classes="riding a bike,sleeping"')
     add(
         "--batch_size",

@@ -76,7 +76,7 @@ def test_a_manifest_names_files_beside_it(predictor: Predictor, photos: Path, tm
     manifest = photos / f"manifest.{kind}"
     names = ["003.png", "001.png"]
     if kind == "csv":
-        manifest.write_text("path,label\n" + "".join(f"{name},x\n" for name in names))
+        manifest.write_text("path,label\n" + "".join(f"{name},x\n" for name in names), encoding="utf-8-sig")
     else:
         pq.write_table(pa.table({"path": names}), manifest)
     try:
@@ -112,6 +112,41 @@ def test_killed_and_continued_gives_the_same(model: Path, predictor: Predictor, 
         assert [row.get("label") for row in ours] == [row.get("label") for row in expected]
 
 
+def test_each_process_of_a_job_takes_its_shard(model: Path, photos: Path, tmp_path: Path) -> None:
+    """They come and go alone: the second is started after the first has ended."""
+    for index in range(2):
+        command = [sys.executable, "scripts/predict_bulk.py", f"--model={model}", f"--inputs={photos}"]
+        command += [f"--output={tmp_path}", "--batch_size=4", "--distributed", "--coordinator_address=127.0.0.1:9"]
+        done = subprocess.run([*command, "--num_processes=2", f"--process_id={index}"], cwd=ROOT, capture_output=True)
+        assert done.returncode == 1, done.stderr  # a file of each shard can't be read
+    assert sorted(path.name for path in tmp_path.glob("predictions-*")) == [
+        "predictions-00000-of-00002",
+        "predictions-00001-of-00002",
+    ]
+    rows = [str(row["input"]) for what in ("predictions", "bad_inputs") for row in read(tmp_path, what)]
+    assert sorted(rows) == sorted(map(str, photos.glob("*.png")))
+
+
+def test_another_unsealed_model_does_not_continue(photos: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        write_model(tmp_path / name)
+    classes = ("running", "sleeping")
+    predict_bulk(Predictor(tmp_path / "a", classes, batch_size=8), str(photos), tmp_path / "out", part_size=20)
+    with pytest.raises(UserError, match="another model"):
+        predict_bulk(Predictor(tmp_path / "b", classes, batch_size=8), str(photos), tmp_path / "out", part_size=20)
+
+
+def test_a_part_cut_off_before_its_predictions_is_not_counted_twice(
+    predictor: Predictor, photos: Path, tmp_path: Path
+) -> None:
+    """Killed between the table of bad inputs and that of the predictions."""
+    predict_bulk(predictor, str(photos), tmp_path, part_size=20)
+    (tmp_path / "predictions-00000-of-00001" / "000001.parquet").unlink()
+    assert len(list(tmp_path.glob("bad_inputs-*/*.parquet"))) == 2
+    end = predict_bulk(predictor, str(photos), tmp_path, part_size=20)
+    assert (end.done, end.failed) == (NUM_IMAGES, 2)
+
+
 def test_mistakes_are_one_line(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
     predict_bulk(predictor, str(photos), tmp_path / "out", part_size=9)
     with pytest.raises(UserError, match="another part_size"):
@@ -122,6 +157,16 @@ def test_mistakes_are_one_line(predictor: Predictor, photos: Path, tmp_path: Pat
     table.write_text("label\nx\n")
     with pytest.raises(UserError, match="has no column path"):
         predict_bulk(predictor, str(table), tmp_path / "other")
+    for text, pattern in (("path,label\na.png,x\n\n,y\n", "column 'path' holds ''"), ("label,path\nx\n", "holds None")):
+        table.write_text(text)
+        with pytest.raises(UserError, match=pattern):
+            predict_bulk(predictor, str(table), tmp_path / "holes")
+    table.write_bytes(b"path\n\xff.png\n")
+    with pytest.raises(UserError, match="UTF-8"):
+        predict_bulk(predictor, str(table), tmp_path / "latin")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="names no images"):
+        predict_bulk(predictor, str(tmp_path / "empty"), tmp_path / "other")
     listing = tmp_path / "list.txt"
     listing.write_text("".join(f"{path}\n" for path in sorted(photos.glob("*.png"))))
     predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)

@@ -24,6 +24,7 @@ from clip_har_jax.inference.predictor import Predictor
 from clip_har_jax.specs import find_images
 
 PATH_COLUMNS = ("path", "filename", "file", "input")
+CSV_ENCODING = "utf-8-sig"  # spreadsheets put a mark in front
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Progress:
 
     done: int
     failed: int
-    total: int | None  # None: not known before the last has been read
+    total: int | None  # None: not yet counted
     images_per_s: float  # since this start
 
 
-def open_inputs(source: str) -> tuple[Callable[[], Iterator[str]], int | None]:
-    """A way to read the inputs from the start, and their number where that is known without reading them.
+def open_inputs(source: str) -> Callable[[], Iterator[str]]:
+    """A way to read the inputs from the start, again and again; none of them is kept.
 
     Args:
       source: a folder of images, a manifest (.parquet or .csv, its column `path`, `filename`, `file` or `input`), or a
@@ -48,7 +49,7 @@ def open_inputs(source: str) -> tuple[Callable[[], Iterator[str]], int | None]:
     """
     path = Path(source)
     if path.is_dir():
-        return lambda: map(str, find_images(path)), None
+        return lambda: map(str, find_images(path))
     if not path.is_file():
         raise UserError(f"--inputs={source}: not there; name a folder, a manifest (.parquet, .csv) or a list of paths")
     if path.suffix == ".parquet":
@@ -57,15 +58,18 @@ def open_inputs(source: str) -> tuple[Callable[[], Iterator[str]], int | None]:
         except pa.ArrowInvalid as error:
             raise UserError(f"--inputs={source}: not Parquet ({error})") from error
         column = _path_column(table.schema_arrow.names, source)
-        return lambda: _from_parquet(path, column), table.metadata.num_rows
+        return lambda: _from_parquet(path, column)
     if path.suffix == ".csv":
         import csv
 
-        with path.open(newline="", encoding="utf-8") as file:
-            header = next(csv.reader(file), [])
+        try:
+            with path.open(newline="", encoding=CSV_ENCODING) as file:
+                header = next(csv.reader(file), [])
+        except UnicodeDecodeError as error:
+            raise UserError(f"--inputs={source}: not UTF-8; save it as CSV UTF-8") from error
         column = _path_column(header, source)
-        return lambda: _from_csv(path, column), None
-    return lambda: _from_lines(path), None
+        return lambda: _from_csv(path, column)
+    return lambda: _from_lines(path)
 
 
 def _path_column(names: list[str], source: str) -> str:
@@ -78,15 +82,18 @@ def _path_column(names: list[str], source: str) -> str:
 def _from_parquet(path: Path, column: str) -> Iterator[str]:
     for batch in pq.ParquetFile(path).iter_batches(columns=[column]):
         for value in batch.column(0).to_pylist():
-            yield _beside(path, value)
+            yield _beside(path, value, column)
 
 
 def _from_csv(path: Path, column: str) -> Iterator[str]:
     import csv
 
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            yield _beside(path, row[column])
+    try:
+        with path.open(newline="", encoding=CSV_ENCODING) as file:
+            for row in csv.DictReader(file):
+                yield _beside(path, row[column], column)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not CSV in UTF-8 ({error})") from error
 
 
 def _from_lines(path: Path) -> Iterator[str]:
@@ -96,7 +103,9 @@ def _from_lines(path: Path) -> Iterator[str]:
                 yield os.fsdecode(line.rstrip(b"\r\n"))
 
 
-def _beside(manifest: Path, value: str) -> str:
+def _beside(manifest: Path, value: Any, column: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{manifest}: column {column!r} holds {value!r}; each row needs a path")
     path = Path(value)
     return value if path.is_absolute() or path.exists() else str(manifest.parent / path)
 
@@ -132,8 +141,7 @@ def predict_bulk(
         raise UserError(f"--shard={index}/{count}: the first number must be 0 to {count - 1}")
     if part_size < 1 or workers < 1:
         raise UserError(f"--part_size={part_size}, --workers={workers}: 1 or more is needed")
-    read, total = open_inputs(source)
-    total = None if total is None else len(range(index, total, count))
+    read = open_inputs(source)
     name = f"{index:05d}-of-{count:05d}"
     folder, bad_folder = output / f"predictions-{name}", output / f"bad_inputs-{name}"
     try:
@@ -152,20 +160,25 @@ def predict_bulk(
     parts = _finished_parts(folder)
     inputs = islice(read(), index, None, count)
     skipped = _skip(inputs, parts, part_size, folder)
-    failed = sum(pq.read_metadata(path).num_rows for path in bad_folder.glob("*.parquet"))
+    bad_parts = [path for path in bad_folder.glob("*.parquet") if int(path.stem) < parts]  # none is unfinished
+    failed = sum(pq.read_metadata(path).num_rows for path in bad_parts)
     if parts and skipped < parts * part_size:  # the last part was the end
         return Progress(skipped, failed, skipped, 0.0)
     done, start = skipped, time.perf_counter()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as counter:
+        counted = counter.submit(lambda: len(range(index, sum(1 for _ in read()), count)))
         while chunk := list(islice(inputs, part_size)):
             rows: list[tuple[str, str | np.ndarray]] = []
             for names, outcomes in _predict(predictor, chunk, pool):
                 rows += zip(names, outcomes, strict=True)
                 failed += sum(isinstance(outcome, str) for outcome in outcomes)
                 done += len(names)
+                total = counted.result() if counted.done() and not counted.exception() else None
                 report(Progress(done, failed, total, (done - skipped) / (time.perf_counter() - start)))
             _write_part(rows, folder, bad_folder, parts, predictor.labels)
             parts += 1
+    if not done and shard == (0, 1):
+        raise UserError(f"--inputs={source}: names no images")
     return Progress(done, failed, done, (done - skipped) / max(time.perf_counter() - start, 1e-9))
 
 
@@ -213,7 +226,7 @@ def _text(name: str) -> str:
 
 
 def _write_table(path: Path, columns: dict[str, Any], about: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     table = pa.table(
         {
             name: pa.array(values, pa.string()) if name in ("input", "label", "error") else values
@@ -235,7 +248,8 @@ def _check_same_run(path: Path, about: dict[str, Any]) -> None:
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         for key, value in about.items():
-            if earlier.get(key) != value and key != "model":
+            # A sealed model may lie elsewhere by now: its digest says that it is the same.
+            if earlier.get(key) != value and (key != "model" or about["digest"] is None):
                 raise UserError(
                     f"{path.parent}: holds predictions with another {key} ({str(earlier.get(key))[:80]!r}, now "
                     f"{str(value)[:80]!r}); name another --output"
