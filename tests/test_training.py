@@ -351,7 +351,7 @@ def test_a_disk_without_space_for_the_metrics_is_one_line_and_costs_no_checkpoin
 def test_the_time_of_a_run_is_accounted_for(finished):
     record = json.loads((finished.workdir / "run.json").read_text())
     assert set(record["goodput"]) == set(CATEGORIES)
-    assert record["last_step"] == 6
+    assert record["last_step"] == 6 and record["finished"]
     assert record["starts"] >= 1
     assert sum(finished.goodput.values()) == pytest.approx(finished.seconds, rel=0.05)
     assert finished.goodput["compile"] > 0

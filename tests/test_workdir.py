@@ -176,7 +176,7 @@ def test_every_rule_at_resume_is_of_a_key():
 
 
 @pytest.mark.parametrize(
-    ("last_step", "has_model", "config", "data", "stays"),
+    ("last_step", "finished", "config", "data", "stays"),
     [
         (3, False, {}, "a", True),
         (9, False, {}, "a", True),  # killed while the model was written: nothing is computed again
@@ -186,15 +186,12 @@ def test_every_rule_at_resume_is_of_a_key():
         (3, False, {}, "b", False),
     ],
 )
-def test_a_restart_clears_what_is_not_this_run_unfinished(tmp_path, last_step, has_model, config, data, stays):
+def test_a_restart_clears_what_is_not_this_run_unfinished(tmp_path, last_step, finished, config, data, stays):
     folder = make_saved(tmp_path / "run")
     claim_config(folder, make_config())
-    record = {"last_step": last_step, "num_steps": 9, "data": {"train": {"fingerprint": "a"}}}
+    record = {"last_step": last_step, "finished": finished, "data": {"train": {"fingerprint": "a"}}}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "notes.txt").write_text("a person's own")
-    if has_model:
-        (folder / "model").mkdir()
-        (folder / "model" / "manifest.json").write_text("{}")
     clear_other_run(folder, make_config(config), {"train": data})
     assert (folder / "checkpoints" / "3").exists() == (folder / "config.json").exists() == stays
     assert (folder / "notes.txt").exists()

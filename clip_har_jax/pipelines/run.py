@@ -307,12 +307,14 @@ class Run:
         }
         bundle.write_json(self.workdir / "run.json", make_record(self.config, facts, old))
 
-    def record_goodput(self, goodput: Goodput, step: int) -> dict[str, float]:
-        """Brings the account of the time in run.json up to date, and returns it."""
+    def record_goodput(self, goodput: Goodput, step: int, finished: bool = False) -> dict[str, float]:
+        """Brings the account of the time in run.json up to date, and returns it; `finished`: the model is written."""
         seconds = goodput.seconds()
         if distributed.is_main():
             record = read_json(self.workdir / "run.json") or {}
-            bundle.write_json(self.workdir / "run.json", {**record, "last_step": step, "goodput": seconds})
+            bundle.write_json(
+                self.workdir / "run.json", {**record, "last_step": step, "finished": finished, "goodput": seconds}
+            )
         return seconds
 
     def print_overview(self) -> None:

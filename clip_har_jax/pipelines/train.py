@@ -141,7 +141,7 @@ def train(
             report = run.write_report(best, result)
             if trackers:
                 hand_over(trackers, model, report)
-        seconds = run.record_goodput(goodput, last_step)
+        seconds = run.record_goodput(goodput, last_step, finished=True)
     return Result(folder, model, best, result.metrics, seconds, time.monotonic() - begin, 0)
 
 

@@ -119,7 +119,7 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
 
 
 RUN_FILES = "checkpoints checkpoints_damaged eval model tensorboard wandb config.json run.json metrics.jsonl".split()
-RUN_FILES += ["trackers.json", "curves.csv", "bad_inputs.jsonl"]
+RUN_FILES += "trackers.json curves.csv bad_inputs.jsonl retention.json wise_ft.json wise_ft.png".split()
 
 
 def clear_other_run(workdir: epath.Path, config: RunConfig, fingerprints: Mapping[str, str]) -> None:
@@ -131,8 +131,7 @@ def clear_other_run(workdir: epath.Path, config: RunConfig, fingerprints: Mappin
     old, record = read_json(workdir / "config.json"), read_json(workdir / "run.json")
     if old is None or record is None:
         return
-    trained = record.get("last_step", 0) >= record.get("num_steps", 0)
-    unfinished = not (trained and (workdir / "model" / bundle.MANIFEST).exists())
+    unfinished = not record.get("finished", False)  # its model/ may be gone by now: DVC removes it before a stage
     same_config = all(change.policy == FREE for change in _changes(old, config))
     same_data = fingerprints == {name: part["fingerprint"] for name, part in record["data"].items()}
     if unfinished and same_config and same_data:
