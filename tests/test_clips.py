@@ -265,3 +265,22 @@ def test_evaluating_clips_by_one_and_by_several_views(trained: Path, clips: Path
     assert three != one
     assert three == pytest.approx(one, abs=0.2)
     assert json.loads((tmp_path / "metrics.json").read_text())["num_examples"] == 8
+
+
+def test_exported_models_answer_with_the_mean_over_the_frames(trained: Path, clips: Path) -> None:
+    predictor = Predictor(trained)
+    asked = []
+
+    class Exported:
+        """Takes single images, as exported graphs do."""
+
+        labels, actions, preprocess = predictor.labels, predictor.backend.actions, predictor.backend.preprocess
+
+        def predict(self, images: np.ndarray) -> np.ndarray:
+            asked.append(images.shape)
+            return np.tile(np.float32([0.25, 0.75]), (len(images), 1))
+
+    predictor.backend = Exported()  # type: ignore[assignment]
+    found = predictor.predict_clip(clips / "jump" / "3.mp4")
+    assert (found.label, found.score) == ("wave", 0.75)
+    assert asked == [(2, 32, 32, 3)]

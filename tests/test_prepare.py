@@ -434,3 +434,22 @@ def test_runs_record_the_checksum_and_reports_show_it(prepared: tuple[Prepared, 
     assert data["train"]["manifest_sha256"] == data["val"]["manifest_sha256"] == digest
     evaluate_model(str(model), f"{spec}?split=test", tmp_path / "test", batch_size=8)
     assert digest in (tmp_path / "test" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_labels_that_a_models_features_contradict_are_listed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(48):  # dark and light noise, of which two are in the wrong folder
+        dark = i % 2 == 0
+        folder = tmp_path / "photos" / ("night" if dark != (i in (6, 7)) else "day")
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(0, 60, (40, 40, 3)) + (0 if dark else 190)
+        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:02d}.png")
+    model = write_model(tmp_path / "model", ("a", "b"))
+    found = prepare([f"folder:{tmp_path}/photos"], tmp_path / "out", model=str(model))
+    assert {(Path(row["path"]).name, row["suggested"]) for row in found.suspects} == {
+        ("06.png", "night"),
+        ("07.png", "day"),
+    }
+    assert "06.png" in (tmp_path / "out" / "report.html").read_text()
+    assert found.summary["num_suspects"] == 2

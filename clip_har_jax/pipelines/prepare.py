@@ -304,9 +304,10 @@ def _find_suspects(
     groups: np.ndarray,
     labels: Sequence[str],
 ) -> list[dict[str, Any]]:
+    """The images whose labels most neighbours in a model's features contradict."""
     from clip_har_jax.inference.predictor import Predictor
 
-    predictor = Predictor(model, labels)
+    predictor = Predictor(model, None if bundle.has_actions(model) else labels)  # only its features are used
     size = predictor.batch_size
     features = [
         predictor.embed([root / row["path"] for row in rows[start : start + size]])
