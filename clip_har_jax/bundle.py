@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.signing import SIGNATURE_FILE
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -176,7 +177,7 @@ def _texts(value: Any, path: Path, key: str) -> tuple[str, ...]:
 
 def _sealed_files(folder: Path) -> list[Path]:
     """What the seal covers. Hidden files are left out: tools drop them anywhere, and nothing here reads them."""
-    outside = {folder / MANIFEST, folder / "README.md"}
+    outside = {folder / name for name in (MANIFEST, SIGNATURE_FILE, "README.md")}
     files = [path for path in folder.rglob("*") if path.is_file() and path not in outside]
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 

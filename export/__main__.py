@@ -39,7 +39,8 @@ def main() -> int:
         help='tell these actions apart instead of the folder\'s own, e.g. --classes="riding a bike,sleeping"',
     )
     add("--int8", choices=("dynamic", "static"), default="dynamic", help="activations' scales, e.g. --int8=static")
-    add("--overwrite", action="store_true", help="replace what is in the output folder, e.g. --overwrite")
+    add("--sign", metavar="FILE", help="sign the folder with a private key in PEM, e.g. --sign=private.pem")
+    add("--overwrite", action="store_true", help="replace an earlier export, e.g. --overwrite")
     arguments = parser.parse_args()
 
     from clip_har_jax.inference.backends import split_classes
@@ -54,6 +55,7 @@ def main() -> int:
         split_classes(arguments.classes),
         arguments.overwrite,
         arguments.int8 == "static",
+        arguments.sign,
     )
     for name, entry in parity.items():
         if entry["passed"]:

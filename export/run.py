@@ -25,6 +25,7 @@ from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import init_head, make_head
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
+from clip_har_jax.signing import sign
 from clip_har_jax.text import Tokenizer
 from export.graphs import Graph, make_graphs
 from export.parity import FLOAT16, FLOAT32, INT8, NUM_HARD, Arrays, Bounds, compare, make_cases, run_cases
@@ -197,6 +198,7 @@ def export_model(
     classes: Sequence[str] = (),
     overwrite: bool = False,
     static_int8: bool = False,
+    signing_key: str | None = None,
 ) -> dict[str, Any]:
     """Writes an exported folder of the formats that pass; gives what parity.json says of all.
 
@@ -209,6 +211,7 @@ def export_model(
       classes: the actions to tell apart; empty: the folder's own.
       overwrite: put the new folder in the place of an old one, which stays whole until the new one is.
       static_int8: scale int8's activations by the first of the images instead of as they come.
+      signing_key: a private key in PEM to sign the folder with.
 
     Raises:
       UserError: a mistake in the arguments or the model, or a disk that is full.
@@ -235,6 +238,8 @@ def export_model(
         if any(entry["passed"] for entry in parity.values()):
             bundle.write_json(folder / "parity.json", parity)
             bundle.seal(folder, model.digest)
+            if signing_key is not None:
+                sign(folder, Path(signing_key))
         else:
             raise _NothingPassed
 

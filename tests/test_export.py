@@ -21,6 +21,7 @@ from clip_har_jax.models.heads import HEADS, init_head, make_head, write_head
 from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import read_config, write_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION
+from clip_har_jax.signing import sign, verify_signature
 from clip_har_jax.text import HAR15_PHRASES
 from export import run as export_run
 from export.graphs import make_graphs
@@ -173,6 +174,39 @@ def test_a_changed_byte_is_refused(output: Path, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"onnx/classifier.onnx: changed since the model was sealed"):
         Predictor(copy)
+
+
+def test_a_signature_is_of_its_key_and_its_files(output: Path, tmp_path: Path) -> None:
+    for name in ("private", "other"):
+        make_key(tmp_path / f"{name}.pem", tmp_path / f"{name}.pub")
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    with pytest.raises(UserError, match="not signed"):
+        verify_signature(copy, tmp_path / "private.pub")
+    sign(copy, tmp_path / "private.pem")
+    (copy / "README.md").write_text("a card comes later")
+    verify_signature(copy, tmp_path / "private.pub")
+    assert bundle.verify(copy) == bundle.verify(output)
+    with pytest.raises(UserError, match=r"isn't good for .*other.pub"):
+        verify_signature(copy, tmp_path / "other.pub")
+    with pytest.raises(UserError, match="no private key"):
+        sign(copy, tmp_path / "private.pub")
+    # Whoever changes a file can write a manifest that fits, but no signature.
+    (copy / "actions.json").write_text((copy / "actions.json").read_text().replace("1.7", "1.6"))
+    (copy / "manifest.json").unlink()
+    bundle.seal(copy)
+    with pytest.raises(UserError, match=r"isn't good for .*private.pub"):
+        verify_signature(copy, tmp_path / "private.pub")
+
+
+def make_key(private: Path, public: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain))
+    public.write_bytes(key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo))
 
 
 def test_another_preprocessing_is_refused(output: Path, tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Who made a folder: a signature over all of its files, in the format of the OpenSSF's model-signing.
+
+A manifest says that nothing was changed by accident; a signature, that nobody without the key changed anything. Keys
+are of elliptic curves, as `openssl ecparam -name prime256v1 -genkey` makes them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from clip_har_jax.errors import UserError
+
+SIGNATURE_FILE = "model.sig"
+OUTSIDE = (SIGNATURE_FILE, "README.md")  # what a signature doesn't cover
+
+
+def sign(folder: Path, private_key: Path) -> None:
+    """Writes model.sig into a folder.
+
+    Raises:
+      UserError: model-signing isn't installed, or no usable key.
+    """
+    library = _library()
+    config = library.signing.Config().set_hashing_config(_hashing(library, folder))
+    try:
+        config.use_elliptic_key_signer(private_key=private_key).sign(folder, folder / SIGNATURE_FILE)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--sign={private_key}: no private key of an elliptic curve in PEM ({error})") from error
+
+
+def verify_signature(folder: Path, public_key: Path) -> None:
+    """Checks that a folder was signed with the private half of a key and holds what it held then.
+
+    Raises:
+      UserError: not signed, signed with another key, or changed; model-signing isn't installed.
+    """
+    library = _library()
+    if not (folder / SIGNATURE_FILE).is_file():
+        raise UserError(f"{folder}: not signed ({SIGNATURE_FILE} is missing)")
+    config = library.verifying.Config().set_hashing_config(_hashing(library, folder))
+    try:
+        config = config.use_elliptic_key_verifier(public_key=public_key)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{public_key}: no public key of an elliptic curve in PEM ({error})") from error
+    try:
+        config.verify(folder, folder / SIGNATURE_FILE)
+    except Exception as error:  # each kind of mismatch has its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: its signature isn't good for {public_key} ({reason})") from error
+
+
+def _library() -> Any:
+    try:
+        import model_signing
+    except ImportError as error:
+        raise UserError(f"signatures need model-signing ({error}); pip install -e '.[signing]'") from error
+    return model_signing
+
+
+def _hashing(library: Any, folder: Path) -> Any:
+    return library.hashing.Config().set_ignored_paths(paths=[folder / name for name in OUTSIDE])
