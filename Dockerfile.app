@@ -19,6 +19,7 @@ FROM base AS app
 COPY app/requirements.txt app/
 RUN pip install --no-cache-dir --only-binary=:all: -c constraints.txt -r app/requirements.txt
 COPY app app
+COPY .streamlit .streamlit
 USER 10001
 EXPOSE 8501
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
