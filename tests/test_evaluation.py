@@ -186,6 +186,8 @@ def test_the_report_tells_what_is_known_of_the_model(tmp_path: Path) -> None:
     assert "Loss" in text and "Learning rate" in text and "Throughput" not in text
     assert "75% moved the model forward" in text
     assert "train.num_steps" in text and "checksum abc" in text
+    assert "0.500 before, 0.400 after" in text
+    assert "0.5 was taken" in text
     assert "Loss" not in report_of(result)
 
 
@@ -197,6 +199,9 @@ def write_history(root: Path) -> History:
     bundle.write_json(root / "run.json", record)
     bundle.write_json(root / "model" / "run.json", {"run_id": "r1"})
     bundle.write_json(root / "config.json", make_config({"train": {"num_steps": 7}}).to_dict())
+    bundle.write_json(root / "retention.json", {"data": "folder:other", "before": 0.5, "after": 0.4})
+    points = [{"alpha": alpha, "target_top1": alpha, "retained_top1": 1 - alpha} for alpha in (0.0, 0.5, 1.0)]
+    bundle.write_json(root / "wise_ft.json", {"curve": points, "chosen": 0.5})
     lines = [json.dumps({"step": i, "train/loss": 3.0 - i, "train/learning_rate": 0.1 * i}) for i in range(3)]
     (root / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "train/lo']))
     return read_history(root / "model")

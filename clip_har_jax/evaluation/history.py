@@ -17,11 +17,15 @@ class History:
       rows: of metrics.jsonl.
       record: run.json.
       changed: settings that differ from the defaults: key -> (default, value).
+      retention: retention.json.
+      wise_ft: wise_ft.json.
     """
 
     rows: tuple[dict[str, Any], ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    retention: dict[str, Any] = field(default_factory=dict)
+    wise_ft: dict[str, Any] = field(default_factory=dict)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, without those that aren't known."""
@@ -37,7 +41,13 @@ def read_history(model: str | Path) -> History:
         return History(record=record)
     config = _read(workdir / "config.json")
     changed = _differences(RunConfig().to_dict(), config) if config else {}
-    return History(_read_rows(workdir / "metrics.jsonl"), _read(workdir / "run.json"), changed)
+    return History(
+        _read_rows(workdir / "metrics.jsonl"),
+        _read(workdir / "run.json"),
+        changed,
+        _read(workdir / "retention.json"),
+        _read(workdir / "wise_ft.json"),
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

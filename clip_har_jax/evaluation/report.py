@@ -111,7 +111,7 @@ def make_report(
             galleries=galleries,
             has_heat=bool(details.heat_maps),
             training=_training(details.history),
-            tradeoffs=[],
+            tradeoffs=_tradeoffs(details.history),
             about={**about, **_environment(details.history.record)},
             changed=details.history.changed,
         )
@@ -222,6 +222,27 @@ def _training(history: History) -> list[dict[str, Any]]:
         named = {name.replace("_", " "): value for name, value in seconds.items()}
         drawn = charts.draw_bars(named, "seconds, over all starts", title, " s")
         found.append({"title": title, "chart": drawn})
+    return found
+
+
+def _tradeoffs(history: History) -> list[dict[str, Any]]:
+    """What fine-tuning cost in zero-shot ability, and what averaging with the start won back."""
+    found, kept, curve = [], history.retention, history.wise_ft
+    if {"before", "after"} <= set(kept):
+        title = "What was kept of the start"
+        told = (
+            f"Zero-shot accuracy on {kept.get('data')}, which wasn't trained for: {kept['before']:.3f} before, "
+            f"{kept['after']:.3f} after."
+        )
+        bars = {"before": kept["before"], "after": kept["after"]}
+        found.append({"title": title, "explained": told, "chart": charts.draw_bars(bars, "zero-shot top-1", told)})
+    if points := curve.get("curve"):
+        alphas = [point["alpha"] for point in points]
+        named = {"on the target": "target_top1", "zero-shot, retained": "retained_top1"}
+        lines = {name: (alphas, [point[key] for point in points]) for name, key in named.items() if key in points[0]}
+        told = f"0 is the start, 1 the fine-tuned weights (WiSE-FT); {curve.get('chosen')} was taken."
+        drawn = charts.draw_lines(lines, "share of the fine-tuned weights", "top-1", told, markers=True)
+        found.append({"title": "Between the start and fine-tuning", "explained": told, "chart": drawn})
     return found
 
 
