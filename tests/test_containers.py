@@ -279,18 +279,16 @@ def test_the_app_of_its_image_starts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the accelerators' packages are for Linux")
-@pytest.mark.parametrize("extra", ["", "cuda", "tpu"])
-def test_the_training_image_resolves_to_the_pins(tmp_path, extra):
-    """Its pip line, asked what it would install: gigabytes that .ci/run installs from the same pins anyway."""
+def test_the_training_image_resolves_to_the_pins(tmp_path):
+    """Its pip line for all accelerators at once, asked what it would install, which is gigabytes."""
     report = tmp_path / "report.json"
     asked = f"pip install --dry-run --ignore-installed --quiet --report {report}"
-    build("Dockerfile.train", "", tmp_path, pip=asked, EXTRA=extra)
+    build("Dockerfile.train", "", tmp_path, pip=asked, EXTRA="cuda,tpu")
     named = (item["metadata"] for item in json.loads(report.read_text())["install"])
     found = {(re.sub(r"[_.]", "-", item["name"].lower()), item["version"]) for item in named}
     known = pins(ROOT / "requirements.txt") | pins(ROOT / "requirements-accelerators.txt")
     assert {pin for pin in found - known if pin[0] != "clip-har-jax"} == set()
-    wanted = {"": "jax", "cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
-    assert wanted[extra] in dict(found)
+    assert pins(ROOT / "requirements-accelerators.txt") <= found
     lines = instructions("Dockerfile.train")[""]
     for command in (json.loads(dict(lines)["CMD"]), ["scripts/auto_train.py", "--help"], ["-m", "export", "--help"]):
         subprocess.run(
