@@ -238,7 +238,7 @@ async def list_models(request: Request) -> Models:
 @router.post("/models/{name}/load", responses=MODEL_ERRORS)
 async def load_model(request: Request, name: ModelName, given: LoadRequest) -> ModelStatus:
     """Loads a version: verified, warmed and proven aside, then switched to; if anything fails the old one stays."""
-    registry = service_of(request).registry
+    registry = _only_process(request).registry
     registry.entry(name)
     path = registry.folder(given.folder) if given.folder is not None else None
     return _status(await registry.load(name, path, given.activate))
@@ -247,13 +247,13 @@ async def load_model(request: Request, name: ModelName, given: LoadRequest) -> M
 @router.post("/models/{name}/activate", responses=MODEL_ERRORS)
 async def activate_model(request: Request, name: ModelName, given: ActivateRequest) -> ModelStatus:
     """Switches to a version that is loaded."""
-    return _status(await service_of(request).registry.activate(name, given.version))
+    return _status(await _only_process(request).registry.activate(name, given.version))
 
 
 @router.post("/models/{name}/classes", responses=MODEL_ERRORS)
 async def change_classes(request: Request, name: ModelName, given: ClassesRequest) -> ModelStatus:
     """Adds and removes classes by text; makes a version of its own and switches to it."""
-    service = service_of(request)
+    service = _only_process(request)
     deadline = deadline_of(service.settings)
     return _status(await service.registry.change_classes(name, given.add, given.remove, deadline))
 
@@ -263,7 +263,15 @@ async def unload_version(
     request: Request, name: ModelName, version: Annotated[str, Path(max_length=100, examples=["3f2a9c01b7de"])]
 ) -> None:
     """Drops a version that isn't active."""
-    await service_of(request).registry.unload(name, version)
+    await _only_process(request).registry.unload(name, version)
+
+
+def _only_process(request: Request) -> Service:
+    """The service, where it is the only one: of several workers a request would change one."""
+    service = service_of(request)
+    if service.settings.workers > 1:
+        raise Problem("conflict", "there are several workers: change the model's folder and send SIGHUP")
+    return service
 
 
 def _status(entry: Entry) -> ModelStatus:

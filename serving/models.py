@@ -367,7 +367,7 @@ class Registry:
         before = entry.active
         entry.active = model
         if before is not None and before is not model:
-            self._metrics.model_info.remove(entry.name, before.version, before.backend.digest or "")
+            self._metrics.forget_model(entry.name, before.version, before.backend.digest or "")
             if entry.versions.get(before.version) is before:
                 del entry.versions[before.version]
             log.info(

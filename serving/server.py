@@ -2,20 +2,28 @@
 
 import asyncio
 import contextlib
+import multiprocessing
+import os
 import signal
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
 
 import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
 
 from clip_har_jax.errors import UserError
 from serving.app import make_app
 from serving.settings import Settings
-from serving.telemetry import configure_logging, log
+from serving.telemetry import MULTIPROCESS, configure_logging, log
 
 LARGEST_FRAME_BYTES = 2_000_000  # of a WebSocket message
 FRAMES_AHEAD = 4
+RESTART_S = 0.5  # before a worker that died is replaced: one that dies at once shouldn't spin
 
 
 class Server(uvicorn.Server):
@@ -76,5 +84,59 @@ def serve(settings: Settings) -> int:
     configure_logging(settings.log_level)
     host, port = listener.getsockname()[:2]
     log.info("listening", extra={"fields": {"address": f"http://{host}:{port}", "models": list(settings.all_models)}})
+    if settings.workers > 1:
+        return supervise(settings, listener)
     Server(make_config(settings)).run([listener])
     return 0
+
+
+def supervise(settings: Settings, listener: socket.socket) -> int:
+    """Several serving processes on one socket: one that dies is replaced, signals go to them all.
+
+    Prometheus's numbers are those of all: each leaves its own in files, of which any of them makes the sums.
+    """
+    with tempfile.TemporaryDirectory(prefix="har-metrics-") as numbers:
+        os.environ[MULTIPROCESS] = numbers  # before its client is imported, in the workers
+        context, stopping = multiprocessing.get_context("spawn"), False
+        workers: list[SpawnProcess] = []
+
+        def start() -> None:
+            worker = context.Process(target=_work, args=(settings, listener))
+            worker.start()
+            workers.append(worker)
+
+        def forward(number: int, frame: object) -> None:
+            nonlocal stopping
+            stopping = stopping or number != signal.SIGHUP
+            for worker in workers:
+                if worker.pid is not None and worker.is_alive():
+                    os.kill(worker.pid, number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, forward)
+        for _ in range(settings.workers):
+            start()
+        while workers:
+            connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                workers.remove(worker)
+                mark_process_dead(worker.pid)
+                if not stopping:
+                    log.error("a worker died", extra={"fields": {"pid": worker.pid, "exit_code": worker.exitcode}})
+                    time.sleep(RESTART_S)
+                    start()
+    return 0
+
+
+def _work(settings: Settings, listener: socket.socket) -> None:
+    """A serving process; it ends, in order, when its supervisor does."""
+    configure_logging(settings.log_level)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    Server(make_config(settings)).run([listener])

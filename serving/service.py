@@ -12,6 +12,7 @@ from fastapi import Request
 from clip_har_jax.bundle import MANIFEST
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.exported import RUNTIMES
+from clip_har_jax.signing import verify_signature
 from serving.batcher import Batcher
 from serving.images import Decoder
 from serving.models import Model, Registry
@@ -78,6 +79,8 @@ class Service:
         folder = path.parent if path.name in RUNTIMES else path
         if self.settings.require_manifest and folder.is_dir() and not (folder / MANIFEST).is_file():
             raise UserError(f"{folder}: not sealed (no {MANIFEST}); export it again, or set HAR_REQUIRE_MANIFEST=false")
+        if self.settings.signing_key is not None:
+            verify_signature(folder, self.settings.signing_key)
 
     @contextmanager
     def begin(self, request: Request, which: Which) -> Iterator[Model]:

@@ -24,7 +24,8 @@ class Settings(BaseSettings):
     models_dir: Path | None = Field(None, description="the folder whose folders can be loaded by name at run time")
     require_manifest: bool = Field(True, description="refuse a folder that isn't sealed")
     signing_key: Path | None = Field(
-        None, description="an Ed25519 public key (PEM): refuse folders without a good manifest.sig"
+        None,
+        description="a public key (PEM): refuse folders that weren't signed by `export --sign` with its other half",
     )
 
     host: str = Field("127.0.0.1", description="the address to listen on; any but loopback needs API keys")

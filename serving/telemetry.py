@@ -58,6 +58,12 @@ class Metrics:
         self.stream_frames = counter("stream_frames", "frames by what became of them", "outcome")
         self.frame_to_event = histogram("frame_to_event_seconds", "from a frame's arrival to its answer")
 
+    def forget_model(self, *labels: str) -> None:
+        """A version is active no more; the files of several workers can't lose a series, so there it falls to 0."""
+        self.model_info.labels(*labels).set(0)
+        if MULTIPROCESS not in os.environ:
+            self.model_info.remove(*labels)
+
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes: of all workers, where there are several."""
         if MULTIPROCESS not in os.environ:

@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clip_har_jax.signing import SIGNATURE_FILE, sign
 from serving.service import Service
 from tests.serving_setup import LABELS, reseal, running, wait_for
 
@@ -433,3 +434,67 @@ def test_sighup_reads_the_folder_again(folder: Path, tmp_path: Path, good: bytes
             wait_for(lambda: client.post("/v1/predict", content=good).json()["model"]["version"] == version)
         process.send_signal(signal.SIGTERM)
         assert process.wait(25) == 0
+
+
+def test_a_signature_is_asked_for(folder: Path, tmp_path: Path, good: bytes) -> None:
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+    for name in ("mine", "other"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (tmp_path / f"{name}.pem").write_bytes(text)
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"{name}.pub").write_bytes(public)
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    with running(model, wait=False, signing_key=tmp_path / "mine.pub") as (client, service):
+        wait_for(lambda: "not signed" in (service.registry.entry(None).error or ""))
+        sign(model, tmp_path / "other.pem")
+        assert "signature isn't good" in client.post("/v1/models/har/load", json={}).json()["detail"]
+        (model / SIGNATURE_FILE).unlink()
+        sign(model, tmp_path / "mine.pem")
+        assert client.post("/v1/models/har/load", json={}).status_code == 200
+        assert client.post("/v1/predict", content=good).status_code == 200
+
+
+@pytest.mark.slow
+def test_several_workers_share_the_work_and_are_replaced(folder: Path, tmp_path: Path, good: bytes) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    command = [sys.executable, "-m", "serving", f"--model={tmp_path / 'model'}", "--port=0", "--workers=2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        address = json.loads(process.stderr.readline())["address"]
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+
+        def ask(method: str, path: str, **content: Any) -> httpx.Response:
+            """By a new connection, which either worker may take."""
+            with httpx.Client(base_url=address, transport=httpx.HTTPTransport(retries=20)) as client:
+                return client.request(method, path, **content)
+
+        def workers() -> list[int]:
+            """Those of the process's children that are no helpers of multiprocessing."""
+            listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in listed}
+            return [pid for pid, line in lines.items() if b"spawn_main" in line]
+
+        wait_for(lambda: all(ask("GET", "/v2/health/ready").status_code == 200 for _ in range(8)))
+        assert ask("POST", "/v1/models/har/load", json={}).json()["code"] == "conflict"
+        first = workers()
+        assert len(first) == 2
+        os.kill(first[0], signal.SIGKILL)
+        wait_for(lambda: len(workers()) == 2 and first[0] not in workers())
+        wait_for(lambda: all(ask("GET", "/v2/health/ready").status_code == 200 for _ in range(8)))
+        (tmp_path / "model" / "note.txt").write_text("another digest")
+        version = reseal(tmp_path / "model")[:12]
+        process.send_signal(signal.SIGHUP)
+
+        def served() -> set[str]:
+            return {ask("POST", "/v1/predict", content=good).json()["model"]["version"] for _ in range(8)}
+
+        wait_for(lambda: served() == {version})
+        for _ in range(3):
+            ask("POST", "/v1/predict", content=good).raise_for_status()
+        counted = ask("GET", "/metrics").text
+        assert 'har_requests_total{method="POST",route="/v1/predict",status="200"}' in counted
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
