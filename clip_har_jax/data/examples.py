@@ -1,0 +1,42 @@
+"""What sources give: an example, and the protocol of whatever holds them."""
+
+import hashlib
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+
+class ClipFile(NamedTuple):
+    """A video, of which frames are read when it is known which."""
+
+    path: str
+
+
+class Example(NamedTuple):
+    """One example as its source gives it."""
+
+    data: bytes | np.ndarray | ClipFile  # an encoded image, uint8 [h, w, 3], or a video
+    label: int
+    name: str  # by which a person finds it
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Labelled examples with random access."""
+
+    labels: tuple[str, ...]
+    label_ids: np.ndarray  # int32 [n], known without reading an image
+    fingerprint: str  # SHA-256 over what is listed
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+
+    def __getitem__(self, i: int) -> Example:
+        """Reads one example; OSError where its file can't be read."""
+
+
+def fingerprint_of(*parts: object) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode() + b"\0")
+    return digest.hexdigest()
