@@ -44,6 +44,9 @@ def main() -> None:
         metavar="X,X",
         help="factors of each method's learning rate, chosen on the first seed's validation, e.g. --search=1",
     )
+    parser.add_argument(
+        "--soups", action="store_true", help="add rows for the mean of the weights of each method's seeds, e.g. --soups"
+    )
     arguments, overrides = cli.parse_with_overrides(parser)
     config = load_config(arguments.config, overrides)
     test = arguments.test or config.data.val
@@ -56,7 +59,7 @@ def main() -> None:
     from clip_har_jax.pipelines.compare import compare
 
     output = Path(arguments.output)
-    compare(config, arguments.methods.split(","), seeds, output, test, search)
+    compare(config, arguments.methods.split(","), seeds, output, test, search, arguments.soups)
     print((output / "compare.md").read_text())
 
 

@@ -12,22 +12,37 @@ import numpy as np
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
-from clip_har_jax.data.sources import make_source
+from clip_har_jax.data.sources import Source, make_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.inference.backends import JaxBackend
-from clip_har_jax.pipelines.inputs import select_classes
+from clip_har_jax.models.pretrained import read_config, read_params, write_params
+from clip_har_jax.pipelines.inputs import load_retention, select_classes
 from clip_har_jax.pipelines.train import train
 from clip_har_jax.training.methods import METHODS
 
 # What a method's learning rate is of the config's, before the search: fewer parameters take larger steps.
 RATE_OF = {"lora": 10.0, "bitfit": 10.0, "adapter": 10.0, "prompt": 30.0}
 SEARCH = (0.3, 1.0, 3.0)  # what that rate is multiplied by, the same for all; chosen on the first seed's validation
+SOUP_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "run.json",
+)
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1, 2, ... degrees of freedom
 
 
 def compare(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], output: Path, test: str, search: Sequence[float]
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    test: str,
+    search: Sequence[float],
+    soups: bool = False,
 ) -> list[dict[str, Any]]:
     """Trains each method with each seed, or what of it is missing, and writes compare.json, compare.md, compare.png.
 
@@ -36,6 +51,7 @@ def compare(
       output: a folder; a finished cell in it is not run again.
       test: SPEC of the images that decide, which neither training nor the search sees.
       search: factors of the learning rate to choose from.
+      soups: add a row for the mean of the weights of each method's seeds, where the cosine head is saved.
 
     Raises:
       UserError: an unknown method, no seeds, a mistake in the config, or cells of another config in the folder.
@@ -48,6 +64,10 @@ def compare(
             cells.append(run_cell(config, method, seed, rate, output, test))
             print(f"[{i + 1}/{len(methods)}] {_describe(cells[-1])}", flush=True)
     rows = [summarize(method, [cell for cell in cells if cell["method"] == method]) for method in methods]
+    for method in methods if soups else ():
+        if METHODS[method].learns_from == "steps" and METHODS[method].heads[0] == "cosine" and method != "prompt":
+            soup = cook_soup(config, [cell for cell in cells if cell["method"] == method], output, test)
+            rows.append(summarize(method, [soup]) | {"method": f"{method}, soup"})
     bundle.write_json(output / "compare.json", {"test": test, "search": list(search), "rows": rows, "cells": cells})
     (output / "compare.md").write_text(make_table(rows, search, len(seeds)))
     if all(row["retained"] for row in rows):
@@ -90,7 +110,7 @@ def run_cell(config: RunConfig, method: str, seed: int, rate: float, output: Pat
         method=dataclasses.replace(config.method, name=method),
         optim=dataclasses.replace(config.optim, learning_rate=rate),
     )
-    folder = output / "cells" / method / f"seed_{seed}" / f"rate_{rate:.3g}"
+    folder = _folder(output, method, seed, rate)
     done = folder / "cell.json"
     if done.is_file():
         cell = json.loads(done.read_text())
@@ -124,15 +144,50 @@ def run_cell(config: RunConfig, method: str, seed: int, rate: float, output: Pat
     return cell
 
 
+def _folder(output: Path, method: str, seed: int, rate: float) -> Path:
+    return output / "cells" / method / f"seed_{seed}" / f"rate_{rate:.3g}"
+
+
+def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, test: str) -> dict[str, Any]:
+    """The mean of the weights of runs that differ in their seeds (Wortsman et al. 2022, Model soups: the uniform one).
+
+    Returns:
+      As a cell; the soup itself is a model folder, OUTPUT/soups/METHOD.
+    """
+    folders = [_folder(output, cell["method"], cell["seed"], cell["learning_rate"]) / "run/model" for cell in cells]
+    clip = read_config(folders[0])
+    each = [read_params(folder, clip) for folder in folders]
+    mean = {name: np.mean([params[name] for params in each], axis=0, dtype=np.float32) for name in each[0]}
+
+    def fill(folder: Path) -> None:
+        for name in SOUP_FILES:
+            shutil.copyfile(folders[0] / name, folder / name)
+        write_params(folder, clip, mean)
+        actions = bundle.read_actions(folders[0])  # its temperature and thresholds are those of one run
+        bundle.write_actions(folder, bundle.Actions(actions.labels, actions.prompts))
+        bundle.seal(folder)
+
+    soup = bundle.replace_folder(output / "soups" / cells[0]["method"], fill)
+    metrics, retention = measure(config, soup, test), load_retention(config)
+    retained = None
+    if retention is not None:
+        backend = JaxBackend(soup, retention.labels, batch_size=config.eval.batch_size)
+        retained = _evaluate(config, backend, retention.source)["top1"]
+    seconds = sum(cell["seconds"] for cell in cells)
+    return {**cells[0], "top1": metrics["top1"], "ece": metrics["ece"], "retained": retained, "seconds": seconds}
+
+
 def measure(config: RunConfig, model: Path, test: str) -> dict[str, Any]:
     """The metrics of a model folder on the test data."""
     backend = JaxBackend(model, batch_size=config.eval.batch_size)
     source = make_source(test, "test")
     source = select_classes(source, backend.labels, "data.classes") if source.labels != backend.labels else source
-    bad_inputs = BadInputs(source, config.data.max_bad_fraction)
-    with eval_batches(
-        source, config.data, backend.preprocess, batch_size=config.eval.batch_size, bad_inputs=bad_inputs
-    ) as batches:
+    return _evaluate(config, backend, source)
+
+
+def _evaluate(config: RunConfig, backend: JaxBackend, source: Source) -> dict[str, Any]:
+    batch_size, bad_inputs = config.eval.batch_size, BadInputs(source, config.data.max_bad_fraction)
+    with eval_batches(source, config.data, backend.preprocess, batch_size=batch_size, bad_inputs=bad_inputs) as batches:
         return evaluate(lambda batch: backend.logits(batch.image), batches, backend.labels).metrics
 
 
