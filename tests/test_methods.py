@@ -12,9 +12,7 @@ from scipy.special import softmax
 from clip_har_jax import bundle
 from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.models import factory
 from clip_har_jax.models.adapters import merge_lora
-from clip_har_jax.models.clip import CLIPConfig, TextConfig, VisionConfig
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import Features, head_logits
 from clip_har_jax.models.params import flat_params
@@ -25,11 +23,6 @@ from clip_har_jax.training.losses import balanced_weights, cross_entropy
 from clip_har_jax.training.mixing import mix
 from clip_har_jax.training.probe import Embedded, fit_cache, fit_probe
 
-SMALL = CLIPConfig(
-    TextConfig(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, context_length=24),
-    VisionConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, image_size=32, patch_size=8),
-    projection_dim=32,
-)
 KNOWN = ("cycling", "sitting", "sleeping", "using_laptop", "fighting", "running")  # what the start was trained on
 NEW = ("dancing", "clapping", "eating", "hugging")
 
@@ -67,7 +60,7 @@ def start(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(factory.NAMED_SIZES, "small", SMALL)
         config = config_for(
-            "small", "full", 120, data={"classes": KNOWN, "shots": 100}, train={"global_batch_size": 48}
+            "mini", "full", 120, data={"classes": KNOWN, "shots": 100}, train={"global_batch_size": 48}
         )
         return train(config, tmp_path_factory.mktemp("start"), quiet=True).model
 
