@@ -57,12 +57,9 @@ def config_for(start, name, steps=40, **sections):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A small model trained on some of the actions."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(factory.NAMED_SIZES, "small", SMALL)
-        config = config_for(
-            "mini", "full", 120, data={"classes": KNOWN, "shots": 100}, train={"global_batch_size": 48}
-        )
-        return train(config, tmp_path_factory.mktemp("start"), quiet=True).model
+    data, size = {"classes": KNOWN, "shots": 100}, {"global_batch_size": 48}
+    config = config_for("mini", "full", 120, data=data, train=size)
+    return train(config, tmp_path_factory.mktemp("start"), quiet=True).model
 
 
 @pytest.fixture(scope="module")
