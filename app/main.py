@@ -35,6 +35,8 @@ def connect() -> Service:
     """The service that this visitor uses."""
     if "service" not in st.session_state:
         url, key = configured()
+        if url is None and not own_service.is_ready(own_url()):
+            own_url.clear()  # it ended; the next call starts another
         st.session_state.service = Service(url or own_url(), key)
     return st.session_state.service
 
@@ -45,7 +47,6 @@ def show_trouble(trouble: Trouble) -> None:
     if isinstance(trouble, own_service.NoModel):
         st.code(own_service.COMMANDS, language="bash", wrap_lines=True)
     if st.button("Try again", icon=":material/refresh:"):
-        own_url.clear()
         st.session_state.pop("service", None)
         st.rerun()
 

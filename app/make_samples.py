@@ -17,6 +17,7 @@ SIZE_PX = 384
 CHOSEN = ("cycling", "dancing", "drinking", "hugging", "running", "sleeping", "using_laptop", "calling")
 VIDEO = ("running", "sleeping", "cycling")
 FPS, SECONDS_EACH = 10, 4
+SWAY_PX = 8
 
 
 def main() -> None:
@@ -31,9 +32,10 @@ def main() -> None:
         stream.pix_fmt = "yuv420p"
         stream.time_base = Fraction(1, FPS)
         for label in VIDEO:
-            still = draw("test", LABELS.index(label) + len(LABELS), SIZE_PX)
+            still = draw("test", LABELS.index(label) + len(LABELS), SIZE_PX + 2 * SWAY_PX)
             for i in range(FPS * SECONDS_EACH):
-                moved = np.roll(still, round(6 * np.sin(i / 3)), axis=1)  # as if the camera were held by hand
+                x = SWAY_PX + round(SWAY_PX * np.sin(i / 3))  # as if the camera were held by hand
+                moved = np.ascontiguousarray(still[SWAY_PX : SWAY_PX + SIZE_PX, x : x + SIZE_PX])
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(moved)))
         container.mux(stream.encode())
 

@@ -47,13 +47,18 @@ def start() -> str:
     atexit.register(process.terminate)
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     while time.monotonic() < end and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/v2/health/ready", timeout=1.0, trust_env=False).is_success:
-                return url
-        except httpx.HTTPError:
-            pass
+        if is_ready(url):
+            return url
         time.sleep(0.2)
     process.terminate()
     raise Trouble(
         f"The service didn't start on {export}. See why with `python -m serving --model={export}`, then try again."
     )
+
+
+def is_ready(url: str) -> bool:
+    """Whether a service answers there."""
+    try:
+        return httpx.get(f"{url}/v2/health/ready", timeout=1.0, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False

@@ -93,7 +93,7 @@ def choose_picture(key: str, camera: bool = True) -> tuple[str, bytes, Image.Ima
     else:
         names = sorted(path.stem for path in SAMPLES.glob("*.jpg"))
         chosen = st.pills(
-            "Sample pictures", names, default=names[0], required=True, format_func=words, key=f"{key}_pick"
+            "Sample pictures", names, default=names[0], required=True, format_func=words, key=f"{key}_pick", wrap=True
         )
         content = (SAMPLES / f"{chosen}.jpg").read_bytes()
         return f"sample: {words(chosen)}", content, check_picture(content, chosen)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -115,6 +116,31 @@ def test_without_a_model_the_commands_that_make_one_are_shown(
     page = open_page("try_it")
     assert "There is no model at" in errors(page)
     assert "python -m export" in page.code[0].value
+
+
+def test_a_service_of_its_own_is_started_and_started_again_when_it_ended(
+    open_page: Callable[[str], AppTest], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.delenv("HAR_URL")
+    monkeypatch.setenv("APP_MODEL", str(folder))
+    started = []
+    original = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(original(*a, **k)) or started[-1])
+    main.own_url.clear()
+    try:
+        page = open_page("about")
+        assert not page.error
+        started[0].kill()
+        started[0].wait()
+        assert "doesn't answer" in errors(run(page))
+        page.button[0].click()
+        assert not errors(run(page))
+        assert len(started) == 2
+    finally:
+        main.own_url.clear()
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(("score", "told"), [(0.999, "over 99%"), (0.001, "under 1%"), (0.555, "56%")])

@@ -10,6 +10,7 @@ from archive import MAX_PICTURES, unpack
 from service import Trouble
 
 AT_ONCE = 16
+ROW_PX = 72
 
 
 def answer_all(pictures: list[tuple[str, bytes]]) -> list[dict[str, object]]:
@@ -57,7 +58,8 @@ def show(rows: list[dict[str, object]]) -> None:
     st.dataframe(
         shown,
         hide_index=True,
-        row_height=72,
+        row_height=ROW_PX,
+        height=ROW_PX * min(len(shown), 8) + 40,
         alt=f"{len(shown)} pictures with their actions",
         column_config={
             "picture": st.column_config.ImageColumn("picture", width="small"),

@@ -96,7 +96,7 @@ def draw_reliability(
 ) -> Markup:
     """How often answers of each confidence are right, with temperature and, where it is known, without."""
     figure, axes = chart((4.8, 4.2))
-    axes.set_position((0.13, 0.13, 0.84, 0.77))
+    axes.set_position((0.13, 0.12, 0.84, 0.74))
     axes.plot([0, 1], [0, 1], color=COLORS["soft"], linewidth=1, linestyle=(0, (4, 4)))
     label = np.where(right, after.argmax(axis=-1), -1)
     told = []
@@ -113,7 +113,7 @@ def draw_reliability(
         sizes = 12 + 240 * counts[seen] / counts.sum()
         axes.scatter(xs, ys, s=sizes, color=COLORS[color], label=f"{name}: ECE {ece:.3f}", alpha=0.8, zorder=3)
     axes.set(xlabel="how sure the model is", ylabel="how often it is right", xlim=(0, 1.03), ylim=(0, 1.03))
-    _legend(axes, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, columnspacing=1, handletextpad=0.2)
+    _legend(axes, loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.2)
     for handle in axes.get_legend().legend_handles:
         handle.set_sizes([40])  # type: ignore[union-attr]
     return to_svg(figure, "Reliability diagram: " + ", ".join(told))
