@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     require_manifest: bool = Field(True, description="refuse a folder that isn't sealed")
     signing_key: Path | None = Field(
         None,
-        description="a public key (PEM): refuse folders that weren't signed by `export --sign` with its other half",
+        description="a public key (PEM): refuse folders not signed by `export --sign` with its other half",
     )
 
     host: str = Field("127.0.0.1", description="the address to listen on; any but loopback needs API keys")

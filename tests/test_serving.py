@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_har_jax import Predictor
+from clip_har_jax import Predictor, bundle
 from serving.security import PUBLIC, needed_scope, new_key
 from serving.service import Service
 from tests.serving_setup import LABELS, running
@@ -327,3 +327,11 @@ finally:
         logged = [json.loads(line) for line in process.stderr.read().splitlines()]
         assert process.stdout.read().strip() == "[]"
     assert process.returncode == 0 and logged[-1]["message"] == "ended"
+
+
+def test_imports_only_what_a_server_needs() -> None:
+    """The light files of the package, and inference."""
+    light = {path.stem for path in Path(bundle.__file__).parent.glob("*.py")}
+    for path in (Path(__file__).parents[1] / "serving").glob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) clip_har_jax\.?(\w*)", path.read_text(), re.M)
+        assert set(found) <= light | {"inference"} | {""}, path.name

@@ -28,7 +28,7 @@ def client(served_folder: Path) -> Iterator[httpx.Client]:
 )
 def test_schemathesis_with_every_check(client: httpx.Client, options: list[str], routes: int) -> None:
     """Examples, coverage, fuzzing and sequences of calls; seeded, so that a failure comes again."""
-    command = ["schemathesis", "run", f"{client.base_url}/openapi.json", "--checks=all", "--max-examples=8", "--seed=1"]
+    command = ["schemathesis", "run", f"{client.base_url}/openapi.json", "--checks=all", "--max-examples=5", "--seed=1"]
     root = Path(__file__).parents[1]
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks"}
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=root, env=environment)

@@ -498,3 +498,39 @@ def test_several_workers_share_the_work_and_are_replaced(folder: Path, tmp_path:
         assert 'har_requests_total{method="POST",route="/v1/predict",status="200"}' in counted
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
+def test_nginx_in_front_keeps_slow_clients_away(folder: Path, tmp_path: Path, good: bytes) -> None:
+    """Headers that never end, and bodies that never come, don't reach the service; what does is answered."""
+    (tmp_path / "tmp").mkdir()
+    with running(folder) as (client, _), socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        front = probe.getsockname()[1]
+        probe.close()
+        text = (Path(__file__).parents[1] / "serving" / "nginx" / "har.conf").read_text()
+        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{client.base_url.port}").replace(":8080", f":{front}")
+        (tmp_path / "har.conf").write_text(text)
+        command = ["nginx", "-p", f"{tmp_path}/", "-c", str(tmp_path / "har.conf")]
+        assert subprocess.run([*command, "-t"], capture_output=True).returncode == 0
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as nginx:
+            try:
+                address, retrying = f"http://127.0.0.1:{front}", httpx.HTTPTransport(retries=10)
+                with httpx.Client(base_url=address, transport=retrying) as outside:
+                    assert outside.post("/v1/predict", content=good).json()["label"] in LABELS
+                    assert outside.get("/metrics").status_code == 404
+                    assert outside.post("/v1/predict", content=bytes(11_000_000)).status_code == 413
+                head = b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                before = client.get("/metrics").text.count('route="/v1/predict"')
+                with (
+                    socket.create_connection(("127.0.0.1", front), timeout=20) as silent,
+                    socket.create_connection(("127.0.0.1", front), timeout=20) as stalled,
+                ):
+                    silent.sendall(head)
+                    stalled.sendall(head + b"Content-Length: 1000\r\n\r\nabc")
+                    for connection in (silent, stalled):
+                        assert connection.recv(100)[:12] in (b"", b"HTTP/1.1 408")
+                assert client.get("/metrics").text.count('route="/v1/predict"') == before
+            finally:
+                nginx.terminate()
