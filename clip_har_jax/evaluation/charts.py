@@ -12,6 +12,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from clip_har_jax.evaluation.calibration import calibration_error
 from clip_har_jax.evaluation.metrics import NUM_BINS
@@ -48,8 +49,8 @@ def to_svg(figure: Figure, description: str) -> Markup:
     """The figure as SVG for an HTML page: no address, no id that could occur twice, its colours the page's."""
     for axes in figure.axes:
         legend = axes.get_legend()
-        for text in legend.get_texts() if legend else ():
-            text.set_color(COLORS["ink"])
+        for entry in legend.get_texts() if legend else ():
+            entry.set_color(COLORS["ink"])
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": description}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -70,8 +71,8 @@ def to_svg(figure: Figure, description: str) -> Markup:
     return label + Markup(text) + Markup("</div>")
 
 
-def _legend(axes: Axes, **options: Any) -> None:
-    axes.legend(frameon=False, fontsize=9, **options)
+def _legend(axes: Axes, **options: Any) -> Legend:
+    return axes.legend(frameon=False, fontsize=9, **options)
 
 
 def draw_lines(
@@ -113,8 +114,8 @@ def draw_reliability(
         sizes = 12 + 240 * counts[seen] / counts.sum()
         axes.scatter(xs, ys, s=sizes, color=COLORS[color], label=f"{name}: ECE {ece:.3f}", alpha=0.8, zorder=3)
     axes.set(xlabel="how sure the model is", ylabel="how often it is right", xlim=(0, 1.03), ylim=(0, 1.03))
-    _legend(axes, loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.2)
-    for handle in axes.get_legend().legend_handles:
+    legend = _legend(axes, loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.2)
+    for handle in legend.legend_handles:
         handle.set_sizes([40])  # type: ignore[union-attr]
     return to_svg(figure, "Reliability diagram: " + ", ".join(told))
 
