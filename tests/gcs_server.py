@@ -3,10 +3,13 @@
   python tests/gcs_server.py PORT        prints "ready"; ends with its standard input
 
 The emulator neither names an object's generation when it is read, nor heeds the conditions on generations by which
-tensorstore keeps writers apart, nor moves objects.
+tensorstore keeps writers apart, nor moves objects; and it serves one connection at a time, so that one which a client
+keeps open without a word stalls all.
 """
 
+import http.server
 import sys
+import threading
 from http import HTTPStatus
 
 from gcp_storage_emulator.exceptions import NotFound
@@ -57,6 +60,16 @@ def move(request, response, storage, *args, **kwargs):
         storage.delete_file(request.params["bucket_name"], request.params["object_id"])
 
 
+http.server.HTTPServer = http.server.ThreadingHTTPServer
+one_at_a_time, handle = threading.Lock(), server.Router.handle
+
+
+def handle_alone(self, method):
+    with one_at_a_time:  # the storage, and the conditions above
+        handle(self, method)
+
+
+server.Router.handle = handle_alone
 server.HANDLERS = ((MOVE, {"POST": move}), *server.HANDLERS)
 
 if __name__ == "__main__":

@@ -55,11 +55,9 @@ def environment(devices=1, **more):
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in more.items()}}
 
 
-def start_run(config, workdir, *more, script=TRAIN, env=None, before=()):
+def start_run(config, workdir, *more, script=TRAIN, env=None, before=(), stderr=subprocess.PIPE):
     command = [*before, sys.executable, str(script), f"--config={config}", f"--workdir={workdir}", *more]
-    return subprocess.Popen(
-        command, text=True, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, text=True, env=env or environment(), stdout=subprocess.PIPE, stderr=stderr)
 
 
 def finish(process, timeout_s=240):

@@ -18,7 +18,7 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig, leaves
 from clip_har_jax.errors import UserError
-from clip_har_jax.training.checkpoint import probe, was_saved
+from clip_har_jax.training.sealing import probe, was_saved
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
 

@@ -6,14 +6,10 @@ differs is moved aside when the folder is opened, and the one before it is used.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
-import secrets
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,12 +21,11 @@ from clip_har_jax import bundle
 from clip_har_jax.config import CheckpointConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.parallel import distributed
+from clip_har_jax.training import sealing
 from clip_har_jax.training.state import TrainState, abstract_state
 
 BEST_BY = "val/top1"
-LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax writes last, after it calls back
 SAVE_TIMEOUT_S = 600
-_READ_BYTES = 1 << 22
 
 
 class Checkpointer:
@@ -49,8 +44,8 @@ class Checkpointer:
         self._folder, self._config = path.absolute() if bundle.is_local(path) else path, config
         self._saving: int | None = None
         try:
-            probe(self._folder)
-            self._damaged = self._sweep(steps_on_disk(self._folder))
+            sealing.probe(self._folder)
+            self._damaged = self._sweep(sealing.steps_on_disk(self._folder))
             self._manager = self._open()
         except OSError as error:
             raise UserError(f"{folder}: checkpoints can't be written there ({error.strerror or error})") from error
@@ -203,13 +198,13 @@ class Checkpointer:
     def _none_whole(self) -> UserError:
         reasons = "; ".join(f"{step}: {self._damaged.get(step, 'damaged')}" for step in self._steps_aside())
         return UserError(
-            f"{self._folder}: no checkpoint is whole ({reasons}); they lie in {_aside(self._folder)}. Put a copy of "
-            "one back, or start anew with another --workdir"
+            f"{self._folder}: no checkpoint is whole ({reasons}); they lie in {sealing.aside(self._folder)}. Put a "
+            "copy of one back, or start anew with another --workdir"
         )
 
     def _steps_aside(self) -> list[str]:
         """The damaged checkpoints that were moved aside, at any start; the first process looks for all."""
-        aside = _aside(self._folder)
+        aside = sealing.aside(self._folder)
         found = sorted(path.name for path in aside.iterdir()) if distributed.is_main() and aside.exists() else []
         return distributed.broadcast(found)
 
@@ -221,7 +216,7 @@ class Checkpointer:
         """
         damaged = {}
         if distributed.is_main():
-            problems = {str(step): self._problem(step) for step in steps}
+            problems = {str(step): sealing.problem(self._folder, step) for step in steps}
             damaged = {step: problem for step, problem in problems.items() if problem is not None}
             self._move_aside(damaged)
         return distributed.broadcast(damaged)
@@ -246,52 +241,15 @@ class Checkpointer:
                 "config that the run began with, or another --workdir"
             ) from error
 
-    def _problem(self, step: int) -> str | None:
-        """How the files of a checkpoint differ from its manifest; None: not at all.
-
-        Raises:
-          UserError: they may not be read, which says nothing of them.
-        """
-        try:
-            return self._difference(step)
-        except PermissionError as error:
-            raise UserError(f"{error.filename or self._folder}: checkpoint {step} may not be read") from error
-
-    def _difference(self, step: int) -> str | None:
-        try:
-            files = json.loads(self._manifest(step).read_text())["files"]
-        except FileNotFoundError:
-            return "its manifest is missing"
-        except PermissionError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError):
-            return "its manifest is damaged"
-        try:
-            # A kill may have come before these were sealed; nothing of the state is in them.
-            unsealed = tuple(name for name in LATE if name not in files)
-            found = _hashes(self._folder / str(step), leave_out=unsealed)
-        except PermissionError:
-            raise
-        except OSError as error:
-            return f"can't be read: {error}"
-        if differing := sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name)):
-            name = differing[0]
-            what = "is missing" if name not in found else "was added" if name not in files else "was changed"
-            return f"{name} {what}"
-        return None
-
     def _move_aside(self, damaged: Mapping[str, str]) -> None:
-        aside = _aside(self._folder)
+        aside = sealing.aside(self._folder)
         for step, problem in damaged.items():
             print(f"warning: checkpoint {step} is damaged ({problem}); moved to {aside}", flush=True)
             aside.mkdir(parents=True, exist_ok=True)
             if (aside / step).exists():
                 (aside / step).rmtree()
-            _move_folder(self._folder / step, aside / step)
-            self._manifest(int(step)).unlink(missing_ok=True)
-
-    def _manifest(self, step: int) -> epath.Path:
-        return self._folder / f"{step}.manifest.json"
+            sealing.move_folder(self._folder / step, aside / step)
+            sealing.manifest_path(self._folder, int(step)).unlink(missing_ok=True)
 
     def _seal(self) -> None:
         """Writes the manifest of the checkpoint being saved; called in Orbax's thread before the folder is renamed.
@@ -302,50 +260,14 @@ class Checkpointer:
             return
         assert self._saving is not None, "called by a save"
         folder = [*self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"), self._folder / str(self._saving)][0]
-        self._write_manifest(self._saving, _hashes(folder, leave_out=LATE))
+        sealing.write_manifest(self._folder, self._saving, sealing.hashes(folder, leave_out=sealing.LATE))
 
     def _seal_late(self) -> None:
         """Finishes the manifest of the checkpoint that was saved last, and removes those of deleted ones."""
         step, self._saving = self._saving, None
         if step is None or not distributed.is_main():
             return
-        folder, files = self._folder / str(step), json.loads(self._manifest(step).read_text())["files"]
-        self._write_manifest(step, files | {name: _sha256(folder / name) for name in LATE if (folder / name).exists()})
-        for manifest in self._folder.glob("*.manifest.json"):
-            if not (self._folder / manifest.name.partition(".")[0]).exists():
-                manifest.unlink(missing_ok=True)
-
-    def _write_manifest(self, step: int, files: Mapping[str, str]) -> None:
-        bundle.write_json(self._manifest(step), {"step": step, "files": dict(files)})
-
-
-def probe(folder: epath.Path) -> None:
-    """Makes a folder, and finds out whether anything can be written there.
-
-    Raises:
-      OSError: it can't.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".probe.{secrets.token_hex(4)}"
-    path.write_text("")
-    path.unlink()
-
-
-def steps_on_disk(folder: epath.Path) -> list[int]:
-    """All whole steps, without Orbax, which a damaged file can stop from listing them."""
-    if not folder.exists():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-
-
-def was_saved(folder: epath.Path) -> bool:
-    """Whether there is a checkpoint, or was one that is damaged now."""
-    return bool(steps_on_disk(folder)) or _aside(folder).exists()
-
-
-def _aside(folder: epath.Path) -> epath.Path:
-    """Where damaged checkpoints go."""
-    return folder.parent / f"{folder.name}_damaged"
+        sealing.seal_late(self._folder, step)
 
 
 def report_failed_saves_once() -> None:
@@ -365,41 +287,6 @@ def report_failed_saves_once() -> None:
     warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def _hashes(folder: epath.Path, leave_out: Sequence[str]) -> dict[str, str]:
-    """SHA-256 by relative name, several files at once: reading is what takes the time."""
-    assert folder.exists(), folder
-    files = {name: path for name, path in _files(folder, "") if name not in leave_out}
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
-
-
-def _files(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
-    """(name, path) of the files below `folder`; epath's own `walk` drops an object store's scheme."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        name = f"{prefix}{path.name}"
-        if path.is_dir():
-            yield from _files(path, f"{name}/")
-        else:
-            yield name, path
-
-
-def _move_folder(source: epath.Path, target: epath.Path) -> None:
-    if bundle.is_local(source):
-        source.rename(target)
-        return
-    for name, path in _files(source, ""):  # object stores have neither folders nor renaming
-        path.copy(target / name, overwrite=True)
-    source.rmtree()
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _reason(error: BaseException) -> str:
