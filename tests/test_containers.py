@@ -200,6 +200,7 @@ def test_the_server_of_its_image_serves_without_jax(tmp_path):
             ["python", "-c", code], cwd=tmp_path / "srv", env=environment, capture_output=True, text=True, timeout=60
         )
 
+    assert python("import model_signing, OpenSSL").returncode == 0  # imported only where a signature is asked for
     for absent in ("jax", "flax", "tensorflow", "torch", "matplotlib"):
         assert "ModuleNotFoundError" in python(f"import {absent}").stderr
     listed = subprocess.check_output(
