@@ -4,7 +4,8 @@
 
 throughput: 32 clients, each with its next request as the last one is answered. The ceiling is what the same decoding
   processes and ONNX Runtime at its best batch reach together when no server is between; LitServe (pip install litserve)
-  gets the same model, images and largest batch.
+  gets the same model, images and largest batch. Beside the rate stands the processors' time for an image, of the
+  server's processes alone: on a machine that others use as well it says more.
 latency: one request after the other, then requests at half the throughput, evenly spaced and at random times (Poisson;
   at half load even a queue that takes one after the other, each in the same time, has a p99 of 4.4 times that time).
 overload: requests at four times the throughput; goodput is what is answered, the rest should be refused quickly.
@@ -197,7 +198,8 @@ def measure_ceiling(model: str, images: list[bytes], seconds: float, processes: 
         for i, image in enumerate(images):
             (Path(scratch) / f"{i:05d}.jpg").write_bytes(image)
         arguments = [model, scratch, str(seconds), str(processes)]
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -218,16 +220,17 @@ def ceiling(arguments: list[str]) -> None:
     best = Costs.measure(backend.logits, np.zeros((side, side, 3), np.uint8)).best
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         ahead: deque[Any] = deque()
-        number, done, start = 0, 0, 0.0
+        number, done, start, before = 0, 0, 0.0, 0.0
         while not start or time.perf_counter() - start < seconds:
             while len(ahead) < CLIENTS:
                 ahead.append(pool.submit(_decode, images[number % len(images)], backend.preprocess, 25.0))
                 number += 1
             backend.logits(np.stack([ahead.popleft().result() for _ in range(best)]))
-            if not start and number > 2 * CLIENTS:
-                start = time.perf_counter()
             done += best if start else 0
-        print(json.dumps({"images_per_s": done / (time.perf_counter() - start), "best_batch": best}))
+            if not start and number > 2 * CLIENTS:
+                start, before = time.perf_counter(), cpu_s(os.getsid(0))
+        rate, cpu = done / (time.perf_counter() - start), (cpu_s(os.getsid(0)) - before) / done
+        print(json.dumps({"images_per_s": rate, "cpu_s": cpu, "best_batch": best}))
 
 
 def throughput(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
@@ -237,32 +240,29 @@ def throughput(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]
         make_request("/predict", json.dumps({"image": base64.b64encode(image).decode()}).encode(), "application/json")
         for image in images
     ]
-    rates: dict[str, list[float]] = {"ceiling": [], "ours": []}
+    rates: dict[str, list[tuple[float, float]]] = {"ceiling": [], "ours": []}
     result: dict[str, Any] = {}
     lit = _has_litserve(arguments.litserve_python)
     for _ in range(ROUNDS):
         found = measure_ceiling(arguments.model, images, arguments.seconds, arguments.decode_processes)
         result["best_batch"] = found["best_batch"]
-        rates["ceiling"].append(found["images_per_s"])
-        with ours(arguments.model, port, HAR_DECODE_PROCESSES=str(arguments.decode_processes)) as (_, ready_s):
+        rates["ceiling"].append((found["images_per_s"], found["cpu_s"]))
+        with ours(arguments.model, port, HAR_DECODE_PROCESSES=str(arguments.decode_processes)) as (pid, ready_s):
             result["ready_s"] = round(ready_s, 2)
-            rates["ours"].append(asyncio.run(closed_loop(port, raw, CLIENTS, arguments.seconds)).rate)
+            rates["ours"].append(measured(port, raw, pid, arguments.seconds))
         if lit:
             script = str(Path(__file__).with_name("litserve_server.py"))
             command = [arguments.litserve_python, script, arguments.model, str(port + 1), str(found["best_batch"])]
-            with server(command, port + 1, "/health"):
-                rates.setdefault("litserve", []).append(
-                    asyncio.run(closed_loop(port + 1, as_json, CLIENTS, arguments.seconds)).rate
-                )
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+            with server(command, port + 1, "/health") as (pid, _):
+                rates.setdefault("litserve", []).append(measured(port + 1, as_json, pid, arguments.seconds))
     for name, values in rates.items():
-        print(
-            f"throughput   {name:10}{medians[name]:10.1f} images/s   ({', '.join(f'{v:.1f}' for v in values)})",
-            flush=True,
-        )
-    result |= {f"{name}_images_per_s": round(value, 1) for name, value in medians.items()}
-    result["of_ceiling"] = round(medians["ours"] / medians["ceiling"], 3)
-    result["of_litserve"] = round(medians["ours"] / medians["litserve"], 3) if lit else None
+        rate, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        each = ", ".join(f"{value:.1f}" for value, _ in values)
+        print(f"throughput   {name:10}{rate:10.1f} images/s {1000 * cpu:9.2f} ms CPU an image   ({each})", flush=True)
+        result[name] = {"images_per_s": round(rate, 2), "cpu_ms": round(1000 * cpu, 3)}
+    for name in set(rates) - {"ours"}:
+        result[f"of_{name}"] = round(result["ours"]["images_per_s"] / result[name]["images_per_s"], 3)
+        result[f"cpu_of_{name}"] = round(result[name]["cpu_ms"] / result["ours"]["cpu_ms"], 3)
     return result
 
 
@@ -342,6 +342,29 @@ def memory(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
         "rate": round(load.rate, 1),
         "statuses": {str(s): len(v) for s, v in load.seconds.items()},
     }
+
+
+def cpu_s(session: int) -> float:
+    """Processor time so far of all processes of a session."""
+    ticks = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session:  # proc(5): field 6; 14 and 15 are the time in user mode and in the kernel
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measured(port: int, requests: list[bytes], session: int, seconds: float) -> tuple[float, float]:
+    """Answers a second of a server under CLIENTS clients, and its processor time for each."""
+    asyncio.run(closed_loop(port, requests, CLIENTS, 1.0))
+    before = cpu_s(session)
+    load = asyncio.run(closed_loop(port, requests, CLIENTS, seconds, warm_s=0.0))
+    answered = len(load.seconds.get(200, ()))
+    return load.rate, (cpu_s(session) - before) / answered if answered else float("nan")
 
 
 def resident_mb(pid: int) -> float:
