@@ -6,6 +6,7 @@ It speaks to a running service (HAR_URL, HAR_KEY), or starts one on the demo's m
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import own_service
 import streamlit as st
@@ -26,18 +27,20 @@ WITHOUT_SERVICE = ("runs",)
 
 
 @st.cache_resource(show_spinner="Starting the service; this takes a few seconds ...")
-def own_url() -> str:
+def own_url(_origin: str | None) -> str:
     """Where the app's own service is; one for all visitors."""
-    return own_service.start()
+    return own_service.start(_origin)
 
 
 def connect() -> Service:
     """The service that this visitor uses."""
     if "service" not in st.session_state:
         url, key = configured()
-        if url is None and not own_service.is_ready(own_url()):
+        page = urlsplit(st.context.url or "")
+        origin = f"{page.scheme}://{page.netloc}" if page.netloc else None
+        if url is None and not own_service.is_ready(own_url(origin)):
             own_url.clear()  # it ended; the next call starts another
-        st.session_state.service = Service(url or own_url(), key)
+        st.session_state.service = Service(url or own_url(origin), key)
     return st.session_state.service
 
 

@@ -22,8 +22,11 @@ class NoModel(Trouble):
     """There is nothing that a service could be started on."""
 
 
-def start() -> str:
+def start(origin: str | None = None) -> str:
     """Starts the service and waits until it is ready; gives its address.
+
+    Args:
+      origin: of the app's own page, which may then send it what a camera sees.
 
     Raises:
       NoModel: no exported model where one is looked for.
@@ -36,10 +39,15 @@ def start() -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     others = {"har-small": str(export / "onnx_int8")} if (export / "onnx_int8").is_dir() else {}
+    settings = {"HAR_MODELS": others, "HAR_ALLOWED_ORIGINS": [origin] if origin else []}
     process = subprocess.Popen(
         [sys.executable, "-m", "serving", f"--model={export}", f"--port={port}"],
         cwd=ROOT,
-        env={**os.environ, "HAR_MODELS": json.dumps(others), "HAR_RATE_LIMIT_PER_S": "0"},
+        env={
+            **os.environ,
+            "HAR_RATE_LIMIT_PER_S": "0",
+            **{name: json.dumps(value) for name, value in settings.items()},
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -35,6 +36,7 @@ def browser() -> Iterator[Browser]:
     assert found, "no Chromium: apt-get install chromium"
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update"]
+        flags += ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
         yield playwright.chromium.launch(executable_path=found, args=flags)
 
 
@@ -49,7 +51,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with running(write_export(root)) as (client, _):
+    with running(write_export(root), allowed_origins=(f"http://127.0.0.1:{port}",)) as (client, _):
         process = subprocess.Popen(
             [sys.executable, "-m", "streamlit", "run", "app/main.py", f"--server.port={port}", *FLAGS],
             cwd=ROOT,
@@ -176,6 +178,21 @@ def test_a_video_has_its_timeline(browser: Browser, app: str) -> None:
     bad = {"name": "bad.mp4", "mimeType": "video/mp4", "buffer": b"no video"}
     page.locator("input[type=file]").set_input_files(bad)
     expect(page.get_by_text("holds no pictures, or is damaged")).to_be_visible(timeout=30_000)
+    assert not wrong
+    page.close()
+
+
+def test_what_the_camera_sees_is_told_as_it_happens(browser: Browser, app: str) -> None:
+    page, wrong = open_watched(browser, 375)
+    page.goto(f"{app}/video")
+    settle(page)
+    page.get_by_text("Camera", exact=True).click()
+    settle(page)
+    frame = page.frame_locator("iframe")
+    frame.get_by_role("button", name="Start the camera").click()
+    expect(frame.locator("#now")).to_have_text(re.compile("sure"), timeout=30_000)
+    frame.get_by_role("button", name="Stop the camera").click()
+    expect(frame.locator("#now")).to_have_text("")
     assert not wrong
     page.close()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -9,7 +10,7 @@ import parts
 import plotly.graph_objects as go
 import streamlit as st
 from clip import clock, frame_at
-from service import Trouble
+from service import Trouble, configured
 
 MAX_VIDEO_BYTES = 100_000_000
 COLORS = ("#3b82d6", "#d97706", "#0f9f8f", "#b4509b", "#7a8b2f", "#7c5cd6", "#c2554d", "#5f7d95")
@@ -62,11 +63,29 @@ def show_events(content: bytes, answer: dict[str, Any]) -> None:
     two.download_button("Download as JSON", as_json, "events.json", "application/json", width="stretch")
 
 
+def show_camera() -> None:
+    """What the browser's camera sees, told as it happens."""
+    if configured()[1]:
+        st.info("The camera works only with a service that needs no key, because a browser can't send one here.")
+        return
+    address = parts.service().url.replace("http", "ws", 1) + "/v1/stream"
+    page = (Path(parts.__file__).parent / "camera.html").read_text(encoding="utf-8")
+    st.iframe(
+        page.replace("ADDRESS", json.dumps(address), 1), height=560, tab_index=0, alt="The camera, and what it sees"
+    )
+    st.caption("The pictures go from this browser to the service, and are forgotten when they are answered.")
+
+
 def choose_video() -> tuple[str, bytes] | None:
     """Lets a person choose a video; None while there is none."""
-    way = st.segmented_control("Where the video comes from", ["Sample", "Upload"], default="Sample", required=True)
+    way = st.segmented_control(
+        "Where the video comes from", ["Sample", "Upload", "Camera"], default="Sample", required=True
+    )
     if way == "Sample":
         return "the sample", (parts.SAMPLES / "actions.mp4").read_bytes()
+    if way == "Camera":
+        show_camera()
+        return None
     given = st.file_uploader("A video", ["mp4", "mov", "webm", "mkv", "avi"], key="video_file", help="up to 100 MB")
     if given is None:
         return None
