@@ -231,12 +231,13 @@ def test_the_card_says_what_was_measured(good):
         "top5": 1.0,
         "macro_f1": 0.5,
         "num_examples": 200,
-        "data": "synthetic",
+        "data": "folder:/home/somebody/photos?split=test",
         "model_digest": digest,
         "per_class": {label: {"f1": 0.5} for label in LABELS},
     }
     card = make_card(good["model"], metrics, "me/har")
     check_card(card)
+    assert "`folder:photos?split=test`" in card and "somebody" not in card
     assert "| top-1 | 0.600 |" in card and digest in card and "200 examples" in card
     with pytest.raises(UserError, match="are of the model"):
         make_card(good["model"], metrics | {"model_digest": "f" * 64}, "me/har")

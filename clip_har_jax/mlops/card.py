@@ -78,8 +78,14 @@ def check_card(text: str) -> None:
         raise UserError(f"the card lacks {', '.join(missing)}")
 
 
+def _public(spec: str) -> str:
+    """A SPEC without the folders of the machine where it was used."""
+    kind, colon, place = spec.partition(":")
+    return f"{kind}:{Path(place).name}" if colon and Path(place).is_absolute() else spec
+
+
 def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
-    spec = str(metrics.get("data", "unknown"))
+    spec = _public(str(metrics.get("data", "unknown")))
     return [
         EvalResult(
             task_type="zero-shot-image-classification",
@@ -97,7 +103,7 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
 def _table_of(metrics: Mapping[str, Any]) -> str:
     rows = [f"| {title} | {metrics[key]:.3f} |" for key, _, title in METRICS if key in metrics]
     rows += [f"| {key.upper()} | {metrics[key]:.3f} |" for key in ("nll", "ece") if key in metrics]
-    of = f"On {metrics['num_examples']} examples of `{metrics.get('data', 'unnamed data')}`"
+    of = f"On {metrics['num_examples']} examples of `{_public(metrics.get('data', 'unnamed data'))}`"
     worst = sorted(metrics["per_class"].items(), key=lambda item: item[1]["f1"])[:3]
     told = ", ".join(f"{label} (F1 {values['f1']:.2f})" for label, values in worst)
     return "\n".join((f"{of}:", "", "| metric | value |", "|---|---|", *rows, "", f"Told worst: {told}."))
@@ -107,7 +113,7 @@ def _data(record: Mapping[str, Any]) -> str:
     if not record:
         return "Not recorded."
     parts = [
-        f"- {split}: {part['num_examples']} images of `{part['spec']}`, fingerprint `{part['fingerprint'][:16]}`"
+        f"- {split}: {part['num_examples']} images of `{_public(part['spec'])}`, fingerprint `{part['fingerprint'][:16]}`"
         for split, part in record["data"].items()
     ]
     return "\n".join(parts)

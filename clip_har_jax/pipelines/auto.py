@@ -223,7 +223,8 @@ class Auto:
         checks = open_registry(self.plan.name).compare(
             self.workdir / "run/model", self.workdir / "test", CHAMPION, self.plan.gates
         )
-        self.steps.append(Step("gate", "", False, 0.0, {check.name: check.detail for check in checks}))
+        result = {check.name: check.detail for check in checks} or {"champion": "none to compare with"}
+        self.steps.append(Step("gate", "", False, 0.0, result))
         return checks
 
     def _export(self, digest: str, data: Mapping[str, str]) -> dict[str, Any]:
