@@ -18,6 +18,8 @@ from urllib.request import Request, urlopen
 import pytest
 import yaml
 
+from clip_har_jax.config import load_config
+from clip_har_jax.pipelines import provenance
 from serving.security import new_key
 from serving.settings import Settings
 from tests.serving_setup import LABELS, write_export
@@ -157,6 +159,16 @@ def test_accelerators_fit_the_pinned_jax():
     ours, theirs = dict(pins(ROOT / "requirements-accelerators.txt")), dict(pins(ROOT / "requirements.txt"))
     assert not set(ours) & set(theirs)
     assert ours["jax-cuda12-plugin"] == ours["jax-cuda12-pjrt"] == theirs["jax"]
+
+
+def test_a_run_in_the_image_names_the_code_it_was_built_from(monkeypatch):
+    assert f"{provenance.GIT_SHA}=$REVISION" in [rest for _, rest in instructions("Dockerfile.train")[""]]
+    config = load_config(ROOT / "configs" / "demo.py")
+    monkeypatch.setattr(provenance, "_git", lambda *arguments: None)  # no history there
+    monkeypatch.setenv(provenance.GIT_SHA, "0a1b2c")
+    assert provenance.make_record(config, {}, None)["git_sha"] == "0a1b2c"
+    monkeypatch.setenv(provenance.GIT_SHA, "")
+    assert provenance.make_record(config, {}, None)["git_sha"] is None
 
 
 def read_only(folder: Path) -> list[str]:
