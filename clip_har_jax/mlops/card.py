@@ -113,7 +113,8 @@ def _data(record: Mapping[str, Any]) -> str:
     if not record:
         return "Not recorded."
     parts = [
-        f"- {split}: {part['num_examples']} images of `{_public(part['spec'])}`, fingerprint `{part['fingerprint'][:16]}`"
+        f"- {split}: {part['num_examples']} images of `{_public(part['spec'])}`, "
+        f"fingerprint `{part['fingerprint'][:16]}`"
         for split, part in record["data"].items()
     ]
     return "\n".join(parts)
