@@ -1,10 +1,14 @@
-"""TensorRT engines from ONNX graphs, by NVIDIA's Python API; only where its libraries and a GPU are.
+"""TensorRT engines from ONNX graphs, by NVIDIA's Python API; only where its libraries and a GPU are. Elsewhere:
 
-Nothing here but `missing_for_tensorrt`, `unsupported` and `trtexec_command` has run yet: no such machine was at hand.
+  python -m export.to_tensorrt --model=runs/demo/model --output=for_tensorrt
+
+writes ONNX graphs of operators that NVIDIA's list has, and build.sh, which makes engines of them with NVIDIA's trtexec.
+`write_tensorrt` and build.sh have never run: no such machine was at hand.
 """
 
 import json
 import shlex
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from clip_har_jax import cli
+from clip_har_jax.errors import UserError
 from export.graphs import Graph
-from export.to_onnx import to_proto
+from export.to_onnx import save, to_proto
 
 MAX_BATCH = 64
 OPTIMAL_BATCH = 8
@@ -100,3 +106,41 @@ def write_tensorrt(
         cache_path.write_bytes(config.get_timing_cache().serialize())
     about = {"tensorrt": trt.__version__, "precision": precision, "max_batch": MAX_BATCH}
     (folder / "engine.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def write_for_trtexec(graphs: Sequence[Graph], folder: Path, precision: str) -> None:
+    """ONNX graphs, and build.sh beside them.
+
+    Raises:
+      UserError: an operator that NVIDIA's list doesn't have for this precision; the folder isn't empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output={folder}: not an empty folder; name another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = []
+    for graph in graphs:
+        proto = to_proto(graph, fuse=False)
+        if missing := unsupported(proto, precision.upper()):
+            raise UserError(f"{graph.name}: TensorRT has no {', '.join(missing)} in {precision}")
+        save(proto, folder / f"{graph.name}.onnx")
+        commands.append(trtexec_command(graph, Path(f"{graph.name}.onnx"), precision))
+    script = "\n".join(["#!/bin/sh", 'set -e; cd "$(dirname "$0")"', *commands, ""])
+    (folder / "build.sh").write_text(script, encoding="utf-8")
+
+
+def main() -> int:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a model folder, e.g. --model=runs/demo/model")
+    add("--output", required=True, metavar="DIR", help="where to write, e.g. --output=for_tensorrt")
+    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp16", help="e.g. --precision=fp16 (default)")
+    arguments = parser.parse_args()
+    from export.run import open_model
+
+    write_for_trtexec(open_model(arguments.model).graphs, Path(arguments.output), arguments.precision)
+    print(f"on a machine with TensorRT: sh {arguments.output}/build.sh")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

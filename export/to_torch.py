@@ -130,7 +130,7 @@ def head_logits(head: str, params: Mapping[str, Any], image: Any, patches: Any) 
     if head == "linear":
         return logits
     if head == "mlp":
-        shape = (len(image), *classes.shape)
+        shape = (image.shape[0], *classes.shape)  # `len` would make a constant of the batch size
         pairs = cat([image[:, None].expand(shape), classes[None].expand(shape)], dim=-1)
         return logits + linear("fc2", gelu(linear("fc1", pairs)))[..., 0]
     if head == "cross_attention":

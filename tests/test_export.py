@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from export.graphs import make_graphs
 from export.parity import FLOAT16, FLOAT32, INT8, compare, make_cases
 from export.run import Model, check_formats, export_model, open_model, prove, reference
 from export.to_onnx import to_proto, write_fp16, write_int8, write_onnx
-from export.to_tensorrt import missing_for_tensorrt, trtexec_command, unsupported
+from export.to_tensorrt import missing_for_tensorrt, trtexec_command, unsupported, write_for_trtexec
 from export.to_xla import write_saved_model, write_stablehlo
 from tests.model_folders import write_image, write_images, write_model
 
@@ -442,7 +443,7 @@ def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
     assert len({np.asarray(one).tobytes() for one in maps}) > 1 and len(model.actions.labels) == len(maps)
 
 
-def test_every_operator_is_on_nvidias_list(proof: Any) -> None:
+def test_every_operator_is_on_nvidias_list(proof: Any, tmp_path: Path) -> None:
     model = proof[0]
     for graph in model.graphs:
         proto = to_proto(graph, fuse=False)
@@ -451,6 +452,14 @@ def test_every_operator_is_on_nvidias_list(proof: Any) -> None:
             assert unsupported(proto, precision) == []
         proto.graph.node[0].op_type = "DynamicQuantizeLinear"
         assert unsupported(proto, "FP16") == ["DynamicQuantizeLinear"]
+    write_for_trtexec(model.graphs, tmp_path / "out", "fp16")
+    script = (tmp_path / "out" / "build.sh").read_text()
+    assert [line.split()[1] for line in script.splitlines() if line.startswith("trtexec ")] == [
+        f"--onnx={graph.name}.onnx" for graph in model.graphs
+    ]
+    assert all((tmp_path / "out" / f"{graph.name}.onnx").is_file() for graph in model.graphs)
+    with pytest.raises(UserError, match="not an empty folder"):
+        write_for_trtexec(model.graphs, tmp_path / "out", "fp16")
     command = trtexec_command(model.graphs[2], Path("out/classifier.onnx"))
     assert command.startswith("trtexec --onnx=out/classifier.onnx --saveEngine=out/classifier.engine")
     assert "--minShapes=image:1x32x32x3" in command and "--maxShapes=image:64x32x32x3" in command
@@ -491,6 +500,26 @@ def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> No
 def test_tensorrt_says_what_is_missing() -> None:
     with pytest.raises(UserError, match="tensorrt"):
         check_formats(["tensorrt"])
+
+
+def test_a_disk_that_fills_in_the_middle_leaves_nothing(folder: Path, photos: Path, tmp_path: Path) -> None:
+    """A real process that may write no file over 20 kB: less than any of the graphs, more than what comes before."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from clip_har_jax import cli; from export.__main__ import main; cli.run(main)"
+    )
+    flags = [f"--model={folder}", "--formats=onnx", f"--output={tmp_path / 'out'}", f"--data=folder:{photos}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags, "--num_examples=2"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "can't be written" in done.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 def test_a_full_disk_leaves_nothing(
