@@ -11,6 +11,8 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 
 def main(kind: str, folder: str) -> None:
@@ -60,16 +62,16 @@ def main(kind: str, folder: str) -> None:
         print(json.dumps({"seconds": run(int(line))}), flush=True)
 
 
-def export(model, example, folder):
+def export(model: Any, example: Any, folder: str) -> tuple[str, float]:
     """The file of torch's own export, and its MB."""
     import torch
 
     class Embeddings(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, pixel_values):
+        def forward(self, pixel_values: Any) -> Any:
             return self.model(pixel_values=pixel_values).image_embeds
 
     path = os.path.join(folder, "image_encoder.onnx")
@@ -82,7 +84,7 @@ def export(model, example, folder):
     return path, os.path.getsize(path) / 1e6
 
 
-def timed(function, argument) -> float:
+def timed(function: Callable[[Any], Any], argument: Any) -> float:
     import torch
 
     with torch.inference_mode():
