@@ -22,7 +22,7 @@ from clip_har_jax.pipelines.train import train
 from clip_har_jax.training.methods import METHODS
 
 # What a method's learning rate is of the config's, before the search: fewer parameters take larger steps.
-RATE_OF = {"lora": 10.0, "bitfit": 10.0, "adapter": 10.0, "prompt": 30.0}
+RATE_OF = {"lora": 10.0, "bitfit": 10.0, "adapter": 100.0, "prompt": 100.0}
 SEARCH = (0.3, 1.0, 3.0)  # what that rate is multiplied by, the same for all; chosen on the first seed's validation
 SOUP_FILES = (
     "tokenizer.json",
