@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 from model_folders import write_image, write_images, write_model
 
+from clip_har_jax import bundle
 from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import load, make_start
@@ -75,6 +76,16 @@ def test_a_run_leaves_what_is_promised(finished, folders):
     total = sum(value.nbytes for value in flat_params(load(str(folders[0])).model).values())
     assert record["param_bytes_per_device"] == total
     assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 6
+
+
+def test_the_model_is_calibrated_before_it_is_sealed(finished):
+    model = finished.workdir / "model"
+    told = json.loads((model / "calibration.json").read_text())
+    actions = bundle.read_actions(model)
+    assert (actions.temperature, actions.thresholds) == (told["temperature"], told["thresholds"])
+    assert set(actions.thresholds) == {"abstain", "coverage", "split_conformal", "aps"}
+    assert told["num_examples"] == 6  # of the validation data
+    assert "calibration.json" in json.loads((model / "manifest.json").read_text())["files"]
 
 
 def test_the_model_folder_is_sealed_and_predicts(finished):
