@@ -7,7 +7,7 @@ throughput: 32 clients, each with its next request as the last one is answered. 
   gets the same model, images and largest batch. Beside the rate stands the processors' time for an image, of the
   server's processes alone: on a machine that others use as well it says more.
 latency: one request after the other, then requests at half the throughput, evenly spaced and at random times (Poisson;
-  at half load even a queue that takes one after the other, each in the same time, has a p99 of 4.4 times that time).
+  at half load even a queue that takes one after the other, each in the same time, has a p99 of 4.3 times that time).
 overload: requests at four times the throughput; goodput is what is answered, the rest should be refused quickly.
 memory: resident memory of the service's processes over 20,000 requests (--model of the demo, say).
 stream: WebSockets that send 30 frames a second each.
