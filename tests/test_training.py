@@ -79,7 +79,7 @@ def test_a_run_leaves_what_is_promised(finished, folders):
 
 
 def test_the_model_is_calibrated_before_it_is_sealed(finished):
-    model = finished.workdir / "model"
+    model = Path(finished.workdir) / "model"
     told = json.loads((model / "calibration.json").read_text())
     actions = bundle.read_actions(model)
     assert (actions.temperature, actions.thresholds) == (told["temperature"], told["thresholds"])
