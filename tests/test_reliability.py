@@ -1,5 +1,6 @@
 """Faults, for real: processes killed at any moment, machines that change, disks that fill up, numbers that overflow."""
 
+import contextlib
 import json
 import os
 import random
@@ -85,9 +86,12 @@ def wait_until(condition, process, timeout_s=120):
 
 
 def saving(workdir):
-    """The folders of saves that are in progress."""
-    folder = workdir / "checkpoints"
-    return list(folder.glob("*.orbax-checkpoint-tmp*")) if folder.exists() else []
+    """The folders of saves that are in progress, or that a kill ended: (name, inode)."""
+    folder, found = workdir / "checkpoints", set()
+    for path in folder.glob("*.orbax-checkpoint-tmp*") if folder.exists() else []:
+        with contextlib.suppress(FileNotFoundError):  # the save ended meanwhile
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def losses(workdir):
@@ -112,17 +116,15 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(start, tmp_
     num_kills, rng, during_save = 20, random.Random(0), 0
     config, workdir = write_config(tmp_path, start, num_steps=400), tmp_path / "killed"
     for number in range(num_kills):
-        before = steps_on_disk(workdir)
+        before, left = steps_on_disk(workdir), saving(workdir)  # by the kill before
         process = start_run(config, workdir)
         if number % 2:
-            first = max(before, default=0)
-            wait_until(lambda first=first: max(logged_steps(workdir), default=0) > first + 1, process)
-            wait_until(lambda: saving(workdir), process)
+            wait_until(lambda left=left: saving(workdir) - left, process)
         else:
             time.sleep(rng.uniform(1.0, 10.0))
         process.kill()
         _, stdout, _ = finish(process)
-        during_save += bool(saving(workdir))
+        during_save += bool(saving(workdir) - left)
         after = steps_on_disk(workdir)
         assert max(after, default=0) >= max(before, default=0)
         if "run " in stdout:
