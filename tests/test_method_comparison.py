@@ -40,6 +40,7 @@ def config_for(folders):
     )
 
 
+@pytest.mark.slow
 def test_a_comparison_is_resumed_and_tabulated(folders, tmp_path, monkeypatch):
     config, test = config_for(folders), f"folder:{folders[1]}"
     arguments = (config, ["zero_shot", "bitfit"], [0, 1], tmp_path, test, [1.0])

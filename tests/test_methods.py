@@ -143,7 +143,7 @@ def test_features_are_known_by_what_files_hold(tmp_path):
     assert content_digest(make_source(f"folder:{same}", "train")) != first
 
 
-def test_merged_updates_answer_as_the_updates_beside(start):
+def test_merged_updates_are_the_papers_formula():
     """LoRA: W + alpha / rank * A B, in numpy."""
     rng = np.random.default_rng(0)
     w, a, b = rng.normal(size=(2, 6, 5)), rng.normal(size=(2, 6, 3)), rng.normal(size=(2, 3, 5))

@@ -55,7 +55,7 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]]) -> bytes:
     Args:
       rows: each with method, and (mean, half-width) under target and retained.
     """
-    figure, axes = _figure("zero-shot top-1 retained on unseen actions", "top-1 on the target (test)")
+    figure, axes = _figure("zero-shot top-1 retained on other actions", "top-1 on the target (test)")
     for i, row in enumerate(rows):
         (y, y_half), (x, x_half) = row["target"], row["retained"]
         axes.errorbar(

@@ -18,7 +18,7 @@ PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of a probe's distance from its star
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)  # of a Tip-Adapter; 0: CLIP alone
 BETAS = (1.0, 3.0, 5.5, 10.0, 20.0)
 MAX_ITERATIONS, TOLERANCE = 300, 1e-4  # of L-BFGS: at most, and the norm of the gradient at which it is done
-ADAMW_STEPS, ADAMW_RATE = 500, 1e-2
+ADAMW_STEPS, ADAMW_RATE = 1000, 3e-2
 
 
 class Embedded(NamedTuple):
