@@ -84,10 +84,6 @@ class Checkpointer:
         value = _best_by(self._manager.metrics(step)) if step is not None else -1.0
         return value if value >= 0 else None
 
-    def best_step(self) -> int | None:
-        """The step of `best_metric`."""
-        return None if self.best_metric() is None else self._manager.best_step()
-
     def save(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Starts saving; returns once the state may be changed again.
 

@@ -117,11 +117,12 @@ def fit(
             "examples_seen": schedule.examples_seen(step),
             "global_batch_size": schedule.global_batch_size,
             "goodput": goodput.seconds(),
+            "best_step": best_step,
         }
 
-    best, best_step = checkpointer.best_metric(), checkpointer.best_step()
-    stopped = False
+    best, stopped = checkpointer.best_metric(), False
     start = saved = int(state.step)
+    best_step = checkpointer.position(start).get("best_step") if start else None
     values: Mapping[str, float] = {}
     trace_begin, trace_end = schedule.profile or (0, 0)
     tracing = False

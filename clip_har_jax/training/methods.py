@@ -180,7 +180,7 @@ class Method:
         own = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
         return nnx.merge(self.graphdef, unflatten(own))
 
-    def class_embeddings(self, params: Params, classes: Classes) -> Float[Array, "c d"]:
+    def class_embeddings(self, params: Params, classes: Classes) -> Float[Array, "k d"]:
         """What images are compared with: embeddings of classes, or of single prompts where the loss pairs images with
         texts. Computed unless they are known."""
         if classes.embeddings is not None:
@@ -219,12 +219,12 @@ class Method:
         self,
         params: Params,
         images: Float[Array, "b *t h w 3"],
-        embeddings: Float[Array, "c d"],
+        embeddings: Float[Array, "k d"],
         classes: Classes,
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Float[Array, " b"], Float[Array, "b c"]]:
-        """Each row's loss and class logits."""
+        """Each row's loss and class logits; `embeddings` are of classes, or of prompts where the loss pairs."""
         config = self.config
         drop_key, mix_key, prompt_key = jax.random.split(key, 3)
         drop = Drop(drop_key, config.drop_path) if config.drop_path else None
