@@ -22,19 +22,21 @@ class Bounds:
     """What a format may differ by.
 
     Attributes:
-      error: largest absolute error of probabilities and embeddings, and of logits over the largest; None: not bounded.
+      error: largest absolute error of probabilities, embeddings and heat maps; None: not bounded.
       agreement: smallest share of images with the same first class, where the model predicts half of its classes.
+      logits: largest error of a logit, over the largest; what the cosines of embeddings can't see is a wrong head.
       cosine: smallest cosine of any embedding to the model's, where it doesn't; always that of the hard images.
     """
 
     error: float | None
+    logits: float
     agreement: float
     cosine: float
 
 
-FLOAT32 = Bounds(1e-4, 1.0, 0.999999)
-FLOAT16 = Bounds(None, 0.995, 0.999)
-INT8 = Bounds(None, 0.99, 0.99)
+FLOAT32 = Bounds(1e-4, 1e-4, 1.0, 0.999999)
+FLOAT16 = Bounds(None, 0.01, 0.995, 0.999)
+INT8 = Bounds(None, 0.1, 0.99, 0.99)
 
 
 def hard_images(size_px: int) -> UInt8[np.ndarray, "n h w 3"]:
@@ -105,10 +107,11 @@ def compare(
         "weak": weak,
     }
     failures = []
+    if not (error := result["max_logit_error"] / scale) <= bounds.logits:
+        failures.append(f"logits, over the largest: error {error:.2g} above {bounds.logits:g}")
     if bounds.error is not None:
         errors = {
             "probabilities": result["max_abs_error"],
-            "logits, over the largest": result["max_logit_error"] / scale,
             "embeddings": result["max_embedding_error"],
             "heat maps": result["max_heat_map_error"],
         }

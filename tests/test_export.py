@@ -402,16 +402,18 @@ def outputs(**changes: np.ndarray) -> dict[str, np.ndarray]:
 def test_bounds() -> None:
     true = np.zeros(200, np.int32)
     assert compare(outputs(), outputs(), FLOAT32, "abcd", true)["passed"]
-    flipped = outputs()["logits"].copy()
-    flipped[:1] = -flipped[:1]  # 0.51% of the 196 that aren't hard
-    assert compare(outputs(), outputs(logits=flipped), INT8, "abcd", true)["passed"]
-    assert not compare(outputs(), outputs(logits=flipped), FLOAT16, "abcd", true)["passed"]
+    close, flipped = outputs()["logits"].copy(), outputs()["logits"].copy()
+    close[0], flipped[0] = (0.01, 0, -1, -1), (0, 0.005, -1, -1)  # 0.51% of the 196 that aren't hard
+    assert compare(outputs(logits=close), outputs(logits=flipped), INT8, "abcd", true)["passed"]
+    assert not compare(outputs(logits=close), outputs(logits=flipped), FLOAT16, "abcd", true)["passed"]
     nan = outputs()["heat_map"] * np.nan
     entry = compare(outputs(), outputs(heat_map=nan), INT8, "abcd", true)
     assert not entry["passed"] and "heat_map" in entry["failures"][0]
     # A model that predicts one class of four: agreement says nothing, so the embeddings count.
     one = outputs(logits=outputs()["logits"] + np.asarray([9, 0, 0, 0], np.float32))
     assert compare(one, one, INT8, "abcd", true)["weak"]
+    wrong_head = one | {"logits": one["logits"] + np.asarray([0, 2, 0, 0], np.float32)}
+    assert not compare(one, wrong_head, INT8, "abcd", true)["passed"]
     turned = outputs()["image_embeds"] + np.asarray([1, 0, 0, 0, 0, 0, 0, 0], np.float32)
     assert not compare(one, one | {"image_embeds": turned}, INT8, "abcd", true)["passed"]
     assert not compare(outputs(), outputs(image_embeds=turned), INT8, "abcd", true)["passed"]  # of the hard images
