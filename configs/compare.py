@@ -4,7 +4,7 @@
     python scripts/compare.py --config=configs/compare.py --output=runs/compare --test='synthetic?split=test' \
         --methods=zero_shot,linear_probe,full,lp_ft,flyp,lora,prompt,adapter,tip_adapter,bitfit --seeds=0,1,2
 
-Hardware: 2 CPU cores. Results: docs/methods.md.
+Hardware: 2 CPU cores. Expected result: the table in docs/methods.md.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/compare_start.py --workdir=runs/start
 
-Hardware: 2 CPU cores. Results: docs/methods.md.
+Hardware: 2 CPU cores. Expected result: top-1 0.90 on the ten actions' drawings of the test split (chance 0.1).
 """
 
 from ml_collections import ConfigDict

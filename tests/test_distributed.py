@@ -381,6 +381,10 @@ def manifest(folder):
         node = jobset
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node[key]
+        if isinstance(node, list):
+            assert (operation["op"], last) == ("add", "-"), operation
+            node.append(operation["value"])
+            continue
         assert (last in node) == (operation["op"] == "replace"), operation
         node[last] = operation["value"]
     return jobset
@@ -394,7 +398,9 @@ def test_the_jobsets_run_commands_that_exist(folder, resource):
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    check_command(container["args"])
+    program, *flags = container["args"]
+    assert program == "scripts/train.py"
+    check_command(flags)
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] > 1
     assert pod["terminationGracePeriodSeconds"] >= 60
     assert container["resources"]["limits"][resource] > 0
