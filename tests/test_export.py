@@ -437,6 +437,20 @@ def test_towers_of_more_than_ten_layers_keep_their_order(folder: Path, tmp_path:
     np.testing.assert_allclose(ours, model.backend.embed(images), atol=1e-5)
 
 
+def test_weights_too_large_for_one_file_lie_beside_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.to_onnx.MAX_PROTOBUF_BYTES", 0)
+    model = open_model(str(folder))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    export_run.write_contract(model, tmp_path)
+    (tmp_path / "onnx").mkdir()
+    write_onnx(model.graphs[:1], tmp_path / "onnx", images)
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"image_encoder.onnx", "image_encoder.onnx.data"}
+    (embeds,) = exported.Graphs(tmp_path, "onnx").run("image_encoder", images)
+    np.testing.assert_allclose(embeds, model.backend.embed(images), atol=1e-5)
+
+
 def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
     heat = proof[2]["heat_map"]
     assert heat.shape == (8, 2, 2) and heat.min() >= 0 and heat.max() == 1
