@@ -190,6 +190,22 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(tmp_path, capfd)
 
 
 @of_failed_saves
+def test_what_a_failed_pruning_left_is_not_called_whole(tmp_path, monkeypatch):
+    save(tmp_path / "c", [1, 2])
+
+    def stop_halfway(self):
+        files_of(tmp_path / "c", 1)[0].unlink()
+        raise OSError("deleting stopped")
+
+    monkeypatch.setattr(Checkpointer, "free_space", stop_halfway)
+    state = make_state(3, size=640_000)
+    with small_files(), Checkpointer(tmp_path / "c", KEEP) as kept:
+        kept.save(state, position_of(3), {})
+        with pytest.raises(UserError, match="whole are: 2[.]"):
+            kept.finish(state, position_of(3), {})
+
+
+@of_failed_saves
 def test_a_save_is_tried_again_when_older_ones_are_pruned(tmp_path, monkeypatch, capsys):
     save(tmp_path / "c", [1, 2])
     prune = Checkpointer.free_space

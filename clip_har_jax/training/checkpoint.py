@@ -143,7 +143,9 @@ class Checkpointer:
             self._seal_late()
         except Exception as again:
             self._reopen()
-            kept = ", ".join(map(str, self._manager.all_steps())) or "none"
+            # Deleting the older ones may have stopped halfway, so each is read again before it is called whole.
+            whole = [step for step in self._manager.all_steps() if sealing.problem(self._folder, step) is None]
+            kept = ", ".join(map(str, whole)) or "none"
             raise UserError(
                 f"{self._folder}: checkpoint {step} can't be saved ({_reason(again)}); whole are: {kept}. Free some "
                 "space or mend the folder, then start again"
