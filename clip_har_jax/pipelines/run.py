@@ -1,10 +1,7 @@
-"""A run set up: its data, its program and state on the mesh, and what it writes into the work folder."""
+"""A run set up: its data, its program and state on the mesh; training it and judging it."""
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,20 +12,16 @@ from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
-from clip_har_jax.data.sources import Source, are_clips, manifest_of
+from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.calibration import Calibration
-from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
+from clip_har_jax.evaluation.evaluator import EvalResult, evaluate
 from clip_har_jax.models.factory import Start, start_params
-from clip_har_jax.models.heads import write_head
 from clip_har_jax.models.params import Params
-from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed, sharding
-from clip_har_jax.parallel.mesh import AXES, make_mesh, peak_flops
-from clip_har_jax.pipelines.fitting import describe_method, fit_to_features, start_embeddings
+from clip_har_jax.parallel.mesh import make_mesh, peak_flops
+from clip_har_jax.pipelines.fitting import fit_to_features, start_embeddings
 from clip_har_jax.pipelines.inputs import Data
-from clip_har_jax.pipelines.provenance import make_record
-from clip_har_jax.pipelines.workdir import read_json
+from clip_har_jax.pipelines.outputs import write_examples
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput
 from clip_har_jax.training.guards import SkipGuard, StopSignal, TooManySkippedError
@@ -203,21 +196,7 @@ class Run:
                     os.fspath(self.workdir / "profile"),
                 )
             except TooManySkippedError as error:
-                raise UserError(f"{error}; {self._write_examples(error.examples)}") from error
-
-    def _write_examples(self, examples: Mapping[int, Sequence[int]]) -> str:
-        """Names the examples of the batches whose update wasn't finite; returns what to do about it."""
-        process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = self.workdir / f"nonfinite_examples{process}.json"
-        source = self.data.train
-        bundle.write_json(
-            path,
-            [
-                {"step": step, "examples": [{"index": index, "input": _name(source, index)} for index in indices]}
-                for step, indices in sorted(examples.items())
-            ],
-        )
-        return f"the examples stand in {path}. Lower config.optim.learning_rate, or look at them"
+                raise UserError(f"{error}; {write_examples(self, error.examples)}") from error
 
     def validate(self, state: TrainState) -> dict[str, float]:
         """Evaluates a state on the validation data; leaves eval/<step>/metrics.json."""
@@ -257,139 +236,3 @@ class Run:
             outputs, whole = step(sharding.place(batch, rows))
             label, mask, index = (np.asarray(part) for part in (whole.label, whole.mask, whole.index))
             yield Batch(np.asarray(outputs), label, mask, index)
-
-    def data_record(self) -> dict[str, dict[str, Any]]:
-        """What identifies the training and the validation data, by name."""
-        specs = {"train": self.config.data.train, "val": self.config.data.val or self.config.data.train}
-        sources = {"train": self.data.train, "val": self.data.val}
-        return {
-            name: {
-                "spec": specs[name],
-                "num_examples": len(source),
-                "fingerprint": source.fingerprint,
-                "manifest_sha256": manifest_of(source),
-            }
-            for name, source in sources.items()
-        }
-
-    def write_report(self, step: int, result: EvalResult) -> epath.Path:
-        """Writes the report of an evaluation to eval/<step>/, for the trackers."""
-        folder = self.workdir / "eval" / str(step)
-        if distributed.is_main():
-            about = {"run": str(self.workdir), "step": str(step), "data": self.config.data.val or "held out"}
-            names = [_name(self.data.val, int(i)) for i in result.predictions.index]
-            if bundle.is_local(folder):
-                write_result(result, Path(folder), names, about)
-            else:
-                with tempfile.TemporaryDirectory() as scratch:
-                    write_result(result, scratch, names, about)
-                    for path in Path(scratch).iterdir():
-                        (folder / path.name).write_bytes(path.read_bytes())
-        return folder
-
-    def write_record(self, goodput: Goodput, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Writes run.json."""
-        if not distributed.is_main():
-            return
-        old = read_json(self.workdir / "run.json")
-        changed = [{"step": self.first_step, **change} for change in changes]
-        facts = {
-            "data": self.data_record(),
-            "mesh": {axis: self.mesh.shape[axis] for axis in AXES},
-            "param_bytes_per_device": sharding.bytes_per_device((self.state.params, self.frozen)),
-            "num_steps": self.num_steps,
-            "trainable_parameters": sum(value.size for value in self.state.params.values()),
-            "optimizer_bytes_per_device": sharding.bytes_per_device(self.state.opt_state),
-            "starts": (old or {}).get("starts", 0) + 1,
-            "config_changes": [*(old or {}).get("config_changes", []), *changed],
-            "last_step": self.first_step,
-            "goodput": goodput.seconds(),
-        }
-        bundle.write_json(self.workdir / "run.json", make_record(self.config, facts, old))
-
-    def record_goodput(self, goodput: Goodput, step: int, finished: bool = False) -> dict[str, float]:
-        """Brings the account of the time in run.json up to date, and returns it; `finished`: the model is written."""
-        seconds = goodput.seconds()
-        if distributed.is_main():
-            record = read_json(self.workdir / "run.json") or {}
-            bundle.write_json(
-                self.workdir / "run.json", {**record, "last_step": step, "finished": finished, "goodput": seconds}
-            )
-        return seconds
-
-    def print_overview(self) -> None:
-        """What is about to run: data, model, mesh."""
-        from clu import parameter_overview
-
-        params = {**self.state.params, **self.frozen}
-        text = parameter_overview.get_parameter_overview(params, include_stats=False)
-        (self.workdir / "parameters.txt").write_text(text + "\n")
-        count = sum(value.size for value in params.values())
-        trainable = sum(value.size for value in self.state.params.values())
-        mesh = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in AXES if self.mesh.shape[axis] > 1) or "1 device"
-        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        print(
-            f"data    {len(self.data.train)} training and {len(self.data.val)} validation images, "
-            f"{len(self.data.labels)} classes"
-        )
-        print(
-            f"model   {self.config.model.name}, {count:,} parameters ({trainable:,} trainable), "
-            f"listed in {self.workdir / 'parameters.txt'}"
-        )
-        print(f"method  {describe_method(self)}")
-        if self.program.method.recipe.learns_from != "steps":
-            return
-        print(
-            f"run     {self.num_steps} steps of {self.config.train.global_batch_size} images on {mesh}{processes}"
-            + (f", continuing at step {self.first_step}" if self.first_step else ""),
-            flush=True,
-        )
-
-    def write_model(self, state: TrainState, calibration: Calibration) -> epath.Path:
-        """Writes the model folder and seals it; the old one stays whole until the new one is."""
-        weights = self.weights(state)
-        embeddings = np.asarray(self.classes(weights).embeddings)
-        params = distributed.fetch({**weights, **self.frozen})
-        target = self.workdir / "model"
-        if not distributed.is_main():
-            return target
-        clip, head, head_params = self.program.method.finish(params, embeddings)
-
-        def fill(folder: Path) -> None:
-            write_params(folder, self.start.config, clip)
-            if head_params:
-                write_head(folder, head_params)
-            self.start.tokenizer.save(folder)
-            self.start.preprocess.save(folder)
-            temperature, thresholds = calibration.temperature, calibration.thresholds
-            actions = bundle.Actions(self.data.labels, self.data.prompts, temperature, head, thresholds)
-            if are_clips(self.data.train):
-                actions = replace(actions, video=asdict(self.config.data.video))
-            bundle.write_actions(folder, actions)
-            bundle.write_json(folder / "calibration.json", calibration.report)
-            (folder / "run.json").write_text((self.workdir / "run.json").read_text())
-            bundle.seal(folder)
-
-        if bundle.is_local(target):
-            bundle.replace_folder(Path(target), fill)
-        else:
-            _upload_folder(fill, target)
-        return target
-
-
-def _upload_folder(fill: Callable[[Path], None], target: epath.Path) -> None:
-    """Puts a folder written by `fill` on an object store; its manifest goes last, so that a part isn't sealed."""
-    with tempfile.TemporaryDirectory() as scratch:
-        fill(Path(scratch))
-        if target.exists():
-            target.rmtree()
-        target.mkdir(parents=True, exist_ok=True)
-        for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == bundle.MANIFEST):
-            (target / path.name).write_bytes(path.read_bytes())
-
-
-def _name(source: Source, index: int) -> str:
-    try:
-        return source[index].name
-    except Exception:  # the very example may be what is wrong
-        return f"example {index}"

@@ -22,6 +22,14 @@ from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_track
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
 from clip_har_jax.pipelines.inputs import load_data, load_retention
+from clip_har_jax.pipelines.outputs import (
+    data_record,
+    print_overview,
+    record_goodput,
+    write_model,
+    write_record,
+    write_report,
+)
 from clip_har_jax.pipelines.retention import Retention, choose_wise_ft
 from clip_har_jax.pipelines.run import Run
 from clip_har_jax.pipelines.workdir import (
@@ -97,7 +105,7 @@ def train(
         state = checkpointer.restore(run.state, step) if step else run.state
         record = read_json(folder / "run.json") or {}
         goodput = stack.enter_context(continue_goodput(record, position, begin))
-        run.write_record(goodput, changes + _data_changes(run, record))
+        write_record(run, goodput, changes + _data_changes(run, record))
         if not quiet:
             _warn_of_dirty_code(folder)
         trackers = Trackers(config.trackers, read_facts(folder)) if distributed.is_main() else None
@@ -116,7 +124,7 @@ def train(
             if outcome.stopped:
                 if trackers:
                     trackers.status = STOPPED
-                seconds = run.record_goodput(goodput, last_step)
+                seconds = record_goodput(run, goodput, last_step)
                 return Result(folder, None, last_step, {}, seconds, time.monotonic() - begin, stop.exit_code)
             with goodput.measure("checkpoint"):
                 best = checkpointer.best_whole()
@@ -130,18 +138,18 @@ def train(
             passed = retention.check(before, retention.of(state)) if retention else True
             result = run.evaluate(state)
         if not passed and config.retention.fail:
-            seconds = run.record_goodput(goodput, last_step)
+            seconds = record_goodput(run, goodput, last_step)
             return Result(folder, None, best, result.metrics, seconds, time.monotonic() - begin, EXIT_RETENTION)
         with goodput.measure("checkpoint"):
             calibration = calibrate(result.predictions.logits, result.predictions.label)
-            model = run.write_model(state, calibration)
+            model = write_model(run, state, calibration)
         if distributed.is_main():
             write_curves(folder / "metrics.jsonl", folder / "curves.csv")
         if config.trackers:
-            report = run.write_report(best, result)
+            report = write_report(run, best, result)
             if trackers:
                 hand_over(trackers, model, report)
-        seconds = run.record_goodput(goodput, last_step, finished=True)
+        seconds = record_goodput(run, goodput, last_step, finished=True)
     return Result(folder, model, best, result.metrics, seconds, time.monotonic() - begin, 0)
 
 
@@ -200,7 +208,7 @@ def _claim(
 def _data_changes(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Says which data are others than at the last start, though their config key is the same."""
     changes = []
-    for name, now in run.data_record().items():
+    for name, now in data_record(run).items():
         before = record.get("data", {}).get(name, now)
         if before["fingerprint"] != now["fingerprint"]:
             old, new = (f"{data['num_examples']} examples" for data in (before, now))
@@ -249,7 +257,7 @@ class RecordSink:
     def write(self, step: int, metrics: Metrics) -> None:
         self._lock.check()
         if time.monotonic() - self._written > self.EVERY_S:
-            self._run.record_goodput(self._goodput, step)
+            record_goodput(self._run, self._goodput, step)
             self._written = time.monotonic()
 
     def close(self) -> None:
@@ -263,7 +271,7 @@ def _make_sinks(run: Run, goodput: Goodput, lock: WorkdirLock, more: Sequence[Si
     jsonl = JsonlSink(run.workdir / "metrics.jsonl", run.first_step)
     sinks: list[Sink] = [jsonl, RecordSink(run, goodput, lock), *more]
     if not quiet:
-        run.print_overview()
+        print_overview(run)
         sinks.append(ConsoleSink(run.num_steps, run.first_step))
     return sinks
 
