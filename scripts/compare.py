@@ -3,8 +3,9 @@
   python scripts/compare.py --config=configs/compare.py --methods=zero_shot,linear_probe,full,lora --seeds=0,1,2 \
       --output=runs/compare --config.model.name=runs/start/model
 
-Writes compare.md (the table), compare.json, compare.png (where config.retention.data is set) and cells/. Stopped, the
-same command goes on with the first unfinished cell. Methods: zero_shot, linear_probe, full, lp_ft, flyp, lora, prompt,
+Learning rate and weight decay of each method are searched first, alike for all and on validation data alone. Writes
+compare.md (the table), compare.json, compare.png (where config.retention.data is set), search/ and cells/. Stopped, the
+same command goes on with the first unfinished run. Methods: zero_shot, linear_probe, full, lp_ft, flyp, lora, prompt,
 adapter, tip_adapter, bitfit.
 """
 
@@ -40,9 +41,16 @@ def main() -> None:
     )
     parser.add_argument(
         "--search",
-        default="0.3,1,3",
+        default="0.3,1,3,10,30,100",
         metavar="X,X",
-        help="factors of each method's learning rate, chosen on the first seed's validation, e.g. --search=1",
+        help="factors of config.optim.learning_rate, the same for every method, of which the first seed's validation "
+        "chooses, e.g. --search=1,10",
+    )
+    parser.add_argument(
+        "--decays",
+        default="0,0.1",
+        metavar="X,X",
+        help="weight decays beside the config's, tried at the best rate alone, e.g. --decays=0; empty: none",
     )
     parser.add_argument(
         "--soups", action="store_true", help="add rows for the mean of the weights of each method's seeds, e.g. --soups"
@@ -52,14 +60,16 @@ def main() -> None:
     test = arguments.test or config.data.val
     if not test:
         raise UserError("--test: name the images that decide, or set config.data.val")
-    seeds, search = numbers(arguments.seeds, "--seeds", int), numbers(arguments.search, "--search", float)
-    if any(factor <= 0 for factor in search) or any(seed < 0 for seed in seeds):
-        raise UserError("--search takes factors above 0, --seeds numbers from 0")
+    seeds, factors = numbers(arguments.seeds, "--seeds", int), numbers(arguments.search, "--search", float)
+    decays = numbers(arguments.decays, "--decays", float) if arguments.decays else []
+    if any(factor <= 0 for factor in factors) or any(value < 0 for value in [*seeds, *decays]):
+        raise UserError("--search takes factors above 0, --seeds and --decays numbers from 0")
 
-    from clip_har_jax.pipelines.compare import compare
+    from clip_har_jax.pipelines.compare import Space, compare
 
     output = Path(arguments.output)
-    compare(config, arguments.methods.split(","), seeds, output, test, search, arguments.soups)
+    space = Space(tuple(factors), tuple(decays))
+    compare(config, arguments.methods.split(","), seeds, output, test, space, arguments.soups)
     print((output / "compare.md").read_text())
 
 

@@ -1,16 +1,21 @@
-"""Methods x seeds: finished cells stay, the table says what was measured; finetune.py chooses by the data's size."""
+"""Methods x seeds: a search alike for all, cells that stay, a table of what was measured; finetune.py's choices."""
 
 import json
 
 import numpy as np
 import pytest
+from etils import epath
 from model_folders import write_images, write_model
 
 from clip_har_jax.config import load_config, make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.pipelines import compare as compare_module
-from clip_har_jax.pipelines.compare import compare, summarize
+from clip_har_jax.evaluation.method_table import summarize
+from clip_har_jax.models.pretrained import read_config
+from clip_har_jax.pipelines import tuning
+from clip_har_jax.pipelines.compare import compare
 from clip_har_jax.pipelines.presets import choose_preset
+from clip_har_jax.pipelines.train import Result
+from clip_har_jax.pipelines.tuning import Needs, Space, search, weigh_method, with_method
 
 LABELS = ("cycling", "running", "sleeping")
 
@@ -41,34 +46,65 @@ def config_for(folders):
 
 
 @pytest.mark.slow
-def test_a_comparison_is_resumed_and_tabulated(folders, tmp_path, monkeypatch):
+def test_a_comparison_is_searched_resumed_and_tabulated(folders, tmp_path, monkeypatch):
     config, test = config_for(folders), f"folder:{folders[1]}"
-    arguments = (config, ["zero_shot", "bitfit"], [0, 1], tmp_path, test, [1.0])
+    space = Space((1.0, 100.0), (0.0,))
+    arguments = (config, ["zero_shot", "linear_probe", "lora"], [0, 1], tmp_path, test, space)
     rows = compare(*arguments, soups=True)
-    assert [row["method"] for row in rows] == ["zero_shot", "bitfit", "bitfit, soup"]
+    assert [row["method"] for row in rows] == ["zero_shot", "linear_probe", "lora", "lora, soup"]
     table = (tmp_path / "compare.md").read_text()
-    assert table.count("\n| `") == 3
+    assert table.count("\n| `") == 4
+    assert "learning rates 1e-05, 0.001 with weight decay 0.1" in table
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    cell = json.loads((tmp_path / "cells/bitfit/seed_1/rate_0.0001/cell.json").read_text())
-    assert cell["trainable_parameters"] == rows[1]["trainable_parameters"] > 0
+    found = json.loads((tmp_path / "compare.json").read_text())["search"]
+    assert found["zero_shot"] == found["linear_probe"] == []
+    tried = {(each["learning_rate"], each["weight_decay"]): each for each in found["lora"]}
+    chosen = tuple(rows[2]["settings"].values())
+    assert list(tried) == [(1e-5, 0.1), (1e-3, 0.1), (chosen[0], 0.0)]
+    assert tried[chosen]["val_top1"] == max(each["val_top1"] for each in tried.values())
+    assert set(rows[1]["fits"][0]) == {"penalty"}
+    assert rows[0]["step_bytes"] is None
+    assert rows[2]["step_bytes"] > rows[1]["step_bytes"] > 0
+    assert not list(tmp_path.glob("search/**/run"))
 
     def fail(*_, **__):
-        raise AssertionError("a finished cell was run again")
+        raise AssertionError("a finished run was run again")
 
-    monkeypatch.setattr(compare_module, "train", fail)
-    again = compare(*arguments)
-    assert again == rows[:2]
+    monkeypatch.setattr(tuning, "train", fail)
+    assert compare(*arguments) == rows[:3]
     with pytest.raises(UserError, match="another config"):
-        compare(config_for((folders[0], folders[1])), ["bitfit"], [0], tmp_path, "synthetic", [1.0])
+        compare(config, ["lora"], [0], tmp_path, "synthetic", space)
+
+
+def test_the_search_looks_at_validation_alone(folders, tmp_path, monkeypatch):
+    """Rates first, then decays at the best rate; equal accuracies are told apart by the likelihood."""
+    seen, quality = (
+        [],
+        {(1e-5, 0.1): (0.5, 1.0), (1e-4, 0.1): (0.7, 0.9), (1e-3, 0.1): (0.7, 0.8), (1e-3, 0.0): (0.7, 0.7)},
+    )
+
+    def trained(config, workdir, quiet):
+        workdir.mkdir(parents=True)
+        seen.append(config)
+        top1, nll = quality[config.optim.learning_rate, config.optim.weight_decay]
+        folder = epath.Path(workdir)
+        return Result(folder, folder, 2, {"top1": top1, "nll": nll}, {}, seconds=1.0, exit_code=0)
+
+    monkeypatch.setattr(tuning, "train", trained)
+    space = Space((1.0, 10.0, 100.0), (0.0, 0.1))
+    config = config_for(folders)
+    chosen, tried = search(config, Needs(1, has_decay=True), tmp_path, space)
+    assert chosen == (1e-3, 0.0)
+    assert len(tried) == len(seen) == 4
+    assert not any(each.retention.data for each in seen)
+    assert search(config, Needs(1, has_decay=True), tmp_path, space)[0] == chosen
+    assert search(config, Needs(1, has_decay=False), tmp_path, space)[0] == (1e-3, 0.1)
+    assert len(seen) == 4  # what is tried is kept
 
 
 def test_intervals_are_students():
-    cells = [
-        {"top1": x, "retained": None, "ece": 0.1, "learning_rate": 1.0, "trainable_parameters": 1, "optimizer_bytes": 1}
-        | {"seconds": 1.0}
-        for x in (0.5, 0.6, 0.7)
-    ]
-    row = summarize("full", cells)
+    same = {"retained": None, "ece": 0.1, "settings": {}, "fit": {}, "trainable_parameters": 1, "optimizer_bytes": 1}
+    row = summarize("full", [same | {"top1": x, "step_bytes": 1, "seconds": 1.0} for x in (0.5, 0.6, 0.7)])
     np.testing.assert_allclose(row["target"], (0.6, 4.303 * 0.1 / np.sqrt(3)), rtol=1e-3)
     assert row["retained"] is None
 
@@ -83,9 +119,19 @@ def test_intervals_are_students():
 )
 def test_mistakes_are_refused(folders, tmp_path, methods, seeds, message):
     with pytest.raises(UserError) as error:
-        compare(config_for(folders), methods, seeds, tmp_path, "synthetic", [1.0])
+        compare(config_for(folders), methods, seeds, tmp_path, "synthetic", Space((1.0,), ()))
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_of_fewer_trained_parameters_takes_less_memory(folders):
+    clip = read_config(folders[0])
+    needs = {
+        name: weigh_method(with_method(config_for(folders), name, 0), clip) for name in ("full", "lora", "zero_shot")
+    }
+    assert needs["full"].step_bytes > needs["lora"].step_bytes > 0
+    assert needs["full"].has_decay
+    assert needs["zero_shot"] == Needs(None, has_decay=False)
 
 
 def test_presets_go_by_size():

@@ -61,3 +61,4 @@ def test_weight_decay_acts_on_matrices_only():
     assert all(name.endswith(".kernel") for name in decayed)
     assert len(decayed) == 2 * 6 + 3  # per tower: 4 of attention, 2 of the MLP; patches and two projections
     assert not any("norm" in name or "bias" in name or "position" in name for name in decayed)
+    assert all(is_decayed(f"vision.layers.attention.query.lora_{factor}") for factor in "ab")  # they are matrices too

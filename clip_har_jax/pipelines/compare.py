@@ -15,15 +15,15 @@ from clip_har_jax.data.pipeline import BadInputs, eval_batches
 from clip_har_jax.data.sources import Source, make_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import evaluate
+from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.models.factory import make_start
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
-from clip_har_jax.pipelines.inputs import load_retention, select_classes
-from clip_har_jax.pipelines.train import train
+from clip_har_jax.pipelines.inputs import load_data, load_retention, select_classes
+from clip_har_jax.pipelines.tuning import Space, finished, run_training, search, setting_name, weigh_method, with_method
 from clip_har_jax.training.methods import METHODS
+from clip_har_jax.training.probe import ALPHAS, BETAS, PENALTIES
 
-# What a method's learning rate is of the config's, before the search: fewer parameters take larger steps.
-RATE_OF = {"lora": 10.0, "bitfit": 10.0, "adapter": 100.0, "prompt": 100.0}
-SEARCH = (0.3, 1.0, 3.0)  # what that rate is multiplied by, the same for all; chosen on the first seed's validation
 SOUP_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -32,7 +32,6 @@ SOUP_FILES = (
     "preprocessor_config.json",
     "run.json",
 )
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1, 2, ... degrees of freedom
 
 
 def compare(
@@ -41,35 +40,40 @@ def compare(
     seeds: Sequence[int],
     output: Path,
     test: str,
-    search: Sequence[float],
+    space: Space,
     soups: bool = False,
 ) -> list[dict[str, Any]]:
     """Trains each method with each seed, or what of it is missing, and writes compare.json, compare.md, compare.png.
 
     Args:
-      config: of every run, but for method, seed and learning rate.
+      config: of every run, but for method, seed, learning rate and weight decay.
       output: a folder; a finished cell in it is not run again.
       test: SPEC of the images that decide, which neither training nor the search sees.
-      search: factors of the learning rate to choose from.
+      space: what is searched on the first seed's validation data.
       soups: add a row for the mean of the weights of each method's seeds, where the cosine head is saved.
 
     Raises:
       UserError: an unknown method, no seeds, a mistake in the config, or cells of another config in the folder.
     """
     check_comparison(config, methods, seeds)
-    cells = []
+    make_source(test, "test")
+    clip = make_start(config.model.name, load_data(config).texts, config.model.image_size_px).config
+    needs = {method: weigh_method(with_method(config, method, seeds[0]), clip) for method in methods}
+    cells, searched = [], {}
     for i, method in enumerate(methods):
-        rate = _choose_rate(config, method, seeds[0], output, test, search)
+        chosen, searched[method] = search(with_method(config, method, seeds[0]), needs[method], output, space)
         for seed in seeds:
-            cells.append(run_cell(config, method, seed, rate, output, test))
+            tuned = with_method(config, method, seed, *chosen)
+            cells.append(run_cell(tuned, output, test) | {"step_bytes": needs[method].step_bytes})
             print(f"[{i + 1}/{len(methods)}] {_describe(cells[-1])}", flush=True)
     rows = [summarize(method, [cell for cell in cells if cell["method"] == method]) for method in methods]
     for method in methods if soups else ():
         if METHODS[method].learns_from == "steps" and METHODS[method].heads[0] == "cosine" and method != "prompt":
             soup = cook_soup(config, [cell for cell in cells if cell["method"] == method], output, test)
             rows.append(summarize(method, [soup]) | {"method": f"{method}, soup"})
-    bundle.write_json(output / "compare.json", {"test": test, "search": list(search), "rows": rows, "cells": cells})
-    (output / "compare.md").write_text(make_table(rows, search, len(seeds)))
+    facts = {"test": test, "space": dataclasses.asdict(space), "rows": rows, "cells": cells, "search": searched}
+    bundle.write_json(output / "compare.json", facts)
+    (output / "compare.md").write_text(make_table(rows, describe_search(config, methods, len(seeds), space)))
     if all(row["retained"] for row in rows):
         from clip_har_jax.evaluation.tradeoffs import draw_comparison
 
@@ -87,48 +91,23 @@ def check_comparison(config: RunConfig, methods: Sequence[str], seeds: Sequence[
         raise UserError("config.method.head and method.loss: leave them empty, each method brings its own")
 
 
-def _rate_of(config: RunConfig, method: str) -> float:
-    return config.optim.learning_rate * RATE_OF.get(method, 1.0)
-
-
-def _choose_rate(config: RunConfig, method: str, seed: int, output: Path, test: str, search: Sequence[float]) -> float:
-    """The learning rate of the best validation accuracy with the first seed; nothing to choose where no steps are."""
-    rates = [_rate_of(config, method) * factor for factor in search]
-    if METHODS[method].learns_from != "steps":
-        return _rate_of(config, method)
-    if len(rates) == 1:
-        return rates[0]
-    tried = [run_cell(config, method, seed, rate, output, test) for rate in rates]
-    return float(max(tried, key=lambda cell: cell["val_top1"])["learning_rate"])
-
-
-def run_cell(config: RunConfig, method: str, seed: int, rate: float, output: Path, test: str) -> dict[str, Any]:
+def run_cell(config: RunConfig, output: Path, test: str) -> dict[str, Any]:
     """One run and its evaluation: read if it is finished, else continued, or begun."""
-    config = dataclasses.replace(
-        config,
-        seed=seed,
-        method=dataclasses.replace(config.method, name=method),
-        optim=dataclasses.replace(config.optim, learning_rate=rate),
-    )
-    folder = _folder(output, method, seed, rate)
+    folder = _folder(config, output)
     done = folder / "cell.json"
-    if done.is_file():
-        cell = json.loads(done.read_text())
-        if cell["config_hash"] != config.digest or cell["test"] != test:
-            raise UserError(f"{done} is of another config or test data; use another --output")
-        return cell
-    result = train(config, folder / "run", quiet=True)
-    if result.exit_code >= 128:
-        raise SystemExit(result.exit_code)  # stopped by a signal; the same command continues
-    if result.model is None:
-        raise UserError(f"{folder}: no model; set config.retention.fail=false in a comparison")
-    metrics = measure(config, Path(result.model), test)
+    if known := finished(done, config, test=test):
+        return known
+    result = run_training(config, folder / "run")
+    metrics = measure(config, folder / "run/model", test)
     record = json.loads((folder / "run" / "run.json").read_text())
     retention = folder / "run" / "retention.json"
+    makes_steps = METHODS[config.method.name].learns_from == "steps"
+    settings = {"learning_rate": config.optim.learning_rate, "weight_decay": config.optim.weight_decay}
     cell = {
-        "method": method,
-        "seed": seed,
-        "learning_rate": rate,
+        "method": config.method.name,
+        "seed": config.seed,
+        "settings": settings if makes_steps else {},
+        "fit": {name: value for name, value in record["fit"].items() if not name.startswith("val_")},
         "test": test,
         "config_hash": config.digest,
         "val_top1": result.metrics["top1"],
@@ -144,8 +123,8 @@ def run_cell(config: RunConfig, method: str, seed: int, rate: float, output: Pat
     return cell
 
 
-def _folder(output: Path, method: str, seed: int, rate: float) -> Path:
-    return output / "cells" / method / f"seed_{seed}" / f"rate_{rate:.3g}"
+def _folder(config: RunConfig, output: Path) -> Path:
+    return output / "cells" / config.method.name / f"seed_{config.seed}" / setting_name(config)
 
 
 def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, test: str) -> dict[str, Any]:
@@ -154,7 +133,9 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
     Returns:
       As a cell; the soup itself is a model folder, OUTPUT/soups/METHOD.
     """
-    folders = [_folder(output, cell["method"], cell["seed"], cell["learning_rate"]) / "run/model" for cell in cells]
+    method, settings = cells[0]["method"], cells[0]["settings"]
+    runs = [with_method(config, method, cell["seed"], *settings.values()) for cell in cells]
+    folders = [_folder(run, output) / "run/model" for run in runs]
     clip = read_config(folders[0])
     each = [read_params(folder, clip) for folder in folders]
     mean = {name: np.mean([params[name] for params in each], axis=0, dtype=np.float32) for name in each[0]}
@@ -167,7 +148,7 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
         bundle.write_actions(folder, bundle.Actions(actions.labels, actions.prompts))
         bundle.seal(folder)
 
-    soup = bundle.replace_folder(output / "soups" / cells[0]["method"], fill)
+    soup = bundle.replace_folder(output / "soups" / method, fill)
     metrics, retention = measure(config, soup, test), load_retention(config)
     retained = None
     if retention is not None:
@@ -191,52 +172,28 @@ def _evaluate(config: RunConfig, backend: JaxBackend, source: Source) -> dict[st
         return evaluate(lambda batch: backend.logits(batch.image), batches, backend.labels).metrics
 
 
-def summarize(method: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row of the table; means with the half-width of their 95% interval (Student's t over seeds)."""
+def describe_search(config: RunConfig, methods: Sequence[str], num_seeds: int, space: Space) -> str:
+    """What stands below the table."""
 
-    def interval(key: str) -> tuple[float, float] | None:
-        values = [cell[key] for cell in cells]
-        if any(value is None for value in values):
-            return None
-        if len(values) == 1:
-            return float(values[0]), 0.0
-        t = T_975[len(values) - 2] if len(values) - 2 < len(T_975) else 1.96
-        return float(np.mean(values)), float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
+    def say(values: Sequence[float]) -> str:
+        return ", ".join(f"{value:g}" for value in values)
 
-    return {
-        "method": method,
-        "learning_rate": cells[0]["learning_rate"] if METHODS[method].learns_from == "steps" else None,
-        "target": interval("top1"),
-        "retained": interval("retained"),
-        "ece": interval("ece"),
-        "trainable_parameters": cells[0]["trainable_parameters"],
-        "optimizer_bytes": cells[0]["optimizer_bytes"],
-        "seconds": float(np.mean([cell["seconds"] for cell in cells])),
-    }
-
-
-def make_table(rows: Sequence[dict[str, Any]], search: Sequence[float], num_seeds: int) -> str:
-    """The table in Markdown."""
-
-    def percent(pair: tuple[float, float] | None) -> str:
-        return "-" if pair is None else f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f}"
-
+    rates, decays = (say([float(f"{value:.2g}") for value in space.rates(config)]), say(space.all_decays(config)))
     lines = [
-        "| method | top-1, % | zero-shot retained, % | ECE, % | trainable | optimiser, KiB | time, s | learning rate |",
-        "|---|---|---|---|---|---|---|---|",
+        f"Means over {num_seeds} seeds with 95% intervals (Student's t). Every method that makes steps tries the same: "
+        f"learning rates {rates} with weight decay {config.optim.weight_decay:g}, then weight decays {decays} at the "
+        "best rate where the method trains matrices; chosen by the first seed's validation accuracy, of equal ones by "
+        "the likelihood."
     ]
-    for row in rows:
-        rate = "-" if row["learning_rate"] is None else f"{row['learning_rate']:.2g}"
-        lines.append(
-            f"| `{row['method']}` | {percent(row['target'])} | {percent(row['retained'])} | {percent(row['ece'])} | "
-            f"{row['trainable_parameters']:,} | {row['optimizer_bytes'] / 1024:.0f} | {row['seconds']:.0f} | {rate} |"
-        )
-    factors = ", ".join(f"{factor:g}" for factor in search)
-    note = (
-        f"Means over {num_seeds} seeds with 95% intervals (Student's t). Search, the same for every method that makes "
-        f"steps: the method's rate times {factors}, by validation accuracy of the first seed; nothing else was tried."
+    if {"linear_probe", "lp_ft"} & set(methods):
+        lines.append(f"A probe's L2 penalty is one of {say(PENALTIES)}, each seed's own choice by validation.")
+    if "tip_adapter" in methods:
+        lines.append(f"So are Tip-Adapter's alpha ({say(ALPHAS)}) and beta ({say(BETAS)}).")
+    lines.append(
+        f"Step memory is of each device, of {config.train.global_batch_size} images, as XLA says; where features are "
+        "computed once, of embedding as many."
     )
-    return "\n".join([*lines, "", note, ""])
+    return " ".join(lines)
 
 
 def _describe(cell: dict[str, Any]) -> str:

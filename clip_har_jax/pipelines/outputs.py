@@ -56,6 +56,7 @@ def write_record(run: "Run", goodput: Goodput, changes: Sequence[Mapping[str, An
         "num_steps": run.num_steps,
         "trainable_parameters": sum(value.size for value in run.state.params.values()),
         "optimizer_bytes_per_device": sharding.bytes_per_device(run.state.opt_state),
+        "fit": run.fit_report,
         "starts": (old or {}).get("starts", 0) + 1,
         "config_changes": [*(old or {}).get("config_changes", []), *changed],
         "last_step": run.first_step,

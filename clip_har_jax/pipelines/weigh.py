@@ -212,6 +212,23 @@ def weigh(job: Job, machine: Machine, variant: Variant, give_up_s: float = float
     return Outcome(variant, status, "", needed, memory, flops, traffic, times, compile_s)
 
 
+def step_memory(program: Program, num_prompts: int) -> Memory | None:
+    """What one step of a program needs of each device; where features are computed once, embedding as large a batch.
+
+    None where nothing is trained.
+    """
+    state, frozen, classes, batch = program.abstract_arguments(num_prompts)
+    learns_from = program.method.recipe.learns_from
+    if learns_from == "nothing":
+        return None
+    step: Any = program.train_step
+    arguments: tuple[Any, ...] = (state, frozen, classes, batch)
+    if learns_from == "features":
+        step, arguments = program.feature_step, ({**state.params, **frozen}, batch)
+    with _nothing_kept():
+        return read_memory(step.trace(*arguments).lower().compile())
+
+
 def refused_bytes(message: str) -> int | None:
     """The bytes that a program needs, as XLA says in refusing it for its size; None from another refusal."""
     for pattern in _REFUSALS:

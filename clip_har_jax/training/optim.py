@@ -26,7 +26,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 def is_decayed(name: str) -> bool:
     """Whether weight decay acts on a parameter: matrices only. By name, since stacked biases have two dims too."""
-    return name.endswith(".kernel")
+    return name.endswith((".kernel", ".lora_a", ".lora_b"))
 
 
 def layer_scales(shapes: Shapes, decay: float) -> dict[str, np.ndarray]:

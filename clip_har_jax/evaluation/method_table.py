@@ -1,0 +1,71 @@
+"""The table of a comparison of methods: a row a method, of the cells of its seeds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1, 2, ... degrees of freedom
+COLUMNS = (
+    "method",
+    "top-1, %",
+    "zero-shot retained, %",
+    "ECE, %",
+    "trainable",
+    "optimiser, KiB",
+    "step memory, MiB",
+    "time, s",
+    "chosen on validation",
+)
+
+
+def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row of the table; means with the half-width of their 95% interval (Student's t over seeds)."""
+
+    def interval(key: str) -> tuple[float, float] | None:
+        values = [cell[key] for cell in cells]
+        if any(value is None for value in values):
+            return None
+        if len(values) == 1:
+            return float(values[0]), 0.0
+        t = T_975[len(values) - 2] if len(values) - 2 < len(T_975) else 1.96
+        return float(np.mean(values)), float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+    return {
+        "method": method,
+        "settings": dict(cells[0]["settings"]),
+        "fits": [dict(cell["fit"]) for cell in cells],
+        "target": interval("top1"),
+        "retained": interval("retained"),
+        "ece": interval("ece"),
+        "trainable_parameters": cells[0]["trainable_parameters"],
+        "optimizer_bytes": cells[0]["optimizer_bytes"],
+        "step_bytes": cells[0]["step_bytes"],
+        "seconds": float(np.mean([cell["seconds"] for cell in cells])),
+    }
+
+
+def make_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
+    """The table in Markdown, and below it how it came about."""
+
+    def percent(pair: tuple[float, float] | None) -> str:
+        return "-" if pair is None else f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f}"
+
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        step = "-" if row["step_bytes"] is None else f"{row['step_bytes'] / 2**20:.1f}"
+        lines.append(
+            f"| `{row['method']}` | {percent(row['target'])} | {percent(row['retained'])} | {percent(row['ece'])} | "
+            f"{row['trainable_parameters']:,} | {row['optimizer_bytes'] / 1024:.0f} | {step} | {row['seconds']:.0f} | "
+            f"{_chosen(row)} |"
+        )
+    return "\n".join([*lines, "", note, ""])
+
+
+def _chosen(row: Mapping[str, Any]) -> str:
+    """The settings of all seeds, then what each seed's fit chose."""
+    parts = [f"{name.replace('_', ' ')} {value:.2g}" for name, value in row["settings"].items()]
+    for name in row["fits"][0]:
+        values = [f"{fit[name]:g}" for fit in row["fits"]]
+        parts.append(f"{name} {values[0] if len(set(values)) == 1 else ' / '.join(values)}")
+    return ", ".join(parts) or "-"

@@ -1,0 +1,143 @@
+"""What each method of a comparison is run with: the same few settings for all, chosen on validation data alone."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from clip_har_jax import bundle
+from clip_har_jax.config import RetentionConfig, RunConfig
+from clip_har_jax.errors import UserError
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.pipelines.inputs import load_data
+from clip_har_jax.pipelines.train import Result, train
+from clip_har_jax.pipelines.weigh import Job, Variant, find_machine, make_program, step_memory
+from clip_har_jax.training.methods import METHODS
+from clip_har_jax.training.optim import is_decayed
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What is tried for every method that makes steps: the rates first, then the decays at the best rate."""
+
+    factors: tuple[float, ...]  # of config.optim.learning_rate
+    decays: tuple[float, ...]  # beside config.optim.weight_decay
+
+    def rates(self, config: RunConfig) -> list[float]:
+        return sorted(config.optim.learning_rate * factor for factor in self.factors)
+
+    def all_decays(self, config: RunConfig) -> list[float]:
+        """The config's own first: the rates are tried with it."""
+        return list(dict.fromkeys([config.optim.weight_decay, *self.decays]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a method's training needs, whatever its seed and rate."""
+
+    step_bytes: int | None  # of each device, as XLA says; None: nothing is trained
+    has_decay: bool  # whether weight decay acts on any of what it trains
+
+
+def with_method(
+    config: RunConfig, method: str, seed: int, rate: float | None = None, decay: float | None = None
+) -> RunConfig:
+    """The config of a run; rate and decay are the config's own where they aren't given."""
+    optim = config.optim
+    rate, decay = optim.learning_rate if rate is None else rate, optim.weight_decay if decay is None else decay
+    return dataclasses.replace(
+        config,
+        seed=seed,
+        method=dataclasses.replace(config.method, name=method),
+        optim=dataclasses.replace(optim, learning_rate=rate, weight_decay=decay),
+    )
+
+
+def weigh_method(config: RunConfig, clip: CLIPConfig) -> Needs:
+    """Compiles a method's step for a model of these sizes.
+
+    Raises:
+      UserError: a mistake in the config or the data.
+    """
+    data = load_data(config)
+    job, settings = Job(config, clip, len(data.labels), len(data.texts)), config.train
+    variant = Variant(config.mesh, settings.accumulation_steps, config.model.remat)
+    program = make_program(job, find_machine("local"), variant)
+    memory = step_memory(program, len(data.texts))
+    return Needs(memory.total_bytes if memory else None, any(is_decayed(name) for name in program.trainable))
+
+
+def search(
+    config: RunConfig, needs: Needs, output: Path, space: Space
+) -> tuple[tuple[float, float], list[dict[str, Any]]]:
+    """The learning rate and the weight decay that are best in validation, and all that was tried."""
+    own = (config.optim.learning_rate, config.optim.weight_decay)
+    rates, decays = space.rates(config), space.all_decays(config)
+    if METHODS[config.method.name].learns_from != "steps":
+        return own, []
+    if not needs.has_decay:
+        decays = decays[:1]
+    if len(rates) == len(decays) == 1:
+        return (rates[0], decays[0]), []
+    tried = [try_setting(config, rate, decays[0], output) for rate in rates]
+    best = max(tried, key=_score)
+    tried += [try_setting(config, best["learning_rate"], decay, output) for decay in decays[1:]]
+    best = max(tried, key=_score)
+    return (best["learning_rate"], best["weight_decay"]), tried
+
+
+def _score(tried: dict[str, Any]) -> tuple[float, float]:
+    """What validation chooses by: the accuracy, and of equal ones the likelihood."""
+    return tried["val_top1"], -tried["val_nll"]
+
+
+def try_setting(config: RunConfig, rate: float, decay: float, output: Path) -> dict[str, Any]:
+    """A run that is only validated: neither the test data nor what is retained has a say in the search."""
+    config = with_method(config, config.method.name, config.seed, rate, decay)
+    config = dataclasses.replace(config, retention=RetentionConfig())
+    folder = output / "search" / config.method.name / setting_name(config)
+    done = folder / "tried.json"
+    if known := finished(done, config):
+        return known
+    result = run_training(config, folder / "run")
+    tried = {
+        "learning_rate": rate,
+        "weight_decay": decay,
+        "config_hash": config.digest,
+        "val_top1": result.metrics["top1"],
+        "val_nll": result.metrics["nll"],
+        "seconds": result.seconds,
+    }
+    shutil.rmtree(folder / "run")
+    bundle.write_json(done, tried)
+    print(f"      {config.method.name}, {setting_name(config)}: validation top-1 {tried['val_top1']:.3f}", flush=True)
+    return tried
+
+
+def setting_name(config: RunConfig) -> str:
+    """The name of a folder."""
+    return f"rate_{config.optim.learning_rate:.3g}_decay_{config.optim.weight_decay:.3g}"
+
+
+def finished(done: Path, config: RunConfig, **same: Any) -> dict[str, Any] | None:
+    """A finished cell; None where there is none yet.
+
+    Raises:
+      UserError: it is of another config or other data.
+    """
+    if not done.is_file():
+        return None
+    cell: dict[str, Any] = json.loads(done.read_text())
+    if any(cell[key] != value for key, value in {"config_hash": config.digest, **same}.items()):
+        raise UserError(f"{done} is of another config or test data; use another --output")
+    return cell
+
+
+def run_training(config: RunConfig, workdir: Path) -> Result:
+    result = train(config, workdir, quiet=True)
+    if result.exit_code >= 128:
+        raise SystemExit(result.exit_code)  # stopped by a signal; the same command continues
+    if result.model is None:
+        raise UserError(f"{workdir}: no model; set config.retention.fail=false in a comparison")
+    return result
