@@ -163,7 +163,7 @@ class Program:
         frozen = self._abstract({name: shape for name, shape in self.shapes.items() if name not in self.trainable})
         if self.trains_text:
             count = num_prompts + -num_prompts % num_row_shards(self.mesh)
-            ids = struct((count, self.clip.text.context_length), jnp.int32, rows)
+            ids = struct((count, self.clip.text.context_length - self.method.context_length), jnp.int32, rows)
             classes = Classes(ids, struct((count,), jnp.int32, rows), None)
         else:
             classes = Classes(None, None, struct((self.num_classes, self.clip.projection_dim), jnp.float32, whole))
