@@ -6,18 +6,34 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from clip_har_jax.errors import UserError
+from clip_har_jax.errors import UserError, nearest
 
 EXIT_MISTAKE = 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a wrong flag in one line, with the flag that was probably meant, and exits 2."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._typed = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        known = [*(flag for flag in self._option_string_actions if flag != "--help"), "--config."]
+        # Of a required flag that is missing, too: it was often typed wrong.
+        for flag in (item.split("=")[0] for item in self._typed if item.startswith("--")):
+            hint = "" if flag == "--help" or flag.startswith("--config.") else nearest(flag, known, "")
+            if hint and flag not in known:
+                message += f"; {flag}: {hint}"
+                break
+        self.exit(EXIT_MISTAKE, f"error: {' '.join(message.split())}; --help explains the flags\n")
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser that keeps the description's line breaks; `--help` exits 0, a wrong flag exits 2."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def parse_with_overrides(
@@ -109,6 +125,9 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `predict.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:  # who pressed Ctrl-C knows where
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def report(error: BaseException) -> int:

@@ -8,9 +8,11 @@ import dataclasses
 import hashlib
 import json
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,14 +219,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"--config={path}: no such file; configs/ holds the ready ones")
-    defined = runpy.run_path(str(path))
+    with _mistakes_in(path):
+        defined = runpy.run_path(str(path))
     if "get_config" not in defined:
         raise UserError(f"--config={path}: defines no get_config()")
-    values = defined["get_config"]().to_dict()
+    with _mistakes_in(path):
+        given = defined["get_config"]()
+        values = given if isinstance(given, dict) else given.to_dict()
     config = make_config(values, overrides)
     if "complete" in defined:
         config = make_config(merge_values(values, defined["complete"](config)), overrides)
     return config
+
+
+@contextmanager
+def _mistakes_in(path: Path) -> Iterator[None]:
+    """What a config file raises is a mistake of who wrote it: one line, with the number of the file's line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        where = f"--config={path}" + (f", line {line}" if line else "")
+        said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        raise UserError(f"{where}: {type(error).__name__}: {said}") from error
 
 
 def merge_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

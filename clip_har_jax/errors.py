@@ -8,9 +8,11 @@ class UserError(ValueError):
     """
 
 
-def nearest(name: str, accepted: list[str]) -> str:
-    """Words to append to an error: the accepted name most like `name`, else all of them."""
+def nearest(name: str, accepted: list[str], otherwise: str | None = None) -> str:
+    """Words to append to an error: the accepted name most like `name`; else `otherwise`, or all of them."""
     import difflib
 
     close = difflib.get_close_matches(name, accepted, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(map(repr, accepted))}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"accepted: {', '.join(map(repr, accepted))}" if otherwise is None else otherwise

@@ -98,6 +98,27 @@ def test_missing_or_wrong_file(tmp_path):
         load_config(tmp_path / "empty.py")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# one\nget_config = (", "line 2: SyntaxError"),
+        ("def get_config():\n    return undefined\n", "line 2: NameError: name 'undefined'"),
+        ("import nothing_of_this_name", "line 1: ModuleNotFoundError"),
+        ("def get_config():\n    return None\n", "AttributeError"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_with_its_number(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(tmp_path / "mine.py")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_may_give_a_plain_dict(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return {'seed': 3}\n")
+    assert load_config(tmp_path / "mine.py").seed == 3
+
+
 def test_digest_is_of_the_values():
     assert make_config().digest == RunConfig().digest
     assert make_config({"seed": 1}).digest != RunConfig().digest

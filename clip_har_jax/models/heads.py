@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import FlaxCLIPModel, l2_normalize
 from clip_har_jax.models.layers import Drop, Runtime, linear
-from clip_har_jax.models.params import Params, axis_names, flat_params, unflatten
+from clip_har_jax.models.params import Params, axis_names, flat_params, unflatten, write_tensors
 
 HEAD_FILE = "head.safetensors"
 FLOAT32 = Runtime()  # heads are small: they compute in float32 whatever the towers do
@@ -295,10 +295,8 @@ def _clip_features(
 
 def write_head(folder: str | Path, params: Mapping[str, Any]) -> None:
     """Writes head.safetensors."""
-    from safetensors.numpy import save_file
-
     tensors = {name: np.array(value, np.float32, order="C") for name, value in params.items()}
-    save_file(tensors, Path(folder) / HEAD_FILE)
+    write_tensors(Path(folder) / HEAD_FILE, tensors)
 
 
 def read_head(folder: str | Path, name: str, dim: int, num_classes: int) -> Params:

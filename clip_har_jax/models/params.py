@@ -4,6 +4,7 @@ Training, checkpoints, sharding and weight files all speak of parameters by thes
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flax import nnx, traverse_util
@@ -52,3 +53,13 @@ def make_model(config: CLIPConfig, params: Mapping[str, Any], runtime: Runtime =
 def init_params(config: CLIPConfig, seed: int) -> Params:
     """Random starting weights; a function to jit with the shardings of the mesh."""
     return flat_params(FlaxCLIPModel(config, rngs=nnx.Rngs(seed)))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, readable by whom the person's umask says: the library itself makes it private."""
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)

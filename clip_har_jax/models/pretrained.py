@@ -16,7 +16,7 @@ from flax import traverse_util
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel, config_from_hf, config_to_hf
 from clip_har_jax.models.layers import Runtime
-from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model
+from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
 
 _LINEAR = (("kernel", "weight", "transpose"), ("bias", "bias", ""))
 _NORM = (("scale", "weight", ""), ("bias", "bias", ""))
@@ -272,9 +272,7 @@ def save_pretrained(model: FlaxCLIPModel, folder: str | Path) -> None:
 
 def write_params(folder: str | Path, config: CLIPConfig, params: Mapping[str, Any]) -> None:
     """As `save_pretrained`, from flat parameters."""
-    from safetensors.numpy import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-    save_file(params_to_hf(params), folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", params_to_hf(params), {"format": "pt"})
