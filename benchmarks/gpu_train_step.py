@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from clip_har_jax.batch import Batch
     from clip_har_jax.data.sources import Source
-    from clip_har_jax.models.clip import CLIPConfig
+    from clip_har_jax.models.configuration import CLIPConfig
 
 BATCH_SIZES = {"ViT-B/32": 1024, "ViT-B/16": 256, "ViT-L/14": 128}  # meant for 80 GB; halved where they don't fit
 PUBLISHED_B16_IMAGES_PER_S = 1459

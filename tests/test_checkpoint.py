@@ -201,7 +201,7 @@ def test_what_a_failed_pruning_left_is_not_called_whole(tmp_path, monkeypatch):
     state = make_state(3, size=640_000)
     with small_files(), Checkpointer(tmp_path / "c", KEEP) as kept:
         kept.save(state, position_of(3), {})
-        with pytest.raises(UserError, match="whole are: 2[.]"):
+        with pytest.raises(UserError, match=r"whole are: 2[.]"):
             kept.finish(state, position_of(3), {})
 
 

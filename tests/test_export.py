@@ -16,7 +16,7 @@ import pytest
 
 from clip_har_jax import Predictor, UserError, bundle
 from clip_har_jax.inference import exported
-from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import HEADS, init_head, make_head, write_head
 from clip_har_jax.models.params import init_params

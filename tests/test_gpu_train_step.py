@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.gpu_train_step import BATCH_SIZES, measure, print_table, write_photographs
 from clip_har_jax.data.sources import make_source
-from clip_har_jax.models.clip import CLIPConfig, TextConfig, VisionConfig
+from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
 from clip_har_jax.models.factory import NAMED_SIZES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clip_har_jax.config import load_config
-from clip_har_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, forward_flops
+from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig, forward_flops
 from clip_har_jax.models.factory import NAMED_SIZES
 from clip_har_jax.models.params import abstract_model, flat_params
 from clip_har_jax.parallel.mesh import make_mesh

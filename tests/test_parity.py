@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_har_jax.models.clip import CLIPConfig, CLIPOutput, config_from_hf
+from clip_har_jax.models.clip import CLIPOutput
+from clip_har_jax.models.configuration import CLIPConfig, config_from_hf
 from clip_har_jax.models.factory import NAMED_SIZES
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, make_model

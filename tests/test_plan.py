@@ -17,7 +17,7 @@ from model_folders import write_model
 
 from clip_har_jax.config import MeshConfig, make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import forward_flops
+from clip_har_jax.models.configuration import forward_flops
 from clip_har_jax.models.factory import known_config
 from clip_har_jax.models.params import init_params
 from clip_har_jax.parallel import topology

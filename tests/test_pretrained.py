@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import CLIPConfig, CLIPOutput, FlaxCLIPModel, config_from_hf, config_to_hf
+from clip_har_jax.models.clip import CLIPOutput, FlaxCLIPModel
+from clip_har_jax.models.configuration import CLIPConfig, config_from_hf, config_to_hf
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions, resolve_folder
 from clip_har_jax.preprocess import Preprocess, evaluation_transform, normalize
 from clip_har_jax.text import Tokenizer

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import CLIPConfig, TextConfig, VisionConfig
+from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
 from clip_har_jax.models.factory import NAMED_SIZES
 from clip_har_jax.models.params import abstract_model, flat_params, init_params
 from clip_har_jax.parallel.mesh import make_mesh

@@ -9,7 +9,8 @@ from typing import Any
 
 from flax import nnx, traverse_util
 
-from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel
+from clip_har_jax.models.clip import FlaxCLIPModel
+from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.layers import Runtime
 
 Params = dict[str, Any]  # dotted path -> array

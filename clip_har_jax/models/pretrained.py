@@ -14,7 +14,8 @@ import numpy as np
 from flax import traverse_util
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel, config_from_hf, config_to_hf
+from clip_har_jax.models.clip import FlaxCLIPModel
+from clip_har_jax.models.configuration import CLIPConfig, config_from_hf, config_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
 

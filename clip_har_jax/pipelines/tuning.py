@@ -9,7 +9,7 @@ from typing import Any
 from clip_har_jax import bundle
 from clip_har_jax.config import RetentionConfig, RunConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.pipelines.inputs import load_data
 from clip_har_jax.pipelines.train import Result, train
 from clip_har_jax.pipelines.weigh import Job, Variant, find_machine, make_program, step_memory

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from clip_har_jax.config import MeshConfig, RunConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.parallel.flops import matmul_flops
 from clip_har_jax.parallel.hlo import Traffic, read_traffic
 from clip_har_jax.parallel.mesh import AXES, make_mesh

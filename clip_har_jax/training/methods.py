@@ -16,7 +16,8 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import MethodConfig
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.models.adapters import add_lora, init_lora, merge_lora
-from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel, mean_by_class
+from clip_har_jax.models.clip import FlaxCLIPModel, mean_by_class
+from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.heads import HEADS, HeadSize, head_shapes, image_features, init_head, make_head
 from clip_har_jax.models.layers import Drop
 from clip_har_jax.models.params import Params, unflatten

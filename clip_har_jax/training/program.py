@@ -13,7 +13,7 @@ from jaxtyping import Int
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import CLIPConfig, forward_flops
+from clip_har_jax.models.configuration import CLIPConfig, forward_flops
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, axis_names, flat_params
 from clip_har_jax.parallel.sharding import (
