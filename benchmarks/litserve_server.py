@@ -10,15 +10,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from clip_har_jax.cores import usable_cores
+from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.preprocess import decode, evaluation_transform
-from serving.models import open_exported, softmax
 
 
 class Actions(litserve.LitAPI):
     """The same decoder, model and answer as ours, in LitServe's own idiom: decode, batch, predict, encode."""
 
     def setup(self, device: str) -> None:
-        self.backend = open_exported(Path(sys.argv[1]))
+        self.backend = ExportedBackend(Path(sys.argv[1]), threads=usable_cores())
 
     def decode_request(self, request: dict[str, Any]) -> np.ndarray:
         return evaluation_transform(decode(base64.b64decode(request["image"])), self.backend.preprocess)
@@ -27,7 +28,7 @@ class Actions(litserve.LitAPI):
         return np.stack(inputs)
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        return softmax(self.backend.logits(x))
+        return self.backend.predict(x)
 
     def unbatch(self, output: np.ndarray) -> list[np.ndarray]:
         return list(output)

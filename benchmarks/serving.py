@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax import cli
+from clip_har_jax.cores import usable_cores
 from clip_har_jax.errors import UserError
 
 CLIENTS = 32
@@ -215,7 +216,7 @@ def ceiling(arguments: list[str]) -> None:
 
     model, folder, seconds, processes = arguments[0], Path(arguments[1]), float(arguments[2]), int(arguments[3])
     images = [path.read_bytes() for path in sorted(folder.iterdir())]
-    backend = open_exported(Path(model))
+    backend = open_exported(Path(model), usable_cores())
     side = backend.preprocess.image_size_px
     best = Costs.measure(backend.logits, np.zeros((side, side, 3), np.uint8)).best
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

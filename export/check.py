@@ -1,4 +1,4 @@
-"""Runs a format as its users will: in a fresh process, from the files alone.
+"""Runs a format as its users will: in a fresh process, from the files alone, with the check of a server's load.
 
 python -m export.check FOLDER FORMAT INPUTS.npz OUTPUTS.npz
 """
@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from clip_har_jax import cli
-from clip_har_jax.inference.exported import Graphs
+from clip_har_jax.inference import golden
+from clip_har_jax.inference.exported import ExportedBackend
 from export.parity import run_cases
 
 
 def main() -> int:
     folder, name, inputs, outputs = sys.argv[1:]
-    graphs = Graphs(Path(folder), name)
+    backend = ExportedBackend(Path(folder), name)
+    golden.check(backend)
     with np.load(inputs) as given:
-        np.savez(outputs, **run_cases(graphs.run, dict(given)))  # type: ignore[arg-type]  # as in run.py
+        np.savez(outputs, **run_cases(backend.graphs.run, dict(given)))  # type: ignore[arg-type]  # as in run.py
     return 0
 
 

@@ -18,8 +18,10 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from clip_har_jax import bundle
+from clip_har_jax.data import synthetic
 from clip_har_jax.data.sources import are_clips, make_source
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.inference import golden
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
 from clip_har_jax.models.factory import load
@@ -36,6 +38,7 @@ from export.to_xla import write_saved_model, write_stablehlo
 
 EXIT_PARITY = 3
 NUM_CALIBRATION = 32
+NUM_GOLDEN, GOLDEN_PX = 3, 96  # pictures, of another size and shape than models take: resizing and cropping count too
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,8 @@ def export_model(
 
     def fill(folder: Path) -> None:
         write_contract(model, folder)
+        pictures = [synthetic.draw("test", i, GOLDEN_PX)[: 3 * GOLDEN_PX // 4] for i in range(NUM_GOLDEN)]
+        golden.write(folder, np.stack(pictures), model.backend)
         for name in formats:
             parity[name] = _write_and_prove(model, name, folder, cases, expected, true, static_int8)
         if any(entry["passed"] for entry in parity.values()):

@@ -35,10 +35,11 @@ class Costs:
 
     def __init__(self, measured: dict[int, float]):
         self.measured = measured
-        self._sizes, self._seconds = list(measured), list(measured.values())
         rates = {size: size / seconds for size, seconds in measured.items()}
         self.best = min(size for size in rates if rates[size] >= NEAR_BEST * max(rates.values()))
         self.factor = 1.0
+        # By size; asked for several times a request, so no interpolation then.
+        self._seconds = np.interp(range(self.best + 1), list(measured), list(measured.values())).tolist()
 
     @classmethod
     def measure(cls, run: Callable[[np.ndarray], Any], example: np.ndarray) -> "Costs":
@@ -61,8 +62,8 @@ class Costs:
         return cls(measured)
 
     def of_batch(self, size: int) -> float:
-        """Expected seconds of one batch."""
-        return self.factor * float(np.interp(size, self._sizes, self._seconds))
+        """Expected seconds of one batch, of at most the best size."""
+        return self.factor * self._seconds[size]
 
     def of_queue(self, count: int) -> float:
         """Expected seconds until `count` images are done, in batches of the best size."""

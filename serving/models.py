@@ -12,9 +12,9 @@ import numpy as np
 
 from clip_har_jax.bundle import Actions
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE, ExportedBackend
+from clip_har_jax.inference import golden
+from clip_har_jax.inference.exported import ExportedBackend, exported_folder
 from clip_har_jax.text import make_prompts, phrase
-from serving import golden
 from serving.batcher import Batcher, Costs, Lane
 from serving.problems import Problem
 from serving.schemas import ModelRef, ModelStatus, Version
@@ -30,17 +30,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def open_exported(path: Path) -> ExportedBackend:
-    """Opens an exported folder, or one format in it.
+def open_exported(path: Path, threads: int) -> ExportedBackend:
+    """Opens an exported folder, or one format in it, to run in so many threads.
 
     Raises:
       UserError: another kind of folder, a changed file, or nothing in it runs here.
     """
-    path = path.expanduser()
-    if (path / SIGNATURE).is_file():
-        return ExportedBackend(path)
-    if path.name in RUNTIMES and (path.parent / SIGNATURE).is_file():
-        return ExportedBackend(path.parent, path.name)
+    if found := exported_folder(path.expanduser()):
+        return ExportedBackend(*found, threads=threads)
     raise UserError(f"{path}: not an exported folder; write one by `python -m export --model=... --output=...`")
 
 
@@ -258,6 +255,7 @@ class Registry:
       paths: name -> exported folder; the first name is the default.
       models_dir: whose folders may be loaded by name; None: none.
       checks: what a folder must pass beside its manifest, called before it is opened.
+      threads: that run a model.
       batcher: what runs the models.
       metrics: where loads are counted.
     """
@@ -267,11 +265,13 @@ class Registry:
         paths: Mapping[str, Path],
         models_dir: Path | None,
         checks: Callable[[Path], None],
+        threads: int,
         batcher: Batcher,
         metrics: Metrics,
     ):
         self.entries = {name: Entry(name, path) for name, path in paths.items()}
-        self._models_dir, self._checks, self._batcher, self._metrics = models_dir, checks, batcher, metrics
+        self._models_dir, self._checks, self._threads = models_dir, checks, threads
+        self._batcher, self._metrics = batcher, metrics
 
     @property
     def ready(self) -> bool:
@@ -348,10 +348,14 @@ class Registry:
     def _open(self, entry: Entry, path: Path) -> Model:
         """Verify, open, warm, prove: in a thread of its own."""
         self._checks(path)
-        backend = open_exported(path)
+        backend = open_exported(path, self._threads)
         entry.changes += backend.digest is None
         version = backend.digest[:12] if backend.digest else f"unsealed{entry.changes}"
-        golden.check(backend)
+        if not golden.check(backend):
+            log.warning(
+                "no golden outputs: its graphs were only compared with one another; export it again to have them",
+                extra={"fields": {"model": entry.name, "path": str(path)}},
+            )
         size = backend.preprocess.image_size_px
         # While another version serves, times would be of a busy machine: what that one measured is a better start.
         costs = Costs(entry.active.costs.measured) if entry.active else None

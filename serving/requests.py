@@ -1,8 +1,9 @@
 """What comes in with a request: its images and free-text classes, however they were sent; and whether anyone waits."""
 
 import asyncio
+import inspect
 import json
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -160,5 +161,15 @@ async def json_object(request: Request) -> dict[str, Any]:
     return value
 
 
-WhichModel = Annotated[Which, Depends()]
-HowAsked = Annotated[Asked, Depends()]
+def on_the_loop(make: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]:
+    """`make` as a dependency that is called where it is: what isn't a coroutine FastAPI calls in a thread."""
+
+    async def made(**given: Any) -> T:
+        return make(**given)
+
+    made.__signature__ = inspect.signature(make)  # type: ignore[attr-defined]
+    return made
+
+
+WhichModel = Annotated[Which, Depends(on_the_loop(Which))]
+HowAsked = Annotated[Asked, Depends(on_the_loop(Asked))]

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from clip_har_jax.bundle import MANIFEST
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.exported import RUNTIMES
+from clip_har_jax.inference.exported import exported_folder
 from clip_har_jax.signing import verify_signature
 from serving.batcher import Batcher
 from serving.images import Decoder
@@ -44,7 +44,12 @@ class Service:
         self.batcher = Batcher(settings.max_wait_s, self.metrics)
         self.decoder = Decoder(settings.decode_processes, settings.max_megapixels, self.metrics)
         self.registry = Registry(
-            settings.all_models, settings.models_dir, self._check_folder, self.batcher, self.metrics
+            settings.all_models,
+            settings.models_dir,
+            self._check_folder,
+            settings.compute_threads,
+            self.batcher,
+            self.metrics,
         )
         self._spawn(self._warm_decoder())
         for name in settings.all_models:
@@ -76,7 +81,8 @@ class Service:
         self.metrics.ready.set(self.ready)
 
     def _check_folder(self, path: Path) -> None:
-        folder = path.parent if path.name in RUNTIMES else path
+        found = exported_folder(path.expanduser())
+        folder = found[0] if found else path
         if self.settings.require_manifest and folder.is_dir() and not (folder / MANIFEST).is_file():
             raise UserError(f"{folder}: not sealed (no {MANIFEST}); export it again, or set HAR_REQUIRE_MANIFEST=false")
         if self.settings.signing_key is not None:

@@ -1,6 +1,5 @@
 """What can be set, by HAR_ variables of the environment or by flags; every default stands here once."""
 
-import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +7,16 @@ from typing import Annotated, Any
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from clip_har_jax.cores import usable_cores
+
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # of a model: no dots, no slashes, so it can't be a path
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def cores_of_worker(given: dict[str, Any]) -> int:
+    """Cores that each worker may use, of those that the container or the affinity allows."""
+    return max(1, usable_cores() // given.get("workers", 1))
 
 
 class Settings(BaseSettings):
@@ -32,7 +38,12 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="0: any free one")
     workers: Count = Field(1, description="processes that serve; each holds the models")
     decode_processes: Count = Field(
-        max(1, min(4, os.cpu_count() or 1)), description="processes that decode images, of each worker"
+        default_factory=lambda given: min(4, cores_of_worker(given)),
+        description="processes that decode images, of each worker; left out: one a core, at most 4",
+    )
+    compute_threads: Count = Field(
+        default_factory=cores_of_worker,
+        description="threads that run a model, of each worker; left out: its share of the cores",
     )
 
     api_keys: SecretStr = Field(

@@ -19,7 +19,15 @@ from serving.api import ALWAYS, BODY, CLASSES_FIELD, COMPUTED
 from serving.batcher import Lane
 from serving.models import Classes, Model, Prompts
 from serving.problems import Problem, responses
-from serving.requests import Threshold, WhichModel, deadline_of, free_classes, read_uploads, while_wanted
+from serving.requests import (
+    Threshold,
+    WhichModel,
+    deadline_of,
+    free_classes,
+    on_the_loop,
+    read_uploads,
+    while_wanted,
+)
 from serving.schemas import Event as EventBody
 from serving.schemas import VideoEvents, to_scored
 from serving.service import Service
@@ -58,7 +66,7 @@ class AskedEvents:
             raise Problem("invalid_request", str(error)) from error
 
 
-HowEvents = Annotated[AskedEvents, Depends()]
+HowEvents = Annotated[AskedEvents, Depends(on_the_loop(AskedEvents))]
 
 
 class Follower:

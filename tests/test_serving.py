@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from clip_har_jax import Predictor, bundle
 from serving.security import PUBLIC, needed_scope, new_key
 from serving.service import Service
+from serving.settings import Settings
 from tests.serving_setup import LABELS, running
 
 
@@ -279,6 +281,32 @@ def test_settings_are_shown_and_secrets_are_not() -> None:
     shown = json.loads(done.stdout)
     assert shown["port"] == 9000 and shown["max_megapixels"] == 12.5 and shown["max_body_bytes"] == 10_000_000
     assert line.rsplit(":")[-1] not in done.stdout and shown["api_keys"] == "**********"
+
+
+def test_threads_are_shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the cores among the workers; and what is set reaches the runtime, whose threads don't spin."""
+    import onnxruntime
+
+    from serving import settings
+
+    monkeypatch.setattr(settings, "usable_cores", lambda: 6)
+    by_default = {n: Settings(workers=n) for n in (1, 2, 8)}
+    assert [made.compute_threads for made in by_default.values()] == [6, 3, 1]
+    assert [made.decode_processes for made in by_default.values()] == [4, 3, 1]
+    assert Settings(workers=2, compute_threads=5).compute_threads == 5
+    opened: list[Any] = []
+    session = onnxruntime.InferenceSession
+
+    def recorded(path: Path, options: Any, **given: Any) -> Any:
+        opened.append(options)
+        return session(path, options, **given)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    with running(folder, compute_threads=1):
+        assert len(opened) == 4
+    for options in opened:
+        assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -180,28 +181,101 @@ def test_a_link_out_of_the_folder_loads_nothing(client: httpx.Client, folder: Pa
     assert client.post("/v1/models/har/load", json={"folder": "link"}).json()["code"] == "not_found"
 
 
-def damage(folder: Path, target: Path, name: str = "onnx/classifier.onnx", sealed_again: bool = False) -> None:
+def damage(folder: Path, target: Path) -> None:
     shutil.copytree(folder, target)
-    data = bytearray((target / name).read_bytes())
+    data = bytearray((target / "onnx/classifier.onnx").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
-    (target / name).write_bytes(data)
-    if sealed_again:
-        reseal(target)
+    (target / "onnx/classifier.onnx").write_bytes(data)
 
 
 def test_a_damaged_folder_keeps_the_old_model(client: httpx.Client, folder: Path, good: bytes) -> None:
     before = client.post("/v1/predict", content=good).json()
     damage(folder, folder.parent / "damaged")
-    damage(folder, folder.parent / "forged", sealed_again=True)
     shutil.copytree(folder, folder.parent / "unsealed")
     (folder.parent / "unsealed" / "manifest.json").unlink()
-    for name, words in (("damaged", "changed since"), ("forged", "differ by"), ("unsealed", "not sealed")):
-        answer = client.post("/v1/models/har/load", json={"folder": name})
-        assert answer.status_code == 409 and words in answer.json()["detail"], answer.text
-        status = client.get("/v1/models").json()["models"][0]
-        assert status["status"] == "ready" and words in status["error"]
+    for name, words in (("damaged", "changed since"), ("unsealed", "not sealed")):
+        refuses(client, name, words)
         assert client.post("/v1/predict", content=good).json() == before
     assert client.get("/v2/health/ready").status_code == 200
+
+
+def refuses(client: httpx.Client, name: str, words: str) -> None:
+    """Loading the folder fails, in these words, and what was active stays."""
+    answer = client.post("/v1/models/har/load", json={"folder": name})
+    assert answer.status_code == 409 and words in answer.json()["detail"], answer.text
+    assert "\n" not in answer.json()["detail"]
+    status = client.get("/v1/models").json()["models"][0]
+    assert status["status"] == "ready" and words in status["error"]
+
+
+def another_model(target: Path, graph: str, shape: list[int]) -> None:
+    """Changes the weights of a graph that have this shape: each row becomes its neighbour."""
+    import onnx
+    from onnx import numpy_helper
+
+    path = target / "onnx" / f"{graph}.onnx"
+    model = onnx.load(path)
+    (weights,) = (tensor for tensor in model.graph.initializer if list(tensor.dims) == shape)
+    weights.CopyFrom(numpy_helper.from_array(np.roll(numpy_helper.to_array(weights), 1, axis=1), weights.name))
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize(
+    ("graph", "shape", "words"),
+    [
+        ("classifier", [16, 4], "logits of images in a batch aren't those of the exported model"),
+        ("image_encoder", [32, 16], "embeddings of images aren't those"),
+        ("text_encoder", [32, 16], "embeddings of texts aren't those"),
+    ],
+)
+def test_another_model_under_a_good_manifest_is_refused(
+    client: httpx.Client, folder: Path, good: bytes, graph: str, shape: list[int], words: str
+) -> None:
+    """Its graphs run, its manifest is whole; only the golden outputs know."""
+    before = client.post("/v1/predict", content=good).json()
+    target = Path(shutil.copytree(folder, folder.parent / f"other-{graph}"))
+    another_model(target, graph, shape)
+    reseal(target)
+    refuses(client, target.name, words)
+    assert client.post("/v1/predict", content=good).json() == before
+
+
+def test_golden_outputs_that_are_damaged_or_missing(
+    client: httpx.Client, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Folders of older exports have none: they load, with a note, if their graphs agree with one another."""
+    broken, old, mixed = (
+        Path(shutil.copytree(folder, folder.parent / name)) for name in ("broken-golden", "old-export", "old-mixed")
+    )
+    (broken / "golden.npz").write_bytes(b"PK")
+    for copy in (old, mixed):
+        (copy / "golden.npz").unlink()
+    another_model(mixed, "classifier", [16, 4])
+    for copy in (broken, old, mixed):
+        reseal(copy)
+    refuses(client, broken.name, "golden.npz: damaged")
+    refuses(client, mixed.name, "the classifier and the encoders differ by")
+    logger = logging.getLogger("har")
+    logger.addHandler(caplog.handler)
+    try:
+        logger.setLevel("WARNING")
+        client.post("/v1/models/har/load", json={"folder": old.name}).raise_for_status()
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel("ERROR")
+    assert "no golden outputs" in caplog.text
+    client.post("/v1/models/har/load", json={"folder": folder.name}).raise_for_status()
+
+
+def test_a_folder_called_as_a_format_is(folder: Path, good: bytes, tmp_path: Path) -> None:
+    """The manifest that counts is its own, not that of the folder around it; a format's is that of its export."""
+    whole = Path(shutil.copytree(folder, tmp_path / "onnx"))
+    for path in (whole, whole / "onnx"):
+        with running(path) as (client, _):
+            assert client.post("/v1/predict", content=good).status_code == 200
+    (whole / "manifest.json").unlink()
+    with running(whole, wait=False) as (_, service):
+        wait_for(lambda: "not sealed" in (service.registry.entry(None).error or ""))
 
 
 @pytest.mark.parametrize("what", ["missing", "damaged"])

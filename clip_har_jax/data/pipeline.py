@@ -19,10 +19,10 @@ from etils import epath
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
+from clip_har_jax.cores import usable_cores
 from clip_har_jax.data.augment import augment
 from clip_har_jax.data.sampling import Order
 from clip_har_jax.data.sources import ClipFile, Example, Source, are_clips
-from clip_har_jax.data.workers import usable_cores
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.video import FrameSampling, read_clip

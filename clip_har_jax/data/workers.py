@@ -1,7 +1,6 @@
 """A function over the examples of a source, in worker processes, in order, with progress."""
 
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -9,17 +8,13 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
 from typing import Any
 
+from clip_har_jax.cores import usable_cores
 from clip_har_jax.errors import UserError
 
 CHUNK = 32  # examples that a worker takes at once
 MIN_FOR_WORKERS = 1000  # fewer are done before workers have started
 
 _shared: Any = None  # in a worker: what it was started with
-
-
-def usable_cores() -> int:
-    """The cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_workers(

@@ -35,16 +35,21 @@ PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "OpenVINOExec
 Run = Callable[..., Sequence[np.ndarray]]
 
 
-def _open_onnx(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+def _open_onnx(folder: Path, graph: str, signature: dict[str, Any], threads: int | None) -> Run:
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
     providers = [name for name in PROVIDERS if name in available]
-    session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", providers=providers)
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        # A thread that has nothing to do would spin, for the core that another one of the service needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=providers)
     return lambda *inputs: session.run(signature["outputs"], dict(zip(signature["inputs"], inputs, strict=True)))
 
 
-def _open_stablehlo(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+def _open_stablehlo(folder: Path, graph: str, signature: dict[str, Any], threads: int | None) -> Run:
     import jax
     from jax import export
     from safetensors.numpy import load_file
@@ -55,7 +60,7 @@ def _open_stablehlo(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
     return lambda *inputs: [np.asarray(output) for output in run(params, *inputs)]
 
 
-def _open_saved_model(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+def _open_saved_model(folder: Path, graph: str, signature: dict[str, Any], threads: int | None) -> Run:
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(folder))
@@ -69,9 +74,11 @@ def _open_saved_model(folder: Path, graph: str, signature: dict[str, Any]) -> Ru
     return run
 
 
-def _open_torchscript(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+def _open_torchscript(folder: Path, graph: str, signature: dict[str, Any], threads: int | None) -> Run:
     import torch
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     module = torch.jit.load(folder / f"{graph}.pt")
 
     def run(*inputs: np.ndarray) -> list[np.ndarray]:
@@ -81,7 +88,7 @@ def _open_torchscript(folder: Path, graph: str, signature: dict[str, Any]) -> Ru
     return run
 
 
-def _open_tensorrt(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
+def _open_tensorrt(folder: Path, graph: str, signature: dict[str, Any], threads: int | None) -> Run:
     from clip_har_jax.inference.tensorrt import open_engine
 
     return open_engine(folder / f"{graph}.engine", signature)
@@ -89,7 +96,7 @@ def _open_tensorrt(folder: Path, graph: str, signature: dict[str, Any]) -> Run:
 
 # format -> (the packages that run it, what opens a graph, whether a new batch size compiles anew); the first whose
 # packages are installed is taken where a folder holds several.
-RUNTIMES: dict[str, tuple[tuple[str, ...], Callable[[Path, str, dict[str, Any]], Run], bool]] = {
+RUNTIMES: dict[str, tuple[tuple[str, ...], Callable[[Path, str, dict[str, Any], int | None], Run], bool]] = {
     "onnx": (("onnxruntime",), _open_onnx, False),
     "onnx_int8": (("onnxruntime",), _open_onnx, False),
     "onnx_fp16": (("onnxruntime",), _open_onnx, False),
@@ -106,12 +113,13 @@ class Graphs:
     Args:
       folder: the exported folder.
       format: one of `RUNTIMES`.
+      threads: of ONNX Runtime and PyTorch, which then leave a core while they wait; None: all cores, for itself alone.
 
     Raises:
       UserError: the format isn't in the folder, or what runs it isn't installed.
     """
 
-    def __init__(self, folder: Path, format: str):
+    def __init__(self, folder: Path, format: str, threads: int | None = None):
         if format not in RUNTIMES:
             raise UserError(f"{format!r} is no format; {nearest(format, list(RUNTIMES))}")
         if not (folder / format).is_dir():
@@ -119,7 +127,7 @@ class Graphs:
         packages, self._open, self.compiles = RUNTIMES[format]
         if missing := [name for name in packages if find_spec(name) is None]:
             raise UserError(f"{folder / format}: needs {', '.join(missing)}, which isn't installed here")
-        self.folder, self.format = folder / format, format
+        self.folder, self.format, self._threads = folder / format, format, threads
         self.signatures = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))["graphs"]
         self._opened: dict[str, Run] = {}
 
@@ -131,7 +139,7 @@ class Graphs:
         """
         if graph not in self._opened:
             try:
-                self._opened[graph] = self._open(self.folder, graph, self.signatures[graph])
+                self._opened[graph] = self._open(self.folder, graph, self.signatures[graph], self._threads)
             except Exception as error:  # each runtime has its own kinds
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise UserError(f"{self.folder}: {graph} can't be opened ({reason})") from error
@@ -151,12 +159,20 @@ class ExportedBackend:
       format: one of `RUNTIMES`; None: the first there is whose runtime is installed.
       classes: the actions to tell apart, through the text encoder; empty: the folder's own.
       batch_size: images computed at once.
+      threads: as `Graphs` takes them.
 
     Raises:
       UserError: a changed file, an image preprocessing of another version, or nothing that runs here.
     """
 
-    def __init__(self, folder: Path, format: str | None = None, classes: Sequence[str] = (), batch_size: int = 32):
+    def __init__(
+        self,
+        folder: Path,
+        format: str | None = None,
+        classes: Sequence[str] = (),
+        batch_size: int = 32,
+        threads: int | None = None,
+    ):
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
         self.path, self.batch_size = folder, batch_size
@@ -169,7 +185,7 @@ class ExportedBackend:
                 f"{folder}: needs image preprocessing of version {version}, this program has {PREPROCESS_VERSION}; "
                 "install the version of clip_har_jax that exported it, or export again"
             )
-        self.graphs = Graphs(folder, format or _first_that_runs(folder))
+        self.graphs = Graphs(folder, format or _first_that_runs(folder), threads)
         self.actions, self.labels = actions, actions.labels
         signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
         self.preprocess = Preprocess.from_folder(folder, signature["graphs"]["classifier"]["inputs"]["image"][1][1])
@@ -246,15 +262,21 @@ def _first_that_runs(folder: Path) -> str:
     raise UserError(f"{folder}: nothing in it runs here ({needed or 'no format'})")
 
 
+def exported_folder(path: Path) -> tuple[Path, str | None] | None:
+    """The exported folder that `path` names, and the format where it names one in it; None: another kind of path."""
+    if (path / SIGNATURE).is_file():  # comes first: an exported folder may be called "onnx"
+        return path, None
+    if path.name in RUNTIMES and (path.parent / SIGNATURE).is_file():
+        return path.parent, path.name
+    return None
+
+
 def open_backend(path: str | os.PathLike[str], classes: Sequence[str] = (), batch_size: int = 32) -> Backend:
     """What runs `path`: an exported folder or one format in it, else a model folder or Hub name, by JAX.
 
     Raises:
       UserError: no usable model there, or no classes.
     """
-    folder = Path(path).expanduser()
-    if (folder / SIGNATURE).is_file():
-        return ExportedBackend(folder, None, classes, batch_size)
-    if folder.name in RUNTIMES and (folder.parent / SIGNATURE).is_file():
-        return ExportedBackend(folder.parent, folder.name, classes, batch_size)
+    if found := exported_folder(Path(path).expanduser()):
+        return ExportedBackend(*found, classes, batch_size)
     return JaxBackend(path, classes, batch_size=batch_size)

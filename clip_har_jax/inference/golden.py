@@ -1,0 +1,141 @@
+"""Golden outputs: drawn pictures with what the model itself gives for them, kept in the folder that it is exported to.
+
+Whoever loads the export computes them again. Another answer means other weights, or a runtime, image library or
+tokenizer that doesn't do what the one of the export did; a manifest can't tell that.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.inference.backends import Backend, JaxBackend
+from clip_har_jax.inference.exported import ExportedBackend
+from clip_har_jax.preprocess import evaluation_transform
+
+FILE = "golden.npz"
+TEXTS = 8  # of the classes' prompts, at most
+SEVERAL = 4  # images of a batch, where there are no golden ones
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What rounding may change; wider than what an export must pass, since another processor rounds otherwise.
+
+    Attributes:
+      logits: largest error of a logit, over the largest logit.
+      cosine: smallest cosine of an embedding to the golden one.
+      probs: largest difference of probabilities between two ways to the same answer.
+    """
+
+    logits: float
+    cosine: float
+    probs: float
+
+
+FULL = Tolerance(2e-3, 0.9999, 2e-3)
+TOLERANCES = {
+    "onnx_fp16": Tolerance(0.02, 0.998, 0.03),
+    "tensorrt": Tolerance(0.02, 0.998, 0.03),
+    "onnx_int8": Tolerance(0.2, 0.97, 0.25),
+}
+
+
+def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBackend) -> None:
+    """Writes the pictures and what `model` gives for them, before the folder is sealed."""
+    images = np.stack([evaluation_transform(picture, model.preprocess) for picture in pictures])
+    texts = [text for label in model.labels for text in model.actions.prompts[label]][:TEXTS]
+    np.savez_compressed(
+        folder / FILE,
+        pictures=pictures,
+        logits=model.logits(images),
+        image_embeds=model.embed(images),
+        texts=np.asarray(texts, np.str_),
+        text_embeds=model.embed_texts(model.tokenize(texts)),
+    )
+
+
+def check(backend: ExportedBackend) -> bool:
+    """Runs every graph and compares with the golden outputs; gives whether there are any.
+
+    Without them, as in folders of older exports, the graphs are compared with one another.
+
+    Raises:
+      UserError: not finite, another answer than the golden one or than a single image's in a batch, or a damaged file.
+    """
+    path = backend.path / FILE
+    there = path.is_file()
+    if there:
+        _compare_with(path, backend)
+    else:
+        _compare_graphs(backend)
+    return there
+
+
+def _compare_with(path: Path, backend: ExportedBackend) -> None:
+    try:
+        with np.load(path) as file:  # without pickle, by default
+            golden = dict(file)
+        pictures, texts = golden["pictures"], golden["texts"].tolist()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error}); export it again") from error
+    images = np.stack([evaluation_transform(picture, backend.preprocess) for picture in pictures])
+    limit = TOLERANCES.get(backend.graphs.format, FULL)
+    heat = backend.explain(images[:1], [0])
+    if not np.isfinite(heat).all():
+        raise UserError(f"{backend.path}: the model gives NaN or infinity; export it again")
+    _compare_logits(backend, backend.logits(images), golden["logits"], limit.logits, "in a batch")
+    _compare_logits(backend, backend.logits(images[:1]), golden["logits"][:1], limit.logits, "alone")
+    _compare_cosines(backend, backend.embed(images), golden["image_embeds"], limit.cosine, "images")
+    text_embeds = backend.embed_classes([[text] for text in texts])
+    _compare_cosines(backend, text_embeds, golden["text_embeds"], limit.cosine, "texts")
+
+
+def _compare_logits(backend: Backend, ours: np.ndarray, golden: np.ndarray, limit: float, how: str) -> None:
+    error = np.inf
+    if ours.shape == golden.shape:
+        error = float(np.abs(ours - golden).max() / max(1.0, np.abs(golden).max()))
+    if not error <= limit:
+        raise UserError(
+            f"{backend.path}: logits of images {how} aren't those of the exported model (off by {error:.2g} of the "
+            f"largest, over {limit:g}); export it again, or use the versions that it was exported with"
+        )
+
+
+def _compare_cosines(
+    backend: Backend, ours: Float32[np.ndarray, "n d"], golden: Float32[np.ndarray, "n d"], limit: float, what: str
+) -> None:
+    cosine = float((ours * golden).sum(axis=-1).min()) if ours.shape == golden.shape else -1.0
+    if not cosine >= limit:
+        raise UserError(
+            f"{backend.path}: embeddings of {what} aren't those of the exported model (cosine {cosine:.4f}, under "
+            f"{limit:g}); export it again, or use the versions that it was exported with"
+        )
+
+
+def _compare_graphs(backend: ExportedBackend) -> None:
+    size = backend.preprocess.image_size_px
+    images = np.random.default_rng(0).integers(0, 256, (SEVERAL, size, size, 3), dtype=np.uint8)
+    limit = TOLERANCES.get(backend.graphs.format, FULL).probs
+    probs, embeddings = backend.predict(images), backend.embed(images)
+    heat = backend.explain(images[:1], [0])
+    if not (np.isfinite(embeddings).all() and np.isfinite(heat).all()):
+        raise UserError(f"{backend.path}: the model gives NaN or infinity; export it again")
+    alone = np.concatenate([backend.predict(images[i : i + 1]) for i in range(SEVERAL)])
+    _compare_probs(backend, probs, alone, limit, "an image alone and in a batch")
+    if backend.actions.head == "cosine":
+        actions = backend.actions
+        classes = backend.embed_classes([actions.prompts[label] for label in actions.labels])
+        backend.explain_embeddings(images[:1], classes[:1])
+        logits = backend.logit_scale / actions.temperature * embeddings @ classes.T
+        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        by_encoders = powers / powers.sum(axis=-1, keepdims=True)
+        _compare_probs(backend, probs, by_encoders, limit, "the classifier and the encoders")
+
+
+def _compare_probs(backend: Backend, one: np.ndarray, other: np.ndarray, limit: float, what: str) -> None:
+    error = float(np.abs(one - other).max())
+    if not error <= limit:
+        raise UserError(f"{backend.path}: {what} differ by {error:.3g} in probability, over {limit:g}; export it again")
