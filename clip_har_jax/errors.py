@@ -1,5 +1,7 @@
 """The one exception for a person's mistakes, so that programs can tell it from a bug."""
 
+MOST_NAMED = 20  # accepted names in a message; a data set may have hundreds of classes
+
 
 class UserError(ValueError):
     """A mistake in what a person gave: a flag, a file, a config.
@@ -15,4 +17,7 @@ def nearest(name: str, accepted: list[str], otherwise: str | None = None) -> str
     close = difflib.get_close_matches(name, accepted, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"accepted: {', '.join(map(repr, accepted))}" if otherwise is None else otherwise
+    if otherwise is not None:
+        return otherwise
+    more = f" and {len(accepted) - MOST_NAMED} more" if len(accepted) > MOST_NAMED else ""
+    return f"accepted: {', '.join(map(repr, accepted[:MOST_NAMED]))}{more}"

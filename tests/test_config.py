@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clip_har_jax.config import RunConfig, leaves, load_config, make_config
-from clip_har_jax.errors import UserError
+from clip_har_jax.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -117,6 +117,14 @@ def test_a_mistake_in_a_file_is_one_line_with_its_number(tmp_path, text, message
 def test_a_file_may_give_a_plain_dict(tmp_path):
     (tmp_path / "mine.py").write_text("def get_config():\n    return {'seed': 3}\n")
     assert load_config(tmp_path / "mine.py").seed == 3
+
+
+def test_a_message_names_the_nearest_or_a_bearable_number():
+    classes = [f"class_{i:03}" for i in range(200)]
+    assert nearest("clas_017", classes) == "did you mean 'class_017'?"
+    said = nearest("something else", classes)
+    assert "'class_019' and 180 more" in said
+    assert "class_020" not in said
 
 
 def test_digest_is_of_the_values():

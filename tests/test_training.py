@@ -238,7 +238,8 @@ def test_bad_images_are_logged_and_count_nowhere(folders, tmp_path):
         ({"model": {"name": "ViT-B/33"}}, "ViT-B/32"),
         ({"text": {"templates": ("a photo",)}}, "needs one {}"),
         ({"text": {"descriptions": {"runing": ("fast",)}}}, "'runing'"),
-        ({"data": {"train": "folder:/nowhere"}}, "/nowhere"),
+        ({"data": {"train": "folder:/nowhere"}}, "config.data.train: /nowhere"),
+        ({"data": {"val": "synthetic"}}, "config.data.val: "),
         ({"data": {"labels": ("running", "sleeping")}}, "'cycling'"),
     ],
 )

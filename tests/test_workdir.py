@@ -2,18 +2,29 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
 
 from clip_har_jax.config import leaves, make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.pipelines.workdir import AT_RESUME, WorkdirLock, claim_config, clear_other_run, make_workdir
+from clip_har_jax.pipelines.workdir import (
+    AT_RESUME,
+    FREE,
+    REFUSED,
+    WARNED,
+    WorkdirLock,
+    claim_config,
+    clear_other_run,
+    make_workdir,
+)
 
 HOLD = """
 import sys, time
@@ -23,6 +34,8 @@ with WorkdirLock(epath.Path(sys.argv[1]), renew_s=0.2):
     print("held", flush=True)
     time.sleep(60)
 """
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -197,11 +210,25 @@ def test_a_restart_clears_what_is_not_this_run_unfinished(tmp_path, last_step, f
     assert (folder / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("place", ["a file", "/proc/nothing"])
+def test_the_documentation_says_what_may_change_at_resume():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    text = page[page.index("## What may change at resume") : page.index("Everything else is refused")]
+    said = dict(
+        zip(
+            (FREE, WARNED), (set(re.findall(r"`([a-z_.]+)\*?`", part)) for part in text.split("Warned of")), strict=True
+        )
+    )
+    keys = {policy: {key for key, found in AT_RESUME if found == policy} for policy in (FREE, WARNED, REFUSED)}
+    assert said[FREE] == keys[FREE]
+    exact = {"train.num_": {"train.num_steps", "train.num_epochs"}}
+    assert said[WARNED] - {"run.json"} - keys[REFUSED] == set().union(*(exact.get(key, {key}) for key in keys[WARNED]))
+
+
+@pytest.mark.parametrize("place", ["a file", "in a file", "/proc/nothing"])
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, place):
     path = tmp_path / "file"
     path.write_text("")
-    workdir = str(path / "run") if place == "a file" else place
+    workdir = {"a file": str(path), "in a file": str(path / "run")}.get(place, place)
     with pytest.raises(UserError) as error:
         make_workdir(workdir)
     assert f"--workdir={workdir}" in str(error.value)

@@ -1,7 +1,8 @@
 """What a run learns from and is judged by: its data, classes and prompts."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +40,11 @@ def load_data(config: RunConfig) -> Data:
       UserError: it isn't there, or leaves nothing to train or to validate on; a class with too few images.
     """
     classes = config.data.classes
-    train_source = make_source(config.data.train, "train", config.data.labels, several_classes=True)
+    with _named("data.train"):
+        train_source = make_source(config.data.train, "train", config.data.labels, several_classes=True)
     if config.data.val:
-        val_source = make_source(config.data.val, "val", train_source.labels)
+        with _named("data.val"):
+            val_source = make_source(config.data.val, "val", train_source.labels)
     else:
         train_ids, val_ids = hold_out(train_source.label_ids, config.data.val_fraction, config.data.split_seed)
         train_source, val_source = SubsetSource(train_source, train_ids), SubsetSource(train_source, val_ids)
@@ -63,6 +66,15 @@ def load_data(config: RunConfig) -> Data:
     templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
     prompts = make_prompts(labels, templates, config.text.descriptions, config.text.phrases)
     return Data(train_source, val_source, labels, prompts)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Says which key of the config named the data that are wrong: a config's own may be what wasn't thought of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from error
 
 
 class ClassSource(SubsetSource):
@@ -115,7 +127,8 @@ def load_retention(config: RunConfig) -> RetentionData | None:
         if config.retention.classes or config.retention.fail:
             raise UserError("config.retention.data is empty; name the images by which retention is measured")
         return None
-    whole = make_source(config.retention.data, "test")
+    with _named("retention.data"):
+        whole = make_source(config.retention.data, "test")
     chosen = config.retention.classes or tuple(whole.labels)
     source = select_classes(whole, chosen, "retention.classes")
     return RetentionData(source, chosen, make_prompts(chosen))

@@ -107,6 +107,8 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
     if not os.fspath(workdir):
         raise UserError("--workdir is empty; name a folder, e.g. --workdir=runs/demo")
     path = epath.Path(workdir)
+    if bundle.is_local(path) and path.exists() and not path.is_dir():
+        raise UserError(f"--workdir={workdir}: a file, not a folder; name another")
     try:
         probe(path)
     except ImportError as error:  # says which client of the object store to install
