@@ -3,12 +3,14 @@
     python -m benchmarks.input_pipeline [--data=folder:photos] [--torch_python=.venv-peers/bin/python] [--workers=2]
 
 Each reads JPEGs, takes a random resized crop of 224 px, flips half of them and makes shuffled batches. torch runs the
-transforms that torchvision runs on PIL images (bicubic, to float, normalise) in as many worker processes as we have
-threads; tf.data runs its own decode_and_crop_jpeg, bicubic resize and normalisation. Ours ends with uint8, since the
-training step normalises; the row "ours, float" adds that on the host's CPU for those who compare like with like. The
-sides take turns, so that what else the machine does slows all; on a busy machine compare images per second of
-processor time, which counts a side's worker processes too. Memory is of all its processes. torch and TensorFlow are no
-requirement of this benchmark:
+transforms that torchvision runs on PIL images (bicubic, to float, normalise) in as many worker processes as we do;
+tf.data runs its own decode_and_crop_jpeg, bicubic resize and normalisation in as many threads. Ours ends with uint8,
+since the training step normalises; the row "ours, float" adds that on the host's CPU for those who compare like with
+like. "1 core" has all its processes on one core, where a thread instead of a worker process does with less; the row
+"ours, threads" has no worker processes. All keep their workers from round to round, and what was read before a round
+counts in none. The sides take turns, so that what else the machine does slows all; on a busy machine compare images per
+second of processor time, which counts a side's worker processes too. Memory is of all its processes. torch and
+TensorFlow are no requirement of this benchmark:
 
     python -m venv .venv-peers && .venv-peers/bin/pip install torch pillow tensorflow-cpu
 """
@@ -30,10 +32,11 @@ from clip_har_jax.errors import UserError
 
 SIDE_FLAG = "--side"  # what this file is started with as our child process
 SIZE_PX, SCALE_MIN, BATCH_SIZE = 224, 0.6, 64
+WAITING = 12  # batches, more than ours reads ahead
 DRAWN = 640  # images that are drawn where none are named
 
 
-def ours(files: str, workers: str, cores: str, cache: str) -> None:
+def ours(files: str, workers: str, threads: str, cores: str, cache: str) -> None:
     """Our child process: reads batches for each line, answers with the seconds."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
     from clip_har_jax.config import AugmentConfig, DataConfig
@@ -42,22 +45,23 @@ def ours(files: str, workers: str, cores: str, cache: str) -> None:
     from clip_har_jax.preprocess import Preprocess
 
     source = make_source(cache or f"csv:{files}", "train")
-    config = DataConfig(num_threads=int(workers), num_workers=0, augment=AugmentConfig(crop_scale_min=SCALE_MIN))
+    config = DataConfig(
+        num_threads=int(threads), num_workers=int(workers), augment=AugmentConfig(crop_scale_min=SCALE_MIN)
+    )
     finish = _make_float()
     print(json.dumps({"versions": {}}), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        bad = BadInputs(source, 0.5)
-        begin = time.perf_counter()
-        with train_batches(
-            source, config, Preprocess(SIZE_PX), seed=0, global_batch_size=BATCH_SIZE, bad_inputs=bad
-        ) as batches:
+    options: dict[str, Any] = {"seed": 0, "global_batch_size": BATCH_SIZE, "bad_inputs": BadInputs(source, 0.5)}
+    with train_batches(source, config, Preprocess(SIZE_PX), **options) as batches:
+        for line in sys.stdin:
+            request = json.loads(line)
+            for _ in range(WAITING):  # read while the other sides had their turns
+                next(batches)
+            begin = time.perf_counter()
             for _ in range(request["batches"]):
                 batch = next(batches)
                 if request["float"]:
                     finish(batch.image)
-            seconds = time.perf_counter() - begin
-        print(json.dumps({"seconds": seconds}), flush=True)
+            print(json.dumps({"seconds": time.perf_counter() - begin}), flush=True)
 
 
 def _make_float() -> Callable[[Any], Any]:
@@ -114,16 +118,16 @@ def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--data", default="", help="files to read, as --data=folder:photos; empty: drawn ones")
     parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch, Pillow and TensorFlow")
-    parser.add_argument("--workers", type=int, default=2, help="threads of ours, processes of torch's, as --workers=2")
+    parser.add_argument("--workers", type=int, default=2, help="processes; of tf.data threads, as --workers=2")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, as --rounds=5")
     parser.add_argument("--epochs", type=int, default=3, help="times that a round reads all files, as --epochs=3")
     parser.add_argument("--cache", default="", help="a manifest's cached images, as --cache='manifest:FILE?cache=256'")
     arguments = parser.parse_args()
     result = measure(arguments)
     columns = ("images_per_s", "least", "most", "images_per_cpu_s", "memory_mb")
-    print(f"{'':14}{''.join(f'{name:>18}' for name in columns)}")
+    print(f"{'':18}{''.join(f'{name:>18}' for name in columns)}")
     for name, row in result["sides"].items():
-        print(f"{name:14}{''.join(f'{row[column]:18.0f}' for column in columns)}")
+        print(f"{name:18}{''.join(f'{row[column]:18.0f}' for column in columns)}")
     print(json.dumps(result))
 
 
@@ -167,6 +171,7 @@ def measure(arguments: Any) -> dict[str, Any]:
         "ratio": ratios.get("ratio_to_torch"),
         **ratios,
         "cores_ratio": round(speed["ours"] / speed["ours, 1 core"], 3),
+        "cores_ratio_to_a_thread": round(speed["ours"] / speed["1 core, a thread"], 3),
         "images": count,
         "load": os.getloadavg()[0],
         **vars(arguments),
@@ -191,18 +196,19 @@ def _make_sides(arguments: Any, files: str) -> dict[str, tuple[Side, dict[str, A
     """Name -> the process that does it and what it is asked besides."""
     cores = min(arguments.workers, len(os.sched_getaffinity(0)))
 
-    def our_side(workers: int, cores: int, cache: str = "") -> Side:
+    def our_side(workers: int, threads: int, cores: int, cache: str = "") -> Side:
         command = [sys.executable, "-m", "benchmarks.input_pipeline", SIDE_FLAG, files]
-        return Side([*command, str(workers), str(cores), cache])
+        return Side([*command, str(workers), str(threads), str(cores), cache])
 
-    all_cores = our_side(arguments.workers, cores)
     sides: dict[str, tuple[Side, dict[str, Any]]] = {
-        "ours": (all_cores, {}),
-        "ours, 1 core": (our_side(1, 1), {}),
-        "ours, float": (our_side(arguments.workers, cores), {"float": True}),
+        "ours": (our_side(arguments.workers, 1, cores), {}),
+        "ours, 1 core": (our_side(1, 1, 1), {}),
+        "1 core, a thread": (our_side(0, 1, 1), {}),
+        "ours, threads": (our_side(0, arguments.workers, cores), {}),
+        "ours, float": (our_side(arguments.workers, 1, cores), {"float": True}),
     }
     if arguments.cache:
-        sides["ours, cached"] = (our_side(arguments.workers, cores, arguments.cache), {})
+        sides["ours, cached"] = (our_side(arguments.workers, 1, cores, arguments.cache), {})
     for name, module in (("torch", "torch"), ("tf.data", "tensorflow")):
         if _can_import(arguments.torch_python, module):
             script = str(Path(__file__).with_name(f"{module}_input_pipeline.py"))

@@ -51,9 +51,9 @@ class DataConfig:
     classes: tuple[str, ...] = ()  # only these classes of the data; empty: all
     max_bad_fraction: float = 0.01  # share of unreadable images above which the run ends
     max_megapixels: float = 50.0  # larger images are refused before decoding
-    num_threads: int | None = None  # decoding threads of a process; None: one a core, at most 8
+    num_threads: int | None = None  # decoding threads of a process; None: one a core, at most 8; of a worker 1
     num_workers: int | None = None  # decoding processes; 0: decode in threads of the trainer; None: by the cores
-    prefetch_batches: int = 4  # decoded batches that wait in host memory
+    prefetch_batches: int = 4  # decoded batches that wait in host memory; with worker processes two of each at least
     sampling: str = "shuffle"  # or class_balanced, repeat_factor, weights (of a manifest): how often an example comes
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     video: VideoConfig = field(default_factory=VideoConfig)

@@ -21,7 +21,7 @@ def test_the_benchmark_measures_files_and_names_the_peers_that_are_missing(tmp_p
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["benchmark"] == "input_pipeline"
     assert result["ratio"] is None
-    assert set(result["sides"]) == {"ours", "ours, 1 core", "ours, float"}
+    assert set(result["sides"]) == {"ours", "ours, 1 core", "1 core, a thread", "ours, threads", "ours, float"}
     for row in result["sides"].values():
         assert row["images_per_s"] > 0 and row["images_per_cpu_s"] > 0 and 20 < row["memory_mb"] < 1024
     assert "no torch to compare with" in done.stdout

@@ -411,7 +411,7 @@ def test_batches_are_equal_for_every_number_of_workers_and_across_a_resume() -> 
     expected = digest(train(source, 6, one))
     assert len(set(expected)) == 6
     for workers in (1, 2, 4):
-        config = replace(one, num_workers=workers)
+        config = replace(one, num_workers=workers, num_threads=workers)
         assert digest(train(source, 3, config)) + digest(train(source, 3, config, start_step=3)) == expected
 
 
@@ -538,8 +538,8 @@ def test_an_example_drawn_twice_is_augmented_twice() -> None:
     assert Order(Skewed(), "class_balanced", 3)[10**12] == Order(Skewed(), "class_balanced", 3)[10**12]
 
 
-def test_default_workers_leave_cores_to_the_trainer() -> None:
-    assert [default_workers(cores, 50_000) for cores in (1, 2, 4, 8, 16, 96)] == [0, 0, 0, 4, 8, 8]
+def test_default_workers_follow_the_cores() -> None:
+    assert [default_workers(cores, 50_000) for cores in (1, 2, 4, 8, 16, 96)] == [0, 2, 4, 4, 8, 8]
     assert default_workers(96, 9_999) == 0
 
 

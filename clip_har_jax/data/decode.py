@@ -64,7 +64,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if colorspace not in ("YCbCr", "Gray", "RGB") or (b"Exif\0" in data[: 2**16] and _is_turned(data)):
+    if colorspace not in ("YCbCr", "Gray", "RGB") or (data.find(b"Exif\0", 0, 2**16) >= 0 and _is_turned(data)):
         return None
     return height, width
 

@@ -1,9 +1,10 @@
 """Which example comes at which position: shuffled anew each epoch, and where asked for, rare classes more often."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
-import grain
 import numpy as np
+from grain.experimental import index_shuffle
 from jaxtyping import Float64
 
 from clip_har_jax.data.sources import Source
@@ -54,12 +55,19 @@ class Order:
         weights = example_weights(source, sampling)
         self._bounds = None if weights is None else np.cumsum(weights)
         self._size, self._seed = len(source), seed
-        self._ranks = grain.MapDataset.range(self._size).seed(seed).shuffle().repeat()
 
     def __getitem__(self, position: int) -> Draw:
-        epoch, rank = position // self._size, int(self._ranks[position])
+        epoch, place = divmod(position, self._size)
+        shuffle_seed, offset = _of_epoch(self._seed, epoch)
+        rank = index_shuffle(place, max_index=self._size - 1, seed=shuffle_seed, rounds=4)
         if self._bounds is None:
             return Draw(rank, (self._seed, epoch, rank))
-        offset = np.random.default_rng((self._seed, epoch)).random()
         index = int(np.searchsorted(self._bounds, rank + offset, side="right"))
         return Draw(min(index, self._size - 1), (self._seed, epoch, index, rank))
+
+
+@lru_cache(maxsize=16)
+def _of_epoch(seed: int, epoch: int) -> tuple[int, float]:
+    """The seed of an epoch's permutation, 32 bits, and where in the first example its systematic sample begins."""
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(2**32)), rng.random()

@@ -36,7 +36,8 @@ class FileSource:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Example:
-        return Example(Path(self.paths[i]).read_bytes(), int(self.label_ids[i]), self.paths[i])
+        with open(self.paths[i], "rb", buffering=0) as file:
+            return Example(file.read(), int(self.label_ids[i]), self.paths[i])
 
 
 class VideoSource(FileSource):

@@ -1,0 +1,157 @@
+"""Batches read in worker processes, straight into memory that these share with the trainer.
+
+Threads of one process wait for one another between decoders: two of them read photographs of 12 KB 1.2 to 1.4 times as
+fast as one, two processes 1.9 times (docs/performance.md). The memory has no name and is gone with its processes.
+"""
+
+import atexit
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from clip_har_jax.data.batches import BatchSource, HostBatch
+from clip_har_jax.errors import UserError
+
+JOIN_LIMIT_S = 5.0  # for a process that was killed, or has closed its end of a pipe
+
+
+class WorkerBatches:
+    """The batches from `start_step` on, in order: worker w of W reads every W-th and stays a few ahead.
+
+    Args:
+      num_workers: processes.
+      num_threads: of each that read the rows of its batch, which hides what slow storage takes; 1: none.
+      ahead: batches in shared memory that wait for the trainer, of all workers together; at least two of each.
+    """
+
+    def __init__(self, batches: BatchSource, start_step: int, num_workers: int, num_threads: int, ahead: int):
+        slots = max(2, -(-ahead // num_workers))
+        steps = [range(start_step + worker, len(batches), num_workers) for worker in range(num_workers)]
+        self._workers = [_Worker(batches.shape, mine, slots, num_threads) for mine in steps]
+        atexit.register(self.close)  # before multiprocessing waits for its processes
+        pickled = pickle.dumps(batches)
+        try:
+            for worker in self._workers:
+                worker.begin(pickled)  # after all were started, so that they come up side by side
+        except BaseException:
+            self.close()
+            raise
+        self._turn = 0
+
+    def __next__(self) -> HostBatch:
+        worker = self._workers[self._turn % len(self._workers)]
+        self._turn += 1
+        return worker.take()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        atexit.unregister(self.close)
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+
+
+class _Worker:
+    """A process and what the trainer shares with it; the slots of the memory are filled and emptied in turns."""
+
+    def __init__(self, shape: tuple[int, ...], steps: range, slots: int, num_threads: int):
+        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        memory = context.RawArray("B", slots * math.prod(shape))
+        self._slots = np.frombuffer(memory, np.uint8).reshape(slots, *shape)
+        self._taken = 0
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(
+            target=_work, args=(other_end, memory, shape, steps, num_threads), daemon=True, name="batch-worker"
+        )
+        self._process.start()
+        other_end.close()  # so that the end of the process is the end of the pipe
+
+    def begin(self, batches: bytes) -> None:
+        try:
+            self._pipe.send_bytes(batches)
+        except OSError:
+            raise self._died() from None
+
+    def take(self) -> HostBatch:
+        try:
+            found = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._died() from None
+        if found is None:
+            raise StopIteration
+        if isinstance(found, Exception):
+            raise found
+        images = self._slots[self._taken % len(self._slots)].copy()
+        self._taken += 1
+        with suppress(OSError):  # it has read its last batch, and is gone
+            self._pipe.send_bytes(b"")  # its slot is free
+        return HostBatch(found.batch._replace(image=images), found.errors)
+
+    def _died(self) -> UserError:
+        self._process.join(JOIN_LIMIT_S)
+        code = self._process.exitcode
+        if code is None or code >= 0:
+            return UserError(f"a decoding process ended early (exit code {code}); what it printed says why")
+        return UserError(
+            f"a decoding process was killed (signal {-code}), as it is when memory runs out; lower "
+            "config.data.num_workers or config.data.prefetch_batches, and start again"
+        )
+
+    def end(self) -> None:
+        self._pipe.close()
+        self._process.kill()  # it ignores what asks politely
+        self._process.join(JOIN_LIMIT_S)
+
+
+def _work(pipe: Connection, memory: Any, shape: tuple[int, ...], steps: range, num_threads: int) -> None:
+    """The life of a worker process."""
+    _guard()
+    try:
+        batches: BatchSource = pickle.loads(pipe.recv_bytes())
+        slots = np.frombuffer(memory, np.uint8).reshape(-1, *shape)
+        if num_threads == 1:
+            _read(pipe, batches, slots, steps, map)
+        else:
+            with ThreadPoolExecutor(num_threads) as pool:
+                _read(pipe, batches, slots, steps, pool.map)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the trainer has closed its end
+
+
+def _read(
+    pipe: Connection, batches: BatchSource, slots: np.ndarray, steps: range, each: Callable[..., Iterator[Any]]
+) -> None:
+    for turn, step in enumerate(steps):
+        if turn >= len(slots):
+            pipe.recv_bytes()  # waits for a free slot
+        try:
+            batch, errors = batches.read(step, slots[turn % len(slots)], each)
+        except Exception as error:
+            pipe.send(error)
+            return
+        pipe.send(HostBatch(batch._replace(image=None), errors))
+    pipe.send(None)
+
+
+def _guard() -> None:
+    """Ties a worker's life to the trainer's: it outlives neither a kill of it nor dies before it at a Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the trainer ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "workers are started by a trainer"
+
+    def end_with_trainer() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_trainer, daemon=True).start()

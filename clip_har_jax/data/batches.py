@@ -1,0 +1,126 @@
+"""Batch number -> batch: read, decoded and transformed by whichever thread or process asks for it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from clip_har_jax.batch import Batch
+from clip_har_jax.config import DataConfig
+from clip_har_jax.data.augment import augment
+from clip_har_jax.data.sampling import Order
+from clip_har_jax.data.sources import ClipFile, Example, Source, are_clips
+from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+from clip_har_jax.video import FrameSampling, read_clip
+
+BadInput = tuple[int, str, str]  # index, name, reason
+
+
+class HostBatch(NamedTuple):
+    """A batch in host memory, and what could not be read of it."""
+
+    batch: Batch
+    errors: tuple[BadInput, ...]
+
+
+class BatchSource:
+    """Batch number -> this process's rows of that batch, with random access.
+
+    Args:
+      seed: of the order and the augmentation; None: evaluation, in the source's order, each example once.
+      rows: (first, last) row of each global batch that this process reads.
+      first_example: position where batch 0 begins, or would begin: not 0 after the batch size was changed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        preprocess: Preprocess,
+        seed: int | None,
+        global_batch_size: int,
+        rows: tuple[int, int],
+        first_example: int = 0,
+    ):
+        self.source, self.config, self.preprocess, self.seed = source, config, preprocess, seed
+        self.global_batch_size, self.rows, self.first_example = global_batch_size, rows, first_example
+        self._clips = are_clips(source)
+        self._order = None if seed is None else Order(source, config.sampling, seed)
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return 2**40 // self.global_batch_size  # endless, as far as positions go
+        return -(-len(self.source) // self.global_batch_size)
+
+    def __getitem__(self, step: int) -> HostBatch:
+        return self.read(step, np.empty(self.shape, np.uint8))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the images: [rows, h, w, 3]; of clips [rows, frames, h, w, 3], with views [rows, views, frames, ...]."""
+        return (self.rows[1] - self.rows[0], *self._example_shape())
+
+    def read(self, step: int, images: UInt8[np.ndarray, "..."], each: Callable[..., Iterator[Any]] = map) -> HostBatch:
+        """Reads batch `step`, its images into `images`; `each` is map, or does the same in threads."""
+        first, last = (self.first_example + step * self.global_batch_size + row for row in self.rows)
+        loaded = each(self._load, range(first, last), images)
+        labels, mask, index, errors = zip(*loaded, strict=True)
+        batch = Batch(images, np.asarray(labels, np.int32), np.asarray(mask, np.float32), np.asarray(index, np.int32))
+        return HostBatch(batch, tuple(error for error in errors if error is not None))
+
+    def _load(self, position: int, image: UInt8[np.ndarray, "..."]) -> tuple[int, float, int, BadInput | None]:
+        """Writes an example into `image`, zeros where there is none; gives its label, mask, index and error."""
+        if self._order is None and position >= len(self.source):
+            image.fill(0)
+            return 0, 0.0, -1, None
+        index, key = (position, ()) if self._order is None else self._order[position]
+        label, name = int(self.source.label_ids[index]), f"example {index}"
+        try:
+            example = self.source[index]
+            name = example.name
+            image[...] = self._transform(example, key)
+            return label, 1.0, index, None
+        except BadImage as error:
+            reason = str(error)
+        except OSError as error:
+            name = name if error.filename is None else str(error.filename)
+            reason = f"can't be read ({error.strerror or error})"
+        except Exception as error:  # a bug; of its kind nothing is sure, not even that a worker can send it
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+        image.fill(0)
+        return label, 0.0, index, (index, name, reason)
+
+    def _example_shape(self) -> tuple[int, ...]:
+        """Of one example: an image, or the frames of a clip's view, or of several views."""
+        size, video = self.preprocess.image_size_px, self.config.video
+        views = (video.num_views,) if video.num_views > 1 and self.seed is None else ()
+        return (*views, video.num_frames, size, size, 3) if self._clips else (size, size, 3)
+
+    def _read_frames(self, path: str, label: str, key: tuple[int, ...]) -> np.ndarray:
+        """The frames of a clip, transformed alike."""
+        config, video = self.config, self.config.video
+        sampling = FrameSampling(video.num_frames, video.sampling, video.rate_hz, video.num_views)
+
+        def each(image: np.ndarray) -> np.ndarray:
+            if not key:
+                return evaluation_transform(image, self.preprocess)
+            return augment(image, self.preprocess.image_size_px, config.augment, np.random.default_rng(key), label)
+
+        rng = np.random.default_rng((*key, 1)) if key else None
+        views = range(1 if key else video.num_views)
+        clips = [read_clip(path, sampling, view, rng, each, config.max_megapixels) for view in views]
+        frames = np.stack([np.stack(clip.frames) for clip in clips])
+        return frames.reshape(self._example_shape())
+
+    def _transform(self, example: Example, key: tuple[int, ...]) -> np.ndarray:
+        image, config = example.data, self.config
+        if isinstance(image, ClipFile):
+            return self._read_frames(image.path, self.source.labels[example.label], key)
+        if key:
+            rng = np.random.default_rng(key)
+            label = self.source.labels[example.label]
+            return augment(image, self.preprocess.image_size_px, config.augment, rng, label, config.max_megapixels)
+        if isinstance(image, bytes):
+            image = decode(image, config.max_megapixels)
+        return evaluation_transform(image, self.preprocess)
