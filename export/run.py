@@ -292,7 +292,10 @@ def _write_and_prove(
     size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
     print(f"{name}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s; proving", file=sys.stderr, flush=True)
     try:
-        entry = compare(expected, prove(folder, name, cases), bounds, model.actions.labels, true)
+        outputs = prove(folder, name, cases)
+        entry = compare(expected, outputs, bounds, model.actions.labels, true)
+        if entry["passed"] and (fault := str(outputs["fault"])):
+            entry |= {"passed": False, "failures": [fault]}
     except RuntimeError as error:
         entry = {"max_abs_error": None, "top1_agreement": None, "passed": False, "failures": [str(error)]}
     entry = {"num_examples": len(cases["image"]) - NUM_HARD, "num_hard": NUM_HARD, **entry}
