@@ -39,6 +39,12 @@ def main() -> int:
         help='tell these actions apart instead of the folder\'s own, e.g. --classes="riding a bike,sleeping"',
     )
     add("--int8", choices=("dynamic", "static"), default="dynamic", help="activations' scales, e.g. --int8=static")
+    add(
+        "--precision",
+        choices=("fp32", "fp16", "bf16", "int8"),
+        default="fp16",
+        help="what TensorRT's engines compute in, e.g. --precision=int8",
+    )
     add("--sign", metavar="FILE", help="sign the folder with a private key in PEM, e.g. --sign=private.pem")
     add("--overwrite", action="store_true", help="replace an earlier export, e.g. --overwrite")
     arguments = parser.parse_args()
@@ -56,6 +62,7 @@ def main() -> int:
         arguments.overwrite,
         arguments.int8 == "static",
         arguments.sign,
+        arguments.precision,
     )
     for name, entry in parity.items():
         if entry["passed"]:

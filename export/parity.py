@@ -36,6 +36,7 @@ class Bounds:
 
 FLOAT32 = Bounds(1e-4, 1e-4, 1.0, 0.999999)
 FLOAT16 = Bounds(None, 0.01, 0.995, 0.999)
+BFLOAT16 = Bounds(None, 0.05, 0.99, 0.999)  # which has 8 bits, float16 has 11
 INT8 = Bounds(None, 0.1, 0.99, 0.99)
 
 

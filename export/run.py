@@ -25,20 +25,20 @@ from clip_har_jax.inference import golden
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
 from clip_har_jax.models.factory import load
-from clip_har_jax.models.heads import init_head, make_head
+from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
 from clip_har_jax.signing import sign
 from clip_har_jax.text import Tokenizer
 from export.graphs import Graph, make_graphs
-from export.parity import FLOAT16, FLOAT32, INT8, NUM_HARD, Arrays, Bounds, compare, make_cases, run_cases
-from export.to_onnx import write_fp16, write_int8, write_onnx
+from export.parity import BFLOAT16, FLOAT16, FLOAT32, INT8, NUM_HARD, Arrays, Bounds, compare, make_cases, run_cases
+from export.to_onnx import NUM_CALIBRATION, write_fp16, write_int8, write_onnx
 from export.to_tensorrt import missing_for_tensorrt, write_tensorrt
 from export.to_torch import write_torchscript
 from export.to_xla import write_saved_model, write_stablehlo
 
 EXIT_PARITY = 3
-NUM_CALIBRATION = 32
 NUM_GOLDEN, GOLDEN_PX = 3, 96  # pictures, of another size and shape than models take: resizing and cropping count too
+TENSORRT_BOUNDS = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16, "int8": INT8}
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,16 @@ def open_model(path: str, classes: Sequence[str] = ()) -> Model:
     """Opens and verifies a model folder.
 
     Raises:
-      UserError: not a whole model, a changed file, or no classes.
+      UserError: not a whole model, a changed file, no classes, or a head of clips.
     """
     backend = JaxBackend(path, classes)
     actions = replace(backend.actions, preprocess_version=PREPROCESS_VERSION)
     logit_scale = backend.scale * actions.temperature
+    if actions.head in HEADS and HEADS[actions.head][0].of_clips:
+        raise UserError(
+            f"{path}: its {actions.head!r} head weighs the frames of a clip, and no format expresses that: exported "
+            "graphs take single images; export a model with a head of images"
+        )
     if backend.head_params:
         head, params = actions.head, backend.head_params
     else:
@@ -202,6 +207,7 @@ def export_model(
     overwrite: bool = False,
     static_int8: bool = False,
     signing_key: str | None = None,
+    precision: str = "fp16",
 ) -> dict[str, Any]:
     """Writes an exported folder of the formats that pass; gives what parity.json says of all.
 
@@ -215,6 +221,7 @@ def export_model(
       overwrite: put the new folder in the place of an old one, which stays whole until the new one is.
       static_int8: scale int8's activations by the first of the images instead of as they come.
       signing_key: a private key in PEM to sign the folder with.
+      precision: what TensorRT's engines compute in, of `TENSORRT_BOUNDS`.
 
     Raises:
       UserError: a mistake in the arguments or the model, or a disk that is full.
@@ -233,13 +240,18 @@ def export_model(
     cases = make_cases(images, ids, len(model.actions.labels))
     expected = reference(model, cases)
     parity: dict[str, Any] = {}
+    ways = {name: FORMATS[name][:2] for name in formats}
+    if static_int8 and "onnx_int8" in ways:
+        ways["onnx_int8"] = _from_graphs(partial(write_int8, static=True)), INT8
+    if "tensorrt" in ways:
+        ways["tensorrt"] = _from_graphs(partial(write_tensorrt, precision=precision)), TENSORRT_BOUNDS[precision]
 
     def fill(folder: Path) -> None:
         write_contract(model, folder)
         pictures = [synthetic.draw("test", i, GOLDEN_PX)[: 3 * GOLDEN_PX // 4] for i in range(NUM_GOLDEN)]
         golden.write(folder, np.stack(pictures), model.backend)
-        for name in formats:
-            parity[name] = _write_and_prove(model, name, folder, cases, expected, true, static_int8)
+        for name, way in ways.items():
+            parity[name] = _write_and_prove(model, name, way, folder, cases, expected, true)
         if any(entry["passed"] for entry in parity.values()):
             bundle.write_json(folder / "parity.json", parity)
             bundle.seal(folder, model.digest)
@@ -277,11 +289,9 @@ class _NothingPassed(Exception):  # noqa: N818
 
 
 def _write_and_prove(
-    model: Model, name: str, folder: Path, cases: Arrays, expected: Arrays, true: np.ndarray, static_int8: bool
+    model: Model, name: str, way: tuple[Write, Bounds], folder: Path, cases: Arrays, expected: Arrays, true: np.ndarray
 ) -> dict[str, Any]:
-    write, bounds, _ = FORMATS[name]
-    if name == "onnx_int8" and static_int8:
-        write = _from_graphs(partial(write_int8, static=True))
+    write, bounds = way
     print(f"{name}: writing", file=sys.stderr, flush=True)
     start = time.perf_counter()
     (folder / name).mkdir()

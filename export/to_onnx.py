@@ -17,6 +17,7 @@ from export.graphs import Graph
 
 OPSET = 23
 MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; weights beyond it lie in a file beside
+NUM_CALIBRATION = 32  # images that scale activations
 QUANTIZED = ["MatMul", "Gemm"]
 
 
@@ -94,11 +95,22 @@ def write_onnx(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray
 
 
 def write_fp16(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-    """float16 inside, float32 outside, for GPUs."""
+    """For GPUs."""
+    for graph in graphs:
+        save(to_float16(to_proto(graph)), folder / f"{graph.name}.onnx")
+
+
+def to_float16(proto: Any) -> Any:
+    """float16 inside, float32 outside."""
+    import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    for graph in graphs:
-        save(convert_float_to_float16(to_proto(graph), keep_io_types=True), folder / f"{graph.name}.onnx")
+    half = convert_float_to_float16(proto, keep_io_types=True)
+    # The converter appends the casts of inputs to the end, and leaves wrong types behind where it adds others.
+    del half.graph.value_info[:]
+    model = onnx_ir.from_proto(half)
+    model.graph.sort()
+    return onnx_ir.to_proto(model)
 
 
 def write_int8(
@@ -110,7 +122,7 @@ def write_int8(
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-    logging.getLogger().addFilter(lambda record: "pre-processing" not in record.getMessage())
+    quiet_quantiser()
     for graph in graphs:
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch) / "float32.onnx"
@@ -120,7 +132,7 @@ def write_int8(
                 quantize_static(
                     source,
                     target,
-                    _Calibration(graph, images),
+                    Calibration(graph, images),
                     quant_format=QuantFormat.QDQ,
                     op_types_to_quantize=QUANTIZED,
                     per_channel=True,
@@ -131,7 +143,16 @@ def write_int8(
                 quantize_dynamic(source, target, QUANTIZED, per_channel=True, weight_type=QuantType.QInt8)
 
 
-class _Calibration:
+def quiet_quantiser() -> None:
+    """Without its advice to prepare the graph, which is prepared."""
+    logging.getLogger().addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "pre-processing" not in record.getMessage()
+
+
+class Calibration:
     """What `quantize_static` reads: one feed after the other, then None."""
 
     def __init__(self, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]):

@@ -1,13 +1,17 @@
 """TensorRT engines from ONNX graphs, by NVIDIA's Python API; only where its libraries and a GPU are. Elsewhere:
 
-  python -m export.to_tensorrt --model=runs/demo/model --output=for_tensorrt
+  python -m export.to_tensorrt --model=runs/demo/model --output=for_tensorrt --precision=int8
 
 writes ONNX graphs of operators that NVIDIA's list has, and build.sh, which makes engines of them with NVIDIA's trtexec.
 `write_tensorrt` and build.sh have never run: no such machine was at hand.
+
+TensorRT 11 knows strongly typed networks alone, and 10 has them too: an engine computes in the types of its graph. So
+the graph is converted here, and no builder is told what it may round.
 """
 
 import json
 import shlex
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +23,13 @@ from jaxtyping import UInt8
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 from export.graphs import Graph
-from export.to_onnx import save, to_proto
+from export.to_onnx import NUM_CALIBRATION, Calibration, quiet_quantiser, save, to_float16, to_proto
 
 MAX_BATCH = 64
 OPTIMAL_BATCH = 8
 WORKSPACE_BYTES = 4 * 2**30
+# the type of the numbers that aren't quantised, as NVIDIA's list and its trtexec name it
+FLOATS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "FP16"}
 OPERATORS = Path(__file__).with_name("tensorrt_operators.json")
 
 
@@ -43,17 +49,89 @@ def missing_for_tensorrt() -> str | None:
     return None
 
 
+def typed_proto(graph: Graph, precision: str, images: UInt8[np.ndarray, "n h w 3"]) -> Any:
+    """The ONNX graph that an engine of a precision is built of; inputs and outputs are of the same types in all.
+
+    Args:
+      graph: what is converted.
+      precision: of `FLOATS`. int8: the matrix products of the image tower in 8 bits, all else float16; the text
+        encoder is float16 then, as it runs once for a set of classes.
+      images: what int8's activations are scaled by.
+    """
+    proto = to_proto(graph, fuse=False)
+    if precision == "int8" and "image" in graph.inputs:
+        proto = quantize(proto, graph, images[:NUM_CALIBRATION])
+    if precision == "bf16":
+        return to_bfloat16(proto)
+    return proto if precision == "fp32" else to_float16(proto)
+
+
+def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> Any:
+    """QuantizeLinear and DequantizeLinear before matrix products with weights: TensorRT's explicit quantisation.
+
+    Signed, zero points of 0, one scale for activations and one a column of weights, no output quantised. The first
+    product stays as it is: pixels of 0 to 255 would lose a bit in signed numbers.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    quiet_quantiser()
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    products = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "float32.onnx", Path(scratch) / "int8.onnx"
+        save(proto, source)
+        quantize_static(
+            source,
+            target,
+            Calibration(graph, images),
+            quant_format=QuantFormat.QDQ,
+            nodes_to_quantize=[node.name for node in products[1:]],
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=source.with_name(f"{source.name}.data").exists(),
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+            },
+        )
+        return onnx.load(target)
+
+
+def to_bfloat16(proto: Any) -> Any:
+    """bfloat16 inside, float32 outside: what ONNX Runtime's converter makes float16, in the other type."""
+    import ml_dtypes
+    from onnx import TensorProto, numpy_helper
+
+    exact = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    half = to_float16(proto)
+    del half.graph.value_info[:]
+    for tensor in half.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(exact[tensor.name].astype(ml_dtypes.bfloat16), tensor.name))
+    for node in half.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.BFLOAT16
+            assert attribute.t.data_type != TensorProto.FLOAT16, f"{node.name}: a constant outside of the initialisers"
+    return half
+
+
 def unsupported(proto: Any, precision: str) -> list[str]:
-    """The operators of an ONNX graph that NVIDIA's list doesn't give for a precision (FP32, FP16 or BF16).
+    """The operators of an ONNX graph that NVIDIA's list doesn't give for a precision of `FLOATS`.
 
     Operators that only move or compare integers are held against the integer types.
     """
     listed = json.loads(OPERATORS.read_text(encoding="utf-8"))["operators"]
     used = {node.op_type for node in proto.graph.node}
-    return sorted(name for name in used if not {precision, "INT64", "BOOL"} & set(listed.get(name, ())))
+    types = {FLOATS[precision], "INT64", "BOOL"} | ({"INT8"} if precision == "int8" else set())
+    return sorted(name for name in used if not types & set(listed.get(name, ())))
 
 
-def trtexec_command(graph: Graph, onnx: Path, precision: str = "fp16") -> str:
+def trtexec_command(graph: Graph, onnx: Path) -> str:
     """The command that builds the same engine with NVIDIA's own tool."""
 
     def shapes(batch: int) -> str:
@@ -62,16 +140,19 @@ def trtexec_command(graph: Graph, onnx: Path, precision: str = "fp16") -> str:
             for name, (_, shape) in graph.inputs.items()
         )
 
-    parts = [
-        "trtexec",
-        f"--onnx={onnx}",
-        f"--saveEngine={onnx.with_suffix('.engine')}",
-        f"--minShapes={shapes(1)}",
-        f"--optShapes={shapes(OPTIMAL_BATCH)}",
-        f"--maxShapes={shapes(MAX_BATCH)}",
-        f"--timingCacheFile={onnx.with_name('timing.cache')}",
-    ]
-    return shlex.join(parts + ([f"--{precision}"] if precision != "fp32" else []))
+    return shlex.join(
+        [
+            "trtexec",
+            f"--onnx={onnx}",
+            f"--saveEngine={onnx.with_suffix('.engine')}",
+            "--stronglyTyped",
+            "--noTF32",
+            f"--minShapes={shapes(1)}",
+            f"--optShapes={shapes(OPTIMAL_BATCH)}",
+            f"--maxShapes={shapes(MAX_BATCH)}",
+            f"--timingCacheFile={onnx.with_name('timing.cache')}",
+        ]
+    )
 
 
 def write_tensorrt(
@@ -84,14 +165,16 @@ def write_tensorrt(
     cache_path = folder / "timing.cache"
     for graph in graphs:
         builder = trt.Builder(logger)
-        network = builder.create_network(0)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse(to_proto(graph, fuse=False).SerializeToString()):
-            raise RuntimeError(f"{graph.name}: {parser.get_error(0)}")
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch) / f"{graph.name}.onnx"
+            save(typed_proto(graph, precision, images), source)
+            if not parser.parse_from_file(str(source)):
+                raise RuntimeError(f"{graph.name}: {parser.get_error(0)}")
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
-        if precision != "fp32":
-            config.set_flag({"fp16": trt.BuilderFlag.FP16, "bf16": trt.BuilderFlag.BF16}[precision])
+        config.clear_flag(trt.BuilderFlag.TF32)  # which would round float32 to 10 bits
         profile = builder.create_optimization_profile()
         for name, (_, shape) in graph.inputs.items():
             batches = (1, OPTIMAL_BATCH, MAX_BATCH)
@@ -108,24 +191,35 @@ def write_tensorrt(
     (folder / "engine.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def write_for_trtexec(graphs: Sequence[Graph], folder: Path, precision: str) -> None:
+def write_for_trtexec(
+    graphs: Sequence[Graph], folder: Path, precision: str, images: UInt8[np.ndarray, "n h w 3"]
+) -> None:
     """ONNX graphs, and build.sh beside them.
 
     Raises:
       UserError: an operator that NVIDIA's list doesn't have for this precision; the folder isn't empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output={folder}: not an empty folder; name another one")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     commands = []
     for graph in graphs:
-        proto = to_proto(graph, fuse=False)
-        if missing := unsupported(proto, precision.upper()):
+        proto = typed_proto(graph, precision, images)
+        if missing := unsupported(proto, precision):
             raise UserError(f"{graph.name}: TensorRT has no {', '.join(missing)} in {precision}")
         save(proto, folder / f"{graph.name}.onnx")
-        commands.append(trtexec_command(graph, Path(f"{graph.name}.onnx"), precision))
+        commands.append(trtexec_command(graph, Path(f"{graph.name}.onnx")))
     script = "\n".join(["#!/bin/sh", 'set -e; cd "$(dirname "$0")"', *commands, ""])
     (folder / "build.sh").write_text(script, encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that holds anything.
+
+    Raises:
+      UserError: it does.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output={folder}: not an empty folder; name another one")
 
 
 def main() -> int:
@@ -133,11 +227,16 @@ def main() -> int:
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="a model folder, e.g. --model=runs/demo/model")
     add("--output", required=True, metavar="DIR", help="where to write, e.g. --output=for_tensorrt")
-    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp16", help="e.g. --precision=fp16 (default)")
+    add("--precision", choices=tuple(FLOATS), default="fp16", help="e.g. --precision=fp16 (default)")
+    add("--data", default="synthetic", metavar="SPEC", help="images that scale int8, e.g. --data=folder:photos")
     arguments = parser.parse_args()
-    from export.run import open_model
+    from export.run import open_model, read_images
 
-    write_for_trtexec(open_model(arguments.model).graphs, Path(arguments.output), arguments.precision)
+    output = Path(arguments.output)
+    check_folder(output)
+    model = open_model(arguments.model)
+    images, _ = read_images(model, arguments.data, NUM_CALIBRATION)
+    write_for_trtexec(model.graphs, output, arguments.precision, images)
     print(f"on a machine with TensorRT: sh {arguments.output}/build.sh")
     return 0
 

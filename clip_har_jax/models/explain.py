@@ -33,8 +33,9 @@ def patch_embeds(
     heads = attention.num_heads
     shape = (batch, length, heads, dim // heads)
     query, key, value = (layer(x).reshape(shape) for layer in (attention.query, attention.key, attention.value))
-    scores = jnp.einsum("bhd,bnhd->bhn", query[:, 0], key) * (dim // heads) ** -0.5
-    moved = (jnp.einsum("bhn->bnh", jax.nn.softmax(scores))[..., None] * value).reshape(x.shape)
+    # Sums, as ONNX's Einsum has no bfloat16.
+    scores = jnp.sum(query[:, :1] * key, axis=-1) * (dim // heads) ** -0.5
+    moved = (jax.nn.softmax(scores, axis=1)[..., None] * value).reshape(x.shape)
     added = jnp.matmul(moved, attention.out.kernel[...])
     added = (added - jnp.mean(added, axis=-1, keepdims=True)) * scale[...][None, None]
     return jnp.matmul(added, projection)[:, 1:]
@@ -50,7 +51,7 @@ def heat_map(patches: Float[Array, "b n d"], classes: Float[Array, "b d"]) -> Fl
     Returns:
       0 to 1 for each patch, 1 the largest of the image.
     """
-    relevance = jax.nn.relu(jnp.einsum("bnd,bd->bn", patches, classes))
+    relevance = jax.nn.relu(jnp.sum(patches * classes[:, None], axis=-1))
     heat = relevance / jnp.maximum(jnp.max(relevance, axis=1, keepdims=True), 1e-12)
     grid = round(patches.shape[1] ** 0.5)
     return heat.reshape(heat.shape[0], grid, grid)

@@ -49,6 +49,7 @@ class Head(nnx.Module):
     """Class logits from features; the base of all heads."""
 
     needs_patches = False
+    of_clips = False  # whether it tells the frames of a clip apart
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs, use_bias: bool = False):
         self.classes = linear(
@@ -107,8 +108,8 @@ class CrossAttentionHead(Head):
     def __call__(self, features: Features) -> Float[Array, "b c"]:
         patches, classes = features.patches, self.class_embeddings
         query, key, value = self.query(classes), self.key(patches), self.value(patches)
-        scores = jnp.einsum("cd,bnd->bcn", query, key) * query.shape[-1] ** -0.5
-        found = self.out(jnp.einsum("bcn,bnd->bcd", jax.nn.softmax(scores), value))
+        scores = jnp.matmul(query[None], key.transpose(0, 2, 1)) * query.shape[-1] ** -0.5
+        found = self.out(jnp.matmul(jax.nn.softmax(scores), value))
         scale = jnp.linalg.norm(self.classes.kernel[...], axis=0)
         return self.classes(features.image) + scale[None] * jnp.sum(found * classes[None], axis=-1)
 
@@ -150,6 +151,8 @@ class CacheHead(Head):
 class FrameAttentionHead(Head):
     """Attention pooling of a clip's frames by one learned query; untrained it weighs all alike, as their mean does."""
 
+    of_clips = True
+
     def __init__(self, size: HeadSize, rngs: nnx.Rngs):
         super().__init__(size, rngs)
         self.score = linear(size.dim, 1, ("embed", None), rngs, FLOAT32, std=0.0)
@@ -166,6 +169,8 @@ class TemporalHead(Head):
     Pre-norm without its norms, as embeddings have unit length; one head of attention and sinusoidal positions (Vaswani
     et al. 2017, equation 1 and section 3.5), so that clips may be of any length.
     """
+
+    of_clips = True
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs):
         super().__init__(size, rngs)
