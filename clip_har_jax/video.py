@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Formats that hold their pictures themselves: a playlist would have FFmpeg open other files and addresses.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,flv,asf,ogg"
-LIVE = ("rtsp://", "rtsps://", "rtmp://", "rtmps://", "srt://", "udp://", "http://", "https://")
+LIVE = ("rtsp://", "rtsps://", "rtmp://", "rtmps://", "srt://", "udp://", "tcp://", "http://", "https://")
 LIVE_FORMATS = CONTAINERS + ",rtsp,rtp,live_flv,mjpeg,mpjpeg"
 LIVE_TIMEOUT_S = 10.0
 MIN_READABLE = 0.5  # share of a clip's packets that must decode for its prediction to be worth something
@@ -118,7 +118,7 @@ def read_clip(
     Raises:
       BadVideo: not a video, no frame in it, or less than half of it readable.
     """
-    with _open(source, num_threads) as container:
+    with open_video(source, num_threads) as container:
         stream = _video_stream(container)
         times, keyframes = _scan(container, stream)
         start_s = times[0]
@@ -151,26 +151,13 @@ def iter_frames(
     Raises:
       BadVideo: not a video or no frame in it; or, after the frames that could be read, where it is damaged.
     """
-    with _open(source, num_threads) as container:
-        yield from _timed(_Decoding(container, _video_stream(container), max_megapixels), rate_hz)
+    with open_video(source, num_threads) as container:
+        yield from timed_frames(container, rate_hz, max_megapixels)
 
 
-def iter_camera(device: str, rate_hz: float | None = None) -> Iterator[TimedFrame]:
-    """The frames of a camera of this machine, as `/dev/video0`, by Video4Linux.
-
-    Raises:
-      BadVideo: no such camera, or it stopped.
-    """
-    av = import_av()
-    try:
-        with av.open(device, format="v4l2", timeout=LIVE_TIMEOUT_S) as container:
-            yield from _timed(_Decoding(container, _video_stream(container), MAX_MEGAPIXELS), rate_hz)
-    except av.error.FFmpegError as error:
-        raise BadVideo(f"no camera that can be read ({(error.strerror or '').lower()})") from error
-
-
-def _timed(decoding: "_Decoding", rate_hz: float | None) -> Iterator[TimedFrame]:
-    """Upright frames at most at `rate_hz`, timed from the first; damage is raised behind them."""
+def timed_frames(container: Any, rate_hz: float | None, max_megapixels: float = MAX_MEGAPIXELS) -> Iterator[TimedFrame]:
+    """Upright frames of an open video at most at `rate_hz`, timed from the first; damage is raised behind them."""
+    decoding = _Decoding(container, _video_stream(container), max_megapixels)
     first_s: float | None = None
     due_s = 0.0
     for frame_s, frame in decoding:
@@ -200,14 +187,26 @@ def import_av() -> Any:
     return av
 
 
+def is_live(source: VideoLike) -> bool:
+    """Whether it is the address of a stream, not a file."""
+    return isinstance(source, str) and source.lower().startswith(LIVE)
+
+
 @contextmanager
-def _open(source: VideoLike, num_threads: int) -> Iterator[Any]:
+def open_video(source: VideoLike, num_threads: int) -> Iterator[Any]:
+    """An open PyAV container of a file or a live stream.
+
+    Raises:
+      BadVideo: no video that can be read; as well where the block fails to read on.
+    """
     av = import_av()
-    live = isinstance(source, str) and source.lower().startswith(LIVE)
+    live = is_live(source)
     formats = {"format_whitelist": LIVE_FORMATS if live else CONTAINERS}
     try:
         if live:
-            with av.open(source, container_options=formats, timeout=LIVE_TIMEOUT_S) as container:
+            # By UDP a camera's packets are lost on the way, and by firewalls; where it has TCP, that is taken.
+            options = formats | {"rtsp_flags": "prefer_tcp"} if str(source).lower().startswith("rtsp") else formats
+            with av.open(source, container_options=options, timeout=LIVE_TIMEOUT_S) as container:
                 yield _with_threads(container, num_threads)
         elif isinstance(source, str | os.PathLike):
             with open(source, "rb") as file:
@@ -220,6 +219,9 @@ def _open(source: VideoLike, num_threads: int) -> Iterator[Any]:
                 yield _with_threads(container, num_threads)
     except av.error.FFmpegError as error:  # before OSError, of which most of its kinds are
         text = (error.strerror or type(error).__name__).lower()
+        if live:
+            text = "nothing came for too long" if isinstance(error, av.error.ExitError) else text
+            raise BadVideo(f"no stream that can be read ({text}); check the address, and that it sends") from error
         raise BadVideo(f"not a video that FFmpeg can read ({text}); convert or remove it") from error
     except OSError as error:
         raise BadVideo(f"can't be read ({error.strerror or error})") from error

@@ -5,8 +5,9 @@
   python scripts/stream.py --model=runs/demo/export --json clip.mp4
 
 A line as an action starts and as it ends. Where the model is slower than the source, the newest frame counts and the
-others are left out; --whole looks at each frame of a file instead. Ends with the source, or by Ctrl-C. Exits 0; 1 if
-the source broke off; 2 on a mistake.
+others are left out; --whole looks at each frame of a file instead. A live stream that breaks off is connected to again
+for --reconnect_s seconds, and what went on ends there. Ends with the source, or by Ctrl-C. Exits 0; 1 if there is no
+such source or it is gone; 2 on a mistake.
 """
 
 import argparse
@@ -16,6 +17,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from clip_har_jax import cli
+from clip_har_jax.errors import UserError
+
+GAP_S = 3.0  # without a frame; then nobody knows whether the action went on
 
 if TYPE_CHECKING:
     from clip_har_jax.inference.stream import Event
@@ -28,14 +32,22 @@ def main() -> int:
     from clip_har_jax.inference.backends import split_classes
     from clip_har_jax.inference.exported import open_backend
     from clip_har_jax.inference.stream import EventDetector, EventRules, Latest, watch
+    from clip_har_jax.live import shown
     from clip_har_jax.video import BadVideo
 
+    if not 0 < arguments.rate_hz < float("inf") or not 0 <= arguments.reconnect_s < float("inf"):
+        raise UserError("--rate_hz must be above 0, and --reconnect_s 0 or more")
     rules = EventRules(
-        arguments.smoothing, arguments.memory_s, arguments.start_score, arguments.end_score, arguments.min_duration_s
+        arguments.smoothing,
+        arguments.memory_s,
+        arguments.start_score,
+        arguments.end_score,
+        arguments.min_duration_s,
+        max_gap_s=max(GAP_S, 3 / arguments.rate_hz),
     )
     backend = open_backend(arguments.model, split_classes(arguments.classes))
     detector = EventDetector(backend.labels, rules)
-    frames = _frames(arguments.source, arguments.rate_hz)
+    frames = _frames(arguments.source, arguments.rate_hz, arguments.reconnect_s)
     source = frames if arguments.whole else Latest(frames)
     status = 0
     try:
@@ -43,7 +55,7 @@ def main() -> int:
             for event in (*moment.ended, *moment.started):
                 _print_event(event, arguments.json)
     except BadVideo as error:
-        print(f"error: {arguments.source}: {error}", file=sys.stderr)
+        print(f"error: {shown(arguments.source)}: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         pass
@@ -54,10 +66,15 @@ def main() -> int:
     return status
 
 
-def _frames(source: str, rate_hz: float) -> Iterator["TimedFrame"]:
-    from clip_har_jax.video import iter_camera, iter_frames
+def _frames(source: str, rate_hz: float, reconnect_s: float) -> Iterator["TimedFrame"]:
+    from clip_har_jax.live import iter_camera, iter_live
+    from clip_har_jax.video import is_live, iter_frames
 
-    return iter_camera(source, rate_hz) if source.startswith("/dev/video") else iter_frames(source, rate_hz)
+    if source.startswith("/dev/video"):
+        return iter_camera(source, rate_hz)
+    if is_live(source):
+        return iter_live(source, rate_hz, reconnect_s, lambda line: print(line, file=sys.stderr, flush=True))
+    return iter_frames(source, rate_hz)
 
 
 def _print_event(event: "Event", as_json: bool) -> None:
@@ -76,11 +93,20 @@ def _parse() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add(
-        "source", metavar="SOURCE", help="a camera, an address (rtsp, rtmp, srt, udp, http) or a file, e.g. /dev/video0"
+        "source",
+        metavar="SOURCE",
+        help="a camera, an address (rtsp, rtmp, srt, udp, tcp, http) or a file, e.g. /dev/video0",
     )
     add("--model", required=True, metavar="PATH", help="an exported or a model folder, e.g. --model=runs/demo/export")
     add("--classes", metavar="NAMES", help='tell these actions apart, e.g. --classes="riding a bike,sleeping"')
     add("--rate_hz", type=float, default=4.0, metavar="N", help="frames a second at most, e.g. --rate_hz=4 (default)")
+    add(
+        "--reconnect_s",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how long a stream that broke off is tried for again, e.g. --reconnect_s=60 (default); 0: not at all",
+    )
     cli.add_event_flags(parser)
     add("--whole", action="store_true", help="look at every frame, however long it takes, e.g. --whole")
     add("--json", action="store_true", help="print one JSON object a line, e.g. --json")

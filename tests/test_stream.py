@@ -15,6 +15,7 @@ import pytest
 from clip_har_jax import UserError
 from clip_har_jax.inference.stream import Event, EventDetector, EventRules, Latest, Moment
 from clip_har_jax.video import iter_frames
+from tests.rtsp_server import serve_one
 
 LABELS = ("sitting", "running", "jumping")
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -172,6 +173,65 @@ def test_a_live_stream_is_read_as_it_comes() -> None:
         frames.close()
     finally:
         sender.join()
+
+
+def test_a_gap_ends_what_went_on() -> None:
+    """Nobody knows what was done while no frame came."""
+    detector = EventDetector(LABELS, EventRules(max_gap_s=3.0))
+    for i in range(20):
+        detector.update(i / 10, logits(0))
+    moment = detector.update(30.0, logits(0))
+    assert [(event.label, event.end_s) for event in moment.ended] == [("sitting", 1.9)] and not moment.started
+    assert detector.update(31.0, logits(0)).started[0].start_s == 30.0
+
+
+def wait_for_line(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert words in line, line
+    return line
+
+
+def test_a_camera_that_breaks_off_is_connected_to_again(served_folder: Path) -> None:
+    """By RTSP in real time: it sends, drops the client, is down for a while, sends again, and is gone for good."""
+    rules = ["--start_score=0.01", "--end_score=0", "--min_duration_s=0.2", "--rate_hz=5", "--reconnect_s=4"]
+    down_s = 4.0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        command = [sys.executable, str(SCRIPTS / "stream.py"), f"--model={served_folder}", "--json", *rules]
+        process = subprocess.Popen(
+            [*command, f"rtsp://eve:secret@127.0.0.1:{port}/live"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        requests = serve_one(listener, 2.0)
+    with process:
+        assert requests[-1].startswith("PLAY rtsp://") and "RTP/AVP/TCP" in "".join(requests)
+        words = f"rtsp://eve:***@127.0.0.1:{port}/live: it broke off; connecting again"
+        wait_for_line(process, words)
+        time.sleep(down_s - 1)  # between attempts, and so that what went on is known no more
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            serve_one(listener, 1.5)
+        wait_for_line(process, "/live: back after ")
+        wait_for_line(process, words)
+        last = wait_for_line(process, "no stream that can be read (connection refused); check the address")
+        assert last.startswith(f"error: rtsp://eve:***@127.0.0.1:{port}/live: ") and "gone for 4 s" in last
+        assert process.wait(20) == 1 and process.stdout is not None
+        lines = [json.loads(line) for line in process.stdout.read().splitlines()]
+    starts = [line["start_s"] for line in lines if line["event"] == "start"]
+    ends = [line["end_s"] for line in lines if line["event"] == "end"]
+    assert starts[0] == 0 and any(1.0 < end < 2.5 for end in ends), "what went on ends as the camera breaks off"
+    assert 4.0 < starts[-1] < 20 and ends[-1] - starts[-1] == pytest.approx(1.3, abs=0.5), lines
+
+
+@pytest.mark.parametrize("scheme", ["rtsp", "http", "tcp"])
+def test_an_address_where_nobody_is(served_folder: Path, scheme: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # and doesn't listen
+        done = run("stream.py", f"--model={served_folder}", f"{scheme}://127.0.0.1:{probe.getsockname()[1]}/live")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "no stream that can be read (connection refused); check the address, and that it sends" in done.stderr
 
 
 def test_a_camera_that_is_not_there(served_folder: Path) -> None:

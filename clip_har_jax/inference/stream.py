@@ -39,6 +39,7 @@ class EventRules:
       end_score: below which it ends.
       min_duration_s: shorter ones aren't told.
       abstain_below: a smoothed probability under which a frame has no label; starts nothing either.
+      max_gap_s: a longer time without a frame ends what went on, at the last one; None: nothing does.
     """
 
     smoothing: str = "exponential"
@@ -47,6 +48,7 @@ class EventRules:
     end_score: float = 0.4
     min_duration_s: float = 0.5
     abstain_below: float | None = None
+    max_gap_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.smoothing not in SMOOTHING:
@@ -133,6 +135,8 @@ class EventDetector:
           logits: of its classes.
           embedding: of length 1; needed for attention alone.
         """
+        gap = self.rules.max_gap_s is not None and time_s - self._last_s > self.rules.max_gap_s
+        before = self.finish() if gap else ()
         self._last_s = time_s = max(time_s, self._last_s)
         self._frames.append(_Remembered(time_s, logits, embedding))
         while self._frames[0].time_s < time_s - WINDOW * self.rules.memory_s:
@@ -142,7 +146,7 @@ class EventDetector:
         score = float(probs[best])
         below = self.rules.abstain_below is not None and score < self.rules.abstain_below
         started, ended = self._follow(time_s, probs, best, below)
-        return Moment(time_s, probs, None if below else self.labels[best], score, started, ended)
+        return Moment(time_s, probs, None if below else self.labels[best], score, started, before + ended)
 
     def finish(self) -> tuple[Event, ...]:
         """Ends what still goes on, at the last frame."""
