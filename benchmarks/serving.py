@@ -4,8 +4,9 @@
 
 throughput: 32 clients, each with its next request as the last one is answered. The ceiling is what the same decoding
   processes and ONNX Runtime at its best batch reach together when no server is between; LitServe (pip install litserve)
-  gets the same model, images and largest batch. Beside the rate stands the processors' time for an image, of the
-  server's processes alone: on a machine that others use as well it says more.
+  gets the same model, images, threads and largest batch. The sides take turns; ratios are medians over the rounds, each
+  within one round. Beside the rate stand the processors' time for an image, of the server's processes alone, and what
+  part of the machine others used meanwhile: rounds in which they used much say little.
 latency: one request after the other, then requests at half the throughput, evenly spaced and at random times (Poisson;
   at half load even a queue that takes one after the other, each in the same time, has a p99 of 4.3 times that time).
 overload: requests at four times the throughput; goodput is what is answered, the rest should be refused quickly.
@@ -19,177 +20,43 @@ import asyncio
 import base64
 import json
 import os
-import random
-import re
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.load import (
+    CLIENTS,
+    Connection,
+    Load,
+    Measured,
+    Meter,
+    closed_loop,
+    make_request,
+    measure,
+    open_loop,
+    read_images,
+    resident_mb,
+    server,
+)
 from clip_har_jax import cli
 from clip_har_jax.cores import usable_cores
-from clip_har_jax.errors import UserError
 
-CLIENTS = 32
-ROUNDS = 3
+QUIET = 0.05  # of the machine's time; a round in which others took more of it isn't counted
 MEMORY_REQUESTS = 20_000
 SESSIONS = (1, 4, 16)
 FRAMES_PER_S = 30
-
-
-@dataclass
-class Load:
-    """What came back: seconds by status, and how long it all took."""
-
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-    wall_s: float = 0.0
-
-    def add(self, status: int, seconds: float) -> None:
-        self.seconds.setdefault(status, []).append(seconds)
-
-    @property
-    def rate(self) -> float:
-        """Answers of status 200 a second."""
-        return len(self.seconds.get(200, ())) / self.wall_s
-
-    def percentile(self, share: float, status: int = 200) -> float:
-        return float(np.percentile(self.seconds[status], share))
-
-
-class Connection:
-    """One kept-alive HTTP connection; as little work as can be, since the cores are the service's too."""
-
-    def __init__(self, port: int):
-        self._port = port
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-
-    async def ask(self, request: bytes) -> int:
-        if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
-        reader, writer = self._streams
-        writer.write(request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        _, _, rest = head.lower().partition(b"content-length: ")
-        await reader.readexactly(int(rest.split(b"\r\n", 1)[0]))
-        return int(head[9:12])
-
-    def close(self) -> None:
-        if self._streams is not None:
-            self._streams[1].close()
-
-
-def make_request(path: str, body: bytes, kind: str) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-async def closed_loop(port: int, requests: list[bytes], clients: int, seconds: float, warm_s: float = 2.0) -> Load:
-    """Each client asks again as soon as it is answered."""
-    load, start = Load(), time.perf_counter()
-
-    async def client(number: int) -> None:
-        connection, i = Connection(port), number
-        while (now := time.perf_counter()) < start + warm_s + seconds:
-            status = await connection.ask(requests[i % len(requests)])
-            i += clients
-            if start + warm_s <= now:
-                load.add(status, time.perf_counter() - now)
-        connection.close()
-
-    await asyncio.gather(*(client(number) for number in range(clients)))
-    load.wall_s = time.perf_counter() - start - warm_s
-    return load
-
-
-async def open_loop(port: int, requests: list[bytes], rate: float, seconds: float, evenly: bool = False) -> Load:
-    """Requests at random times (Poisson) or evenly spaced, whatever has been answered."""
-    load = Load()
-    idle: list[Connection] = []
-    tasks: list[asyncio.Task[None]] = []
-    rng, start = random.Random(0), time.perf_counter()
-
-    async def one(request: bytes) -> None:
-        connection = idle.pop() if idle else Connection(port)
-        begin = time.perf_counter()
-        load.add(await connection.ask(request), time.perf_counter() - begin)
-        idle.append(connection)
-
-    due = start
-    while due < start + seconds:
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.ensure_future(one(requests[len(tasks) % len(requests)])))
-        due += 1 / rate if evenly else rng.expovariate(rate)
-    await asyncio.gather(*tasks)
-    load.wall_s = time.perf_counter() - start
-    for connection in idle:
-        connection.close()
-    return load
-
-
-@contextmanager
-def server(command: list[str], port: int, ready: str, **environment: str) -> Iterator[tuple[int, float]]:
-    """A server with all its processes: its process id, and how long it took to be ready."""
-    if _is_ready(port, ready):
-        raise UserError(f"--port={port}: another server answers there")
-    start = time.perf_counter()
-    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **quiet)  # type: ignore[call-overload]
-    try:
-        while not _is_ready(port, ready):
-            if process.poll() is not None:
-                raise RuntimeError(f"{command[:3]} ended with exit code {process.returncode}")
-            time.sleep(0.1)
-        yield process.pid, time.perf_counter() - start
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        finally:
-            with suppress(ProcessLookupError):  # LitServe's workers outlive it
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def _is_ready(port: int, path: str) -> bool:
-    from urllib.request import urlopen
-
-    try:
-        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
 
 
 def ours(model: str, port: int, **settings: str) -> Any:
     command = [sys.executable, "-m", "serving", f"--model={model}", f"--port={port}"]
     environment = {"HAR_RATE_LIMIT_PER_S": "0", "HAR_LOG_LEVEL": "ERROR"} | settings
     return server(command, port, "/v2/health/ready", **environment)
-
-
-def read_images(folder: str | None) -> list[bytes]:
-    """JPEG files of a folder, or pictures of the embedded set."""
-    if folder is not None:
-        return [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))[:500]]
-    import io
-
-    from PIL import Image
-
-    from clip_har_jax.data.synthetic import draw
-
-    images = []
-    for i in range(100):
-        buffer = io.BytesIO()
-        Image.fromarray(draw("test", i)).resize((275, 183)).save(buffer, "JPEG")
-        images.append(buffer.getvalue())
-    return images
 
 
 def measure_ceiling(model: str, images: list[bytes], seconds: float, processes: int) -> dict[str, Any]:
@@ -221,17 +88,16 @@ def ceiling(arguments: list[str]) -> None:
     best = Costs.measure(backend.logits, np.zeros((side, side, 3), np.uint8)).best
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         ahead: deque[Any] = deque()
-        number, done, start, before = 0, 0, 0.0, 0.0
-        while not start or time.perf_counter() - start < seconds:
+        number, done, start, meter = 0, 0, 0.0, None
+        while meter is None or time.perf_counter() - start < seconds:
             while len(ahead) < CLIENTS:
                 ahead.append(pool.submit(_decode, images[number % len(images)], backend.preprocess, 25.0))
                 number += 1
             backend.logits(np.stack([ahead.popleft().result() for _ in range(best)]))
-            done += best if start else 0
-            if not start and number > 2 * CLIENTS:
-                start, before = time.perf_counter(), cpu_s(os.getsid(0))
-        rate, cpu = done / (time.perf_counter() - start), (cpu_s(os.getsid(0)) - before) / done
-        print(json.dumps({"images_per_s": rate, "cpu_s": cpu, "best_batch": best}))
+            done += best if meter is not None else 0
+            if meter is None and number > 2 * CLIENTS:
+                start, meter = time.perf_counter(), Meter(os.getsid(0))
+        print(json.dumps({"best_batch": best, "measured": meter.read(done)}))
 
 
 def throughput(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
@@ -241,29 +107,43 @@ def throughput(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]
         make_request("/predict", json.dumps({"image": base64.b64encode(image).decode()}).encode(), "application/json")
         for image in images
     ]
-    rates: dict[str, list[tuple[float, float]]] = {"ceiling": [], "ours": []}
+    rounds: list[dict[str, Measured]] = []
     result: dict[str, Any] = {}
     lit = _has_litserve(arguments.litserve_python)
-    for _ in range(ROUNDS):
+    for _ in range(arguments.rounds):
         found = measure_ceiling(arguments.model, images, arguments.seconds, arguments.decode_processes)
-        result["best_batch"] = found["best_batch"]
-        rates["ceiling"].append((found["images_per_s"], found["cpu_s"]))
+        best = result["best_batch"] = found["best_batch"]
+        sides = {"ceiling": Measured(*found["measured"])}
         with ours(arguments.model, port, HAR_DECODE_PROCESSES=str(arguments.decode_processes)) as (pid, ready_s):
             result["ready_s"] = round(ready_s, 2)
-            rates["ours"].append(measured(port, raw, pid, arguments.seconds))
+            sides["ours"] = measure(port, raw, pid, arguments.seconds)
         if lit:
             script = str(Path(__file__).with_name("litserve_server.py"))
-            command = [arguments.litserve_python, script, arguments.model, str(port + 1), str(found["best_batch"])]
+            command = [arguments.litserve_python, script, arguments.model, str(port + 1), str(best)]
             with server(command, port + 1, "/health") as (pid, _):
-                rates.setdefault("litserve", []).append(measured(port + 1, as_json, pid, arguments.seconds))
-    for name, values in rates.items():
-        rate, cpu = (statistics.median(column) for column in zip(*values, strict=True))
-        each = ", ".join(f"{value:.1f}" for value, _ in values)
-        print(f"throughput   {name:10}{rate:10.1f} images/s {1000 * cpu:9.2f} ms CPU an image   ({each})", flush=True)
-        result[name] = {"images_per_s": round(rate, 2), "cpu_ms": round(1000 * cpu, 3)}
-    for name in set(rates) - {"ours"}:
-        result[f"of_{name}"] = round(result["ours"]["images_per_s"] / result[name]["images_per_s"], 3)
-        result[f"cpu_of_{name}"] = round(result[name]["cpu_ms"] / result["ours"]["cpu_ms"], 3)
+                sides["litserve"] = measure(port + 1, as_json, pid, arguments.seconds)
+        rounds.append(sides)
+        each = "   ".join(f"{name} {side.rate:.1f} (others {side.others:.0%})" for name, side in sides.items())
+        print(f"throughput   round {len(rounds)}, best batch {best}: {each} images/s", flush=True)
+    return result | _summary(rounds)
+
+
+def _summary(rounds: list[dict[str, Measured]]) -> dict[str, Any]:
+    """Medians of each side, and ours beside the others within a round; of quiet rounds alone, if there are any."""
+    quiet = [sides for sides in rounds if max(side.others for side in sides.values()) <= QUIET]
+    print(f"throughput   {len(quiet)} of {len(rounds)} rounds were quiet: others used at most {QUIET:.0%} of the machine")
+    result: dict[str, Any] = {"rounds": len(rounds), "quiet_rounds": len(quiet)}
+    rounds = quiet or rounds
+    for name in rounds[0]:
+        columns = zip(*(sides[name] for sides in rounds), strict=True)
+        rate, cpu, others = (statistics.median(column) for column in columns)
+        print(f"throughput   {name:10}{rate:10.1f} images/s {1000 * cpu:9.2f} ms CPU an image   others {others:.0%}")
+        result[name] = {"images_per_s": round(rate, 2), "cpu_ms": round(1000 * cpu, 3), "others": round(others, 3)}
+        if name != "ours":
+            ratios = sorted(round(sides["ours"].rate / sides[name].rate, 3) for sides in rounds)
+            result[f"of_{name}"] = round(statistics.median(ratios), 3)
+            result[f"rounds_of_{name}"] = ratios
+            print(f"throughput   ours of {name}: {statistics.median(ratios):.3f} (rounds {ratios[0]} to {ratios[-1]})")
     return result
 
 
@@ -345,43 +225,6 @@ def memory(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
     }
 
 
-def cpu_s(session: int) -> float:
-    """Processor time so far of all processes of a session."""
-    ticks = 0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session:  # proc(5): field 6; 14 and 15 are the time in user mode and in the kernel
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def measured(port: int, requests: list[bytes], session: int, seconds: float) -> tuple[float, float]:
-    """Answers a second of a server under CLIENTS clients, and its processor time for each."""
-    asyncio.run(closed_loop(port, requests, CLIENTS, 1.0))
-    before = cpu_s(session)
-    load = asyncio.run(closed_loop(port, requests, CLIENTS, seconds, warm_s=0.0))
-    answered = len(load.seconds.get(200, ()))
-    return load.rate, (cpu_s(session) - before) / answered if answered else float("nan")
-
-
-def resident_mb(pid: int) -> float:
-    """Of a process and its children."""
-    total = 0.0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                status = (entry / "status").read_text()
-            except OSError:
-                continue
-            if int(entry.name) == pid or re.search(rf"^PPid:\s+{pid}$", status, re.M):
-                total += int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) / 1000  # type: ignore[union-attr]
-    return total
-
-
 def stream(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
     """Frames answered a second, and from a frame's sending to its answer."""
     import websockets
@@ -444,6 +287,7 @@ def main() -> None:
         "--litserve_python", default=sys.executable, metavar="PATH", help="Python that has litserve, numpy, onnxruntime"
     )
     add("--parts", default="throughput,latency,stream", metavar="NAMES", help="e.g. --parts=memory")
+    add("--rounds", type=int, default=3, metavar="N", help="of the throughput's sides, in turns, e.g. --rounds=6")
     add("--seconds", type=float, default=8.0, metavar="S", help="of each measurement, e.g. --seconds=20")
     add("--decode_processes", type=int, default=2, metavar="N", help="on every side, e.g. --decode_processes=2")
     add("--port", type=int, default=8790, metavar="N", help="this and the next one must be free, e.g. --port=8790")
