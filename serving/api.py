@@ -7,9 +7,11 @@ import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 
+from serving.classes import Classes, Prompts
 from serving.images import overlay
-from serving.models import Classes, Entry, Model, Prompts, softmax
+from serving.models import Model, softmax
 from serving.problems import Problem, responses
+from serving.registry import Entry
 from serving.requests import (
     LONGEST_MS,
     HowAsked,
@@ -252,10 +254,13 @@ async def activate_model(request: Request, name: ModelName, given: ActivateReque
 
 @router.post("/models/{name}/classes", responses=MODEL_ERRORS)
 async def change_classes(request: Request, name: ModelName, given: ClassesRequest) -> ModelStatus:
-    """Adds and removes classes by text; makes a version of its own and switches to it."""
+    """Adds and removes classes by text; makes a version of its own and switches to it.
+
+    With a state_dir the change outlasts loads and restarts of the same model; `reset` takes all changes back.
+    """
     service = _only_process(request)
     deadline = deadline_of(service.settings)
-    return _status(await service.registry.change_classes(name, given.add, given.remove, deadline))
+    return _status(await service.registry.change_classes(name, given.add, given.remove, given.reset, deadline))
 
 
 @router.delete("/models/{name}/versions/{version}", status_code=204, responses=MODEL_ERRORS)

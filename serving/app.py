@@ -5,11 +5,13 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
 
-from serving import api, kserve, streams
+from serving import api, kserve, streams, videos
 from serving.problems import Problem, responses
 from serving.requests import ClientGone
 from serving.security import Gate
@@ -46,11 +48,16 @@ def make_app(settings: Settings) -> FastAPI:
         description=ABOUT,
         version="1",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service = service
+    app.add_api_route("/docs", docs, include_in_schema=False)
+    # The page's own script and style, so that it works without the internet and runs nobody else's code.
+    app.mount("/docs/assets", StaticFiles(packages=[("fastapi_offline", "static")]))
     app.include_router(api.router)
     app.include_router(streams.router)
+    app.include_router(videos.router)
     app.include_router(kserve.router)
     app.add_api_route(
         "/metrics",
@@ -75,6 +82,17 @@ def make_app(settings: Settings) -> FastAPI:
         )
     app.add_middleware(Observe, metrics=service.metrics)
     return app
+
+
+async def docs() -> Response:
+    """The page that describes the service and lets one try it."""
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="clip_har_jax",
+        swagger_js_url="docs/assets/swagger-ui-bundle.js",
+        swagger_css_url="docs/assets/swagger-ui.css",
+        swagger_favicon_url="docs/assets/favicon.png",
+    )
 
 
 async def metrics(request: Request) -> Response:

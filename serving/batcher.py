@@ -2,10 +2,12 @@
 
 Nothing waits for a batch to fill: a lone image runs at once, and under load batches grow by themselves, to the size
 that was measured to be the fastest. What would wait too long is refused before anything is done for it.
+
+A batch runs in all threads, which is the quickest for it. But threads that share a batch wait for one another, the more
+so as decoding takes a core from one of them. Where enough waits to give each thread a batch, each computes one.
 """
 
 import asyncio
-import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -23,6 +25,7 @@ from serving.telemetry import Metrics
 SIZES = (1, 2, 4, 8, 16, 32)
 MEASURED_S = 0.7  # a batch that takes longer ends the measuring
 NEAR_BEST = 0.97  # of the best throughput: the smallest such batch is taken, for its latency
+ENOUGH = 0.85  # the same for a batch in one thread, which gains less by being larger
 SMOOTHING = 0.1
 
 
@@ -31,12 +34,17 @@ class Costs:
 
     Args:
       measured: size -> seconds.
+
+    Attributes:
+      best: the size of a batch in all threads.
+      enough: the smallest one worth a thread of its own.
     """
 
     def __init__(self, measured: dict[int, float]):
         self.measured = measured
         rates = {size: size / seconds for size, seconds in measured.items()}
         self.best = min(size for size in rates if rates[size] >= NEAR_BEST * max(rates.values()))
+        self.enough = min(size for size in rates if rates[size] >= ENOUGH * max(rates.values()))
         self.factor = 1.0
         # By size; asked for several times a request, so no interpolation then.
         self._seconds = np.interp(range(self.best + 1), list(measured), list(measured.values())).tolist()
@@ -82,14 +90,16 @@ class Lane:
 
     Attributes:
       name: of the graph, in metrics.
-      run: a batch -> one result for each item; called in the compute thread.
+      run: a batch -> one result for each item; called in a compute thread.
       costs: of its batches.
+      run_beside: as `run` but in one thread, so that several such batches run side by side; None: it can't.
       load: admitted items that aren't done.
     """
 
     name: str
     run: Callable[[list[Any]], Iterable[Any]]
     costs: Costs
+    run_beside: Callable[[list[Any]], Iterable[Any]] | None = None
     load: int = 0
 
 
@@ -103,27 +113,31 @@ class _Item:
 
 
 class Batcher:
-    """Runs the lanes of all models, one batch at a time: a batch uses every core by itself.
+    """Runs the lanes of all models: one batch in all threads, or one in each.
 
     Args:
       max_wait_s: what would wait longer is refused.
+      threads: that compute.
       metrics: where waits and batch sizes are counted.
     """
 
-    def __init__(self, max_wait_s: float, metrics: Metrics):
-        self._max_wait_s, self._metrics = max_wait_s, metrics
+    def __init__(self, max_wait_s: float, threads: int, metrics: Metrics):
+        self._max_wait_s, self._num_threads, self._metrics = max_wait_s, threads, metrics
         self._queue: deque[_Item] = deque()
         self._wake = asyncio.Event()
         self._lanes: dict[Lane, int] = {}  # those with a load -> requests that use them
-        self._running_since: float | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._running: dict[asyncio.Task[None], float] = {}  # batches -> since when
+        self._beside = False  # whether those that run leave threads to others
+        self._last_end = 0.0
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="compute")
         self._task = asyncio.get_running_loop().create_task(self._work())
 
     @property
     def estimated_wait_s(self) -> float:
         """Until what is admitted is done."""
         total = sum(lane.costs.of_queue(lane.load) for lane in self._lanes)
-        elapsed = time.perf_counter() - self._running_since if self._running_since is not None else 0.0
+        now = time.perf_counter()
+        elapsed = sum(now - start for start in self._running.values()) / max(1, len(self._running))
         return max(0.0, total - elapsed)
 
     def check(self) -> None:
@@ -186,45 +200,64 @@ class Batcher:
             raise Problem("deadline", "no answer in the time allowed; send fewer at once, or allow more") from error
 
     async def close(self) -> None:
-        """Ends the compute thread; what is still queued gets no answer."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Ends the compute threads; what is still queued gets no answer."""
+        for task in (self._task, *self._running):
+            task.cancel()
+        await asyncio.gather(self._task, *self._running, return_exceptions=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    async def _work(self) -> None:
+        while True:
+            self._wake.clear()
+            while self._queue and (batch := self._take()):
+                task = asyncio.get_running_loop().create_task(self._run(batch, self._beside))
+                self._running[task] = time.perf_counter()
+                task.add_done_callback(self._done)
+            await self._wake.wait()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._wake.set()
+        if not task.cancelled():
+            task.result()  # raises what nobody has foreseen, for the loop to log
 
     def _take(self) -> list[_Item]:
-        """The oldest item, and those of its lane that fit into one batch with it; without those nobody waits for."""
+        """What starts now: the oldest item and those of its lane that fit into one batch with it; perhaps nothing.
+
+        Items that nobody waits for are dropped.
+        """
+        free = self._num_threads - len(self._running)
+        if self._running and not (self._beside and free):
+            return []
         now = asyncio.get_running_loop().time()
-        alive = deque(item for item in self._queue if not item.result.done() and item.deadline > now)
+        self._queue = alive = deque(item for item in self._queue if not item.result.done() and item.deadline > now)
         if not alive:
-            self._queue.clear()
             return []
         lane = alive[0].lane
-        batch = list(itertools.islice((item for item in alive if item.lane is lane), lane.costs.best))
+        fitting = [item for item in alive if item.lane is lane]
+        share = len(fitting) // (1 if self._running else free)  # for each thread that starts now
+        beside = lane.run_beside is not None and share >= lane.costs.enough
+        if self._running and not beside:
+            return []
+        self._beside = beside
+        batch = fitting[: min(share, lane.costs.best) if beside else lane.costs.best]
         taken = set(map(id, batch))
         self._queue = deque(item for item in alive if id(item) not in taken)
         return batch
 
-    async def _work(self) -> None:
-        while True:
-            if not self._queue:
-                self._wake.clear()
-                await self._wake.wait()
-            if batch := self._take():
-                await self._run(batch)
-
-    async def _run(self, batch: list[_Item]) -> None:
+    async def _run(self, batch: list[_Item], beside: bool) -> None:
         loop, lane = asyncio.get_running_loop(), batch[0].lane
         start, now = time.perf_counter(), loop.time()
         for item in batch:
             self._metrics.queue_wait.observe(now - item.queued)
-        self._running_since = start
+        run = lane.run_beside if beside and lane.run_beside is not None else lane.run
         try:
-            results = await loop.run_in_executor(self._thread, lane.run, [item.value for item in batch])
+            results = await loop.run_in_executor(self._threads, run, [item.value for item in batch])
         except Exception as error:
             if len(batch) > 1:  # one item's fault must not be another's: each by itself
                 for item in batch:
                     if not item.result.done():
-                        await self._run([item])
+                        await self._run([item], beside)
                 return
             if not batch[0].result.done():
                 problem = isinstance(error, UserError)  # what `check_finite` raises
@@ -232,12 +265,12 @@ class Batcher:
                     Problem("bad_model_output", "the model gives NaN or infinity for this input") if problem else error
                 )
             return
-        finally:
-            self._running_since = None
-        seconds = time.perf_counter() - start
-        lane.costs.observe(len(batch), seconds)
+        end = time.perf_counter()
+        # Of batches side by side each is slower, but they end more often.
+        lane.costs.observe(len(batch), end - max(start, self._last_end))
+        self._last_end = end
         self._metrics.batch_images.observe(len(batch))
-        self._metrics.model_seconds.labels(lane.name).observe(seconds)
+        self._metrics.model_seconds.labels(lane.name).observe(end - start)
         for item, result in zip(batch, results, strict=True):
             if not item.result.done():
                 item.result.set_result(result)

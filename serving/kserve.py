@@ -4,28 +4,22 @@ https://github.com/kserve/open-inference-protocol and, for binary tensors, Trito
 """
 
 import asyncio
-import base64
-import binascii
-import json
-import math
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from serving.api import ALWAYS, BODY, COMPUTED, ModelName, service_of
 from serving.models import Model, softmax
 from serving.problems import Problem, responses
 from serving.requests import LONGEST_MS, Timeout, Which, deadline_of, while_wanted
 from serving.service import Service
+from serving.tensors import LENGTH, OUTPUTS, OutputRequest, parse, read_input, respond
 
 router = APIRouter(prefix="/v2")
-LENGTH = "Inference-Header-Content-Length"
 VersionName = Annotated[str, Path(max_length=100, examples=["3f2a9c01b7de"])]
-OUTPUTS = {"probs": "FP32", "logits": "FP32", "label": "BYTES", "image_embeds": "FP32"}
 DEFAULT_OUTPUTS = ("probs", "label")
 ERRORS = responses(*ALWAYS, *BODY, *COMPUTED)
 
@@ -50,36 +44,6 @@ class ModelMetadata(BaseModel):
         description="digest: of the exported folder; model_digest: of the model that it was made from; "
         "labels: the classes in their order"
     )
-
-
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class InputTensor(_Message):
-    """A tensor of a request: `data`, or `parameters.binary_data_size` bytes after the JSON."""
-
-    name: str
-    shape: list[Annotated[int, Field(ge=0, le=2**31)]] = Field(max_length=8)
-    datatype: str
-    parameters: dict[str, Any] = {}
-    data: list[Any] | None = None
-
-
-class OutputRequest(_Message):
-    """A tensor that is wanted."""
-
-    name: str
-    parameters: dict[str, Any] = {}
-
-
-class InferRequest(_Message):
-    """The JSON part of a request."""
-
-    id: str | None = Field(None, max_length=200)
-    inputs: list[InputTensor] = Field(max_length=1, min_length=1)
-    outputs: list[OutputRequest] = Field([], max_length=8)
-    parameters: dict[str, Any] = {}
 
 
 class OutputTensor(BaseModel):
@@ -197,8 +161,8 @@ async def infer(
     deadline = deadline_of(service.settings, timeout_ms)
     with service.begin(request, Which(name, version)) as model:
         body = await request.body()
-        asked, binary = _parse(body, request.headers.get(LENGTH))
-        images = _read_input(asked.inputs[0], binary, model, service.settings.max_batch_images)
+        asked, binary = parse(body, request.headers.get(LENGTH))
+        images = read_input(asked.inputs[0], binary, model, service.settings.max_batch_images)
         service.limiter.take(request.state.client, len(images) - 1)
         wanted = asked.outputs or [OutputRequest(name=name) for name in DEFAULT_OUTPUTS]
         if unknown := [output.name for output in wanted if output.name not in OUTPUTS]:
@@ -206,85 +170,7 @@ async def infer(
         names = [output.name for output in wanted]
         arrays = await while_wanted(request, _compute(service, model, images, names, deadline))
     outputs = [(output, arrays[output.name]) for output in wanted]
-    return _respond(model, asked, outputs)
-
-
-def _parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
-    if json_length is not None and not (json_length.isdecimal() and int(json_length) <= len(body)):
-        raise Problem("invalid_request", f"{LENGTH}: where in the body the binary tensors begin is needed")
-    end = len(body) if json_length is None else int(json_length)
-    try:
-        return InferRequest.model_validate_json(body[:end]), body[end:]
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        code = "malformed" if first["type"] == "json_invalid" else "invalid_request"
-        raise Problem(code, f"body {where}: {first['msg']}"[:300]) from error
-
-
-def _read_input(tensor: InputTensor, binary: bytes, model: Model, most: int) -> Sequence[np.ndarray | bytes]:
-    """Images as pixels or as files.
-
-    Raises:
-      Problem: another tensor, or data that doesn't fit its shape.
-    """
-    count, size = tensor.shape[0] if tensor.shape else 0, tensor.parameters.get("binary_data_size")
-    if not 1 <= count <= most:
-        raise Problem("invalid_request", f"input {tensor.name[:50]}: 1 to {most} images are taken, not {count}")
-    if size is not None and (type(size) is not int or size != len(binary)):
-        raise Problem("invalid_request", f"binary_data_size: {len(binary)} bytes follow the JSON")
-    if size is None and tensor.data is None:
-        raise Problem("invalid_request", "input: data or binary_data_size is needed")
-    side = model.backend.preprocess.image_size_px
-    if (tensor.name, tensor.datatype) == ("image", "UINT8"):
-        if tensor.shape != [count, side, side, 3]:
-            raise Problem("invalid_request", f"image: shape [n, {side}, {side}, 3] is needed")
-        return _pixels(tensor, binary if size is not None else None)
-    if (tensor.name, tensor.datatype) == ("image_bytes", "BYTES"):
-        if len(tensor.shape) != 1:
-            raise Problem("invalid_request", "image_bytes: shape [n] is needed")
-        files = list(_split(binary)) if size is not None else _from_base64(tensor.data or [])
-        if len(files) != count:
-            raise Problem("invalid_request", f"image_bytes: {len(files)} files for a shape of {count}")
-        return files
-    raise Problem("invalid_request", "input: image (UINT8) or image_bytes (BYTES) is needed")
-
-
-def _pixels(tensor: InputTensor, binary: bytes | None) -> Sequence[np.ndarray]:
-    if binary is not None:
-        values = np.frombuffer(binary, np.uint8)
-    else:
-        try:
-            given = np.asarray(tensor.data)
-        except ValueError as error:  # ragged
-            raise Problem("invalid_request", "image: data is ragged") from error
-        if given.dtype.kind not in "iu" or (given.size and not 0 <= given.min() <= given.max() <= 255):
-            raise Problem("invalid_request", "image: data must be whole numbers, 0 to 255")
-        values = given.astype(np.uint8)
-    if values.size != math.prod(tensor.shape):
-        raise Problem("invalid_request", f"image: {values.size} values for a shape of {tensor.shape}")
-    return list(values.reshape(tensor.shape))
-
-
-def _split(binary: bytes) -> Iterator[bytes]:
-    """BYTES elements: each its length (4 bytes, little-endian), then itself."""
-    start = 0
-    while start < len(binary):
-        if start + 4 > len(binary):
-            raise Problem("invalid_request", "image_bytes: cut off")
-        (length,) = struct.unpack_from("<I", binary, start)
-        start += 4
-        if start + length > len(binary):
-            raise Problem("invalid_request", "image_bytes: cut off")
-        yield binary[start : start + length]
-        start += length
-
-
-def _from_base64(data: list[Any]) -> list[bytes]:
-    try:
-        return [base64.b64decode(item, validate=True) for item in data]
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise Problem("invalid_request", "image_bytes: data must be base64 texts") from error
+    return respond(model, asked, outputs)
 
 
 async def _compute(
@@ -312,31 +198,3 @@ async def _compute(
         arrays["probs"] = softmax(arrays["logits"])
         arrays["label"] = np.asarray([model.labels[i] for i in arrays["logits"].argmax(axis=-1)], object)
     return arrays
-
-
-def _respond(model: Model, asked: InferRequest, outputs: list[tuple[OutputRequest, np.ndarray]]) -> Response:
-    described, binary = [], b""
-    all_binary = asked.parameters.get("binary_data_output") is True
-    for output, array in outputs:
-        entry: dict[str, Any] = {"name": output.name, "datatype": OUTPUTS[output.name], "shape": list(array.shape)}
-        if output.parameters.get("binary_data", all_binary) is True:
-            data = _to_bytes(array)
-            entry["parameters"] = {"binary_data_size": len(data)}
-            binary += data
-        else:
-            entry["data"] = array.ravel().tolist()
-        described.append(entry)
-    answer: dict[str, Any] = {"model_name": model.name, "model_version": model.version, "outputs": described}
-    if asked.id is not None:
-        answer["id"] = asked.id
-    text = json.dumps(answer, allow_nan=False).encode()
-    if not binary:
-        return Response(text, media_type="application/json")
-    return Response(text + binary, media_type="application/octet-stream", headers={LENGTH: str(len(text))})
-
-
-def _to_bytes(array: np.ndarray) -> bytes:
-    if array.dtype != object:
-        return array.astype("<f4").tobytes()
-    texts = [text.encode() for text in array]
-    return b"".join(struct.pack("<I", len(text)) + text for text in texts)

@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -12,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
 
-from serving.models import Prompts, check_labels, checked_prompts
+from serving.classes import Prompts, check_labels, checked_prompts
 from serving.problems import Problem
 from serving.schemas import Label, Prompt
 from serving.settings import Settings
@@ -88,6 +87,8 @@ async def read_uploads(request: Request, field: str, most: int) -> tuple[list[Up
                 uploads.append(Upload(await value.read(), value.filename or None))
             elif name == "classes" and isinstance(value, str):
                 classes = value.strip() or None  # a field that was left empty in a page
+            elif name == field:
+                raise Problem("invalid_request", f"the form's part {field!r} isn't a file; send it with a filename")
             else:
                 raise Problem(
                     "invalid_request", f"the form has a part {name[:50]!r}; {field!r} (a file) and 'classes' are taken"
@@ -144,21 +145,6 @@ async def while_wanted(request: Request, work: Coroutine[Any, Any, T]) -> T:
         gone.cancel()
         task.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def json_object(request: Request) -> dict[str, Any]:
-    """The body as a JSON object.
-
-    Raises:
-      Problem: something else.
-    """
-    try:
-        value = json.loads(await request.body())
-    except ValueError as error:
-        raise Problem("malformed", "the body isn't JSON") from error
-    if not isinstance(value, dict):
-        raise Problem("invalid_request", "a JSON object is needed")
-    return value
 
 
 def on_the_loop(make: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from serving.problems import ProblemBody
 
@@ -125,7 +125,7 @@ class LoadRequest(_Given):
         examples=["har-2026-11-25"],
         description="a folder in the server's models_dir; left out: the model's own folder, read again",
     )
-    activate: bool = True
+    activate: StrictBool = True
 
 
 class ActivateRequest(_Given):
@@ -145,6 +145,7 @@ class ClassesRequest(_Given):
         json_schema_extra={"additionalProperties": False},
     )
     remove: list[Label] = Field([], max_length=200)
+    reset: StrictBool = Field(False, description="start from the model's own classes, not from those it has now")
 
 
 class Event(_Frozen):

@@ -14,9 +14,11 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.inference.exported import exported_folder
 from clip_har_jax.signing import verify_signature
 from serving.batcher import Batcher
+from serving.classes import KeptClasses
 from serving.images import Decoder
-from serving.models import Model, Registry
+from serving.models import Model
 from serving.problems import Problem
+from serving.registry import Registry
 from serving.requests import Which
 from serving.security import Limiter
 from serving.settings import Settings
@@ -41,12 +43,13 @@ class Service:
     def start(self) -> None:
         """Starts the parts and begins to load; what isn't loaded yet answers "not ready"."""
         settings = self.settings
-        self.batcher = Batcher(settings.max_wait_s, self.metrics)
+        self.batcher = Batcher(settings.max_wait_s, settings.compute_threads, self.metrics)
         self.decoder = Decoder(settings.decode_processes, settings.max_megapixels, self.metrics)
         self.registry = Registry(
             settings.all_models,
             settings.models_dir,
             self._check_folder,
+            KeptClasses(settings.state_dir),
             settings.compute_threads,
             self.batcher,
             self.metrics,

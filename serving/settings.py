@@ -1,5 +1,6 @@
 """What can be set, by HAR_ variables of the environment or by flags; every default stands here once."""
 
+import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,9 @@ class Settings(BaseSettings):
     name: str = Field("har", pattern=NAME, description="what the model is called in addresses")
     models: dict[str, Path] = Field({}, description='further models, as {"NAME": "PATH"}')
     models_dir: Path | None = Field(None, description="the folder whose folders can be loaded by name at run time")
+    state_dir: Path | None = Field(
+        None, description="where changes of classes are kept, to outlast loads and restarts; left out: nowhere"
+    )
     require_manifest: bool = Field(True, description="refuse a folder that isn't sealed")
     signing_key: Path | None = Field(
         None,
@@ -84,6 +88,13 @@ class Settings(BaseSettings):
             if not re.fullmatch(NAME, name):
                 raise ValueError(f"{name!r}: a model's name is letters, digits, _ and -")
         return models
+
+    @field_validator("state_dir")
+    @classmethod
+    def _writable(cls, state_dir: Path | None) -> Path | None:
+        if state_dir is not None and not (state_dir.is_dir() and os.access(state_dir, os.W_OK)):
+            raise ValueError(f"{state_dir}: no folder that can be written; make it, or leave it out")
+        return state_dir
 
     @model_validator(mode="after")
     def _closed_by_default(self) -> "Settings":

@@ -1,114 +1,23 @@
-"""Video in, action events out: frames over a WebSocket as they come, or a whole video at once."""
+"""Frames over a WebSocket as they come, to action events; the newest one counts."""
 
 import asyncio
-import dataclasses
-import io
 import time
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
-from fastapi import APIRouter, Depends, Query, Request, WebSocket, WebSocketDisconnect
-from pydantic.json_schema import SkipJsonSchema
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
-from clip_har_jax.errors import UserError
-from clip_har_jax.inference.stream import Event, EventDetector, EventRules
-from clip_har_jax.preprocess import Preprocess, evaluation_transform
-from clip_har_jax.video import BadVideo, iter_frames
-from serving.api import ALWAYS, BODY, CLASSES_FIELD, COMPUTED
-from serving.batcher import Lane
-from serving.models import Classes, Model, Prompts
-from serving.problems import Problem, responses
-from serving.requests import (
-    Threshold,
-    WhichModel,
-    deadline_of,
-    free_classes,
-    on_the_loop,
-    read_uploads,
-    while_wanted,
-)
-from serving.schemas import Event as EventBody
-from serving.schemas import VideoEvents, to_scored
+from clip_har_jax.inference.stream import Event
+from serving.follow import Follower, HowEvents
+from serving.problems import Problem
+from serving.requests import WhichModel, deadline_of, free_classes
+from serving.schemas import to_scored
 from serving.service import Service
 
 router = APIRouter(prefix="/v1")
 FLOOD = 10  # times the frame rate that is looked at: who sends more is cut off
 BAD_FRAMES = 20  # one after the other: who sends more is cut off
 POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013
-
-
-@dataclasses.dataclass(frozen=True)
-class AskedEvents:
-    """How events are wanted; the defaults are those of the events' engine."""
-
-    smoothing: Annotated[str, Query(pattern="^(exponential|attention|none)$")] = EventRules.smoothing
-    memory_s: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False)] = EventRules.memory_s
-    start_score: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False)] = EventRules.start_score
-    end_score: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False)] = EventRules.end_score
-    min_duration_s: Annotated[float, Query(ge=0, le=600, allow_inf_nan=False)] = EventRules.min_duration_s
-    threshold: Annotated[Threshold | SkipJsonSchema[None], Query()] = None
-    top: Annotated[int, Query(ge=1, le=100)] = 5
-    classes: Annotated[list[str], Query(description="as /v1/predict takes them")] = ()  # type: ignore[assignment]
-
-    def rules(self, model: Model, free: bool) -> EventRules:
-        """The engine's rules for a model.
-
-        Raises:
-          Problem: they contradict one another.
-        """
-        below = self.threshold if self.threshold is not None or free else model.abstain_below
-        try:
-            return EventRules(
-                self.smoothing, self.memory_s, self.start_score, self.end_score, self.min_duration_s, below
-            )
-        except UserError as error:
-            raise Problem("invalid_request", str(error)) from error
-
-
-HowEvents = Annotated[AskedEvents, Depends(on_the_loop(AskedEvents))]
-
-
-class Follower:
-    """One stream of frames through a model, to events; a switch of the model ends what went on."""
-
-    def __init__(self, service: Service, which: WhichModel, asked: AskedEvents, prompts: dict[str, Prompts] | None):
-        self._service, self._which, self._asked, self._prompts = service, which, asked, prompts
-        self.model: Model | None = None
-        self._classes: Classes | None = None
-        self.detector = EventDetector(())
-
-    async def choose(self, deadline: float) -> tuple[Event, ...]:
-        """Takes the model that is active now; gives the events that ended with another one."""
-        model = self._service.registry.get(self._which.model, self._which.version)
-        if model is self.model:
-            return ()
-        classes = model.classes
-        if self._prompts is not None:
-            if not model.accepts_classes:
-                raise model.refusal()
-            classes = await model.open_vocabulary(self._prompts, self._service.batcher, deadline)
-        rules = self._asked.rules(model, self._prompts is not None)
-        ended = self.detector.finish()
-        self.model, self._classes = model, classes
-        self.detector = EventDetector(classes.labels if classes else model.labels, rules)
-        return ended
-
-    @property
-    def lane(self) -> Lane:
-        """What most of a frame's time goes to."""
-        assert self.model is not None, "choose comes first"
-        return self.model.embed if self._classes is not None else self.model.classify
-
-    async def measure(self, pixels: np.ndarray, deadline: float) -> tuple[np.ndarray, np.ndarray | None]:
-        """A frame's logits, and its embedding where that is needed."""
-        model, batcher, classes = self.model, self._service.batcher, self._classes
-        assert model is not None, "choose comes first"
-        attends = self.detector.rules.smoothing == "attention"
-        embedding = await batcher.run(model.embed, pixels, deadline) if classes or attends else None
-        if classes is not None and embedding is not None:
-            return classes.logits(embedding), embedding
-        return await batcher.run(model.classify, pixels, deadline), embedding
 
 
 class Newest:
@@ -265,91 +174,3 @@ async def stream(websocket: WebSocket, which: WhichModel, asked: HowEvents) -> N
         await websocket.accept()
         with suppress(WebSocketDisconnect):
             await Session(websocket, service, follower, asked.top).run()
-
-
-def read_frames(data: bytes, rate_hz: float, most: int, preprocess: Preprocess, max_megapixels: float) -> Any:
-    """Times and pixels of a video's frames, and what is damaged; runs in a decoding process.
-
-    Raises:
-      BadVideo: not a video, or more frames than are taken.
-    """
-    times: list[float] = []
-    images: list[np.ndarray] = []
-    damage = None
-    try:
-        for frame in iter_frames(io.BytesIO(data), rate_hz, max_megapixels, num_threads=1):
-            if len(times) == most:
-                raise BadVideo(f"over {most} frames at {rate_hz:g} a second; send less, or ask for a lower rate_hz")
-            times.append(frame.time_s)
-            images.append(evaluation_transform(frame.image, preprocess))
-    except BadVideo as error:
-        if not times or len(times) == most:
-            raise
-        damage = str(error)
-    return times, images, damage
-
-
-VIDEO = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "video": {"type": "string", "format": "binary", "description": "MP4, WebM, AVI, MKV, MOV ..."},
-                        "classes": CLASSES_FIELD,
-                    },
-                    "required": ["video"],
-                    "additionalProperties": False,
-                }
-            },
-            "video/mp4": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
-VIDEO_ERRORS = responses(*ALWAYS, *BODY, *COMPUTED, "classes_not_supported", "bad_video")
-
-
-@router.post("/stream", responses=VIDEO_ERRORS, openapi_extra=VIDEO)
-async def video(
-    request: Request,
-    which: WhichModel,
-    asked: HowEvents,
-    rate_hz: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False, description="frames looked at")] = 4.0,
-) -> VideoEvents:
-    """The actions in a video, from when to when."""
-    service: Service = request.app.state.service
-    settings = service.settings
-    with service.begin(request, which):
-        async with service.one_video():
-            (upload,), field = await read_uploads(request, "video", 1)
-            if not upload.data:
-                raise Problem("empty_body", "no bytes came; send a video")
-            deadline = asyncio.get_running_loop().time() + settings.video_timeout_s
-            prompts = free_classes(list(asked.classes), field, settings)
-            follower = Follower(service, which, asked, prompts)
-            return await while_wanted(request, _events(service, follower, upload.data, rate_hz, deadline))
-
-
-async def _events(service: Service, follower: Follower, data: bytes, rate_hz: float, deadline: float) -> VideoEvents:
-    await follower.choose(deadline)
-    model, settings = follower.model, service.settings
-    assert model is not None
-    try:
-        arguments = (rate_hz, settings.max_video_frames, model.backend.preprocess, settings.max_megapixels)
-        times, images, damage = await service.decoder.run(read_frames, data, *arguments)
-    except BadVideo as error:
-        raise Problem("bad_video", str(error)) from error
-    events: list[Event] = []
-    with model.use():
-        for start in range(0, len(times), model.costs.best):
-            chunk = slice(start, start + model.costs.best)
-            await service.batcher.quiet(deadline)  # others wait for one image, this one for hundreds
-            async with service.batcher.admit(follower.lane, len(times[chunk])):
-                measured = await asyncio.gather(*(follower.measure(pixels, deadline) for pixels in images[chunk]))
-            for time_s, (logits, embedding) in zip(times[chunk], measured, strict=True):
-                events += follower.detector.update(time_s, logits, embedding).ended
-    events += follower.detector.finish()
-    found = [EventBody(**vars(event)) for event in events]
-    return VideoEvents(events=found, duration_s=times[-1], frames=len(times), damage=damage, model=model.ref)

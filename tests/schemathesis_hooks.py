@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serving.images import media_type
+from serving.requests import LONGEST_MS
 from tests.test_stream import write_video
 
 with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
@@ -45,14 +46,6 @@ def map_body(context: Any, body: Any) -> Any:
 
 
 @schemathesis.hook
-def map_headers(context: Any, headers: Any) -> Any:
-    """A deadline of a millisecond passes, as it should, and would count as an error of the server's."""
-    if headers and str(headers.get("X-Timeout-Ms", "")).isdecimal():
-        headers["X-Timeout-Ms"] = "10000"
-    return headers
-
-
-@schemathesis.hook
 def map_query(context: Any, query: Any) -> Any:
     """Names of classes that don't mean the same, rules that don't contradict one another."""
     classes, end_score = (query or {}).get("classes"), (query or {}).get("end_score")
@@ -65,7 +58,13 @@ def map_query(context: Any, query: Any) -> Any:
 
 @schemathesis.hook
 def before_call(context: Any, case: schemathesis.Case, kwargs: Any) -> None:
-    """A video where an image was made, since both are binary."""
+    """A video where an image was made, since both are binary; and time to answer.
+
+    A deadline of a millisecond passes, as it should, and would count as an error of the server's.
+    """
+    timeout = str((case.headers or {}).get("X-Timeout-Ms", ""))
+    if timeout.isdecimal() and 1 <= int(timeout) <= LONGEST_MS:
+        case.headers["X-Timeout-Ms"] = "10000"
     if case.path == "/v1/stream" and isinstance(case.body, dict):
         made = case.body.get("video")
         data = getattr(made, "data", made)

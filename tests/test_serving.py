@@ -236,7 +236,7 @@ def test_every_route_is_closed_by_default(served: tuple[httpx.Client, Service], 
     key, line = new_key("alice")
     admin_key, admin_line = new_key("root", ["admin"])
     with running(folder, api_keys=f"{line} {admin_line}") as (client, _):
-        for name in routes | {"GET /docs", "GET /openapi.json", "GET /nowhere"}:
+        for name in routes | {"GET /docs", "GET /docs/assets/swagger-ui.css", "GET /openapi.json", "GET /nowhere"}:
             method, path = name.split()
             path = path.format(name="har", version="x")
             status = client.request(method, path).status_code
@@ -249,6 +249,17 @@ def test_every_route_is_closed_by_default(served: tuple[httpx.Client, Service], 
         for method, path in (("GET", "/metrics"), ("POST", "/v1/models/har/load"), ("GET", "/docs")):
             assert client.request(method, path, headers=mine).json()["code"] == "forbidden"
         assert client.post("/v1/models/har/load", json={}, headers=admins).status_code == 200
+
+
+def test_the_docs_need_nobody_else(client: httpx.Client) -> None:
+    """No other host's script runs in the page, and it works where there is no internet."""
+    page = client.get("/docs").raise_for_status()
+    links = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(links) == 3
+    for link in links:
+        assert len(client.get(f"/{link}").raise_for_status().content) > 1000
+    assert "https:" not in page.headers["content-security-policy"] and "url: 'openapi.json'" in page.text
+    assert client.get("/docs/assets/..%2f__init__.py").status_code == 404
 
 
 def test_web_pages_of_others_are_kept_out(client: httpx.Client, photo: Path) -> None:
@@ -317,6 +328,7 @@ def test_threads_are_shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         (("--model=x",), {"HAR_API_KEYS": "alice:use:1234"}, "key 1 must be NAME:SCOPES:SHA256"),
         (("--model=x",), {"HAR_MAX_BODY": "1"}, "did you mean 'HAR_MAX_BODY_BYTES'?"),
         (("--model=x", "--port=99999"), {}, "HAR_PORT"),
+        (("--model=x",), {"HAR_STATE_DIR": "/nowhere"}, "no folder that can be written"),
         (("--model=x", "--name=../x"), {}, "HAR_NAME"),
         (("--model=x",), {"HAR_MODELS": '{"a/b": "x"}'}, "a model's name is"),
     ],

@@ -380,6 +380,7 @@ def slow_down(service: Service, monkeypatch: pytest.MonkeyPatch, seconds: float)
         return run(items)
 
     monkeypatch.setattr(model.classify, "run", slowly)
+    monkeypatch.setattr(model.classify, "run_beside", None)
     monkeypatch.setattr(model.costs, "factor", seconds / (model.costs.of_batch(1) / model.costs.factor))
     monkeypatch.setattr(model.costs, "best", 2)
 

@@ -4,6 +4,7 @@ An exported folder holds one folder a format, and for all of them `signature.jso
 give), `actions.json`, the tokenizer and the image settings.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -35,17 +36,22 @@ PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "OpenVINOExec
 Run = Callable[..., Sequence[np.ndarray]]
 
 
-def _open_onnx(folder: Path, graph: str, signature: dict[str, Any], threads: int | None) -> Run:
+def _providers() -> list[str]:
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
-    providers = [name for name in PROVIDERS if name in available]
+    return [name for name in PROVIDERS if name in available]
+
+
+def _open_onnx(folder: Path, graph: str, signature: dict[str, Any], threads: int | None) -> Run:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         # A thread that has nothing to do would spin, for the core that another one of the service needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=providers)
+    session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=_providers())
     return lambda *inputs: session.run(signature["outputs"], dict(zip(signature["inputs"], inputs, strict=True)))
 
 
@@ -196,6 +202,14 @@ class ExportedBackend:
         if classes:
             self._classes = self.embed_classes([actions.prompts[label] for label in actions.labels])
             self._scale = self.logit_scale / actions.temperature
+
+    def in_one_thread(self) -> "ExportedBackend | None":
+        """The same model, of which each run takes one thread of its caller's; None: its runtime has no such thing."""
+        if not self.graphs.format.startswith("onnx") or len(_providers()) > 1:
+            return None
+        other = copy.copy(self)
+        other.graphs = Graphs(self.path, self.graphs.format, threads=1)
+        return other
 
     def embed_classes(self, prompts: Sequence[Sequence[str]]) -> Float32[np.ndarray, "c d"]:
         """Class embeddings, by the text encoder from the texts of each class."""

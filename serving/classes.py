@@ -1,0 +1,133 @@
+"""Classes that come as text: what they are compared with, which can be told apart, and where changes are kept."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clip_har_jax.bundle import write_json
+from clip_har_jax.errors import UserError
+from clip_har_jax.text import make_prompts, phrase
+from serving.problems import Problem
+from serving.telemetry import log
+
+Prompts = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What logits are over, where they don't come from the classifier's own classes."""
+
+    prompts: dict[str, Prompts]  # of each label
+    embeddings: np.ndarray  # [c, d], of length 1
+    scale: float
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """In the order of the logits."""
+        return tuple(self.prompts)
+
+    def logits(self, embeddings: np.ndarray) -> np.ndarray:
+        """Of one image's embedding, or of several."""
+        return self.scale * embeddings @ self.embeddings.T
+
+
+def check_labels(labels: Sequence[str], code: str = "invalid_request") -> None:
+    """Refuses classes that no model could tell apart.
+
+    Raises:
+      Problem: fewer than two, or two that are said alike.
+    """
+    if len(labels) < 2:
+        raise Problem(code, f"classes: two or more are needed, not {len(labels)}")
+    said = [phrase(label) for label in labels]
+    if twice := [label for label in labels if said.count(phrase(label)) > 1]:
+        raise Problem(code, f"classes: {' and '.join(map(repr, twice[:2]))} mean the same; leave one out")
+
+
+def checked_prompts(given: Mapping[str, Sequence[str]]) -> dict[str, Prompts]:
+    """Label -> its texts: those given, else the usual ones.
+
+    Raises:
+      Problem: a label without words.
+    """
+    if empty := [label for label in given if not phrase(label).strip()]:
+        raise Problem("invalid_request", f"classes: {empty[0]!r} has no words")
+    usual = make_prompts(list(given))
+    return {label: tuple(texts) or usual[label] for label, texts in given.items()}
+
+
+class _Kept(BaseModel):
+    """The file of a change: of which model, the how manieth, and what its classes are now."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    digest: str
+    changes: int = Field(ge=1)
+    classes: dict[str, list[str]] = Field(min_length=2)
+
+
+class KeptClasses:
+    """Changes of classes, one file for each model's name and digest; without a folder nothing is kept.
+
+    Args:
+      folder: where.
+    """
+
+    def __init__(self, folder: Path | None):
+        self._folder = folder
+
+    def _path(self, name: str, digest: str | None) -> Path | None:
+        return self._folder / f"{name}-{digest[:16]}.json" if self._folder is not None and digest is not None else None
+
+    def read(self, name: str, digest: str | None) -> tuple[dict[str, Prompts], int] | None:
+        """The classes that a model was changed to, and how often it was; None: it wasn't.
+
+        Raises:
+          UserError: a file that can't be used.
+        """
+        path = self._path(name, digest)
+        if path is None or not path.is_file():
+            return None
+        try:
+            kept = _Kept.model_validate_json(path.read_bytes())
+            check_labels(list(kept.classes))
+        except (OSError, ValidationError, Problem) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: the kept change of classes is damaged ({reason}); delete or mend it") from error
+        if kept.digest != digest or not all(kept.classes.values()):
+            raise UserError(f"{path}: the kept change of classes is of another model; delete it")
+        return {label: tuple(texts) for label, texts in kept.classes.items()}, kept.changes
+
+    def write(self, name: str, digest: str | None, classes: Classes, changes: int) -> None:
+        """Keeps a change; whoever reads sees the one before or this one.
+
+        Raises:
+          Problem: it can't be written.
+        """
+        path = self._path(name, digest)
+        if path is None:
+            if self._folder is not None:
+                log.warning("a change of classes isn't kept: the model isn't sealed", extra={"fields": {"model": name}})
+            return
+        value: dict[str, Any] = {"digest": digest, "changes": changes, "classes": classes.prompts}
+        try:
+            write_json(path, value)
+        except OSError as error:
+            raise Problem("internal", f"the change can't be kept in state_dir ({error.strerror})") from error
+
+    def forget(self, name: str, digest: str | None) -> None:
+        """Takes a change back.
+
+        Raises:
+          Problem: it can't be deleted.
+        """
+        path = self._path(name, digest)
+        try:
+            if path is not None:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise Problem("internal", f"the change can't be deleted in state_dir ({error.strerror})") from error

@@ -1,0 +1,249 @@
+"""Models in and out: named versions, loaded and proven aside, switched in one assignment, dropped when unused."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.inference import golden
+from serving.batcher import Batcher, Costs
+from serving.classes import KeptClasses
+from serving.models import Model, open_exported
+from serving.problems import Problem
+from serving.schemas import ModelStatus
+from serving.telemetry import Metrics, log
+
+
+@dataclass
+class Entry:
+    """A name: where its model comes from, and the versions that are loaded."""
+
+    name: str
+    path: Path
+    active: Model | None = None
+    versions: dict[str, Model] = field(default_factory=dict)
+    loading: bool = True
+    error: str | None = None
+    changes: int = 0  # how often classes were changed, and unsealed folders loaded
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def status(self) -> ModelStatus:
+        """For /v1/models."""
+        state: Literal["ready", "loading", "failed"] = (
+            "ready" if self.active else "loading" if self.loading else "failed"
+        )
+        versions = [model.describe() for model in self.versions.values()]
+        active = self.active.version if self.active else None
+        return ModelStatus(name=self.name, status=state, error=self.error, active=active, versions=versions)
+
+
+class Registry:
+    """All names; what changes them.
+
+    Args:
+      paths: name -> exported folder; the first name is the default.
+      models_dir: whose folders may be loaded by name; None: none.
+      checks: what a folder must pass beside its manifest, called before it is opened.
+      kept: changes of classes that outlast a load.
+      threads: that run a model.
+      batcher: what runs the models.
+      metrics: where loads are counted.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        models_dir: Path | None,
+        checks: Callable[[Path], None],
+        kept: KeptClasses,
+        threads: int,
+        batcher: Batcher,
+        metrics: Metrics,
+    ):
+        self.entries = {name: Entry(name, path) for name, path in paths.items()}
+        self._models_dir, self._checks, self._kept, self._threads = models_dir, checks, kept, threads
+        self._batcher, self._metrics = batcher, metrics
+
+    @property
+    def ready(self) -> bool:
+        """Whether every name has an active version."""
+        return all(entry.active for entry in self.entries.values())
+
+    def entry(self, name: str | None) -> Entry:
+        """The entry of a name; None: the default.
+
+        Raises:
+          Problem: no such name.
+        """
+        name = next(iter(self.entries), "har") if name is None else name
+        if name not in self.entries:
+            raise Problem("unknown_model", f"no model of this name; there are {', '.join(self.entries) or 'none'}")
+        return self.entries[name]
+
+    def get(self, name: str | None = None, version: str | None = None) -> Model:
+        """A model to answer with.
+
+        Raises:
+          Problem: no such name or version, or not loaded.
+        """
+        entry = self.entry(name)
+        if version is not None:
+            if version not in entry.versions:
+                raise Problem("unknown_model", f"{entry.name} has no such version; see /v1/models")
+            return entry.versions[version]
+        if entry.active is None:
+            reason = f"could not be loaded: {entry.error}" if entry.error else "is being loaded"
+            raise Problem("not_ready", f"model {entry.name} {reason}", retry_after_s=5)
+        return entry.active
+
+    def folder(self, name: str) -> Path:
+        """The path of a folder in models_dir.
+
+        Raises:
+          Problem: not there, or no models_dir.
+        """
+        if self._models_dir is None:
+            raise Problem("load_failed", "the service was started without models_dir, so only its own folder is read")
+        root = self._models_dir.resolve()
+        path = (root / name).resolve()
+        if path.parent != root or not path.is_dir():  # names hold no slash; a link could still lead elsewhere
+            raise Problem("not_found", f"models_dir holds no folder {name!r}")
+        return path
+
+    async def load(self, name: str, path: Path | None = None, activate: bool = True) -> Entry:
+        """Loads a version aside and, once it has passed, makes it the active one.
+
+        Raises:
+          Problem: it didn't pass; what was active stays so.
+        """
+        entry = self.entry(name)
+        async with entry.lock:
+            entry.loading = True
+            try:
+                model = await asyncio.to_thread(self._open, entry, path or entry.path)
+            except Exception as error:
+                entry.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                self._metrics.loads.labels(name, "failed").inc()
+                log.error("model not loaded", extra={"fields": {"model": name, "reason": entry.error}})
+                raise Problem("load_failed", entry.error) from error
+            finally:
+                entry.loading = False
+            entry.error = None
+            entry.path = path or entry.path
+            self._metrics.loads.labels(name, "loaded").inc()
+            entry.versions[model.version] = model
+            if activate:
+                self._switch(entry, model)
+            return entry
+
+    def _open(self, entry: Entry, path: Path) -> Model:
+        """Verify, open, warm, prove: in a thread of its own."""
+        self._checks(path)
+        backend = open_exported(path, self._threads)
+        entry.changes += backend.digest is None
+        version = backend.digest[:12] if backend.digest else f"unsealed{entry.changes}"
+        if not golden.check(backend):
+            log.warning(
+                "no golden outputs: its graphs were only compared with one another; export it again to have them",
+                extra={"fields": {"model": entry.name, "path": str(path)}},
+            )
+        size = backend.preprocess.image_size_px
+        # While another version serves, times would be of a busy machine: what that one measured is a better start.
+        costs = Costs(entry.active.costs.measured) if entry.active else None
+        costs = costs or Costs.measure(backend.logits, np.zeros((size, size, 3), np.uint8))
+        log.info(
+            "model loaded",
+            extra={"fields": {"model": entry.name, "version": version, "best_batch": costs.best, "path": str(path)}},
+        )
+        beside = backend.in_one_thread() if self._threads > 1 else None
+        if beside is not None:  # opened now, not by the first requests
+            example = np.zeros((1, size, size, 3), np.uint8)
+            beside.logits(example), beside.embed(example)
+        return self._as_changed(entry, Model(backend, entry.name, version, costs, beside))
+
+    def _as_changed(self, entry: Entry, model: Model) -> Model:
+        """The model with the classes that it was changed to before, if it was."""
+        found = self._kept.read(entry.name, model.backend.digest)
+        if found is None:
+            return model
+        prompts, changes = found
+        if not model.accepts_classes:
+            raise UserError(f"{model.backend.path}: classes were kept for it, but its head takes no others")
+        entry.changes = max(entry.changes, changes)
+        return model.changed(prompts, model.backend.embed_classes(list(prompts.values())), changed(model, changes))
+
+    def _switch(self, entry: Entry, model: Model) -> None:
+        """From the next request on `model` answers; the one before goes when its last request has."""
+        before = entry.active
+        entry.active = model
+        if before is not None and before is not model:
+            self._metrics.forget_model(entry.name, before.version, before.backend.digest or "")
+            if entry.versions.get(before.version) is before:
+                del entry.versions[before.version]
+            log.info(
+                "model switched", extra={"fields": {"model": entry.name, "from": before.version, "to": model.version}}
+            )
+        self._metrics.model_info.labels(entry.name, model.version, model.backend.digest or "").set(1)
+
+    async def activate(self, name: str, version: str) -> Entry:
+        """Makes a loaded version the active one.
+
+        Raises:
+          Problem: it isn't loaded.
+        """
+        entry = self.entry(name)
+        async with entry.lock:
+            self._switch(entry, self.get(name, version))
+        return entry
+
+    async def unload(self, name: str, version: str) -> None:
+        """Drops a version that isn't active.
+
+        Raises:
+          Problem: it isn't loaded, or active.
+        """
+        entry = self.entry(name)
+        async with entry.lock:
+            if self.get(name, version) is entry.active:
+                raise Problem("conflict", "this version is active; activate another one first")
+            del entry.versions[version]
+
+    async def change_classes(
+        self, name: str, add: Mapping[str, Sequence[str]], remove: Sequence[str], reset: bool, deadline: float
+    ) -> Entry:
+        """Makes and activates a version of the active model with other classes, and keeps the change.
+
+        Args:
+          name: of the model.
+          add, remove: what changes.
+          reset: from the model's own classes on, not from those it has now.
+          deadline: when an answer is of no use any more.
+
+        Raises:
+          Problem: the model's head can't, the classes don't fit, or the change can't be kept.
+        """
+        entry = self.entry(name)
+        async with entry.lock:
+            model = self.get(name)
+            if reset:
+                model = model.unchanged()
+            if add or remove:
+                changes = entry.changes + 1
+                model = await model.with_classes(add, remove, changed(model, changes), self._batcher, deadline)
+                assert model.classes is not None
+                await asyncio.to_thread(self._kept.write, name, model.backend.digest, model.classes, changes)
+                entry.changes = changes
+            elif reset:
+                await asyncio.to_thread(self._kept.forget, name, model.backend.digest)
+            entry.versions[model.version] = model
+            self._switch(entry, model)
+        return entry
+
+
+def changed(model: Model, changes: int) -> str:
+    """The version of a model whose classes were changed."""
+    return f"{model.version.partition('+')[0]}+c{changes}"
