@@ -131,7 +131,7 @@ def throughput(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]
 def _summary(rounds: list[dict[str, Measured]]) -> dict[str, Any]:
     """Medians of each side, and ours beside the others within a round; of quiet rounds alone, if there are any."""
     quiet = [sides for sides in rounds if max(side.others for side in sides.values()) <= QUIET]
-    print(f"throughput   {len(quiet)} of {len(rounds)} rounds were quiet: others used at most {QUIET:.0%} of the machine")
+    print(f"throughput   {len(quiet)} of {len(rounds)} rounds were quiet (others at most {QUIET:.0%} of the machine)")
     result: dict[str, Any] = {"rounds": len(rounds), "quiet_rounds": len(quiet)}
     rounds = quiet or rounds
     for name in rounds[0]:
