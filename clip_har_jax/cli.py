@@ -1,11 +1,12 @@
 """What every command shares: flags, exit codes, one line for a mistake."""
 
 import argparse
+import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from clip_har_jax.errors import UserError, nearest
@@ -115,8 +116,24 @@ def step_range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Prints what came out, a name and its value a line; a long path stays in one piece, to be copied."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {printable(value)}")
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may get it: one line, and no control characters, which file names can hold."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits with what it returns (None: 0); a `UserError` is printed and exits 2."""
+    for stream in (sys.stdout, sys.stderr):  # where the terminal doesn't know a character, its number is told
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # libraries' start-up chatter hides what the person looks for
     try:
         sys.exit(main() or 0)
@@ -133,7 +150,7 @@ def run(main: Callable[[], int | None]) -> None:
 def report(error: BaseException) -> int:
     """Prints what ended a command, a person's mistake as one line; gives the exit code."""
     if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_MISTAKE
     traceback.print_exception(error)
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1

@@ -53,13 +53,12 @@ def _print_events(predictor: "Predictor", videos: Iterable[str], arguments: argp
     rules = EventRules(**{name: getattr(arguments, name) for name in names})
     failed = False
     for video in videos:
+        name = cli.printable(video)
         try:
             watched = find_events(iter_frames(video, arguments.rate_hz), predictor.backend, rules, arguments.batch_size)
         except BadVideo as error:
             failed = True
-            message = (
-                json.dumps({"input": video, "error": str(error)}) if arguments.json else f"error: {video}: {error}"
-            )
+            message = json.dumps({"input": video, "error": str(error)}) if arguments.json else f"error: {name}: {error}"
             print(message, file=sys.stdout if arguments.json else sys.stderr, flush=True)
             continue
         if arguments.json:
@@ -67,14 +66,14 @@ def _print_events(predictor: "Predictor", videos: Iterable[str], arguments: argp
             print(json.dumps({"input": video, **events}), flush=True)
             continue
         for event in watched.events:
-            print(f"{event.start_s:8.1f} to {event.end_s:.1f} s  {event.score:.3f}  {event.label}  {video}", flush=True)
+            print(f"{event.start_s:8.1f} to {event.end_s:.1f} s  {event.score:.3f}  {event.label}  {name}", flush=True)
         if watched.damage:
-            print(f"warning: {video}: {watched.damage}", file=sys.stderr)
+            print(f"warning: {name}: {watched.damage}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _print_line(prediction: "Prediction", width: int) -> None:
-    name = prediction.input.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
+    name = cli.printable(prediction.input)
     if prediction.error is not None:
         print(f"error: {name}: {prediction.error}", file=sys.stderr)
     else:

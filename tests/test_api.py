@@ -59,3 +59,20 @@ def test_a_mistake_is_one_line_and_exits_2(arguments, message):
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_is_printed_is_one_line_a_name_whatever_it_holds(capsys):
+    from clip_har_jax import cli
+    from clip_har_jax.errors import UserError
+
+    cli.print_rows([("model", "runs/[bold]/" + "long/" * 40), ("top-1", "0.5")])
+    assert capsys.readouterr().out.splitlines() == ["model  runs/[bold]/" + "long/" * 40, "top-1  0.5"]
+    assert cli.report(UserError("a\nb\x1b[2J \udcff läuft")) == 2
+    assert capsys.readouterr().err == "error: a\\nb\\x1b[2J \\udcff läuft\n"
+
+
+def test_a_terminal_that_lacks_a_character_ends_no_command(tmp_path):
+    code = "from clip_har_jax import cli; cli.run(lambda: print('läuft 跑步'))"
+    environment = {"PYTHONIOENCODING": "latin-1", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert done.stdout.decode("latin-1") == "läuft \\u8dd1\\u6b65\n"

@@ -160,6 +160,19 @@ def test_stopped_and_continued_is_bit_equal(folders, finished, tmp_path):
     assert record["run_id"] != before["run_id"]
 
 
+def test_a_finished_run_started_again_keeps_its_model(folders, tmp_path, capsys):
+    config, model = config_for(folders, num_steps=2), tmp_path / "model"
+    train(config, tmp_path, quiet=True)
+    digest = bundle.verify(model)
+    assert train(config, tmp_path).steps == 2
+    assert "all 2 steps are done" in capsys.readouterr().out
+    assert bundle.verify(model) == digest
+    (model / "actions.json").write_text("{}")
+    train(config, tmp_path, quiet=True)
+    assert bundle.verify(model) != digest  # written anew: its run.json is of the third start
+    assert bundle.read_actions(model).labels == tuple(sorted(LABELS))
+
+
 def test_a_checkpoint_is_not_changed_by_the_steps_after_it(folders, tmp_path):
     """Saves run in the background while the state's buffers are donated and written again."""
     config = config_for(folders, num_steps=2)

@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from clip_har_jax.evaluation.calibration import calibration_error
 from clip_har_jax.evaluation.metrics import NUM_BINS
@@ -28,6 +29,7 @@ COLORS = {
 }
 SERIES = ("bar", "second", "third", "soft")
 SIZE_IN = (4.6, 3.0)
+MIN_LOG_RATIO = 10  # of the largest value to the smallest
 
 Points = tuple[Sequence[int | float], Sequence[float]]  # x and y
 
@@ -35,11 +37,12 @@ Points = tuple[Sequence[int | float], Sequence[float]]  # x and y
 def chart(size_in: tuple[float, float] = SIZE_IN) -> tuple[Figure, Axes]:
     """An empty chart in the page's colours."""
     figure = Figure(figsize=size_in)
-    axes = figure.add_axes((0.13, 0.17, 0.84, 0.8))
+    axes = figure.add_axes((0.18, 0.17, 0.79, 0.8))  # room on the left for 1.25e-05
     axes.grid(True, color=COLORS["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    axes.tick_params(colors=COLORS["soft"], length=0, labelsize=9)
+    axes.tick_params(which="both", colors=COLORS["soft"], length=0, labelsize=9)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=COLORS["soft"], fontsize=9)
     return figure, axes
@@ -78,13 +81,19 @@ def _legend(axes: Axes, **options: Any) -> Legend:
 def draw_lines(
     series: Mapping[str, Points], x: str, y: str, description: str, log_y: bool = False, markers: bool = False
 ) -> Markup:
-    """Lines over a common axis."""
+    """Lines over a common axis; with `log_y` a logarithmic one where the values differ tenfold."""
     figure, axes = chart()
     for (name, (xs, ys)), color in zip(series.items(), SERIES * len(series), strict=False):
         marker = "o" if markers or len(xs) < 12 else None
         axes.plot(xs, ys, color=COLORS[color], linewidth=1.8, marker=marker, markersize=4, label=name)
-    if log_y:
+    values = np.concatenate([ys for _, ys in series.values()])
+    if log_y and values.min() > 0 and values.max() / values.min() >= MIN_LOG_RATIO:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    if all(float(value).is_integer() for xs, _ in series.values() for value in xs):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set(xlabel=x, ylabel=y)
     axes.margins(x=0.02)
     if len(series) > 1:

@@ -130,15 +130,16 @@ def _verdict(run: dict[str, Any], first: dict[str, Any]) -> str:
 def print_result(result: dict[str, Any], output: str | Path) -> None:
     """A short table of all, and what the tests say."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console, table = Console(highlight=False, soft_wrap=True), Table(box=None)
+    table = Table(box=None)
     for title in ("evaluation", *(title for _, title, _ in HEADLINES), "p"):
         table.add_column(title)
     for run in result["runs"]:
         p = f"{run['p_corrected']:.3g}" if "p_corrected" in run else ""
-        table.add_row(run["name"], *(f"{run['metrics'][name]:.3f}" for name, _, _ in HEADLINES), p)
-    console.print(table)
+        table.add_row(escape(run["name"]), *(f"{run['metrics'][name]:.3f}" for name, _, _ in HEADLINES), p)
+    Console(highlight=False, soft_wrap=True).print(table)
     for run in result["runs"][1:]:
-        console.print(run["verdict"])
-    console.print(f"comparison: {Path(output) / 'comparison.html'}")
+        print(run["verdict"])
+    print(f"comparison: {Path(output) / 'comparison.html'}")

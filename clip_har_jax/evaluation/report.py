@@ -19,7 +19,7 @@ from clip_har_jax.evaluation import charts
 from clip_har_jax.evaluation.calibration import aps_sets, softmax, split_conformal_sets
 from clip_har_jax.evaluation.evaluator import EvalResult, Shown
 from clip_har_jax.evaluation.history import History
-from clip_har_jax.evaluation.plots import draw_confusion
+from clip_har_jax.evaluation.plots import MAX_NAMED_CLASSES, draw_confusion
 from clip_har_jax.evaluation.significance import bootstrap_intervals
 
 NUM_CONFUSIONS = 10
@@ -99,6 +99,7 @@ def make_report(
         .render(
             metrics=result.metrics,
             num_classes=len(result.labels),
+            matrix_named=len(result.labels) <= MAX_NAMED_CLASSES,
             headlines=HEADLINES,
             intervals=bootstrap_intervals(rows.probs, rows.label),
             pictures=_pictures(result),

@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from clip_har_jax import bundle
+from clip_har_jax import bundle, cli
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
@@ -66,17 +66,17 @@ def calibrate_model(
 
 
 def print_result(found: Calibration, output: str | Path) -> None:
-    """A short table: what was found, what it does, where it lies."""
-    from rich.console import Console
-    from rich.table import Table
-
-    report, table = found.report, Table(show_header=False, box=None)
+    """What was found, what it does, where it lies."""
+    report = found.report
     before, after, told = report["before"], report["after"], report["abstention"]
-    table.add_row("images", str(report["num_examples"]))
-    table.add_row("temperature", f"{found.temperature:.3f}")
-    for name, title in (("nll", "NLL"), ("ece", "ECE"), ("ece_adaptive", "adaptive ECE"), ("brier", "Brier")):
-        table.add_row(title, f"{before[name]:.3f} -> {after[name]:.3f}")
-    table.add_row("abstains", f"below {found.thresholds['abstain']:.3f}: on {1 - told['answered']:.1%} of the images")
-    table.add_row("", f"which holds {told['mistakes_withheld']} of {told['mistakes']} mistakes")
-    table.add_row("model", str(output))
-    Console(highlight=False, soft_wrap=True).print(table)
+    scores = (("nll", "NLL"), ("ece", "ECE"), ("ece_adaptive", "adaptive ECE"), ("brier", "Brier"))
+    cli.print_rows(
+        [
+            ("images", str(report["num_examples"])),
+            ("temperature", f"{found.temperature:.3f}"),
+            *((title, f"{before[name]:.3f} -> {after[name]:.3f}") for name, title in scores),
+            ("abstains", f"below {found.thresholds['abstain']:.3f}: on {1 - told['answered']:.1%} of the images"),
+            ("", f"which holds {told['mistakes_withheld']} of {told['mistakes']} mistakes"),
+            ("model", str(output)),
+        ]
+    )

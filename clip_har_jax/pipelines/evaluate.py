@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_har_jax import cli
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
@@ -15,7 +16,7 @@ from clip_har_jax.data.sources import Example, Source, make_source, manifest_of
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
 from clip_har_jax.evaluation.history import read_history
-from clip_har_jax.evaluation.report import Details
+from clip_har_jax.evaluation.report import HEADLINES, Details
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.text import phrase
 
@@ -190,17 +191,10 @@ def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
 
 
 def print_result(result: EvalResult, output: str | Path) -> None:
-    """A short table: the result and where things lie."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table, metrics = Table(show_header=False, box=None), result.metrics
-    table.add_row("images", str(metrics["num_examples"]))
-    for name, title in (("top1", "top-1"), ("top5", "top-5"), ("macro_f1", "macro F1"), ("nll", "NLL"), ("ece", "ECE")):
-        table.add_row(title, f"{metrics[name]:.3f}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    # Outside the table, which would break a long path in two.
+    """The result and where things lie."""
+    metrics, output = result.metrics, Path(output)
+    rows = [("images", str(metrics["num_examples"]))]
     if metrics["num_unreadable"]:
-        console.print(f"{metrics['num_unreadable']} unreadable, listed in {Path(output) / 'bad_inputs.jsonl'}")
-    console.print(f"report: {Path(output) / 'report.html'}")
+        rows.append(("unreadable", f"{metrics['num_unreadable']}, listed in {output / 'bad_inputs.jsonl'}"))
+    rows += [(title, f"{metrics[name]:.3f}") for name, title, _ in HEADLINES]
+    cli.print_rows([*rows, ("report", str(output / "report.html"))])

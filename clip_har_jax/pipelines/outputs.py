@@ -98,6 +98,9 @@ def print_overview(run: "Run") -> None:
     print(f"method  {describe_method(run)}")
     if run.program.method.recipe.learns_from != "steps":
         return
+    if run.first_step >= run.num_steps:
+        print(f"run     all {run.num_steps} steps are done", flush=True)
+        return
     print(
         f"run     {run.num_steps} steps of {run.config.train.global_batch_size} images on {mesh}{processes}"
         + (f", continuing at step {run.first_step}" if run.first_step else ""),

@@ -250,7 +250,7 @@ def print_plan(result: Plan) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     job, machine, count = result.job, result.machine, len(result.machine.devices)
-    console.print(
+    print(
         f"{job.config.model.name}, batches of {job.config.train.global_batch_size:,} images and {job.num_prompts} "
         f"prompts on {machine.topology}: {count} x {machine.devices[0].device_kind}, "
         f"{result.model_flops / count / 1e12:,.1f} TFLOP each a step"
@@ -263,17 +263,17 @@ def print_plan(result: Plan) -> None:
         table.add_row(*_row(each, machine))
     console.print(table)
     if (best := result.recommended) is None:
-        console.print(f"Nothing fits. As configured: {verdict(result.outcomes[0], machine)}")
+        print(f"Nothing fits. As configured: {verdict(result.outcomes[0], machine)}")
         return
     assert best.memory is not None and best.traffic is not None
     parts = (f"{value / GIB:.2f} {name.removesuffix('_bytes')}" for name, value in vars(best.memory).items())
-    console.print(f"Memory of the recommended, GiB: {', '.join(parts)}")
+    print(f"Memory of the recommended, GiB: {', '.join(parts)}")
     sent = (f"{each.count:,} {kind} {each.bytes / 1e9:.2f} GB" for kind, each in best.traffic.collectives.items())
-    console.print(f"Sent by each device in a step: {', '.join(sent) or 'nothing'}")
+    print(f"Sent by each device in a step: {', '.join(sent) or 'nothing'}")
     if machine.chip is None:
-        console.print("This chip's speed isn't known here: the least work counts as the fastest")
-    console.print(f"As configured ({result.configured}): {verdict(result.outcomes[0], machine)}")
-    console.print(f"Recommended: {' '.join(best.variant.overrides)}")
+        print("This chip's speed isn't known here: the least work counts as the fastest")
+    print(f"As configured ({result.configured}): {verdict(result.outcomes[0], machine)}")
+    print(f"Recommended: {' '.join(best.variant.overrides)}")
 
 
 def _row(outcome: Outcome, machine: Machine) -> list[str]:

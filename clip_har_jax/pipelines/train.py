@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from clip_har_jax import bundle
+from clip_har_jax import bundle, cli
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import calibrate
@@ -105,7 +105,8 @@ def train(
         state = checkpointer.restore(run.state, step) if step else run.state
         record = read_json(folder / "run.json") or {}
         goodput = stack.enter_context(continue_goodput(record, position, begin))
-        write_record(run, goodput, changes + _data_changes(run, record))
+        changes += _data_changes(run, record)
+        write_record(run, goodput, changes)
         if not quiet:
             _warn_of_dirty_code(folder)
         trackers = Trackers(config.trackers, read_facts(folder)) if distributed.is_main() else None
@@ -141,8 +142,10 @@ def train(
             seconds = record_goodput(run, goodput, last_step)
             return Result(folder, None, best, result.metrics, seconds, time.monotonic() - begin, EXIT_RETENTION)
         with goodput.measure("checkpoint"):
-            calibration = calibrate(result.predictions.logits, result.predictions.label)
-            model = write_model(run, state, calibration)
+            model = folder / "model"
+            if not on_main(lambda: _is_done(record, changes, model)):
+                calibration = calibrate(result.predictions.logits, result.predictions.label)
+                model = write_model(run, state, calibration)
         if distributed.is_main():
             write_curves(folder / "metrics.jsonl", folder / "curves.csv")
         if config.trackers:
@@ -203,6 +206,18 @@ def _claim(
         if change.policy == WARNED:
             print(f"warning: config.{change.key} was {change.old!r}, is now {change.new!r}", file=sys.stderr)
     return [dataclasses.asdict(change) for change in changes]
+
+
+def _is_done(record: Mapping[str, Any], changes: Sequence[Any], model: epath.Path) -> bool:
+    """Whether a finished run is started again as it was: its model stays, with the digest that others know it by."""
+    if not record.get("finished") or changes:
+        return False
+    if not bundle.is_local(model):
+        return (model / bundle.MANIFEST).exists()
+    try:
+        return bundle.verify(Path(model)) is not None
+    except UserError:  # damaged: written anew
+        return False
 
 
 def _data_changes(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -277,22 +292,25 @@ def _make_sinks(run: Run, goodput: Goodput, lock: WorkdirLock, more: Sequence[Si
 
 
 def print_result(result: Result) -> None:
-    """A short table: the result, where things lie, and where the time went."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
+    """The result, where things lie, and where the time went."""
+    rows = []
     if result.exit_code == EXIT_RETENTION:
-        table.add_row("refused", "no model is written: more zero-shot accuracy was lost than config.retention.max_drop")
-        table.add_row("", "the checkpoints are kept; with other retention or wise_ft settings the same command goes on")
+        rows += [
+            ("refused", "no model is written: more zero-shot accuracy was lost than config.retention.max_drop"),
+            ("", "the checkpoints are kept; with other retention or wise_ft settings the same command goes on"),
+        ]
     elif result.model is None:
-        table.add_row("stopped", f"at step {result.steps}, saved; the same command continues")
+        rows.append(("stopped", f"at step {result.steps}, saved; the same command continues"))
     else:
-        table.add_row("top-1", f"{result.metrics['top1']:.3f} on {result.metrics['num_examples']} validation images")
-        table.add_row("macro F1", f"{result.metrics['macro_f1']:.3f}")
-        table.add_row("model", f"{result.model} (step {result.steps}, the best)")
-    table.add_row("metrics", str(result.workdir / "metrics.jsonl"))
-    table.add_row("time", f"{result.seconds:.0f} s")
+        rows += [
+            ("top-1", f"{result.metrics['top1']:.3f} on {result.metrics['num_examples']} validation images"),
+            ("macro F1", f"{result.metrics['macro_f1']:.3f}"),
+            ("model", f"{result.model} (step {result.steps}, the best)"),
+        ]
     split = [f"{name.replace('_', ' ')} {value:.0f} s" for name, value in result.goodput.items() if value >= 0.5]
-    table.add_row("goodput", f"{productive_share(result.goodput):.0%} of all starts' time ({', '.join(split)})")
-    Console(highlight=False, soft_wrap=True).print(table)
+    rows += [
+        ("metrics", str(result.workdir / "metrics.jsonl")),
+        ("time", f"{result.seconds:.0f} s"),
+        ("goodput", f"{productive_share(result.goodput):.0%} of all starts' time ({', '.join(split)})"),
+    ]
+    cli.print_rows(rows)
