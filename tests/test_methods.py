@@ -1,6 +1,8 @@
 """Each method, from one common start on the embedded set: it beats zero-shot, changes what it says, and is saved."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -8,18 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_folders import write_image, write_images
+from PIL import Image
+from safetensors.numpy import load_file
 from scipy.special import softmax
 
 from clip_har_jax import bundle
 from clip_har_jax.config import make_config
+from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.adapters import merge_lora
 from clip_har_jax.models.factory import load
-from clip_har_jax.models.heads import Features, head_logits
+from clip_har_jax.models.heads import HEAD_FILE, Features, HeadSize, head_logits, head_shapes, init_head
 from clip_har_jax.models.params import flat_params
 from clip_har_jax.pipelines.compare import measure
+from clip_har_jax.pipelines.inputs import select_classes
 from clip_har_jax.pipelines.retention import interpolate
 from clip_har_jax.pipelines.train import EXIT_RETENTION, train
+from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import balanced_weights, cross_entropy
 from clip_har_jax.training.mixing import mix
 from clip_har_jax.training.probe import Embedded, fit_cache, fit_probe
@@ -109,6 +116,44 @@ def test_each_method_beats_zero_shot_and_changes_what_it_says(name, start, zero_
     )  # what training measured is what the folder answers
 
 
+HEAD_PARAMS = {
+    "mlp": {"classes.kernel", "fc1.kernel", "fc1.bias", "fc2.kernel", "fc2.bias"},
+    "cross_attention": {
+        "classes.kernel",
+        *(f"{layer}.{part}" for layer in ("query", "key", "value", "out") for part in ("kernel", "bias")),
+    },
+}
+
+
+@pytest.mark.parametrize("head", ["mlp", pytest.param("cross_attention", marks=pytest.mark.slow)])
+def test_a_fusion_head_and_the_image_tower_learn_together(head, start, zero_shot, tmp_path):
+    result = train(config_for(start, "full", method={"head": head}), tmp_path, quiet=True)
+    assert result.metrics["top1"] > zero_shot + 0.05
+    before, after = params_of(start), params_of(result.model)
+    moved = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    tower = {name for name in before if name.startswith("vis")}  # the head's classes take the text tower's place
+    assert moved | {"vision.layers.attention.key.bias"} == tower
+    assert bundle.read_actions(Path(result.model)).head == head
+    saved = load_file(Path(result.model) / HEAD_FILE)
+    size = HeadSize(before["visual_projection.kernel"].shape[1], len(NEW), 0)
+    assert set(saved) == set(head_shapes(head, size)[0]) == HEAD_PARAMS[head]
+    lengths = np.linalg.norm(saved["classes.kernel"], axis=0)
+    assert not np.allclose(lengths, np.exp(before["logit_scale"]), rtol=1e-4)  # what they all start with
+    untrained = init_head(head, np.zeros((len(NEW), size.dim), np.float32), 1.0, seed=0)
+    for name in HEAD_PARAMS[head] - {"classes.kernel", "key.bias"}:
+        assert not np.array_equal(saved[name], untrained[name]), name
+
+
+@pytest.mark.slow
+def test_the_sigmoid_loss_teaches_both_towers(start, zero_shot, tmp_path):
+    result = train(config_for(start, "full", method={"loss": "sigmoid"}), tmp_path, quiet=True)
+    assert result.metrics["top1"] > zero_shot + 0.05
+    before, after = params_of(start), params_of(result.model)
+    still = {name for name, value in before.items() if np.array_equal(value, after[name])}
+    assert still <= {f"{tower}.layers.attention.key.bias" for tower in ("text", "vision")}
+    assert bundle.read_actions(Path(result.model)).head == "cosine"
+
+
 def test_zero_shot_writes_the_start(start, zero_shot, tmp_path):
     result = train(config_for(start, "zero_shot"), tmp_path, quiet=True)
     before, after = params_of(start), params_of(result.model)
@@ -116,6 +161,27 @@ def test_zero_shot_writes_the_start(start, zero_shot, tmp_path):
     assert result.metrics["top1"] == zero_shot
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val/top1" in line] == [0]
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_becomes_a_model_in_one_line(start, tmp_path):
+    drawn = select_classes(make_source("synthetic", "train"), NEW, "data.classes")
+    for label in range(len(NEW)):
+        folder = tmp_path / "images" / NEW[label]
+        folder.mkdir(parents=True)
+        for i in np.flatnonzero(drawn.label_ids == label)[:16]:
+            Image.fromarray(drawn[int(i)].data).save(folder / f"{i}.png")
+    command = [sys.executable, "scripts/train.py", "--config=configs/finetune.py", f"--workdir={tmp_path / 'run'}"]
+    command += [f"--config.data.train=folder:{tmp_path / 'images'}", f"--config.model.name={start}"]
+    # The start is no CLIP of many millions of images: it has to go further.
+    command += ["--config.optim.learning_rate=0.005", "--config.train.num_epochs=12.0"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "preset 'few_shot': the median class has 13 training images, at most 16 (13 to 13 a class)" in done.stdout
+    assert "optim.learning_rate=0.005 (as you set it)" in done.stdout
+    found = measure(config_for(start, "lora"), tmp_path / "run" / "model", "synthetic?split=test")
+    assert found["num_examples"] == 4 * 40
+    assert found["top1"] > 0.4  # chance is 0.25
 
 
 def test_features_are_computed_once(start, tmp_path, monkeypatch):
@@ -133,7 +199,6 @@ def test_features_are_computed_once(start, tmp_path, monkeypatch):
 
 
 def test_features_are_known_by_what_files_hold(tmp_path):
-    from clip_har_jax.data.sources import make_source
     from clip_har_jax.pipelines.features import content_digest
 
     images = write_images(tmp_path / "a", ("running", "sleeping"), per_class=2)
@@ -142,6 +207,25 @@ def test_features_are_known_by_what_files_hold(tmp_path):
     assert content_digest(make_source(f"folder:{same}", "train")) == first
     write_image(same / "running" / "0.png", seed=999)
     assert content_digest(make_source(f"folder:{same}", "train")) != first
+
+
+def test_features_that_another_process_lacks_are_computed_by_all(tmp_path, monkeypatch):
+    from clip_har_jax.pipelines import features
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = make_source(f"folder:{write_images(tmp_path / 'images', ('running', 'sleeping'), per_class=2)}", "train")
+    calls, found = [], Embedded(np.eye(4, dtype=np.float32), source.label_ids.astype(np.int32))
+
+    def cached():
+        return features.cached_features(source, "digest", Preprocess(32), "float32", lambda: calls.append(1) or found)
+
+    cached()
+    np.testing.assert_array_equal(cached().embeddings, found.embeddings)
+    assert len(calls) == 1
+    monkeypatch.setattr(features.distributed, "agree", lambda yes: False)
+    cached()
+    assert len(calls) == 2
+    assert [path.suffix for path in features.cache_folder().iterdir()] == [".safetensors"]
 
 
 def test_merged_updates_are_the_papers_formula():

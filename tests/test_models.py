@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from clip_har_jax.config import load_config
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig, forward_flops
 from clip_har_jax.models.factory import NAMED_SIZES
+from clip_har_jax.models.layers import Drop, Runtime, TowerConfig, apply_layers, make_layers, unstack
 from clip_har_jax.models.params import abstract_model, flat_params
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.preprocess import Preprocess
@@ -53,6 +56,32 @@ def test_named_sizes_have_the_published_number_of_parameters():
     for name, millions in published.items():
         count = sum(np.prod(value.shape) for value in flat_params(abstract_model(NAMED_SIZES[name])).values())
         assert abs(count / 1e6 - millions) < 0.1
+
+
+def test_rows_pass_by_layers_at_the_rate_of_the_formula():
+    """x + keep / (1 - p) * f(x), p growing from 0 at the first layer to the last one's rate; in evaluation x + f(x)."""
+    tower, runtime, rate, rows = TowerConfig(8, 16, num_layers=3, num_heads=2), Runtime(), 0.4, 2000
+    with nnx.use_eager_sharding(False):
+        layers = make_layers(tower, runtime, nnx.Rngs(0))
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 2, 8)), (rows, 2, 8))
+    found = apply_layers(layers, x, runtime, drop=Drop(jax.random.key(2), rate))
+    ways = {(): unstack(layers)[0](x[:1], None, False)}  # by the layers that were kept, none but the first at the start
+    for layer, rate_of in zip(unstack(layers)[1:], (rate / 2, rate), strict=True):
+        ways = {
+            (*kept, keeps): before + keeps * (layer(before, None, False) - before) / (1 - rate_of)
+            for kept, before in ways.items()
+            for keeps in (0, 1)
+        }
+    assert len(ways) == 4
+    shares = {kept: float(np.isclose(found, value, atol=1e-5).all((1, 2)).mean()) for kept, value in ways.items()}
+    assert sum(shares.values()) == pytest.approx(1)
+    for (second, third), share in shares.items():
+        wanted = abs(second - rate / 2) * abs(third - rate)
+        assert share == pytest.approx(wanted, abs=4 * np.sqrt(wanted / rows))
+    plain = unstack(layers)[0](x[:1], None, False)
+    for layer in unstack(layers)[1:]:
+        plain = layer(plain, None, False)
+    np.testing.assert_allclose(apply_layers(layers, x, runtime)[:1], plain, atol=1e-5)
 
 
 def test_weight_decay_acts_on_matrices_only():

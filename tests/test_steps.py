@@ -54,6 +54,18 @@ def start():
     return {name: np.asarray(value) for name, value in init_params(SIZE, 0).items()}
 
 
+def start_of(program):
+    """Host weights with what a method adds to them: updates, a context or a head, none of which is 0."""
+    rng = np.random.default_rng(2)
+    classes = rng.normal(size=(NUM_CLASSES, SIZE.projection_dim)).astype(np.float32)
+    classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
+    own = program.method.init_own(start(), program.shapes, classes, np.asarray([5, 6], np.int32), 0)
+    own = {
+        name: np.asarray(value) + 0.1 * rng.normal(size=value.shape).astype(np.float32) for name, value in own.items()
+    }
+    return {**start(), **own}, classes
+
+
 def make_batch(program):
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3), dtype=np.uint8)
@@ -98,6 +110,63 @@ def test_gradients_of_all_strategies_equal_those_of_one_device(strategy):
 
 def test_gradients_of_an_explicit_mesh_equal_those_of_one_device():
     assert_equal_gradients(gradients_of(make_program("mixed", mesh={"data": 2, "fsdp": 2, "tensor": 2})), expected())
+
+
+METHODS = {name: {"name": name} for name in ("lora", "prompt", "adapter", "bitfit", "flyp", "lp_ft")}
+METHODS["sigmoid"] = {"name": "full", "loss": "sigmoid"}
+FAST = ("lora", "prompt", "adapter")
+
+
+def trained(strategy, name):
+    """Each step's loss and the trained parameters after three steps of a method."""
+    # With this eps a gradient that is 0 but for rounding makes no update.
+    optim = {"learning_rate": 1e-2, "warmup_fraction": 0.0, "eps": 1e-3}
+    program = make_program(strategy, method={"lora_rank": 4, "prompt_length": 2, **METHODS[name]}, optim=optim)
+    params, embeddings = start_of(program)
+    state, frozen = program.place(params)
+    prompts = (*program.place_prompts(PROMPTS[:, :6], CLASS_OF_PROMPT), None)
+    classes = Classes(*(prompts if program.trains_text else (None, None, jnp.asarray(embeddings))))
+    losses = []
+    for _ in range(3):
+        state, metrics, _ = program.train_step(state, frozen, classes, make_batch(program))
+        losses.append(float(metrics.compute()["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in METHODS]
+)
+def test_every_method_learns_the_same_on_every_mesh(name):
+    losses, params = trained("dp", name)
+    assert losses[2] < losses[0]
+    for strategy in ("fsdp", "tp"):
+        found = trained(strategy, name)
+        np.testing.assert_allclose(found[0], losses, rtol=1e-4, err_msg=strategy)
+        for key, value in params.items():
+            np.testing.assert_allclose(found[1][key], value, atol=1e-5, err_msg=f"{strategy} {key}")
+
+
+def test_features_are_the_same_on_every_mesh():
+    """What a linear probe and a Tip-Adapter are fitted to."""
+    found = []
+    for strategy in ("dp", "fsdp", "tp"):
+        program = make_program(strategy, method={"name": "linear_probe"})
+        state, frozen = program.place(start())
+        found.append(np.asarray(program.feature_step({**state.params, **frozen}, make_batch(program))[0]))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], atol=1e-6)
+
+
+def test_rows_pass_by_layers_in_training_alone():
+    drops, keeps = (make_program(method={"drop_path": rate}) for rate in (0.5, 0.0))
+    _, losses = gradients_of(drops)
+    assert not np.any(np.isclose(losses, expected()[1], atol=1e-4))
+    answers = []
+    for program in (drops, keeps):
+        state, frozen, classes, batch = arguments_of(program)
+        embeddings = program.class_step({**state.params, **frozen}, classes)
+        answers.append(program.eval_step(state.params, frozen, Classes(None, None, embeddings), batch)[0])
+    np.testing.assert_array_equal(*answers)
 
 
 @pytest.mark.parametrize(("strategy", "rows"), [("fsdp", 2), ("fsdp_tp", 4)])

@@ -200,7 +200,7 @@ class FlaxCLIPModel(nnx.Module):
             return l2_normalize(self.encode_frames(images, drop).mean(axis=1))
         return l2_normalize(self.visual_projection(self.vision(images.astype(self.runtime.dtype), drop)))
 
-    def encode_prompts(self, input_ids: Int[Array, "p t"], context: Float[Array, "p n d"]) -> Float[Array, "p d"]:
+    def encode_prompts(self, input_ids: Int[Array, "p t"], context: Float[Array, "p n w"]) -> Float[Array, "p d"]:
         """As `encode_text`, with learned vectors after each text's begin token."""
         return l2_normalize(self.text_projection(self.text(input_ids, context=context)))
 

@@ -176,8 +176,9 @@ def unstack(layers: Block) -> list[Block]:
 class Drop(NamedTuple):
     """Stochastic depth (Huang et al. 2016): rows pass by a layer at random, by the last one with this probability.
 
-    It grows linearly from 0 at the first layer (their equation 4). What a layer adds counts as much more as it is there
-    more seldom, so that nothing is to be scaled in evaluation.
+    It grows linearly from 0 at the first layer (as in DeiT, Touvron et al. 2021; the paper's equation 4 has the 0 one
+    layer lower). What a layer adds counts as much more as it is there more seldom, so that nothing is to be scaled in
+    evaluation.
     """
 
     key: Any

@@ -252,7 +252,10 @@ def resolve_folder(name_or_folder: str) -> Path:
         return Path(snapshot_download(name_or_folder, allow_patterns=patterns))
     except Exception as error:  # the Hub's client raises its own, requests' and httpx's kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name_or_folder}: not a folder here, and the Hub can't give it ({reason})") from error
+        raise UserError(
+            f"{name_or_folder}: not a folder here, and the Hub can't give it ({reason}); without a network, name the "
+            "folder of a CLIP that was downloaded elsewhere"
+        ) from error
 
 
 def load_pretrained(name_or_folder: str, runtime: Runtime = Runtime()) -> FlaxCLIPModel:

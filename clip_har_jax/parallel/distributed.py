@@ -136,6 +136,16 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def agree(yes: bool) -> bool:
+    """Whether all processes say yes. All call it in the same order."""
+    return yes if global_state.client is None else bool(multihost_utils.process_allgather(np.asarray(yes)).all())
+
+
+def share(tree: Any) -> Any:
+    """Process 0's host arrays on all processes: what each computes for itself may differ in its rounding."""
+    return tree if global_state.client is None else jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
 def agree_to_stop(step: int, requested: bool) -> bool:
     """Whether the run stops after this step, the same one on all processes, since any of them was asked to.
 

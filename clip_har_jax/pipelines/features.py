@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax.data.sources import Source
+from clip_har_jax.parallel import distributed
 from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
 from clip_har_jax.training.probe import Embedded
 
@@ -60,28 +62,44 @@ def cached_features(
 ) -> Embedded:
     """The features of a source, read if they are kept, else computed and kept.
 
+    Of several processes each has its own file or shares one; unless all find theirs, all compute.
+
     Args:
       tower_digest: from `image_tower_digest`.
       dtype: in which they are computed.
-      compute: reads and embeds each image once.
+      compute: reads and embeds each image once; all processes together.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
-
     key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, asdict(preprocess), dtype])
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    kept = _read(path, len(source))
+    if distributed.agree(kept is not None):
+        assert kept is not None
+        return kept
+    embedded = compute()
+    _write(path, embedded)
+    return embedded
+
+
+def _read(path: Path, count: int) -> Embedded | None:
+    """None: not there, damaged, or without the examples that couldn't be read, which each run is to say."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
         tensors = load_file(str(path))
-        if len(tensors["label"]) == len(source):  # else some can't be read, which each run is to say
-            return Embedded(tensors["embeddings"], tensors["label"])
-    except (OSError, SafetensorError, KeyError):  # not there, or damaged: then they are computed
-        pass
-    embedded = compute()
+        return Embedded(tensors["embeddings"], tensors["label"]) if len(tensors["label"]) == count else None
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _write(path: Path, embedded: Embedded) -> None:
+    """Under a name of its own first, since others may write the same at the same time."""
+    from safetensors.numpy import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         save_file({name: np.ascontiguousarray(value) for name, value in embedded._asdict().items()}, partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return embedded

@@ -12,7 +12,7 @@ from clip_har_jax.data.pipeline import BadInputs
 from clip_har_jax.data.sources import Source
 from clip_har_jax.models.adapters import init_lora
 from clip_har_jax.models.params import Params
-from clip_har_jax.parallel import sharding
+from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.pipelines.features import cached_features, image_tower_digest
 from clip_har_jax.training.methods import CONTEXT, HEAD, Classes
 from clip_har_jax.training.probe import Embedded, Fit, choose_cache, fit_cache, fit_probe
@@ -54,24 +54,17 @@ def fit_to_features(run: "Run", clip: Mapping[str, Any], embeddings: Float32[np.
         def compute() -> Embedded:
             return embed(run, params, source, run.bad_inputs[name])
 
-        if jax.process_count() > 1:  # a cache of one host wouldn't be the others'
-            return compute()
         return cached_features(source, tower, run.start.preprocess, config.model.compute_dtype, compute)
 
     train, val = features("train", run.data.train), features("val", run.data.val)
     scale = float(np.exp(clip["logit_scale"]))
     if program.method.head == "tip_adapter":
         chosen = choose_cache(train.label, config.method.cache_per_class, config.seed)
-        return fit_cache(Embedded(*(part[chosen] for part in train)), val, embeddings, scale)
-    return fit_probe(
-        train,
-        val,
-        embeddings,
-        scale,
-        config.method.solver,
-        program.method.class_weights,
-        config.method.label_smoothing,
-    )
+        fit = fit_cache(Embedded(*(part[chosen] for part in train)), val, embeddings, scale)
+    else:
+        solver, smoothing = config.method.solver, config.method.label_smoothing
+        fit = fit_probe(train, val, embeddings, scale, solver, program.method.class_weights, smoothing)
+    return Fit(distributed.share(fit.params), distributed.broadcast(fit.about))
 
 
 def describe_method(run: "Run") -> str:

@@ -1,10 +1,11 @@
 """Settings by the size of the data: what `configs/finetune.py` chooses, and why."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from clip_har_jax.config import RunConfig, merge_values
+from clip_har_jax.config import RunConfig, leaves, merge_values
 from clip_har_jax.pipelines.inputs import load_data
 from clip_har_jax.text import phrase
 
@@ -12,21 +13,18 @@ MAX_SHOTS = 16  # images of the median class up to which data are few-shot
 MAX_SMALL = 10_000  # images below which they are small
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Few images can't tell a million weights anything: train low-rank updates, and keep much of the start.
     "few_shot": {
         "method": {"name": "lora", "label_smoothing": 0.1, "wise_ft": (0.25, 0.5, 0.75, 1.0)},
         "optim": {"learning_rate": 2e-4, "weight_decay": 0.0},
         "train": {"num_epochs": 30.0, "patience": 5},
         "data": {"val_fraction": 0.2, "augment": {"crop_scale_min": 0.5, "randaugment_operations": 1}},
     },
-    # Enough to fine-tune, not to forget the start: low layers move least, and weights are interpolated afterwards.
     "small": {
         "method": {"name": "full", "label_smoothing": 0.1, "drop_path": 0.1, "wise_ft": (0.25, 0.5, 0.75, 1.0)},
         "optim": {"learning_rate": 1e-5, "layer_decay": 0.75, "weight_decay": 0.1},
         "train": {"num_epochs": 10.0, "patience": 3},
         "data": {"augment": {"crop_scale_min": 0.6, "randaugment_operations": 2, "erase_probability": 0.25}},
     },
-    # So many that regularisation by mixing pays, and an average of the weights is worth its memory.
     "large": {
         "method": {"name": "full", "label_smoothing": 0.1, "drop_path": 0.1, "mixup": 0.2, "cutmix": 1.0},
         "optim": {"learning_rate": 3e-5, "layer_decay": 0.8, "weight_decay": 0.1, "ema_decay": 0.999},
@@ -35,6 +33,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 BATCH_SIZES = {"few_shot": 32, "small": 64, "large": 256}
+METHOD_REASONS = {
+    "few_shot": "too few images for all weights; low-rank updates leave much of the start",
+    "small": "enough to train both towers, not to forget the start: lower layers move less",
+    "large": "enough to train both towers; a moving average of the weights is kept",
+}
+# What is printed together, and why it is there.
+GROUPS = (
+    ("learning", ("method.name", "optim."), ""),
+    (
+        "overfitting",
+        ("method.label_smoothing", "method.drop_path", "method.mixup", "method.cutmix", "data.augment."),
+        "",
+    ),
+    ("forgetting", ("method.wise_ft",), "weights between the start and the trained ones are tried on validation"),
+    ("rare classes", ("method.class_balance",), "classes differ more than threefold in size, so rare ones count more"),
+    ("held out", ("data.val_fraction",), "of so few images a tenth would say too little"),
+    ("batch", ("train.global_batch_size",), "the largest power of two up to {most} with four steps an epoch"),
+    ("schedule", ("train.num_epochs", "train.patience"), "validated each epoch; ends early after so many no better"),
+)
 
 
 def complete(config: RunConfig) -> dict[str, Any]:
@@ -56,21 +73,43 @@ def complete(config: RunConfig) -> dict[str, Any]:
             "checkpoint": {"every_steps": steps_per_epoch},
         },
     )
-    reasons = {
-        "few_shot": f"the median class has {np.median(counts):g} images, at most {MAX_SHOTS}",
-        "small": f"{count} training images, under {MAX_SMALL:,}",
-        "large": f"{count} training images, {MAX_SMALL:,} or more",
-    }
     if counts.max() > 3 * max(counts.min(), 1):
         values = merge_values(values, {"method": {"class_balance": 0.999}})
-        reasons[name] += f"; classes have {counts.min()} to {counts.max()} images, so rare ones count more"
-    settings = values["method"] | {"learning_rate": values["optim"]["learning_rate"]} | values["train"]
-    said = ", ".join(f'{label} as "{phrase(label)}"' for label in data.labels[:3])
-    print(f"chosen  preset {name!r}: {reasons[name]}")
-    print(f"        {', '.join(f'{key}={value}' for key, value in settings.items())}")
-    print(f"        {len(data.labels)} classes, said as their names: {said} ...; change it by config.text.phrases")
-    print("        any of it changes by --config.KEY=VALUE", flush=True)
+    reason = {
+        "few_shot": f"the median class has {np.median(counts):g} training images, at most {MAX_SHOTS}",
+        "small": f"{count} training images, under {MAX_SMALL:,}",
+        "large": f"{count} training images, {MAX_SMALL:,} or more",
+    }[name]
+    defaults = dict(leaves(RunConfig()))
+    given = {key: value for key, value in leaves(config) if value != defaults[key]}
+    print(f"chosen  preset {name!r}: {reason} ({counts.min()} to {counts.max()} a class)")
+    for group, keys, why in GROUPS:
+        if said := _describe(values, given, keys):
+            because = why.format(most=BATCH_SIZES[name])
+            if group == "learning" and "method.name" not in given:
+                because = METHOD_REASONS[name]
+            print(f"        {group + ':':<13} {said}" + (f" ({because})" if because else ""))
+    examples = ", ".join(f'{label} as "{config.text.phrases.get(label, phrase(label))}"' for label in data.labels[:3])
+    print(f"        {'prompts:':<13} {examples} ... (by their names; text.phrases of a config says them otherwise)")
+    print("        each stays as you set it by --config.KEY=VALUE, e.g. --config.method.name=linear_probe", flush=True)
     return values
+
+
+def _describe(values: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """The settings under these keys as they will be: the preset's, but for those that the command line changed."""
+    return ", ".join(
+        f"{key}={given[key]} (as you set it)" if key in given else f"{key}={value}"
+        for key, value in _flat(values)
+        if key.startswith(keys)
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def choose_preset(num_images: int, median_of_class: float) -> str:
