@@ -64,11 +64,13 @@ def test_rows_pass_by_layers_at_the_rate_of_the_formula():
     with nnx.use_eager_sharding(False):
         layers = make_layers(tower, runtime, nnx.Rngs(0))
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 2, 8)), (rows, 2, 8))
-    found = apply_layers(layers, x, runtime, drop=Drop(jax.random.key(2), rate))
-    ways = {(): unstack(layers)[0](x[:1], None, False)}  # by the layers that were kept, none but the first at the start
-    for layer, rate_of in zip(unstack(layers)[1:], (rate / 2, rate), strict=True):
+    found = jax.jit(lambda x: apply_layers(layers, x, runtime, drop=Drop(jax.random.key(2), rate)))(x)
+    first, *rest = unstack(layers)
+    call = nnx.jit(lambda layer, x: layer(x, None, False))
+    ways = {(): call(first, x[:1])}  # by which layers after the first were kept
+    for layer, rate_of in zip(rest, (rate / 2, rate), strict=True):
         ways = {
-            (*kept, keeps): before + keeps * (layer(before, None, False) - before) / (1 - rate_of)
+            (*kept, keeps): before + keeps * (call(layer, before) - before) / (1 - rate_of)
             for kept, before in ways.items()
             for keeps in (0, 1)
         }
@@ -78,10 +80,8 @@ def test_rows_pass_by_layers_at_the_rate_of_the_formula():
     for (second, third), share in shares.items():
         wanted = abs(second - rate / 2) * abs(third - rate)
         assert share == pytest.approx(wanted, abs=4 * np.sqrt(wanted / rows))
-    plain = unstack(layers)[0](x[:1], None, False)
-    for layer in unstack(layers)[1:]:
-        plain = layer(plain, None, False)
-    np.testing.assert_allclose(apply_layers(layers, x, runtime)[:1], plain, atol=1e-5)
+    plain = call(rest[1], call(rest[0], call(first, x[:1])))
+    np.testing.assert_allclose(jax.jit(lambda x: apply_layers(layers, x, runtime))(x[:1]), plain, atol=1e-5)
 
 
 def test_weight_decay_acts_on_matrices_only():
