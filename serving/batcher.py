@@ -69,6 +69,17 @@ class Costs:
                 break
         return cls(measured)
 
+    @classmethod
+    def of_two(cls, run: Callable[[int], Any], most: int) -> "Costs":
+        """Times one item and `most` of them, where each more costs about the same."""
+        measured: dict[int, float] = {}
+        for size in (1, most):
+            run(size)
+            start = time.perf_counter()
+            run(size)
+            measured[size] = time.perf_counter() - start
+        return cls(measured)
+
     def of_batch(self, size: int) -> float:
         """Expected seconds of one batch, of at most the best size."""
         return self.factor * self._seconds[size]

@@ -1,8 +1,10 @@
 """One version of a model: what runs it, what it is compared with, and what each of its graphs does with a batch."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import numpy as np
 
 from clip_har_jax.bundle import Actions
 from clip_har_jax.errors import UserError
+from clip_har_jax.inference.backends import mean_by_class
 from clip_har_jax.inference.exported import ExportedBackend, exported_folder
 from serving.batcher import Batcher, Costs, Lane
 from serving.classes import Classes, Prompts, check_labels, checked_prompts
 from serving.problems import Problem
 from serving.schemas import ModelRef, Version
 
-CACHED_CLASSES = 4096
+CACHED_TEXTS = 8192
+TEXTS_AT_ONCE = 8  # of a request; then it's the others' turn
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -36,29 +40,39 @@ def open_exported(path: Path, threads: int) -> ExportedBackend:
     raise UserError(f"{path}: not an exported folder; write one by `python -m export --model=... --output=...`")
 
 
-class Model:
-    """One version: a backend, its lanes in the batcher, and perhaps classes that were changed by text.
+@dataclass
+class Loaded:
+    """An export that has passed every check.
 
-    Args:
+    Attributes:
       backend: what runs it.
-      name: what it is called in addresses.
-      version: told apart from others of the name by this.
-      costs: of its batches.
+      costs: of batches of images.
+      text_costs: of batches of texts.
       beside: the same in one thread, for batches side by side; None: there is none.
-      classes: None: the backend's own.
+      texts: embeddings of texts by the text, for all versions that differ in their classes alone.
     """
 
-    def __init__(
-        self,
-        backend: ExportedBackend,
-        name: str,
-        version: str,
-        costs: Costs,
-        beside: ExportedBackend | None = None,
-        classes: Classes | None = None,
-    ):
-        self.backend, self.name, self.version, self.classes = backend, name, version, classes
-        self._beside = beside
+    backend: ExportedBackend
+    costs: Costs
+    text_costs: Costs
+    beside: ExportedBackend | None = None
+    texts: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
+
+
+class Model:
+    """One version: an export, its lanes in the batcher, and perhaps classes that were changed by text.
+
+    Args:
+      loaded: the export.
+      name: what it is called in addresses.
+      version: told apart from others of the name by this.
+      classes: None: the export's own.
+    """
+
+    def __init__(self, loaded: Loaded, name: str, version: str, classes: Classes | None = None):
+        self._loaded, self.backend, beside = loaded, loaded.backend, loaded.beside
+        self.name, self.version, self.classes = name, version, classes
+        backend, costs = loaded.backend, loaded.costs
         self.actions: Actions = backend.actions
         self.labels = classes.labels if classes else backend.labels
         self.ref = ModelRef(name=name, version=version, digest=backend.digest)
@@ -70,10 +84,7 @@ class Model:
             self.embed.run_beside = self._stacked(self._finite(beside.embed))
         self.explain = Lane("explainer", self._explain, costs)
         self.explain_text = Lane("explainer", self._explain_text, costs)
-        self.text = Lane(
-            "text_encoder", lambda items: [backend.embed_classes(item) for item in items], Costs({1: 0.05})
-        )
-        self._cache: OrderedDict[Prompts, np.ndarray] = OrderedDict()
+        self.text = Lane("text_encoder", self._finite(self._embed_texts), loaded.text_costs)
         self.users = 0
 
     @staticmethod
@@ -81,14 +92,17 @@ class Model:
         return lambda items: run(np.stack(items))
 
     @staticmethod
-    def _finite(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-        def checked(batch: np.ndarray) -> np.ndarray:
+    def _finite(run: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+        def checked(batch: Any) -> np.ndarray:
             output = run(batch)
             if not np.isfinite(output).all():
                 raise UserError("not finite")
             return output
 
         return checked
+
+    def _embed_texts(self, texts: list[str]) -> np.ndarray:
+        return self.backend.embed_classes([[text] for text in texts])
 
     def _explain(self, items: list[tuple[np.ndarray, int]]) -> np.ndarray:
         """Heat maps of (image, number of one of the model's own classes)."""
@@ -140,19 +154,24 @@ class Model:
         return Classes(dict(prompts), embeddings, self.backend.logit_scale)
 
     async def _embed_classes(self, groups: list[Prompts], batcher: Batcher, deadline: float) -> np.ndarray:
-        if missing := [group for group in dict.fromkeys(groups) if group not in self._cache]:
-            async with batcher.admit(self.text):
-                new = await batcher.run(self.text, missing, deadline)
-            if not np.isfinite(new).all():
-                raise Problem("bad_model_output", "the model gives NaN or infinity for these classes")
-            self._cache.update(zip(missing, new, strict=True))
-        found = []
-        for group in groups:
-            self._cache.move_to_end(group)
-            found.append(self._cache[group])
-        while len(self._cache) > CACHED_CLASSES:
-            self._cache.popitem(last=False)
-        return np.stack(found)
+        """Of each class's texts. A few at a time, so that images of others are looked at in between."""
+        known = self._loaded.texts
+        texts = list(dict.fromkeys(text for group in groups for text in group))
+        found = {text: known[text] for text in texts if text in known}
+        missing = [text for text in texts if text not in found]
+        for start in range(0, len(missing), TEXTS_AT_ONCE):
+            part = missing[start : start + TEXTS_AT_ONCE]
+            async with batcher.admit(self.text, len(part)):
+                found |= zip(
+                    part, await asyncio.gather(*(batcher.run(self.text, text, deadline) for text in part)), strict=True
+                )
+            known.update((text, found[text]) for text in part)
+        for text in texts:
+            known[text] = found[text]
+            known.move_to_end(text)
+        while len(known) > CACHED_TEXTS:
+            known.popitem(last=False)
+        return mean_by_class(np.stack([found[text] for group in groups for text in group]), list(map(len, groups)))
 
     @property
     def prompts(self) -> dict[str, Prompts]:
@@ -181,14 +200,12 @@ class Model:
 
     def unchanged(self) -> "Model":
         """The same model with its own classes."""
-        return Model(self.backend, self.name, self.version.partition("+")[0], self.costs, self._beside)
+        return Model(self._loaded, self.name, self.version.partition("+")[0])
 
     def changed(self, prompts: Mapping[str, Prompts], embeddings: np.ndarray, version: str) -> "Model":
         """The same model with other classes, whose scores come as those of its own do."""
-        classes = Classes(dict(prompts), embeddings, self.backend.logit_scale / self.actions.temperature)
-        model = Model(self.backend, self.name, version, self.costs, self._beside, classes)
-        model._cache.update(zip(prompts.values(), embeddings, strict=True))
-        return model
+        scale = self.backend.logit_scale / self.actions.temperature
+        return Model(self._loaded, self.name, version, Classes(dict(prompts), embeddings, scale))
 
     def refusal(self) -> Problem:
         """Why classes in free text aren't taken."""

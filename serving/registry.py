@@ -10,9 +10,10 @@ import numpy as np
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference import golden
+from clip_har_jax.inference.exported import ExportedBackend
 from serving.batcher import Batcher, Costs
 from serving.classes import KeptClasses
-from serving.models import Model, open_exported
+from serving.models import TEXTS_AT_ONCE, Loaded, Model, open_exported
 from serving.problems import Problem
 from serving.schemas import ModelStatus
 from serving.telemetry import Metrics, log
@@ -151,19 +152,31 @@ class Registry:
                 "no golden outputs: its graphs were only compared with one another; export it again to have them",
                 extra={"fields": {"model": entry.name, "path": str(path)}},
             )
-        size = backend.preprocess.image_size_px
-        # While another version serves, times would be of a busy machine: what that one measured is a better start.
-        costs = Costs(entry.active.costs.measured) if entry.active else None
-        costs = costs or Costs.measure(backend.logits, np.zeros((size, size, 3), np.uint8))
+        loaded = self._measured(backend, entry.active)
+        best = loaded.costs.best
         log.info(
             "model loaded",
-            extra={"fields": {"model": entry.name, "version": version, "best_batch": costs.best, "path": str(path)}},
+            extra={"fields": {"model": entry.name, "version": version, "best_batch": best, "path": str(path)}},
         )
+        return self._as_changed(entry, Model(loaded, entry.name, version))
+
+    def _measured(self, backend: ExportedBackend, active: Model | None) -> Loaded:
+        """Warms what requests will need, and measures what batches cost.
+
+        While another version serves, times would be of a busy machine: what that one measured is a better start.
+        """
+        size = backend.preprocess.image_size_px
+        example = np.zeros((size, size, 3), np.uint8)
+        if active is not None:
+            costs, text_costs = Costs(active.costs.measured), Costs(active.text.costs.measured)
+        else:
+            costs = Costs.measure(backend.logits, example)
+            text_costs = Costs.of_two(lambda count: backend.embed_classes([["a photo"]] * count), TEXTS_AT_ONCE)
         beside = backend.in_one_thread() if self._threads > 1 else None
-        if beside is not None:  # opened now, not by the first requests
-            example = np.zeros((1, size, size, 3), np.uint8)
-            beside.logits(example), beside.embed(example)
-        return self._as_changed(entry, Model(backend, entry.name, version, costs, beside))
+        if beside is not None:
+            beside.logits(example[None])
+            beside.embed(example[None])
+        return Loaded(backend, costs, text_costs, beside)
 
     def _as_changed(self, entry: Entry, model: Model) -> Model:
         """The model with the classes that it was changed to before, if it was."""

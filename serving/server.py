@@ -108,6 +108,8 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
         def forward(number: int, frame: object) -> None:
             nonlocal stopping
             stopping = stopping or number != signal.SIGHUP
+            if stopping:
+                listener.close()  # else new connections would wait here through the drain, only to be reset
             for worker in workers:
                 if worker.pid is not None and worker.is_alive():
                     os.kill(worker.pid, number)

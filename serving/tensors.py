@@ -16,6 +16,7 @@ from serving.models import Model
 from serving.problems import Problem
 
 LENGTH = "Inference-Header-Content-Length"
+MOST_VALUES = 300_000  # of a tensor in JSON: an image of 224 px, in nested lists, has 150,528
 OUTPUTS = {"probs": "FP32", "logits": "FP32", "label": "BYTES", "image_embeds": "FP32"}
 
 
@@ -53,6 +54,9 @@ def parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
     if json_length is not None and not (json_length.isdecimal() and int(json_length) <= len(body)):
         raise Problem("invalid_request", f"{LENGTH}: where in the body the binary tensors begin is needed")
     end = len(body) if json_length is None else int(json_length)
+    # Each value is an object of Python's: ten megabytes of them would hold up everyone else for seconds.
+    if body.count(b",", 0, end) > MOST_VALUES or body.count(b"[", 0, end) > MOST_VALUES:
+        raise Problem("invalid_request", f"over {MOST_VALUES:,} values in JSON; send the tensor in binary")
     try:
         return InferRequest.model_validate_json(body[:end]), body[end:]
     except ValidationError as error:

@@ -184,6 +184,9 @@ def test_kserve_in_plain_json(client: httpx.Client, photo: Path) -> None:
     for bad in ({"shape": [2]}, {"data": ["%"]}, {"datatype": "FP32"}, {"data": [7]}, {"shape": [99]}, {"name": "x"}):
         refused = client.post("/v2/models/har/infer", json={"inputs": [image | bad]})
         assert refused.status_code == 422 and refused.json()["error"] == refused.json()["detail"], bad
+    for values in ("0," * 400_000 + "0", "[]," * 400_000 + "0", "[" * 400_000):
+        body = f'{{"inputs": [{{"name": "image", "shape": [1], "datatype": "UINT8", "data": [{values}]}}]}}'
+        assert "send the tensor in binary" in client.post("/v2/models/har/infer", content=body).json()["detail"]
 
 
 def test_errors_have_one_form_and_an_id(client: httpx.Client) -> None:

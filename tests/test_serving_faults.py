@@ -435,6 +435,33 @@ def test_a_client_that_leaves_costs_no_batch(folder: Path, good: bytes, monkeypa
         assert 'status="499"' in client.get("/metrics").text
 
 
+def test_many_classes_hold_nobody_up(folder: Path, good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of texts are embedded a few at a time, and others' images are looked at in between."""
+    with running(folder, request_timeout_s=60) as (client, service):
+        text, begun = service.registry.get().text, threading.Event()
+        run = text.run
+
+        def slowly(texts: list[str]) -> Any:
+            assert len(texts) <= 8
+            begun.set()
+            time.sleep(0.03)
+            return run(texts)
+
+        monkeypatch.setattr(text, "run", slowly)
+        names = ",".join(f"class {i}" for i in range(60))
+        with ThreadPoolExecutor(1) as pool:
+            many = pool.submit(client.post, "/v1/predict", content=good, params={"classes": names})
+            assert begun.wait(10)
+            with httpx.Client(base_url=client.base_url) as other:
+                for _ in range(3):
+                    assert other.post("/v1/predict", content=good).status_code == 200
+                    assert not many.done(), "it has 23 batches of texts, or more"
+            assert len(many.result().raise_for_status().json()["top"]) == 5
+        begun.clear()
+        client.post("/v1/predict", content=good, params={"classes": names}).raise_for_status()
+        assert not begun.is_set(), "they are remembered"
+
+
 def test_a_slow_body_is_ended(folder: Path) -> None:
     head = b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n"
     with (
