@@ -173,3 +173,31 @@ def test_mistakes_are_one_line(predictor: Predictor, photos: Path, tmp_path: Pat
     listing.write_text("".join(f"{path}\n" for path in sorted(photos.glob("*.png"), reverse=True)))
     with pytest.raises(UserError, match="the inputs have changed since part 0"):
         predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the exporter's dependencies warn of their own
+def test_memory_stays_as_it_is_after_two_thousand_files(model: Path, tmp_path: Path) -> None:
+    """18,000 files later it may have grown by 3 MB: less than 200 bytes for each of them."""
+    from export.run import export_model
+
+    export_model(str(model), ["onnx"], tmp_path / "export", num_examples=4)
+    pictures = [write_image(tmp_path / "pictures" / f"{i}.jpg", seed=i) for i in range(8)]
+    for i in range(20_000):
+        folder = tmp_path / "photos" / f"{i // 1000:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(pictures[i % 8], folder / f"{i:05d}.jpg")
+    flags = [f"--model={tmp_path / 'export'}", f"--inputs={tmp_path / 'photos'}", f"--output={tmp_path / 'out'}"]
+    command = [sys.executable, "scripts/predict_bulk.py", *flags, "--part_size=500", "--workers=2"]
+    memory_mb: dict[int, float] = {}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            parts = len(list((tmp_path / "out").glob("predictions-*/*.parquet")))
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if "VmRSS:" in status:  # not of one that has just ended
+                memory_mb[parts] = int(status.split("VmRSS:")[1].split()[0]) / 1e3
+            time.sleep(0.05)
+    assert process.returncode == 0
+    late = max(value for parts, value in memory_mb.items() if parts > 30)
+    early = max(value for parts, value in memory_mb.items() if 3 <= parts <= 4)
+    assert late - early < 3, (early, late)
