@@ -139,7 +139,7 @@ REQUEST = {
     "type": "object",
     "required": ["inputs"],
     "properties": {
-        "id": {"type": "string", "maxLength": 200},
+        "id": {"type": ["string", "null"], "maxLength": 200},
         "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": ONE_FILE},
     },
 }
