@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -59,9 +60,8 @@ def start(origin: str | None = None) -> str:
             return url
         time.sleep(0.2)
     process.terminate()
-    raise Trouble(
-        f"The service didn't start on {export}. See why with `python -m serving --model={export}`, then try again."
-    )
+    command = shlex.join(["python", "-m", "serving", f"--model={export}"])
+    raise Trouble(f"The service didn't start on {export}. See why with `{command}`, then try again.")
 
 
 def is_ready(url: str) -> bool:

@@ -64,8 +64,12 @@ def show(registry: "Registry", arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    versions = registry.versions()
+    if not versions:
+        print(f"no version of {arguments.name!r} yet; scripts/registry.py register makes the first")
+        return 0
     table = Table("version", "aliases", "digest", "top-1", "run", "git", box=None)
-    for version in registry.versions():
+    for version in versions:
         dirty = " (dirty)" if version.tags.get("git_dirty") == "True" else ""
         git = version.tags.get("git_sha", "")[:10] + dirty
         table.add_row(

@@ -109,3 +109,13 @@ def test_the_marked_blocks_run_as_they_stand(page, tmp_path):
     script = "set -euo pipefail\n" + "\n".join(marked(page))
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def test_the_tree_of_the_architecture_is_the_real_one():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"\b\w+[.]py\b", page))
+    folders = ("clip_har_jax", "serving", "export", "app", "scripts", "configs")
+    files = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    modules = {path.name for folder in ("clip_har_jax", "serving") for path in (ROOT / folder).rglob("[!_]*.py")}
+    assert modules <= said, "a module that the tree leaves out"
+    assert said <= files, "one that it names and that isn't there"

@@ -213,6 +213,8 @@ def test_a_watch_follows_the_alias_and_tells_the_server(registry, good, better, 
 
 def test_the_command_line(registry, good, monkeypatch, capsys):
     names = [f"--{name}={folder}" for name, folder in good.items()]
+    assert run_script(monkeypatch, "list", f"--name={registry.name}") == 0
+    assert "no version of" in capsys.readouterr().out
     assert run_script(monkeypatch, "register", f"--name={registry.name}", *names) == 0
     assert "version 1" in capsys.readouterr().out
     assert run_script(monkeypatch, "promote", f"--name={registry.name}", "--version=1", "--min_retention=0.9") == 1
@@ -239,6 +241,8 @@ def test_the_card_says_what_was_measured(good):
     check_card(card)
     assert "`folder:photos?split=test`" in card and "somebody" not in card
     assert "| top-1 | 0.600 |" in card and digest in card and "200 examples" in card
+    tricky = metrics | {"per_class": {"<script>alert(1)</script> [x](y)": {"f1": 0.1}}}
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; \[x\](y)" in make_card(good["model"], tricky, "me/har")
     with pytest.raises(UserError, match="are of the model"):
         make_card(good["model"], metrics | {"model_digest": "f" * 64}, "me/har")
     with pytest.raises(UserError, match="lacks ## Limits"):

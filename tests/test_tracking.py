@@ -11,6 +11,7 @@ import time
 import types
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from model_folders import write_images, write_model
@@ -32,7 +33,10 @@ TRACKER_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_API
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("start")
-    return write_model(root / "model"), write_images(root / "images", LABELS, per_class=8)
+    images = write_images(root / "images", LABELS, per_class=8)
+    for path in list(images.rglob("*.png")):
+        path.rename(path.with_name(f"\udcff{path.name}"))  # names of files needn't be UTF-8
+    return write_model(root / "model"), images
 
 
 def config_for(folders, trackers, num_steps=4):
@@ -104,6 +108,10 @@ def test_mlflow_holds_one_run_with_all_of_it(tracked):
         assert history == {(line["step"], line[name]) for line in lines_of(tracked.workdir) if name in line}
     files = {Path(entry.path).name for entry in client.list_artifacts(run.info.run_id, "evaluation")}
     assert {"report.html", "confusion_matrix.png", "metrics.json"} <= files
+    folder = tracked.workdir / "eval" / str(tracked.steps)
+    assert "How it was trained" in (folder / "report.html").read_text(encoding="utf-8")
+    names = pq.read_table(str(folder / "predictions.parquet"))["input"].to_pylist()
+    assert all("/\\udcff" in name for name in names)
     assert "model.safetensors" in {Path(entry.path).name for entry in client.list_artifacts(run.info.run_id, "model")}
 
 

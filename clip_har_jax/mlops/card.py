@@ -1,5 +1,7 @@
 """The model card: what a stranger needs to know of a model, as the Hub shows it."""
 
+import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,7 @@ def _table_of(metrics: Mapping[str, Any]) -> str:
     rows += [f"| {key.upper()} | {metrics[key]:.3f} |" for key in ("nll", "ece") if key in metrics]
     of = f"On {metrics['num_examples']} examples of `{_public(metrics.get('data', 'unnamed data'))}`"
     worst = sorted(metrics["per_class"].items(), key=lambda item: item[1]["f1"])[:3]
-    told = ", ".join(f"{label} (F1 {values['f1']:.2f})" for label, values in worst)
+    told = ", ".join(f"{_plain(label)} (F1 {values['f1']:.2f})" for label, values in worst)
     return "\n".join((f"{of}:", "", "| metric | value |", "|---|---|", *rows, "", f"Told worst: {told}."))
 
 
@@ -120,9 +122,15 @@ def _data(record: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _plain(label: str) -> str:
+    """A label as Markdown that shows it as it stands, be it HTML or a link."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(label, quote=False))
+
+
 def _limits(labels: tuple[str, ...]) -> str:
     return (
-        f"It answers with one of these actions, also for a picture that shows none of them: {', '.join(labels)}. "
+        "It answers with one of these actions, also for a picture that shows none of them: "
+        f"{', '.join(map(_plain, labels))}. "
         "Figures hold for pictures like those that it was evaluated on; on others, measure again. "
         "It tells what people seem to do, not who they are, and mustn't decide anything about a person on its own."
     )

@@ -14,6 +14,8 @@ from clip_har_jax import bundle
 from clip_har_jax.data.sources import Source, are_clips, manifest_of
 from clip_har_jax.evaluation.calibration import Calibration
 from clip_har_jax.evaluation.evaluator import EvalResult, write_result
+from clip_har_jax.evaluation.history import read_history
+from clip_har_jax.evaluation.report import Details
 from clip_har_jax.models.heads import write_head
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed, sharding
@@ -124,13 +126,14 @@ def write_examples(run: "Run", examples: Mapping[int, Sequence[int]]) -> str:
 
 
 def write_report(run: "Run", step: int, result: EvalResult) -> epath.Path:
-    """Writes the report of an evaluation to eval/<step>/, for the trackers."""
+    """Writes the report of an evaluation to eval/<step>/, for the trackers; without examples, which were on devices."""
     folder = run.workdir / "eval" / str(step)
     if distributed.is_main():
         about = {"run": str(run.workdir), "step": str(step), "data": run.config.data.val or "held out"}
         names = [_name(run.data.val, int(i)) for i in result.predictions.index]
         if bundle.is_local(folder):
-            write_result(result, Path(folder), names, about)
+            details = Details(history=read_history(Path(run.workdir / "model")))
+            write_result(result, Path(folder), names, about, details)
         else:
             with tempfile.TemporaryDirectory() as scratch:
                 write_result(result, scratch, names, about)
@@ -184,6 +187,6 @@ def _upload_folder(fill: Callable[[Path], None], target: epath.Path) -> None:
 
 def _name(source: Source, index: int) -> str:
     try:
-        return source[index].name
+        return source[index].name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
     except Exception:  # the very example may be what is wrong
         return f"example {index}"
