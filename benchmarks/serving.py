@@ -67,7 +67,9 @@ def measure_ceiling(model: str, images: list[bytes], seconds: float, processes: 
             (Path(scratch) / f"{i:05d}.jpg").write_bytes(image)
         arguments = [model, scratch, str(seconds), str(processes)]
         command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True)
+        done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    if done.returncode:
+        raise RuntimeError(f"the ceiling's process failed: {done.stderr[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
