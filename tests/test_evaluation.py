@@ -24,6 +24,7 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import split_conformal_sets
+from clip_har_jax.evaluation.charts import draw_lines
 from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
 from clip_har_jax.evaluation.history import History, read_history
 from clip_har_jax.evaluation.plots import draw_confusion
@@ -274,6 +275,13 @@ def test_the_confusion_matrix_is_drawn_at_any_size(count: int) -> None:
     labels = [f"action number {i}" for i in range(count)]
     with Image.open(io.BytesIO(draw_confusion(confusion, labels))) as image:
         assert 250 < min(image.size) <= max(image.size) < 3500
+
+
+def test_what_a_chart_says_is_in_the_colours_and_the_font_of_the_page() -> None:
+    drawn = draw_lines({"training": ([1, 2, 3], [4.0, 1.0, 0.2])}, "step", "loss", "falling", log_y=True)
+    texts = {said: style for style, said in re.findall(r'<text style="([^"]*)"[^>]*>([^<]*)</text>', drawn)}
+    assert set(texts) == {"1", "2", "3", "0.2", "0.5", "step", "loss"}  # plain numbers, whole steps
+    assert all("fill: var(--soft)" in style and "family" not in style for style in texts.values())
 
 
 def test_labels_in_any_script_are_drawn_without_warnings() -> None:

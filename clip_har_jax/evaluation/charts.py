@@ -69,7 +69,7 @@ def to_svg(figure: Figure, description: str) -> Markup:
     text = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
     for name, color in COLORS.items():
         text = text.replace(color, f"var(--{name})")
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+    text = re.sub(r' ?font-family: [^;"]*;?', "", text)  # the page's
     label = Markup('<div class="chart" role="img" aria-label="{}">').format(description)
     return label + Markup(text) + Markup("</div>")
 
@@ -93,7 +93,7 @@ def draw_lines(
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     if all(float(value).is_integer() for xs, _ in series.values() for value in xs):
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set(xlabel=x, ylabel=y)
     axes.margins(x=0.02)
     if len(series) > 1:
