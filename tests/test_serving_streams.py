@@ -15,6 +15,7 @@ from websockets.sync.client import ClientConnection, connect
 from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.inference.stream import EventRules, find_events
 from clip_har_jax.video import iter_frames
+from serving.security import new_key
 from serving.service import Service
 from tests.serving_setup import LABELS, running, wait_for
 from tests.test_stream import write_video
@@ -78,6 +79,19 @@ def test_what_cannot_work_is_refused_with_the_reason(served: tuple[httpx.Client,
     with pytest.raises(InvalidStatus) as refused:
         open_stream(served[0], origin="https://evil.example")
     assert refused.value.response.status_code == 403
+
+
+def test_a_stream_needs_a_key(served_folder: Path, frame: bytes) -> None:
+    key, line = new_key("alice")
+    metrics_key, metrics_line = new_key("prometheus", ["metrics"])
+    with running(served_folder, api_keys=f"{line} {metrics_line}") as (client, _):
+        for headers, status in (({}, 401), ({"Authorization": f"Bearer {metrics_key}"}, 403)):
+            with pytest.raises(InvalidStatus) as refused:
+                open_stream(client, additional_headers=headers)
+            assert refused.value.response.status_code == status
+        with open_stream(client, additional_headers={"Authorization": f"Bearer {key}"}) as socket:
+            socket.send(frame)
+            assert receive(socket)["label"] in LABELS
 
 
 def test_sessions_are_counted(served: tuple[httpx.Client, Service]) -> None:
