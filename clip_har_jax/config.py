@@ -291,7 +291,9 @@ def _apply_overrides(config: RunConfig, overrides: Sequence[str]) -> dict[str, A
     try:
         flag_values(argv)
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        named = said.startswith("flag --")  # absl says which
+        raise UserError(said.removeprefix("flag ") if named else f"{' '.join(overrides)}: {said}") from error
     return holder.value.to_dict()
 
 

@@ -61,7 +61,7 @@ def test_overrides_are_typed():
     [
         ("optim.learnin_rate=1", "did you mean 'optim.learning_rate'"),
         ("learning_rate=1", "did you mean 'optim.learning_rate'"),
-        ("train.num_steps=abc", "abc"),
+        ("train.num_steps=abc", "^--config.train.num_steps=abc: invalid literal"),
         ("train.num_steps=1.5", "1.5"),
         ("seed=true", "true"),
         ("optim=3", "unknown key"),
