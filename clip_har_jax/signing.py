@@ -19,12 +19,26 @@ def sign(folder: Path, private_key: Path) -> None:
     Raises:
       UserError: model-signing isn't installed, or no usable key.
     """
+    _signer(private_key, folder).sign(folder, folder / SIGNATURE_FILE)
+
+
+def check_private_key(private_key: Path) -> None:
+    """Whether `sign` could use a key, before there is a folder.
+
+    Raises:
+      UserError: model-signing isn't installed, or no usable key.
+    """
+    _signer(private_key, Path())
+
+
+def _signer(private_key: Path, folder: Path) -> Any:
     library = _library()
     config = library.signing.Config().set_hashing_config(_hashing(library, folder))
     try:
-        config.use_elliptic_key_signer(private_key=private_key).sign(folder, folder / SIGNATURE_FILE)
+        return config.use_elliptic_key_signer(private_key=private_key)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--sign={private_key}: no private key of an elliptic curve in PEM ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--sign={private_key}: no private key of an elliptic curve in PEM ({reason})") from error
 
 
 def verify_signature(folder: Path, public_key: Path) -> None:

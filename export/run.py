@@ -1,6 +1,8 @@
 """The order of events of an export: refuse what can't work, write each format aside, prove it, seal what passed."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
-from clip_har_jax.signing import sign
+from clip_har_jax.signing import check_private_key, sign
 from clip_har_jax.text import Tokenizer
 from export.graphs import Graph, make_graphs
 from export.parity import BFLOAT16, FLOAT16, FLOAT32, INT8, NUM_HARD, Arrays, Bounds, compare, make_cases, run_cases
@@ -231,8 +233,11 @@ def export_model(
     if num_examples < 1:
         raise UserError(f"--num_examples={num_examples}: 1 or more is needed")
     check_output(output, overwrite)
+    if signing_key is not None:
+        check_private_key(Path(signing_key))
     model = open_model(path, classes)
-    if output == model.folder.resolve() or output in model.folder.resolve().parents:
+    source = model.folder.resolve()
+    if output == source or output in source.parents or source in output.parents:  # a sealed folder takes no more files
         raise UserError(f"--output={output}: the model lies there; name another folder")
     images, true = read_images(model, data, num_examples)
     prompts = [text for label in model.actions.labels for text in model.actions.prompts[label]]
@@ -264,9 +269,19 @@ def export_model(
         bundle.replace_folder(output, fill)
     except _NothingPassed:
         pass
-    except OSError as error:
-        raise UserError(f"--output={output}: can't be written ({error.strerror}); nothing was left there") from error
+    except Exception as error:
+        if (reason := _of_the_disk(error)) is None:
+            raise
+        raise UserError(f"--output={output}: can't be written ({reason}); nothing was left there") from error
     return parity
+
+
+def _of_the_disk(error: Exception) -> str | None:
+    """What the disk refused, in words; safetensors and TensorFlow tell it in errors of their own."""
+    if isinstance(error, OSError):
+        return error.strerror
+    refusals = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
+    return next((reason for reason in refusals if reason in str(error)), None)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -102,7 +102,8 @@ def write_torchscript(
             ("explainer", explain, (image, weights)),
         ):
             traced = torch.jit.trace(Module(function), inputs, check_trace=False)
-            torch.jit.save(torch.jit.freeze(traced.eval()), str(folder / f"{name}.pt"))
+            with (folder / f"{name}.pt").open("wb") as file:  # of Python, whose errors say what the disk lacks
+                torch.jit.save(torch.jit.freeze(traced.eval()), file)
 
 
 def unit(x: Any) -> Any:

@@ -191,6 +191,8 @@ def test_a_signature_is_of_its_key_and_its_files(output: Path, tmp_path: Path) -
         verify_signature(copy, tmp_path / "other.pub")
     with pytest.raises(UserError, match="no private key"):
         sign(copy, tmp_path / "private.pub")
+    with pytest.raises(UserError, match=r"none.pem: no private key .*No such file"):  # before anything is computed
+        export_model("unused", ["onnx"], tmp_path / "out", signing_key=str(tmp_path / "none.pem"))
     # Whoever changes a file can write a manifest that fits, but no signature.
     (copy / "actions.json").write_text((copy / "actions.json").read_text().replace("1.7", "1.6"))
     (copy / "manifest.json").unlink()
@@ -488,6 +490,8 @@ def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> No
         refused("not empty, and no export that could be replaced", output=full, overwrite=overwrite)
         refused("not empty, and no export", output=folder, overwrite=overwrite)
         refused("not empty, and no export", output=folder.parent, overwrite=overwrite)
+    refused("the model lies there", output=folder / "export")
+    assert bundle.verify(folder)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / exported.SIGNATURE).write_text("{}")
     refused("not empty; name another folder, or replace it with --overwrite", output=tmp_path / "old")
@@ -502,14 +506,15 @@ def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> No
     refused("config.json", path=str(broken))
 
 
-def test_a_disk_that_fills_in_the_middle_leaves_nothing(folder: Path, photos: Path, tmp_path: Path) -> None:
-    """A real process that may write no file over 20 kB: less than any of the graphs, more than what comes before."""
+@pytest.mark.parametrize("name", ["onnx", "stablehlo", pytest.param("saved_model", marks=pytest.mark.slow)])
+def test_a_disk_that_fills_in_the_middle_leaves_nothing(folder: Path, photos: Path, tmp_path: Path, name: str) -> None:
+    """A real process that may write no file over 60 kB: less than the graphs or their weights, more than what comes before."""
     code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "from clip_har_jax import cli; from export.__main__ import main; cli.run(main)"
     )
-    flags = [f"--model={folder}", "--formats=onnx", f"--output={tmp_path / 'out'}", f"--data=folder:{photos}"]
+    flags = [f"--model={folder}", f"--formats={name}", f"--output={tmp_path / 'out'}", f"--data=folder:{photos}"]
     done = subprocess.run(
         [sys.executable, "-c", code, *flags, "--num_examples=2"],
         capture_output=True,
