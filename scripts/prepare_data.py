@@ -1,12 +1,13 @@
-"""Finds near duplicates in labelled images and splits them into train, val and test without leaks.
+"""Finds near duplicates in labelled images or clips and splits them into train, val and test without leaks.
 
   python scripts/prepare_data.py --data=folder:photos --output=prepared
   python scripts/train.py --config=configs/demo.py --workdir=runs/photos \\
       --config.data.train=manifest:prepared/manifest.parquet --config.data.val=manifest:prepared/manifest.parquet
 
-Copies of one photograph, re-encoded, resized, cropped or framed, stay in one split; copies with different labels are
-left out of all. Writes manifest.parquet (path, sha256, label, group, split), duplicates.json, report.html (look at it)
-and prepare.json. A function of the data, the shares and the seed.
+Copies of one photograph, re-encoded, resized, cropped or framed, stay in one split, and so do copies of one clip and
+clips cut from one recording, as UCF101 and HMDB51 name them; copies with different labels are left out of all. Writes
+manifest.parquet (path, sha256, label, group, split), duplicates.json, report.html (look at it) and prepare.json. A
+function of the data, the shares and the seed.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def _parse() -> argparse.Namespace:
         required=True,
         action="append",
         metavar="SPEC",
-        help="labelled images; several are pooled, e.g. --data=csv:train.csv --data=csv:more.csv",
+        help="labelled images, or clips (video:PATH); several are pooled: --data=csv:train.csv --data=csv:more.csv",
     )
     add("--output", required=True, type=Path, metavar="DIR", help="where to write, e.g. --output=prepared")
     add(
@@ -88,7 +89,7 @@ def _parse() -> argparse.Namespace:
         type=float,
         default=0.01,
         metavar="F",
-        help="share of unreadable images above which nothing is written, e.g. --max_bad_fraction=0.01 (default)",
+        help="share of unreadable files above which nothing is written, e.g. --max_bad_fraction=0.01 (default)",
     )
     add("--num_workers", type=int, metavar="N", help="processes, by default one a core, e.g. --num_workers=4")
     return parser.parse_args()

@@ -2,10 +2,11 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,6 +354,19 @@ def test_workers_give_the_results_in_order() -> None:
         assert list(map_in_workers(_square, 3, count, workers, "squaring")) == [3 * i * i for i in range(count)]
 
 
+class Deadly:
+    """Ends the process that it is sent to."""
+
+    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+        return os._exit, (1,)
+
+
+@pytest.mark.timeout(90)
+def test_a_worker_that_dies_before_it_has_read_all_is_told() -> None:
+    with pytest.raises(UserError, match="a worker process was killed"):
+        deque(map_in_workers(_square, (Deadly(), bytes(10**6)), 1000, 2, "squaring"), maxlen=0)
+
+
 def test_command(photos: Path, tmp_path: Path) -> None:
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "scripts/prepare_data.py", *flags]
@@ -371,13 +385,6 @@ def test_classes_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
     for label in ("Running", "running", "sitting"):
         write_image(tmp_path / label / "0.png", seed=0)
     assert "'Running' and 'running' differ only in case" in refused(f"folder:{tmp_path}")
-
-
-def test_clips_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "clip.mp4").write_bytes(b"")
-    with pytest.raises(UserError, match="takes images"):
-        prepare([f"video:{tmp_path}"], tmp_path / "out")
 
 
 TFDS_CHECK = """

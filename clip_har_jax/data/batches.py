@@ -10,7 +10,7 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
 from clip_har_jax.data.sampling import Order
-from clip_har_jax.data.sources import ClipFile, Example, Source, are_clips
+from clip_har_jax.data.sources import ClipFile, Example, Source, are_clips, name_of
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.video import FrameSampling, read_clip
 
@@ -75,19 +75,19 @@ class BatchSource:
             image.fill(0)
             return 0, 0.0, -1, None
         index, key = (position, ()) if self._order is None else self._order[position]
-        label, name = int(self.source.label_ids[index]), f"example {index}"
+        label, name = int(self.source.label_ids[index]), ""
         try:
             example = self.source[index]
             name = example.name
             image[...] = self._transform(example, key)
             return label, 1.0, index, None
         except BadImage as error:
-            reason = str(error)
+            name, reason = name or name_of(self.source, index), str(error)
         except OSError as error:
-            name = name if error.filename is None else str(error.filename)
+            name = str(error.filename or name or name_of(self.source, index))
             reason = f"can't be read ({error.strerror or error})"
         except Exception as error:  # a bug; of its kind nothing is sure, not even that a worker can send it
-            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+            raise RuntimeError(f"{name or name_of(self.source, index)}: {type(error).__name__}: {error}") from error
         image.fill(0)
         return label, 0.0, index, (index, name, reason)
 

@@ -56,6 +56,11 @@ class Manifest:
             digest.update(json.dumps(row).encode() + b"\n")
         return digest.hexdigest()
 
+    @property
+    def clips(self) -> bool:
+        """Whether the files are videos."""
+        return bool(self.about.get("clips", False))
+
     def column(self, name: str) -> list[Any]:
         return self.table.column(name).to_pylist()
 
@@ -118,6 +123,7 @@ class SplitRows:
     sha256: list[str]
     weights: np.ndarray  # float32
     digest: str  # of the manifest
+    clips: bool  # whether the files are videos
 
 
 def read_split(spec: Spec, split: str) -> SplitRows:
@@ -144,6 +150,7 @@ def read_split(spec: Spec, split: str) -> SplitRows:
         rows.column("sha256").to_pylist(),
         rows.column("weight").to_numpy(),
         manifest.digest,
+        manifest.clips,
     )
 
 

@@ -17,7 +17,7 @@ from clip_har_jax.config import DataConfig
 from clip_har_jax.cores import usable_cores
 from clip_har_jax.data.batch_workers import WorkerBatches
 from clip_har_jax.data.batches import BadInput, BatchSource
-from clip_har_jax.data.sources import Source
+from clip_har_jax.data.sources import Source, are_clips
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import Preprocess
 
@@ -38,6 +38,7 @@ class BadInputs:
         self._limit, self._size = max_fraction * len(source), len(source)
         self._log = None if log is None else epath.Path(log)
         self._seen: dict[int, str] = {}
+        self._noun = "clips" if are_clips(source) else "images"
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -55,7 +56,7 @@ class BadInputs:
         if len(self._seen) > self._limit:
             listed = f", all so far in {self._log}" if self._log is not None else ""
             raise UserError(
-                f"{len(self._seen)} of {self._size} images can't be read, the first is "
+                f"{len(self._seen)} of {self._size} {self._noun} can't be read, the first is "
                 f"{next(iter(self._seen.values()))}{listed}; mend or remove them, or raise config.data.max_bad_fraction"
             )
 

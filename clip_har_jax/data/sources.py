@@ -23,6 +23,8 @@ from clip_har_jax.video_sets import list_videos
 class FileSource:
     """Image files with labels: a folder or a CSV."""
 
+    clips = False  # whether its files are videos
+
     def __init__(self, files: Sequence[tuple[Path, str]], labels: Sequence[str], where: str):
         names = [label for _, label in files]
         self.labels = tuple(labels) or tuple(sorted(set(names)))
@@ -43,6 +45,8 @@ class FileSource:
 class VideoSource(FileSource):
     """Video files with labels; their examples are clips."""
 
+    clips = True
+
     def __getitem__(self, i: int) -> Example:
         return Example(ClipFile(self.paths[i]), int(self.label_ids[i]), self.paths[i])
 
@@ -54,7 +58,7 @@ class ManifestSource(FileSource):
         rows = read_split(spec, split)
         self.labels = tuple(labels) or rows.labels
         self.label_ids = np.asarray(label_ids(rows.names, self.labels, str(spec)), np.int32)
-        self.paths, self.sha256, self.weights = rows.paths, rows.sha256, rows.weights
+        self.paths, self.sha256, self.weights, self.clips = rows.paths, rows.sha256, rows.weights, rows.clips
         self.manifest_sha256 = rows.digest
         cache = spec.options.get("cache")
         folder = Path(spec.path).expanduser().parent / f"cache_{cache}px"
@@ -68,7 +72,7 @@ class ManifestSource(FileSource):
         assert isinstance(example.data, bytes)
         if hashlib.sha256(example.data).hexdigest() != self.sha256[i]:
             raise BadImage("changed since its manifest was written")
-        return example
+        return example._replace(data=ClipFile(self.paths[i])) if self.clips else example
 
 
 class SyntheticSource:
@@ -105,6 +109,14 @@ class SubsetSource:
         return self.source[int(self.indices[i])]
 
 
+def name_of(source: Source, i: int) -> str:
+    """What a person finds an example by when it can't be read: its file, or else its number."""
+    while hasattr(source, "indices"):
+        source, i = source.source, int(source.indices[i])  # type: ignore[attr-defined]
+    paths = getattr(source, "paths", None)
+    return f"example {i}" if paths is None else str(paths[i])
+
+
 def manifest_of(source: Source) -> str | None:
     """The checksum of the manifest that a source, or what it is a part of, comes from; None where there is none."""
     while not hasattr(source, "manifest_sha256"):
@@ -118,7 +130,7 @@ def are_clips(source: Source) -> bool:
     """Whether a source's examples are videos."""
     while hasattr(source, "source"):
         source = source.source
-    return isinstance(source, VideoSource)
+    return getattr(source, "clips", False)
 
 
 def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False) -> Source:

@@ -1,24 +1,33 @@
 """A function over the examples of a source, in worker processes, in order, with progress."""
 
 import multiprocessing
+import pickle
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 from clip_har_jax.cores import usable_cores
 from clip_har_jax.errors import UserError
 
-CHUNK = 32  # examples that a worker takes at once
-MIN_FOR_WORKERS = 1000  # fewer are done before workers have started
+CHUNK = 32  # examples that a worker takes at once, at most
+MIN_FOR_WORKERS = 1000  # images
 
 _shared: Any = None  # in a worker: what it was started with
 
 
 def map_in_workers(
-    function: Callable[[Any, int], Any], shared: Any, count: int, num_workers: int | None, title: str
+    function: Callable[[Any, int], Any],
+    shared: Any,
+    count: int,
+    num_workers: int | None,
+    title: str,
+    min_for_workers: int = MIN_FOR_WORKERS,
 ) -> Iterator[Any]:
     """`function(shared, i)` for i in 0 ... count - 1.
 
@@ -27,28 +36,40 @@ def map_in_workers(
       shared: sent to each worker once.
       num_workers: None: one a core; 0: this process alone does it.
       title: of the bar on the terminal.
+      min_for_workers: fewer examples are done by this process alone, before workers have started.
 
     Raises:
       UserError: a worker was killed, as it is when memory runs out.
     """
     num_workers = usable_cores() if num_workers is None else num_workers
-    if num_workers == 0 or count < MIN_FOR_WORKERS:
+    if num_workers == 0 or count < min_for_workers:
         yield from _shown((function(shared, i) for i in range(count)), count, title)
         return
+    chunk = min(CHUNK, -(-count // (4 * num_workers)))
+    try:
+        with _pool(num_workers, shared) as pool:
+            yield from _shown(pool.map(_call, repeat(function), range(count), chunksize=chunk), count, title)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{title}: a worker process was killed, as it is when memory runs out; try --num_workers="
+            f"{max(1, num_workers // 2)}"
+        ) from error
+
+
+@contextmanager
+def _pool(num_workers: int, shared: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes that have `shared`, by a file: a pipe that holds less would block for ever were its reader killed."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(num_workers, context, _start, (shared,)) as pool:
-        try:
-            yield from _shown(pool.map(_call, repeat(function), range(count), chunksize=CHUNK), count, title)
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"{title}: a worker process was killed, as it is when memory runs out; try --num_workers="
-                f"{max(1, num_workers // 2)}"
-            ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shared.pickle"
+        path.write_bytes(pickle.dumps(shared))
+        with ProcessPoolExecutor(num_workers, context, _start, (path,)) as pool:
+            yield pool
 
 
-def _start(shared: Any) -> None:
+def _start(path: Path) -> None:
     global _shared
-    _shared = shared
+    _shared = pickle.loads(path.read_bytes())
     import cv2
 
     cv2.setNumThreads(1)  # the workers are the parallelism

@@ -11,6 +11,8 @@ from clip_har_jax.data.manifest import Manifest
 from clip_har_jax.data.quality import MEASURES, Drift, contact_sheet, find_drift
 from clip_har_jax.evaluation.report import templates
 from clip_har_jax.preprocess import BadImage, read_image
+from clip_har_jax.specs import VIDEO_SUFFIXES
+from clip_har_jax.video import FrameSampling, read_clip
 
 SPLITS = ("train", "val", "test", "excluded")
 PER_CLASS = 24  # images of a contact sheet
@@ -37,7 +39,8 @@ def make_data_report(
     page = templates().get_template("data.html")
     return page.render(
         summary=summary,
-        headlines=_headlines(summary),
+        noun="clips" if manifest.clips else "images",
+        headlines=_headlines(summary, "clips" if manifest.clips else "images"),
         splits=[split for split in SPLITS if summary["splits"][split]],
         classes=_classes(manifest),
         measures=_measures(manifest),
@@ -47,16 +50,22 @@ def make_data_report(
         suspects=suspects[:MAX_SHOWN],
         bad=[(_text(name), reason) for name, reason in bad[:MAX_SHOWN]],
         sheets=_sheets(manifest),
-        about={"manifest SHA-256": manifest.digest, "folder": manifest.root, **manifest.about},
+        about={"manifest SHA-256": manifest.digest, "folder": manifest.root, **_about(manifest)},
     )
+
+
+def _about(manifest: Manifest) -> dict[str, str]:
+    """How it was made, in words; what wasn't given is left out."""
+    texts = {key: ", ".join(value) if isinstance(value, list) else str(value) for key, value in manifest.about.items()}
+    return {key: text for key, text in texts.items() if text and key != "clips"}
 
 
 def _text(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
 
 
-def _headlines(summary: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    splits = [(split, summary["splits"][split], "images") for split in SPLITS if summary["splits"][split]]
+def _headlines(summary: Mapping[str, Any], noun: str) -> list[tuple[str, int, str]]:
+    splits = [(split, summary["splits"][split], noun) for split in SPLITS if summary["splits"][split]]
     return [
         *splits,
         ("duplicates", summary["duplicate_groups"], f"groups, {summary['identical_groups']} of identical files"),
@@ -135,11 +144,20 @@ def _group_sheet(manifest: Manifest, entry: Mapping[str, Any]) -> str:
     return _sheet([manifest.root / member["path"] for member in entry["members"][:12]])
 
 
+def read_picture(path: Path) -> np.ndarray:
+    """An image file, or the middle frame of a clip.
+
+    Raises:
+      BadImage: it can't be read.
+    """
+    return read_clip(path, FrameSampling(1)).frames[0] if path.suffix.lower() in VIDEO_SUFFIXES else read_image(path)
+
+
 def _sheet(paths: Sequence[Path]) -> str:
     images = []
     for path in paths:
         try:
-            images.append(read_image(path))
+            images.append(read_picture(path))
         except BadImage:  # it could be read a moment ago
             continue
     return "data:image/jpeg;base64," + base64.b64encode(contact_sheet(images)).decode() if images else ""

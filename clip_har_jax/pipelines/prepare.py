@@ -1,13 +1,12 @@
-"""Labelled images in, a leak-free split manifest out, with the page that shows what is in them."""
+"""Labelled images or clips in, a leak-free split manifest out, with the page that shows what is in them."""
 
-import hashlib
 import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,70 +14,17 @@ from PIL import Image
 from clip_har_jax import bundle
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.cache import write_cache
-from clip_har_jax.data.duplicates import Signature, find_pairs, group, make_signature
 from clip_har_jax.data.manifest import Manifest, make_manifest, read_manifest, write_manifest
-from clip_har_jax.data.quality import Facts, find_suspects, measure
-from clip_har_jax.data.sources import FileSource, Source, are_clips, make_source
+from clip_har_jax.data.quality import find_suspects
+from clip_har_jax.data.scan import Pooled, Scanned, find_duplicates, find_groups, recording_of, scan
+from clip_har_jax.data.sources import make_source
 from clip_har_jax.data.splits import Shares, assign_splits
-from clip_har_jax.data.workers import map_in_workers
+from clip_har_jax.data.workers import MIN_FOR_WORKERS, map_in_workers
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.data_report import make_data_report
-from clip_har_jax.preprocess import BadImage, decode
-from clip_har_jax.specs import label_ids
+from clip_har_jax.evaluation.data_report import make_data_report, read_picture
 
+MIN_CLIPS_FOR_WORKERS = 30  # fewer are read before workers have started
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "MPO": ".jpg"}
-
-
-class Scanned(NamedTuple):
-    """What is kept of an image that was read."""
-
-    sha256: str
-    bytes: int
-    facts: Facts
-    signature: Signature
-
-
-class Pooled:
-    """Several sources one after the other, under the union of their labels."""
-
-    def __init__(self, sources: Sequence[Source]):
-        self.sources = sources
-        names = [source.labels[i] for source in sources for i in source.label_ids]
-        self.labels = tuple(sorted(set(names)))
-        self.label_ids = np.asarray(label_ids(names, self.labels, "--data"), np.int32)
-        self.given = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
-        self._start = np.cumsum([0, *(len(source) for source in sources)])
-
-    def __len__(self) -> int:
-        return len(self.label_ids)
-
-    def read(self, i: int) -> tuple[bytes, str]:
-        """An encoded image and its name; OSError where it can't be read."""
-        source = self.sources[self.given[i]]
-        example = source[int(i - self._start[self.given[i]])]
-        if isinstance(example.data, bytes):
-            return example.data, example.name
-        assert isinstance(example.data, np.ndarray), "clips were refused"
-        Image.fromarray(example.data).save(buffer := io.BytesIO(), "PNG")
-        return buffer.getvalue(), example.name
-
-    def path(self, i: int) -> str | None:
-        """Its file, where the source has files."""
-        source = self.sources[self.given[i]]
-        return source.paths[int(i - self._start[self.given[i]])] if isinstance(source, FileSource) else None
-
-
-def _scan(source: Pooled, i: int) -> Scanned | tuple[str, str]:
-    """What is kept of an image, or its name and why it can't be read."""
-    name = source.path(i) or f"example {i}"
-    try:
-        data, name = source.read(i)
-        image = decode(data, DataConfig.max_megapixels)
-        return Scanned(hashlib.sha256(data).hexdigest(), len(data), measure(image), make_signature(image))
-    except BadImage as error:
-        return name, str(error)
-    except OSError as error:
-        return str(error.filename or name), f"can't be read ({error.strerror or error})"
 
 
 @dataclass(frozen=True)
@@ -136,7 +82,7 @@ def prepare(
       model: a CLIP whose features tell labels that may be wrong; empty: none are looked for.
       reference: an earlier manifest to compare with.
       tfds_dir: where the splits are also written as the TFDS data set har15; empty: nowhere.
-      max_bad_fraction: share of unreadable images above which nothing is written.
+      max_bad_fraction: share of unreadable files above which nothing is written.
       num_workers: processes; None: one a core.
 
     Raises:
@@ -146,22 +92,30 @@ def prepare(
         raise UserError(f"--val_fraction={shares.val:g} --test_fraction={shares.test:g}: nothing is left for training")
     earlier = read_manifest(Path(reference)) if reference else None
     source = _open(data, test)
+    if source.clips:
+        _refuse_for_clips(cache_px, tfds_dir)
     _make_folder(output)
-    outcomes = list(map_in_workers(_scan, source, len(source), num_workers, "reading"))
+    worth = MIN_CLIPS_FOR_WORKERS if source.clips else MIN_FOR_WORKERS
+    outcomes = list(map_in_workers(scan, source, len(source), num_workers, "reading", worth))
     kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]
     scanned = [outcome for outcome in outcomes if isinstance(outcome, Scanned)]
     bad = [outcome for outcome in outcomes if not isinstance(outcome, Scanned)]
-    _write_bad(output / "bad_inputs.jsonl", bad, len(source), max_bad_fraction)
-    groups, pairs = find_groups(scanned)
+    noun = "clips" if source.clips else "images"
+    _write_bad(output / "bad_inputs.jsonl", bad, len(source), max_bad_fraction, noun)
     ids = source.label_ids[kept]
+    names = [source.labels[i] for i in ids]
+    pairs = find_duplicates(scanned, source.clips)
+    cut_from = [recording_of(source.path(i) or "", name) for i, name in zip(kept, names, strict=True)]
+    copies, groups = find_groups(pairs, ids, cut_from if source.clips else [])
     splits = assign_splits(ids, groups, Shares(shares.val, 0.0 if test else shares.test), seed)
     if test:
         splits = _keep_test(splits, groups, source.given[kept] == len(data))
     paths, root = _place(source, kept, scanned, output)
-    rows = _make_rows(paths, scanned, [source.labels[i] for i in ids], groups, splits)
+    rows = _make_rows(paths, scanned, names, copies, groups, splits)
     about = {"data": list(data), "test": test, "seed": seed, "val_fraction": shares.val, "test_fraction": shares.test}
+    about |= {"clips": True} if source.clips else {}
     manifest = make_manifest(rows, root, about)
-    duplicates = _list_duplicates(rows, pairs, [[*data, test][i] for i in source.given[kept]])
+    duplicates = _list_duplicates(rows, copies, pairs, [[*data, test][i] for i in source.given[kept]])
     suspects = _find_suspects(model, rows, root, ids, groups, source.labels) if model else []
     prepared = Prepared(manifest, bad, duplicates, suspects)
     write_manifest(manifest, output / "manifest.parquet")
@@ -177,22 +131,29 @@ def prepare(
 
 def _open(data: Sequence[str], test: str) -> Pooled:
     """All examples, those of the test set last."""
-    sources = [make_source(spec, "train") for spec in data]
-    sources += [make_source(test, "test")] if test else []
-    if clips := [spec for spec, source in zip([*data, test], sources, strict=False) if are_clips(source)]:
-        raise UserError(f"--data={clips[0]}: prepare_data.py takes images; split clips by folders train/ and test/")
-    return Pooled(sources)
+    return Pooled([*(make_source(spec, "train") for spec in data), *([make_source(test, "test")] if test else [])])
+
+
+def _refuse_for_clips(cache_px: int | None, tfds_dir: str) -> None:
+    for flag, given in (("--cache_px", cache_px), ("--tfds_dir", tfds_dir)):
+        if given:
+            raise UserError(f"{flag}={given}: is for images, and the data is clips; leave it out")
 
 
 def _make_rows(
-    paths: Sequence[str], scanned: Sequence[Scanned], labels: Sequence[str], groups: np.ndarray, splits: Sequence[str]
+    paths: Sequence[str],
+    scanned: Sequence[Scanned],
+    labels: Sequence[str],
+    copies: np.ndarray,
+    groups: np.ndarray,
+    splits: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """The manifest's rows; an image weighs the less the more copies it has."""
-    sizes = np.bincount(groups)
+    """The manifest's rows; an example weighs the less the more copies it has."""
+    weights = 1 / np.bincount(copies)[copies]
     return [
         {"path": path, "sha256": one.sha256, "label": label, "group": int(number), "split": split}
-        | {"weight": 1 / float(sizes[number]), "bytes": one.bytes, **one.facts._asdict()}
-        for path, one, label, number, split in zip(paths, scanned, labels, groups, splits, strict=True)
+        | {"weight": float(weight), "bytes": one.bytes, **one.facts._asdict()}
+        for path, one, label, weight, number, split in zip(paths, scanned, labels, weights, groups, splits, strict=True)
     ]
 
 
@@ -213,31 +174,16 @@ def _make_folder(path: Path) -> None:
         raise UserError(f"--output={path}: can't be made ({error.strerror})") from error
 
 
-def _write_bad(path: Path, bad: Sequence[tuple[str, str]], count: int, max_fraction: float) -> None:
+def _write_bad(path: Path, bad: Sequence[tuple[str, str]], count: int, max_fraction: float, noun: str) -> None:
     lines = [json.dumps({"input": name, "error": reason}) + "\n" for name, reason in bad]
     path.write_text("".join(lines), encoding="utf-8")
     if len(bad) > max_fraction * count:
         raise UserError(
-            f"{len(bad)} of {count} images can't be read, the first is {bad[0][0]}: {bad[0][1]}, all in {path}; mend "
+            f"{len(bad)} of {count} {noun} can't be read, the first is {bad[0][0]}: {bad[0][1]}, all in {path}; mend "
             "or remove them, or raise --max_bad_fraction"
         )
     if len(bad) == count:
-        raise UserError(f"none of the {count} images can be read; the first is {bad[0][0]}: {bad[0][1]}")
-
-
-def find_groups(scanned: Sequence[Scanned]) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
-    """Each image's group, and the pairs that made the groups; similarity 1 where the files are identical."""
-    first: dict[str, int] = {}
-    pairs: list[tuple[int, int, float]] = []
-    for i, one in enumerate(scanned):
-        if one.sha256 in first:
-            pairs.append((first[one.sha256], i, 1.0))
-        else:
-            first[one.sha256] = i
-    unique = list(first.values())
-    near = find_pairs([scanned[i].signature for i in unique])
-    pairs += [(unique[a], unique[b], alike) for a, b, alike in near]
-    return group(len(scanned), [(a, b) for a, b, _ in pairs]), sorted(pairs)
+        raise UserError(f"none of the {count} {noun} can be read; the first is {bad[0][0]}: {bad[0][1]}")
 
 
 def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> list[str]:
@@ -258,6 +204,7 @@ def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], outp
         names = []
         for i, one in zip(kept, scanned, strict=True):
             data, _ = source.read(i)
+            assert isinstance(data, bytes), "clips have files"
             with Image.open(io.BytesIO(data)) as image:
                 name = f"images/{one.sha256[:16]}-{i:07d}{SUFFIXES.get(image.format or '', '.img')}"
             (output / name).write_bytes(data)
@@ -269,19 +216,22 @@ def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], outp
 
 
 def _list_duplicates(
-    rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int, float]], given: Sequence[str]
+    rows: Sequence[Mapping[str, Any]],
+    copies: np.ndarray,
+    pairs: Sequence[tuple[int, int, float]],
+    given: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """The contents of duplicates.json: each group of more than one image."""
+    """The contents of duplicates.json: each group of more than one copy."""
     members: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        members.setdefault(row["group"], []).append(i)
+    for i, number in enumerate(copies.tolist()):
+        members.setdefault(number, []).append(i)
     least: dict[int, float] = {}
     for a, _, alike in pairs:
-        number = rows[a]["group"]
+        number = int(copies[a])
         least[number] = min(least.get(number, 1.0), alike)
     return [
         {
-            "group": number,
+            "group": rows[positions[0]]["group"],
             "similarity": round(least[number], 4),
             "identical": len({rows[i]["sha256"] for i in positions}) == 1,
             "conflict": len({rows[i]["label"] for i in positions}) > 1,
@@ -310,7 +260,7 @@ def _find_suspects(
     predictor = Predictor(model, None if bundle.has_actions(model) else labels)  # only its features are used
     size = predictor.batch_size
     features = [
-        predictor.embed([root / row["path"] for row in rows[start : start + size]])
+        predictor.embed([read_picture(root / row["path"]) for row in rows[start : start + size]])
         for start in range(0, len(rows), size)
     ]
     return [
@@ -331,7 +281,7 @@ def print_prepared(prepared: Prepared, output: Path) -> None:
 
     summary, table = prepared.summary, Table(show_header=False, box=None)
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items() if count)
-    table.add_row("images", f"{summary['num_examples']} ({splits})")
+    table.add_row("clips" if prepared.manifest.clips else "images", f"{summary['num_examples']} ({splits})")
     if prepared.bad:
         table.add_row("unreadable", f"{len(prepared.bad)}, listed in {output / 'bad_inputs.jsonl'}")
     table.add_row(

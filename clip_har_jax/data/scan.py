@@ -1,0 +1,139 @@
+"""What is kept of each image or clip of a data set when it is read through: checksum, measures, signatures; groups."""
+
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from clip_har_jax.config import DataConfig
+from clip_har_jax.data.duplicates import FRAMES, Signature, find_clip_pairs, find_pairs, group, make_signature
+from clip_har_jax.data.examples import ClipFile, Source
+from clip_har_jax.data.quality import Facts, measure
+from clip_har_jax.data.sources import FileSource
+from clip_har_jax.errors import UserError
+from clip_har_jax.preprocess import BadImage, decode
+from clip_har_jax.specs import label_ids
+from clip_har_jax.video import FrameSampling, read_clip
+
+# Clips cut from one recording: UCF101's v_CLASS_gGROUP_cCLIP, HMDB51's RECORDING_CLASS_<five properties>_CLIP
+RECORDINGS = (
+    re.compile(r"(v_.+_g\d+)_c\d+"),
+    re.compile(r"(.+)_[fhlu]_[cn]m_np\d_(?:fr|le|ri|ba)_(?:goo|med|bad)_\d+"),
+)
+
+
+class Scanned(NamedTuple):
+    """What is kept of an image or a clip that was read."""
+
+    sha256: str
+    bytes: int
+    facts: Facts  # of a clip: the means over its sampled frames
+    signatures: tuple[Signature, ...]  # one of an image, FRAMES of a clip
+
+
+class Pooled:
+    """Several sources one after the other, under the union of their labels.
+
+    Raises:
+      UserError: images and clips together.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = sources
+        kinds = {getattr(source, "clips", False) for source in sources}
+        if len(kinds) > 1:
+            raise UserError("--data: images and clips together; prepare each by itself")
+        self.clips = kinds.pop()
+        names = [source.labels[i] for source in sources for i in source.label_ids]
+        self.labels = tuple(sorted(set(names)))
+        self.label_ids = np.asarray(label_ids(names, self.labels, "--data"), np.int32)
+        self.given = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
+        self._start = np.cumsum([0, *(len(source) for source in sources)])
+
+    def __len__(self) -> int:
+        return len(self.label_ids)
+
+    def read(self, i: int) -> tuple[bytes | ClipFile, str]:
+        """An encoded image or a clip, and its name; OSError where it can't be read."""
+        source = self.sources[self.given[i]]
+        example = source[int(i - self._start[self.given[i]])]
+        if not isinstance(example.data, np.ndarray):
+            return example.data, example.name
+        Image.fromarray(example.data).save(buffer := io.BytesIO(), "PNG")
+        return buffer.getvalue(), example.name
+
+    def path(self, i: int) -> str | None:
+        """Its file, where the source has files."""
+        source = self.sources[self.given[i]]
+        return source.paths[int(i - self._start[self.given[i]])] if isinstance(source, FileSource) else None
+
+
+def scan(source: Pooled, i: int) -> Scanned | tuple[str, str]:
+    """What is kept of an example, or its name and why it can't be read."""
+    name = source.path(i) or f"example {i}"
+    try:
+        data, name = source.read(i)
+        if isinstance(data, ClipFile):
+            return _scan_clip(data.path)
+        image = decode(data, DataConfig.max_megapixels)
+        return Scanned(hashlib.sha256(data).hexdigest(), len(data), measure(image), (make_signature(image),))
+    except BadImage as error:
+        return name, str(error)
+    except OSError as error:
+        return str(error.filename or name), f"can't be read ({error.strerror or error})"
+
+
+def _scan_clip(path: str) -> Scanned:
+    frames = read_clip(path, FrameSampling(FRAMES), max_megapixels=DataConfig.max_megapixels).frames
+    facts = [measure(frame) for frame in frames]
+    signatures = tuple(make_signature(frame) for frame in frames)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    means = (float(np.mean([getattr(one, name) for one in facts])) for name in ("brightness", "contrast"))
+    return Scanned(digest, Path(path).stat().st_size, Facts(facts[0].width, facts[0].height, *means), signatures)
+
+
+def find_duplicates(scanned: Sequence[Scanned], clips: bool) -> list[tuple[int, int, float]]:
+    """Pairs of near duplicates; similarity 1 where the files are identical."""
+    first: dict[str, int] = {}
+    pairs: list[tuple[int, int, float]] = []
+    for i, one in enumerate(scanned):
+        if one.sha256 in first:
+            pairs.append((first[one.sha256], i, 1.0))
+        else:
+            first[one.sha256] = i
+    unique = list(first.values())
+    signatures = [scanned[i].signatures for i in unique]
+    near = find_clip_pairs(signatures) if clips else find_pairs([one for (one,) in signatures])
+    return sorted([*pairs, *((unique[a], unique[b], alike) for a, b, alike in near)])
+
+
+def recording_of(path: str, label: str) -> str | None:
+    """What a clip was cut from, by the names that UCF101 and HMDB51 give; None: nothing is known."""
+    for pattern in RECORDINGS:
+        if found := pattern.fullmatch(Path(path).stem):
+            return f"{label}/{found[1]}"
+    return None
+
+
+def find_groups(
+    pairs: Sequence[tuple[int, int, float]], label_ids: np.ndarray, recordings: Sequence[str | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of copies, and what must be in one split: copies, and clips cut from one recording.
+
+    Copies with different labels join nothing else, so that they alone are in no split.
+    """
+    copies = group(len(label_ids), [(a, b) for a, b, _ in pairs])
+    order = np.lexsort((label_ids, copies))
+    differing = (copies[order][1:] == copies[order][:-1]) & (label_ids[order][1:] != label_ids[order][:-1])
+    conflicting = np.isin(copies, copies[order][1:][differing])
+    first: dict[str, int] = {}
+    links: list[tuple[int, int]] = [
+        (first.setdefault(name, i), i) for i, name in enumerate(recordings) if name is not None and not conflicting[i]
+    ]
+    return copies, group(len(label_ids), [*((a, b) for a, b, _ in pairs), *links])
