@@ -61,7 +61,7 @@ def checked_prompts(given: Mapping[str, Sequence[str]]) -> dict[str, Prompts]:
 
 
 class _Kept(BaseModel):
-    """The file of a change: of which model, the how manieth, and what its classes are now."""
+    """The file of a change: of which model, its number, and what the classes are now."""
 
     model_config = ConfigDict(extra="forbid")
 
