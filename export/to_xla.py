@@ -8,6 +8,7 @@ import numpy as np
 from jax import export
 from jaxtyping import UInt8
 
+from clip_har_jax.models.params import write_tensors
 from export.graphs import Graph
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -19,8 +20,6 @@ def _host(graph: Graph) -> dict[str, np.ndarray]:
 
 def write_stablehlo(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
     """A program a graph in `jax.export`'s versioned format; the weights, their first argument, lie beside them once."""
-    from safetensors.numpy import save_file
-
     weights: dict[str, np.ndarray] = {}
     for graph in graphs:
         params = _host(graph)
@@ -29,7 +28,7 @@ def write_stablehlo(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.nd
         shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
         program = export.export(jax.jit(graph.function), platforms=PLATFORMS)(shapes, *graph.specs(batch))
         (folder / f"{graph.name}.jax_export").write_bytes(program.serialize())
-    save_file(weights, folder / "weights.safetensors")
+    write_tensors(folder / "weights.safetensors", weights)
 
 
 def write_saved_model(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:

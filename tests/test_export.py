@@ -508,7 +508,7 @@ def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["onnx", "stablehlo", pytest.param("saved_model", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_in_the_middle_leaves_nothing(folder: Path, photos: Path, tmp_path: Path, name: str) -> None:
-    """A real process that may write no file over 60 kB: less than the graphs or their weights, more than what comes before."""
+    """A real process that may write no file over 60 kB: less than graphs or weights, more than what comes before."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

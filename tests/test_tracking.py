@@ -85,7 +85,9 @@ def tracked(environment, folders):
             pass
 
     config, workdir = config_for(folders, ("tensorboard", "mlflow", "wandb")), environment / "run"
-    first = train(config, workdir, sinks=[StopAt()], quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Isolated, "STOPPED_S", 300.0)  # a busy machine may take longer to import a tracker
+        first = train(config, workdir, sinks=[StopAt()], quiet=True)
     assert first.exit_code == 143
     return train(config, workdir, quiet=True)
 
