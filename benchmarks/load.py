@@ -36,7 +36,8 @@ class Load:
         return len(self.seconds.get(200, ())) / self.wall_s
 
     def percentile(self, share: float, status: int = 200) -> float:
-        return float(np.percentile(self.seconds[status], share))
+        """Seconds; NaN where nothing came back so."""
+        return float(np.percentile(self.seconds[status], share)) if self.seconds.get(status) else float("nan")
 
 
 class Connection:
