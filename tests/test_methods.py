@@ -353,13 +353,14 @@ def test_the_retention_gate_and_wise_ft(start, tmp_path, capsys):
         assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_a_run_that_gets_no_better_is_done(start, tmp_path):
+def test_a_run_that_gets_no_better_is_done(start, tmp_path, capsys):
     sections = {
         "train": {"patience": 2, "num_steps": 40},
         "eval": {"every_steps": 2},
         "optim": {"learning_rate": 1e-12},
     }
-    result = train(config_for(start, "full", **sections), tmp_path, quiet=True)
+    result = train(config_for(start, "full", **sections), tmp_path)
+    assert "at step 6: no better top-1 in 2 evaluations (train.patience)" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val/top1" in line] == [2, 4, 6]
     assert result.exit_code == 0

@@ -127,6 +127,11 @@ def train(
                     trackers.status = STOPPED
                 seconds = record_goodput(run, goodput, last_step)
                 return Result(folder, None, last_step, {}, seconds, time.monotonic() - begin, stop.exit_code)
+            if last_step < run.num_steps and not quiet:
+                print(
+                    f"ended   at step {last_step}: no better top-1 in {config.train.patience} evaluations "
+                    "(train.patience)"
+                )
             with goodput.measure("checkpoint"):
                 best = checkpointer.best_whole()
                 state = checkpointer.restore(outcome.state, best)

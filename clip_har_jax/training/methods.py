@@ -284,8 +284,8 @@ def _even_bias(
 
 
 def _choose_prompts(key: jax.Array, label: Int[Array, " b"], class_of_prompt: Int[Array, " p"]) -> Int[Array, " b"]:
-    """One prompt of each row's class, at random."""
-    scores = jax.random.uniform(key, (len(label), len(class_of_prompt)))
+    """One prompt of each row's class, at random: the same one whether prompts were added to fill up a mesh or not."""
+    scores = jax.random.uniform(key, (len(class_of_prompt), len(label))).T
     return jnp.argmax(jnp.where(class_of_prompt[None] == label[:, None], scores, -1.0), axis=-1)
 
 
