@@ -36,8 +36,8 @@ def to_proto(graph: Graph, fuse: bool = True) -> Any:
 
     function = functools.partial(graph.function, graph.params)
     names = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
-    proto = jax2onnx.to_onnx(function, graph.specs("B"), model_name=graph.name, opset=OPSET, **names)
-    model = onnx_ir.from_proto(proto)
+    # Not as a proto, which would hold the weights once more.
+    model = jax2onnx.to_onnx(function, graph.specs("B"), model_name=graph.name, opset=OPSET, return_mode="ir", **names)
     optimizer.optimize(model)
     if fuse:
         rewriter.rewrite(model, attention_rules())
@@ -82,7 +82,8 @@ def save(proto: Any, path: Path) -> None:
     """Writes a model, its weights beside it where it is too large for one file."""
     import onnx
 
-    if proto.ByteSize() > MAX_PROTOBUF_BYTES:
+    # Not `proto.ByteSize()`, which fails where it would be of use.
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_PROTOBUF_BYTES:
         onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
     else:
         onnx.save(proto, path)
