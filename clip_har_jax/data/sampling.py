@@ -4,8 +4,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from grain.experimental import index_shuffle
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
@@ -58,16 +57,16 @@ class Order:
 
     def __getitem__(self, position: int) -> Draw:
         epoch, place = divmod(position, self._size)
-        shuffle_seed, offset = _of_epoch(self._seed, epoch)
-        rank = index_shuffle(place, max_index=self._size - 1, seed=shuffle_seed, rounds=4)
+        ranks, offset = _of_epoch(self._seed, epoch, self._size)
+        rank = int(ranks[place])
         if self._bounds is None:
             return Draw(rank, (self._seed, epoch, rank))
         index = int(np.searchsorted(self._bounds, rank + offset, side="right"))
         return Draw(min(index, self._size - 1), (self._seed, epoch, index, rank))
 
 
-@lru_cache(maxsize=16)
-def _of_epoch(seed: int, epoch: int) -> tuple[int, float]:
-    """The seed of an epoch's permutation, 32 bits, and where in the first example its systematic sample begins."""
+@lru_cache(maxsize=4)  # batches that are read at a time lie in two epochs at most, of one source or two
+def _of_epoch(seed: int, epoch: int, size: int) -> tuple[Int[np.ndarray, " n"], float]:
+    """An epoch's permutation, and where in the first example its systematic sample begins."""
     rng = np.random.default_rng((seed, epoch))
-    return int(rng.integers(2**32)), rng.random()
+    return rng.permutation(size), rng.random()
