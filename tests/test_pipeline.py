@@ -560,6 +560,12 @@ def test_ten_thousand_images_of_which_one_in_a_hundred_is_damaged(tmp_path: Path
     assert multiprocessing.active_children() == []
 
 
+def test_a_worker_imports_nothing_that_takes_long() -> None:
+    program = "import sys, clip_har_jax.data.batch_workers; print({'jax', 'grain', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_a_worker_that_is_killed_is_told() -> None:
     source = PhotoSource(500)
     config = DataConfig(num_workers=2, prefetch_batches=1)

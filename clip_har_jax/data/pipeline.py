@@ -120,8 +120,8 @@ class BatchIterator:
 def default_workers(cores: int, num_examples: int) -> int:
     """Decoding processes for so many cores: one a core, half of them where there are many, and at most 8.
 
-    Each has to start first and takes about 60 MB, so there are none for small data; nor on one core, where a thread does
-    the same for less.
+    Each has to start first and takes about 60 MB, so there are none for small data; nor on one core, where a thread
+    does the same for less.
     """
     if cores == 1 or num_examples < MIN_FOR_WORKERS:
         return 0
