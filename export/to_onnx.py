@@ -84,7 +84,9 @@ def save(proto: Any, path: Path) -> None:
 
     # Not `proto.ByteSize()`, which fails where it would be of use.
     if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_PROTOBUF_BYTES:
-        onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
+        beside = path.with_name(f"{path.name}.data")
+        onnx.save(proto, path, save_as_external_data=True, location=beside.name)
+        beside.chmod(path.stat().st_mode)  # which onnx makes readable by its writer alone
     else:
         onnx.save(proto, path)
 

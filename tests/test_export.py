@@ -460,6 +460,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     (tmp_path / "onnx").mkdir()
     write_onnx(model.graphs[:1], tmp_path / "onnx", images)
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"image_encoder.onnx", "image_encoder.onnx.data"}
+    assert len({path.stat().st_mode for path in (tmp_path / "onnx").iterdir()}) == 1
     (embeds,) = exported.Graphs(tmp_path, "onnx").run("image_encoder", images)
     np.testing.assert_allclose(embeds, model.backend.embed(images), atol=1e-5)
 
