@@ -144,7 +144,7 @@ def test_finetune_chooses_says_why_and_leaves_what_was_set(folders, capsys):
     overrides = [f"--config.data.train=folder:{folders[1]}", f"--config.model.name={folders[0]}"]
     config = load_config("configs/finetune.py", [*overrides, "--config.train.num_epochs=2.0"])
     said = capsys.readouterr().out
-    assert "preset 'few_shot': the median class has 7 training images, at most 16" in said
+    assert "preset 'few_shot': the median class has 6 training images, at most 16" in said
     assert "train.num_epochs=2.0 (as you set it), train.patience=5" in said
     assert "method.name=lora, optim.learning_rate=0.0002" in said
     assert config.method.name == "lora"

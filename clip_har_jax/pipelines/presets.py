@@ -1,12 +1,14 @@
 """Settings by the size of the data: what `configs/finetune.py` chooses, and why."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from clip_har_jax.config import RunConfig, leaves, merge_values
-from clip_har_jax.pipelines.inputs import load_data
+from clip_har_jax.pipelines.inputs import Data, load_data
 from clip_har_jax.text import phrase
 
 MAX_SHOTS = 16  # images of the median class up to which data are few-shot
@@ -60,9 +62,13 @@ def complete(config: RunConfig) -> dict[str, Any]:
     Raises:
       UserError: as `load_data`.
     """
+    defaults = dict(leaves(RunConfig()))
+    given = {key: value for key, value in leaves(config) if value != defaults[key]}
     data = load_data(config)
-    count, counts = len(data.train), np.bincount(data.train.label_ids, minlength=len(data.labels))
-    name = choose_preset(count, float(np.median(counts)))
+    name = choose_preset(len(data.train), float(np.median(_class_counts(data))))
+    if (share := PRESETS[name]["data"].get("val_fraction")) and "data.val_fraction" not in given:
+        data = load_data(replace(config, data=replace(config.data, val_fraction=share)))
+    count, counts = len(data.train), _class_counts(data)
     batch_size = 1 << (max(8, min(BATCH_SIZES[name], count // 4)).bit_length() - 1)
     steps_per_epoch = max(1, count // batch_size)
     values = merge_values(
@@ -80,8 +86,6 @@ def complete(config: RunConfig) -> dict[str, Any]:
         "small": f"{count} training images, under {MAX_SMALL:,}",
         "large": f"{count} training images, {MAX_SMALL:,} or more",
     }[name]
-    defaults = dict(leaves(RunConfig()))
-    given = {key: value for key, value in leaves(config) if value != defaults[key]}
     print(f"chosen  preset {name!r}: {reason} ({counts.min()} to {counts.max()} a class)")
     for group, keys, why in GROUPS:
         if said := _describe(values, given, keys):
@@ -93,6 +97,10 @@ def complete(config: RunConfig) -> dict[str, Any]:
     print(f"        {'prompts:':<13} {examples} ... (by their names; text.phrases of a config says them otherwise)")
     print("        each stays as you set it by --config.KEY=VALUE, e.g. --config.method.name=linear_probe", flush=True)
     return values
+
+
+def _class_counts(data: Data) -> Int[np.ndarray, " c"]:
+    return np.bincount(data.train.label_ids, minlength=len(data.labels))
 
 
 def _describe(values: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> str:
