@@ -78,12 +78,16 @@ def attention_rules() -> Any:
     return RewriteRuleSet([RewriteRule(pattern, fused, is_triangle) for pattern in (plain, causal)])
 
 
+def is_large(proto: Any) -> bool:
+    """Whether a model is too large for one file; `proto.ByteSize()` fails where it would be of use."""
+    return sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_PROTOBUF_BYTES
+
+
 def save(proto: Any, path: Path) -> None:
     """Writes a model, its weights beside it where it is too large for one file."""
     import onnx
 
-    # Not `proto.ByteSize()`, which fails where it would be of use.
-    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_PROTOBUF_BYTES:
+    if is_large(proto):
         beside = path.with_name(f"{path.name}.data")
         onnx.save(proto, path, save_as_external_data=True, location=beside.name)
         beside.chmod(path.stat().st_mode)  # which onnx makes readable by its writer alone
@@ -108,7 +112,8 @@ def to_float16(proto: Any) -> Any:
     import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    half = convert_float_to_float16(proto, keep_io_types=True)
+    # Types are in the graph already; inferring them again fails where it is large.
+    half = convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=is_large(proto))
     # The converter appends the casts of inputs to the end, and leaves wrong types behind where it adds others.
     del half.graph.value_info[:]
     model = onnx_ir.from_proto(half)

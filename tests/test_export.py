@@ -463,6 +463,10 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     assert len({path.stat().st_mode for path in (tmp_path / "onnx").iterdir()}) == 1
     (embeds,) = exported.Graphs(tmp_path, "onnx").run("image_encoder", images)
     np.testing.assert_allclose(embeds, model.backend.embed(images), atol=1e-5)
+    (tmp_path / "onnx_fp16").mkdir()
+    write_fp16(model.graphs[:1], tmp_path / "onnx_fp16", images)
+    (embeds,) = exported.Graphs(tmp_path, "onnx_fp16").run("image_encoder", images)
+    np.testing.assert_allclose(embeds, model.backend.embed(images), atol=1e-2)
 
 
 def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
