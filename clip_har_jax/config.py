@@ -211,7 +211,8 @@ FRACTIONS = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a config file and the `--config.KEY=VALUE` overrides of a command line.
 
-    A file may also define `complete(config)`, which gives further values by what the command line says; overrides stay.
+    A file may also define `complete(config, given)`, which gives further values by what the command line says; the keys
+    that it sets, `given`, stay as they are.
 
     Raises:
       UserError: no such file, no `get_config` in it, an unknown key, a value of the wrong type or out of range.
@@ -228,7 +229,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         values = given if isinstance(given, dict) else given.to_dict()
     config = make_config(values, overrides)
     if "complete" in defined:
-        config = make_config(merge_values(values, defined["complete"](config)), overrides)
+        given = frozenset(_key_of(override) for override in overrides)
+        config = make_config(merge_values(values, defined["complete"](config, given)), overrides)
     return config
 
 
@@ -276,8 +278,7 @@ def _apply_overrides(config: RunConfig, overrides: Sequence[str]) -> dict[str, A
 
     flat = dict(leaves(config))
     for override in overrides:
-        key = override.lstrip("-").split("=", 1)[0].removeprefix("config.")
-        _check_key(key, flat)
+        _check_key(_key_of(override), flat)
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, name = key.split(".")
@@ -295,6 +296,10 @@ def _apply_overrides(config: RunConfig, overrides: Sequence[str]) -> dict[str, A
         named = said.startswith("flag --")  # absl says which
         raise UserError(said.removeprefix("flag ") if named else f"{' '.join(overrides)}: {said}") from error
     return holder.value.to_dict()
+
+
+def _key_of(override: str) -> str:
+    return override.lstrip("-").split("=", 1)[0].removeprefix("config.")
 
 
 def _placeholder(key: str) -> Any:

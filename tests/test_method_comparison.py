@@ -127,7 +127,7 @@ def test_mistakes_are_refused(folders, tmp_path, methods, seeds, message):
 def test_a_step_of_fewer_trained_parameters_takes_less_memory(folders):
     clip = read_config(folders[0])
     needs = {
-        name: weigh_method(with_method(config_for(folders), name, 0), clip) for name in ("full", "lora", "zero_shot")
+        name: weigh_method(with_method(config_for(folders), name, 0), clip) for name in ("full", "prompt", "zero_shot")
     }
     assert needs["full"].step_bytes > needs["prompt"].step_bytes > 0
     assert [needs[name].has_decay for name in needs] == [True, False, False]
@@ -142,10 +142,12 @@ def test_presets_go_by_size():
 
 def test_finetune_chooses_says_why_and_leaves_what_was_set(folders, capsys):
     overrides = [f"--config.data.train=folder:{folders[1]}", f"--config.model.name={folders[0]}"]
-    config = load_config("configs/finetune.py", [*overrides, "--config.train.num_epochs=2.0"])
+    config = load_config(
+        "configs/finetune.py", [*overrides, "--config.train.num_epochs=2.0", "--config.train.patience=0"]
+    )
     said = capsys.readouterr().out
     assert "preset 'few_shot': the median class has 6 training images, at most 16" in said
-    assert "train.num_epochs=2.0 (as you set it), train.patience=5" in said
+    assert "train.num_epochs=2.0 (as you set it), train.patience=0 (as you set it)" in said
     assert "method.name=lora, optim.learning_rate=0.0002" in said
     assert config.method.name == "lora"
     assert config.train.num_epochs == 2.0

@@ -1,6 +1,6 @@
 """Settings by the size of the data: what `configs/finetune.py` chooses, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from typing import Any
 
@@ -56,14 +56,17 @@ GROUPS = (
 )
 
 
-def complete(config: RunConfig) -> dict[str, Any]:
-    """The settings for the data that a config names; prints them with the reasons. What was set by hand stays so.
+def complete(config: RunConfig, given: Set[str]) -> dict[str, Any]:
+    """The settings for the data that a config names; prints them with the reasons.
+
+    Args:
+      config: with what the command line says.
+      given: keys that the command line sets, e.g. `train.patience`; they stay as they are.
 
     Raises:
       UserError: as `load_data`.
     """
-    defaults = dict(leaves(RunConfig()))
-    given = {key: value for key, value in leaves(config) if value != defaults[key]}
+    by_hand = {key: value for key, value in leaves(config) if key in given}
     data = load_data(config)
     name = choose_preset(len(data.train), float(np.median(_class_counts(data))))
     if (share := PRESETS[name]["data"].get("val_fraction")) and "data.val_fraction" not in given:
@@ -88,7 +91,7 @@ def complete(config: RunConfig) -> dict[str, Any]:
     }[name]
     print(f"chosen  preset {name!r}: {reason} ({counts.min()} to {counts.max()} a class)")
     for group, keys, why in GROUPS:
-        if said := _describe(values, given, keys):
+        if said := _describe(values, by_hand, keys):
             because = why.format(most=BATCH_SIZES[name])
             if group == "learning" and "method.name" not in given:
                 because = METHOD_REASONS[name]
