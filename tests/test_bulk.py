@@ -147,6 +147,38 @@ def test_a_part_cut_off_before_its_predictions_is_not_counted_twice(
     assert (end.done, end.failed) == (NUM_IMAGES, 2)
 
 
+def test_what_can_be_read_after_a_kill_is_bad_no_more(predictor: Predictor, tmp_path: Path) -> None:
+    for i in range(4):
+        write_image(tmp_path / "photos" / f"{i}.png", seed=i)
+    hidden = (tmp_path / "photos" / "2.png").read_bytes()
+    (tmp_path / "photos" / "2.png").write_bytes(b"")
+    assert predict_bulk(predictor, str(tmp_path / "photos"), tmp_path / "out").failed == 1
+    (tmp_path / "out" / "predictions-00000-of-00001" / "000000.parquet").unlink()
+    (tmp_path / "photos" / "2.png").write_bytes(hidden)
+    end = predict_bulk(predictor, str(tmp_path / "photos"), tmp_path / "out")
+    assert (end.done, end.failed, len(read(tmp_path / "out"))) == (4, 0, 4)
+    assert not read(tmp_path / "out", "bad_inputs")
+
+
+def test_inputs_that_came_later_are_not_passed_over(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    names = [f"{path}\n" for path in sorted(photos.glob("*.png"))]
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(names[:30]))
+    predict_bulk(predictor, str(listing), tmp_path / "out", part_size=20)
+    assert predict_bulk(predictor, str(listing), tmp_path / "out", part_size=20).done == 30
+    listing.write_text("".join(names))
+    with pytest.raises(UserError, match="more inputs have come"):
+        predict_bulk(predictor, str(listing), tmp_path / "out", part_size=20)
+
+
+def test_another_format_of_the_folder_does_not_continue(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    predict_bulk(predictor, str(photos), tmp_path, part_size=20)
+    about = tmp_path / "predictions-00000-of-00001" / "about.json"
+    about.write_text(about.read_text().replace('"format": null', '"format": "onnx_int8"'))
+    with pytest.raises(UserError, match="another format"):
+        predict_bulk(predictor, str(photos), tmp_path, part_size=20)
+
+
 def test_mistakes_are_one_line(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
     predict_bulk(predictor, str(photos), tmp_path / "out", part_size=9)
     with pytest.raises(UserError, match="another part_size"):

@@ -153,6 +153,7 @@ def predict_bulk(
         "model": str(predictor.backend.path),
         "digest": predictor.backend.digest,
         "labels": list(predictor.labels),
+        "format": graphs.format if (graphs := getattr(predictor.backend, "graphs", None)) else None,
         "inputs": str(Path(source).resolve()),
         "part_size": part_size,
     }
@@ -163,6 +164,8 @@ def predict_bulk(
     bad_parts = [path for path in bad_folder.glob("*.parquet") if int(path.stem) < parts]  # none is unfinished
     failed = sum(pq.read_metadata(path).num_rows for path in bad_parts)
     if parts and skipped < parts * part_size:  # the last part was the end
+        if next(inputs, None) is not None:
+            raise UserError(f"{folder}: more inputs have come behind the last part; name another --output for them")
         return Progress(skipped, failed, skipped, 0.0)
     done, start = skipped, time.perf_counter()
     with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as counter:
@@ -209,6 +212,8 @@ def _write_part(
         _write_table(
             bad_folder / f"{part:06d}.parquet", {"input": [n for n, _ in bad], "error": [e for _, e in bad]}, {}
         )
+    else:  # what couldn't be read before a kill can be now
+        (bad_folder / f"{part:06d}.parquet").unlink(missing_ok=True)
     probs = np.stack([outcome for _, outcome in good]) if good else np.zeros((0, len(labels)), np.float32)
     best = probs.argmax(axis=-1)
     columns = {
@@ -249,7 +254,7 @@ def _check_same_run(path: Path, about: dict[str, Any]) -> None:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         for key, value in about.items():
             # A sealed model may lie elsewhere by now: its digest says that it is the same.
-            if earlier.get(key) != value and (key != "model" or about["digest"] is None):
+            if earlier.get(key, value) != value and (key != "model" or about["digest"] is None):
                 raise UserError(
                     f"{path.parent}: holds predictions with another {key} ({str(earlier.get(key))[:80]!r}, now "
                     f"{str(value)[:80]!r}); name another --output"
