@@ -22,6 +22,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.inference.predictor import Predictor, list_inputs
 from clip_har_jax.models.heads import Features, head_logits, init_head, read_head
 from clip_har_jax.pipelines.evaluate import evaluate_model
+from clip_har_jax.pipelines.features import cache_folder
 from clip_har_jax.pipelines.train import train
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.video import FrameSampling, read_clip
@@ -197,10 +198,10 @@ def test_temporal_head_sees_the_order_and_attention_what_counts() -> None:
     assert differs["frame_attention"] < 1e-4 < 1e-2 < differs["temporal"]
 
 
-def trained_with(folder: Path, clips: Path, method: dict[str, object]) -> Path:
+def trained_with(folder: Path, clips: Path, method: dict[str, object], num_frames: int = 2) -> Path:
     model = write_model(folder / "start")
     spec = f"video:{clips}"
-    video = {"num_frames": 2, "sampling": "dense", "rate_hz": 5.0}
+    video = {"num_frames": num_frames, "sampling": "dense", "rate_hz": 5.0}
     config = make_config(
         {
             "data": {"train": spec, "val": spec, "video": video, "max_bad_fraction": 0.2, "num_workers": 0},
@@ -229,6 +230,13 @@ def test_heads_over_frames_are_trained_like_any_other(head: str, clips: Path, tm
     assert np.abs(params[learned]).max() > 0  # it starts as zero
     (found,) = Predictor(model).predict([clips / "jump" / "1.mp4"])
     assert found.error is None
+
+
+def test_features_of_other_frames_are_others(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for num_frames, kept in ((2, 1), (3, 2)):
+        trained_with(tmp_path / str(num_frames), clips, {"name": "linear_probe"}, num_frames)
+        assert len(list(cache_folder().iterdir())) == kept
 
 
 def test_training_on_clips_leaves_a_model_that_knows_how_to_sample(trained: Path) -> None:

@@ -36,6 +36,7 @@ from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.pipelines.evaluate import evaluate_model
+from clip_har_jax.pipelines.features import content_digest
 from clip_har_jax.pipelines.prepare import Prepared, prepare
 from clip_har_jax.pipelines.train import train
 
@@ -252,6 +253,7 @@ def test_changed_files_are_named_with_their_number(tmp_path: Path) -> None:
     source = make_source(spec, "train")
     with pytest.raises(ValueError, match="changed since its manifest"):
         source[0]
+    assert len(content_digest(source)) == 64  # such images are told when they are read for good
 
 
 def test_manifest_follows_its_files_by_option(tmp_path: Path) -> None:
@@ -372,10 +374,12 @@ def test_command(photos: Path, tmp_path: Path) -> None:
         command = [sys.executable, "scripts/prepare_data.py", *flags]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    done = run(f"--data=folder:{photos}", f"--output={tmp_path}/out", "--max_bad_fraction=0.1")
+    out = tmp_path / "a long name of a folder " / ("and one below it" * 5)
+    done = run(f"--data=folder:{photos}", f"--output={out}", "--max_bad_fraction=0.1")
     assert done.returncode == 0, done.stderr
     assert "43 (train" in done.stdout
-    assert (tmp_path / "out/report.html").is_file()
+    assert done.stdout.splitlines()[-1].endswith(f" {out}/report.html")  # in one piece
+    assert (out / "report.html").is_file()
     wrong = run(f"--data=folder:{tmp_path}/none", f"--output={tmp_path}/out2")
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Image embeddings, computed once and kept on disk by what the images, the model and the preprocessing are."""
+"""Image embeddings, computed once and kept on disk by what the images, the model and the way between them are."""
 
 import hashlib
 import json
@@ -6,15 +6,14 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clip_har_jax.data.sources import Source
+from clip_har_jax.data.sources import ClipFile, Source
 from clip_har_jax.parallel import distributed
-from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
+from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage
 from clip_har_jax.training.probe import Embedded
 
 
@@ -28,16 +27,16 @@ def content_digest(source: Source) -> str:
 
     def read(i: int) -> Any:
         try:
-            return source[i].data
-        except OSError as error:  # it will be reported when it is to be read for good
+            data = source[i].data
+            if not isinstance(data, ClipFile):
+                return data
+            with open(data.path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except (OSError, BadImage) as error:  # it will be reported when it is to be read for good
             return str(error).encode()
 
     def one(i: int) -> bytes:
-        data = read(i)
-        if isinstance(data, bytes):
-            return hashlib.sha256(data).digest()
-        with Path(data.path).open("rb") as file:  # a clip
-            return hashlib.file_digest(file, "sha256").digest()
+        return hashlib.sha256(read(i)).digest()
 
     if not len(source) or isinstance(read(0), np.ndarray):
         return source.fingerprint
@@ -58,7 +57,7 @@ def image_tower_digest(params: Mapping[str, Any]) -> str:
 
 
 def cached_features(
-    source: Source, tower_digest: str, preprocess: Preprocess, dtype: str, compute: Callable[[], Embedded]
+    source: Source, tower_digest: str, way: Mapping[str, Any], compute: Callable[[], Embedded]
 ) -> Embedded:
     """The features of a source, read if they are kept, else computed and kept.
 
@@ -66,10 +65,10 @@ def cached_features(
 
     Args:
       tower_digest: from `image_tower_digest`.
-      dtype: in which they are computed.
+      way: what else the features depend on, as JSON: preprocessing, a clip's frames, the tower's sizes, the precision.
       compute: reads and embeds each image once; all processes together.
     """
-    key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, asdict(preprocess), dtype])
+    key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, dict(way)])
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     kept = _read(path, len(source))
     if distributed.agree(kept is not None):

@@ -1,6 +1,7 @@
 """What a run computes of its start before the first step: class embeddings, and heads fitted to features."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Float32
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.data.pipeline import BadInputs
-from clip_har_jax.data.sources import Source
+from clip_har_jax.data.sources import Source, are_clips
 from clip_har_jax.models.adapters import init_lora
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed, sharding
@@ -54,7 +55,13 @@ def fit_to_features(run: "Run", clip: Mapping[str, Any], embeddings: Float32[np.
         def compute() -> Embedded:
             return embed(run, params, source, run.bad_inputs[name])
 
-        return cached_features(source, tower, run.start.preprocess, config.model.compute_dtype, compute)
+        way = {
+            "preprocess": asdict(run.start.preprocess),
+            "frames": asdict(config.data.video) if are_clips(source) else None,
+            "tower": asdict(run.start.config.vision),  # weights alone don't tell e.g. the activation
+            "dtype": config.model.compute_dtype,
+        }
+        return cached_features(source, tower, way, compute)
 
     train, val = features("train", run.data.train), features("val", run.data.val)
     scale = float(np.exp(clip["logit_scale"]))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_har_jax import bundle
+from clip_har_jax import bundle, cli
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.cache import write_cache
 from clip_har_jax.data.manifest import Manifest, make_manifest, read_manifest, write_manifest
@@ -275,21 +275,19 @@ def _find_suspects(
 
 
 def print_prepared(prepared: Prepared, output: Path) -> None:
-    """A short table: what was found and where it lies."""
-    from rich.console import Console
-    from rich.table import Table
-
-    summary, table = prepared.summary, Table(show_header=False, box=None)
+    """What was found and where it lies."""
+    summary = prepared.summary
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items() if count)
-    table.add_row("clips" if prepared.manifest.clips else "images", f"{summary['num_examples']} ({splits})")
+    rows = [("clips" if prepared.manifest.clips else "images", f"{summary['num_examples']} ({splits})")]
     if prepared.bad:
-        table.add_row("unreadable", f"{len(prepared.bad)}, listed in {output / 'bad_inputs.jsonl'}")
-    table.add_row(
-        "duplicates",
+        rows.append(("unreadable", f"{len(prepared.bad)}, listed in {output / 'bad_inputs.jsonl'}"))
+    found = (
         f"{summary['duplicate_groups']} groups ({summary['identical_groups']} of identical files, "
-        f"{summary['conflicting_groups']} with different labels, {summary['crossing_groups']} across the given sets), "
-        f"listed in {output / 'duplicates.json'}",
+        f"{summary['conflicting_groups']} with different labels, {summary['crossing_groups']} across the given sets)"
     )
-    table.add_row("manifest", f"{output / 'manifest.parquet'}, SHA-256 {summary['manifest_sha256'][:12]}")
-    table.add_row("report", str(output / "report.html"))
-    Console(highlight=False, soft_wrap=True).print(table)
+    rows += [
+        ("duplicates", f"{found}, listed in {output / 'duplicates.json'}"),
+        ("manifest", f"{output / 'manifest.parquet'}, SHA-256 {summary['manifest_sha256'][:12]}"),
+        ("report", str(output / "report.html")),
+    ]
+    cli.print_rows(rows)
