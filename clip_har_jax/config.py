@@ -96,7 +96,7 @@ class MethodConfig:
     prompt_per_class: bool = False  # vectors for each class instead of the same for all
     solver: str = "lbfgs"  # or adamw: what fits a linear probe
     cache_per_class: int = 16  # training images of each class that a Tip-Adapter remembers
-    wise_ft: tuple[float, ...] = ()  # alphas to try between the start (0) and the fine-tuned weights (1); empty: none
+    wise_ft: tuple[float, ...] = ()  # alphas to try beside 1, the fine-tuned weights; 0 is the start; empty: none
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Each method, from one common start on the embedded set: it beats zero-shot, changes what it says, and is saved."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -26,7 +28,6 @@ from clip_har_jax.pipelines.compare import measure
 from clip_har_jax.pipelines.inputs import select_classes
 from clip_har_jax.pipelines.retention import interpolate
 from clip_har_jax.pipelines.train import EXIT_RETENTION, train
-from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import balanced_weights, cross_entropy
 from clip_har_jax.training.mixing import mix
 from clip_har_jax.training.probe import Embedded, fit_cache, fit_probe
@@ -198,6 +199,24 @@ def test_features_are_computed_once(start, tmp_path, monkeypatch):
         train(config_for(start, "linear_probe", data={"shots": 8}), tmp_path / "other", quiet=True)
 
 
+def test_features_are_those_of_the_same_activation(start, tmp_path, monkeypatch):
+    from clip_har_jax.pipelines import fitting
+
+    train(config_for(start, "linear_probe"), tmp_path / "first", quiet=True)
+    other = tmp_path / "other"
+    shutil.copytree(start, other)
+    (other / bundle.MANIFEST).unlink()
+    config = json.loads((other / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[
+        config["vision_config"].get("hidden_act", "quick_gelu")
+    ]
+    (other / "config.json").write_text(json.dumps(config))
+    calls, embed = [], fitting.embed
+    monkeypatch.setattr(fitting, "embed", lambda *arguments: calls.append(1) or embed(*arguments))
+    train(config_for(other, "linear_probe"), tmp_path / "second", quiet=True)
+    assert len(calls) == 2
+
+
 def test_features_are_known_by_what_files_hold(tmp_path):
     from clip_har_jax.pipelines.features import content_digest
 
@@ -217,7 +236,7 @@ def test_features_that_another_process_lacks_are_computed_by_all(tmp_path, monke
     calls, found = [], Embedded(np.eye(4, dtype=np.float32), source.label_ids.astype(np.int32))
 
     def cached():
-        return features.cached_features(source, "digest", Preprocess(32), "float32", lambda: calls.append(1) or found)
+        return features.cached_features(source, "digest", {"dtype": "float32"}, lambda: calls.append(1) or found)
 
     cached()
     np.testing.assert_array_equal(cached().embeddings, found.embeddings)
@@ -304,6 +323,17 @@ def test_cross_entropy_is_the_papers_formulas():
     np.testing.assert_allclose(focal, slope * (target - probs), atol=1e-5)
 
 
+def test_focal_loss_has_a_slope_where_a_class_is_certain():
+    logits, target = jnp.array([[200.0, 0.0, -50.0]]), jnp.eye(3)[:1]
+    for gamma in (0.5, 1.0, 2.0):
+        for smoothing in (0.0, 0.1):
+
+            def loss(x, gamma=gamma, smoothing=smoothing):
+                return cross_entropy(x, target, focal_gamma=gamma, label_smoothing=smoothing).sum()
+
+            assert np.isfinite(np.asarray(jax.grad(loss)(logits))).all()
+
+
 def test_balanced_weights_are_inverse_to_effective_numbers():
     counts = np.array([10, 100, 1000])
     weights = balanced_weights(counts.tolist(), 0.99)
@@ -338,19 +368,32 @@ def test_the_retention_gate_and_wise_ft(start, tmp_path, capsys):
     assert not gate["passed"]
     # the same command with WiSE-FT goes on from the last step
     config = config_for(
-        start, "full", retention={**retention, "max_drop": 1.0}, optim=harsh, method={"wise_ft": (0.0, 0.5, 1.0)}
+        start, "full", retention={**retention, "max_drop": 1.0}, optim=harsh, method={"wise_ft": (0.0, 0.5)}
     )
-    result = train(config, tmp_path, quiet=True)
+    result = train(config, tmp_path)
+    said = capsys.readouterr().out
     curve = json.loads((tmp_path / "wise_ft.json").read_text())
     points = {point["alpha"]: point for point in curve["curve"]}
     assert points[0.0]["retained_top1"] == pytest.approx(gate["before"])
     assert points[1.0]["retained_top1"] == pytest.approx(gate["after"])
     sums = {alpha: point["target_top1"] + point["retained_top1"] for alpha, point in points.items()}
     assert sums[curve["chosen"]] == max(sums.values())
+    assert f"wise-ft alpha {curve['chosen']:g} chosen; 0: validation top-1 {points[0.0]['target_top1']:.3f}, " in said
     before, after = params_of(start), params_of(result.model)
     assert (tmp_path / "wise_ft.png").stat().st_size > 1000
     if curve["chosen"] == 0.0:
         assert all(np.array_equal(before[name], after[name]) for name in before)
+    # without it nothing of it is left, in the folder or in a report
+    train(replace(config, method=replace(config.method, wise_ft=())), tmp_path, quiet=True)
+    assert not list(tmp_path.glob("wise_ft.*"))
+
+
+def test_the_gate_measures_the_start_of_this_run(start, tmp_path):
+    (tmp_path / "retention.json").write_text('{"before": 0.0}')  # of a run of another model, which made no step
+    retention = {"data": "synthetic?split=test", "classes": KNOWN}
+    train(config_for(start, "zero_shot", retention=retention), tmp_path, quiet=True)
+    gate = json.loads((tmp_path / "retention.json").read_text())
+    assert gate["before"] == gate["after"] > 0.6
 
 
 def test_a_run_that_gets_no_better_is_done(start, tmp_path, capsys):

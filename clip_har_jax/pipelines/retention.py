@@ -50,9 +50,9 @@ class Retention:
         return self.top1({**self.run.weights(state), **self.run.frozen})
 
     def before(self) -> float:
-        """Of the start: as measured when the run began."""
+        """Of the start: as measured when the run began; a folder without a step may hold another run's."""
         known = distributed.broadcast(read_json(self.run.workdir / "retention.json") if distributed.is_main() else None)
-        if known is not None:
+        if known is not None and self.run.first_step:
             return float(known["before"])
         before = self.of(self.run.state)
         self._write({"before": before})
@@ -93,22 +93,31 @@ def interpolate(start: Mapping[str, Any], end: Mapping[str, Any], alpha: float) 
     }
 
 
-def choose_wise_ft(run: "Run", state: TrainState, retention: Retention | None) -> TrainState:
-    """Tries the alphas of `config.method.wise_ft` and takes the best; writes wise_ft.json and wise_ft.png.
+def choose_wise_ft(run: "Run", state: TrainState, retention: Retention | None, quiet: bool) -> TrainState:
+    """Tries the alphas of `config.method.wise_ft`, and 1, and takes the best; writes wise_ft.json and wise_ft.png.
 
     The best has the highest mean of validation accuracy and, where there is a retention gate, of retained zero-shot
-    accuracy; of equal ones the one that moved least.
+    accuracy; of equal ones the one that moved least. The fine-tuned weights are always among them: half-way to a start
+    that knew nothing lies a worse model. Without alphas, or without steps to go back on, the state stays, and what an
+    earlier setting left goes, so that no report shows it.
     """
+    if distributed.is_main():
+        for name in ("wise_ft.json", "wise_ft.png"):
+            (run.workdir / name).unlink(missing_ok=True)
+    if not run.config.method.wise_ft or run.program.method.recipe.learns_from != "steps":
+        return state
     start = run.start_params()
     end: Params = _fetch_all(run.weights(state))
     points = []
-    for alpha in sorted(set(run.config.method.wise_ft)):
+    for alpha in sorted({*run.config.method.wise_ft, 1.0}):
         mixed = run.with_weights(state, interpolate(start, end, alpha))
         point = {"alpha": alpha, "target_top1": run.evaluate(mixed).metrics["top1"]}
         points.append(point | ({"retained_top1": retention.of(mixed)} if retention else {}))
     best = max(
         points, key=lambda point: (sum(value for key, value in point.items() if key != "alpha"), -point["alpha"])
     )
+    if not quiet:
+        print(f"wise-ft alpha {best['alpha']:g} chosen; {', '.join(map(_describe, points))}")
     if distributed.is_main():
         bundle.write_json(run.workdir / "wise_ft.json", {"curve": points, "chosen": best["alpha"]})
         if retention:
@@ -116,6 +125,11 @@ def choose_wise_ft(run: "Run", state: TrainState, retention: Retention | None) -
 
             (run.workdir / "wise_ft.png").write_bytes(draw_wise_ft(points, best["alpha"]))
     return run.with_weights(state, interpolate(start, end, best["alpha"]))
+
+
+def _describe(point: Mapping[str, float]) -> str:
+    kept = f", retained {point['retained_top1']:.3f}" if "retained_top1" in point else ""
+    return f"{point['alpha']:g}: validation top-1 {point['target_top1']:.3f}{kept}"
 
 
 def _fetch_all(params: Params) -> Params:

@@ -139,8 +139,7 @@ def train(
             with goodput.measure("evaluation"):
                 write_step(all_sinks, 0, run.validate(state))
         with goodput.measure("evaluation"):
-            if config.method.wise_ft:
-                state = choose_wise_ft(run, state, retention)
+            state = choose_wise_ft(run, state, retention, quiet)
             passed = retention.check(before, retention.of(state)) if retention else True
             result = run.evaluate(state)
         if not passed and config.retention.fail:

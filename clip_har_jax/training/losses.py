@@ -27,7 +27,8 @@ def cross_entropy(
     """
     log_probs = jax.nn.log_softmax(logits)
     smoothed = optax.smooth_labels(target, label_smoothing)
-    focus = (1 - jnp.exp(log_probs)) ** focal_gamma if focal_gamma else 1.0
+    # Above 0, where a power below 1 has no slope: a p that rounds to 1 would make the gradient NaN.
+    focus = jnp.maximum(-jnp.expm1(log_probs), 1e-12) ** focal_gamma if focal_gamma else 1.0
     losses = -jnp.sum(smoothed * focus * log_probs, axis=-1)
     return losses if class_weights is None else losses * (target @ class_weights)
 
