@@ -37,7 +37,10 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="a run each, e.g. --seeds=0,1,2")
     parser.add_argument("--output", required=True, metavar="DIR", help="results, e.g. --output=runs/compare")
     parser.add_argument(
-        "--test", metavar="SPEC", help="images that decide; default: config.data.val, e.g. --test=synthetic?split=test"
+        "--test",
+        metavar="SPEC",
+        help="images that decide, others than those of training and validation; default: the test split of "
+        "config.data.val, e.g. --test=synthetic?split=test",
     )
     parser.add_argument(
         "--search",

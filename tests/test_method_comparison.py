@@ -1,6 +1,7 @@
 """Methods x seeds: a search alike for all, cells that stay, a table of what was measured; finetune.py's choices."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from model_folders import write_images, write_model
 
 from clip_har_jax.config import load_config, make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.method_table import summarize
+from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.pipelines import tuning
 from clip_har_jax.pipelines.compare import compare
@@ -47,8 +48,9 @@ def config_for(folders):
 
 @pytest.mark.slow
 def test_a_comparison_is_searched_resumed_and_tabulated(folders, tmp_path, monkeypatch):
-    config, test = config_for(folders), f"folder:{folders[1]}"
+    config, test = config_for(folders), f"folder:{write_images(tmp_path / 'test', LABELS, per_class=4)}"
     space = Space((1.0, 100.0), (0.0,))
+    tmp_path = tmp_path / "output"
     arguments = (config, ["zero_shot", "linear_probe", "lora"], [0, 1], tmp_path, test, space)
     rows = compare(*arguments, soups=True)
     assert [row["method"] for row in rows] == ["zero_shot", "linear_probe", "lora", "lora, soup"]
@@ -107,6 +109,22 @@ def test_intervals_are_students():
     row = summarize("full", [same | {"top1": x, "step_bytes": 1, "seconds": 1.0} for x in (0.5, 0.6, 0.7)])
     np.testing.assert_allclose(row["target"], (0.6, 4.303 * 0.1 / np.sqrt(3)), rtol=1e-3)
     assert row["retained"] is None
+    many = summarize("full", [same | {"top1": x, "step_bytes": 1, "seconds": 1.0} for x in np.linspace(0, 1, 11)])
+    half = 2.228 * np.linspace(0, 1, 11).std(ddof=1) / np.sqrt(11)
+    np.testing.assert_allclose(many["target"], (0.5, half), rtol=1e-3)
+    one = summarize("full", [same | {"top1": 0.5, "step_bytes": 1, "seconds": 1.0}])
+    assert one["target"] == (0.5, None)
+    assert "| `full` | 50.0 | - | 10.0 |" in make_table([one], "")
+
+
+def test_what_chooses_a_model_is_no_test(folders, tmp_path):
+    config = config_for(folders)
+    same, other = f"folder:{folders[1]}", f"folder:{write_images(tmp_path / 'val', LABELS, per_class=2)}"
+    validated = replace(config, data=replace(config.data, val=other))
+    for test, key in ((same, "train"), (other, "val")):
+        with pytest.raises(UserError, match=f"the same images as config.data.{key}"):
+            compare(validated, ["full"], [0], tmp_path / "output", test, Space((1.0,), ()))
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize(

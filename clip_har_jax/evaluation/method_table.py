@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1, 2, ... degrees of freedom
 COLUMNS = (
     "method",
     "top-1, %",
@@ -20,16 +19,17 @@ COLUMNS = (
 
 
 def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row of the table; means with the half-width of their 95% interval (Student's t over seeds)."""
+    """A row of the table; means with the half-width of their 95% interval (Student's t over seeds; None: of one)."""
+    from scipy.stats import t
 
-    def interval(key: str) -> tuple[float, float] | None:
+    def interval(key: str) -> tuple[float, float | None] | None:
         values = [cell[key] for cell in cells]
         if any(value is None for value in values):
             return None
         if len(values) == 1:
-            return float(values[0]), 0.0
-        t = T_975[len(values) - 2] if len(values) - 2 < len(T_975) else 1.96
-        return float(np.mean(values)), float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
+            return float(values[0]), None
+        half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+        return float(np.mean(values)), float(half)
 
     return {
         "method": method,
@@ -48,8 +48,10 @@ def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 def make_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
     """The table in Markdown, and below it how it came about."""
 
-    def percent(pair: tuple[float, float] | None) -> str:
-        return "-" if pair is None else f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f}"
+    def percent(pair: tuple[float, float | None] | None) -> str:
+        if pair is None:
+            return "-"
+        return f"{100 * pair[0]:.1f}" + ("" if pair[1] is None else f" ± {100 * pair[1]:.1f}")
 
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in rows:

@@ -53,7 +53,7 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Accuracy against retention, a method a point with its 95% intervals, as a PNG.
 
     Args:
-      rows: each with method, and (mean, half-width) under target and retained.
+      rows: each with method, and (mean, half-width or None) under target and retained.
     """
     figure, axes = _figure("zero-shot top-1 retained on other actions", "top-1 on the target (test)")
     for i, row in enumerate(rows):

@@ -53,10 +53,11 @@ def compare(
       soups: add a row for the mean of the weights of each method's seeds, where the cosine head is saved.
 
     Raises:
-      UserError: an unknown method, no seeds, a mistake in the config, or cells of another config in the folder.
+      UserError: an unknown method, no seeds, test images that training or the search sees, a mistake in the config, or
+        cells of another config in the folder.
     """
     check_comparison(config, methods, seeds)
-    make_source(test, "test")
+    check_test(config, test)
     clip = make_start(config.model.name, load_data(config).texts, config.model.image_size_px).config
     needs = {method: weigh_method(with_method(config, method, seeds[0]), clip) for method in methods}
     cells, searched = [], {}
@@ -89,6 +90,14 @@ def check_comparison(config: RunConfig, methods: Sequence[str], seeds: Sequence[
         raise UserError("--methods and --seeds: one or more of each are needed, none of them twice")
     if config.method.head or config.method.loss:
         raise UserError("config.method.head and method.loss: leave them empty, each method brings its own")
+
+
+def check_test(config: RunConfig, test: str) -> None:
+    """Refuses, as test data, what is trained on or what rates, penalties and the best step are chosen by."""
+    fingerprint = make_source(test, "test").fingerprint
+    for key, spec, split in (("train", config.data.train, "train"), ("val", config.data.val, "val")):
+        if spec and make_source(spec, split).fingerprint == fingerprint:
+            raise UserError(f"--test={test}: the same images as config.data.{key}, which choose the model; name others")
 
 
 def run_cell(config: RunConfig, output: Path, test: str) -> dict[str, Any]:
