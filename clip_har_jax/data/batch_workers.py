@@ -39,8 +39,8 @@ class WorkerBatches:
         steps = [range(start_step + worker, len(batches), num_workers) for worker in range(num_workers)]
         self._workers = [_Worker(batches.shape, mine, slots, num_threads) for mine in steps]
         atexit.register(self.close)  # before multiprocessing waits for its processes
-        pickled = pickle.dumps(batches)
         try:
+            pickled = pickle.dumps(batches)
             for worker in self._workers:
                 worker.begin(pickled)  # after all were started, so that they come up side by side
         except BaseException:

@@ -223,7 +223,7 @@ class Run:
         """Batches of all processes' rows, each example once, with what `step` gives in the images' place."""
         rows, batch_size = sharding.batch_sharding(self.mesh), self.config.eval.batch_size
         shard, num_shards = sharding.process_shard(self.mesh, batch_size)
-        batches = eval_batches(
+        with eval_batches(
             source,
             self.config.data,
             self.start.preprocess,
@@ -231,8 +231,8 @@ class Run:
             process_index=shard,
             process_count=num_shards,
             bad_inputs=bad_inputs,
-        )
-        for batch in batches:
-            outputs, whole = step(sharding.place(batch, rows))
-            label, mask, index = (np.asarray(part) for part in (whole.label, whole.mask, whole.index))
-            yield Batch(np.asarray(outputs), label, mask, index)
+        ) as batches:
+            for batch in batches:
+                outputs, whole = step(sharding.place(batch, rows))
+                label, mask, index = (np.asarray(part) for part in (whole.label, whole.mask, whole.index))
+                yield Batch(np.asarray(outputs), label, mask, index)
