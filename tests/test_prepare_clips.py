@@ -13,6 +13,7 @@ from model_folders import write_image
 
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data import synthetic
+from clip_har_jax.data.duplicates import FRAMES, find_clip_pairs, make_signature
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
 from clip_har_jax.data.scan import find_groups, recording_of
 from clip_har_jax.data.sources import ClipFile, are_clips, make_source
@@ -74,6 +75,15 @@ def test_planted_copies_of_clips_are_found_and_no_others_joined(prepared: tuple[
     assert found == {frozenset([str(number)]) for number in range(COUNT)}
     sizes = Counter(len(entry["members"]) for entry in prepared[0].duplicates)
     assert sizes == {4: COUNT - 2, 5: 2}, "each clip with its three copies, and two with one more"
+
+
+def test_a_copy_that_fades_out_is_found_whatever_the_order() -> None:
+    whole = [make_signature(synthetic.draw("test", number, SIDE_PX)) for number in range(FRAMES)]
+    black = make_signature(np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8))
+    faded = [*whole[: FRAMES // 2], *[black] * (FRAMES // 2)]
+    assert [pair[:2] for pair in find_clip_pairs([whole, faded])] == [(0, 1)]
+    assert [pair[:2] for pair in find_clip_pairs([faded, whole])] == [(0, 1)]
+    assert find_clip_pairs([[*whole[:2], *[black] * (FRAMES - 2)], whole]) == []
 
 
 def test_splits_of_clips_have_no_leaks(prepared: tuple[Prepared, Path]) -> None:

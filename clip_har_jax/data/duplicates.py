@@ -130,7 +130,8 @@ def find_clip_pairs(clips: Sequence[Sequence[Signature]]) -> list[tuple[int, int
     """(position, position, similarity) of clips most of whose frames are near duplicates, sorted.
 
     A frame is compared with the other clip's frame at its place and those beside it, as a copy may begin later. Flat
-    frames are like none, and a pair needs half of all frames nevertheless.
+    frames are like none, and a pair needs half of all frames nevertheless. The frames of either of the two may do:
+    those of a copy that fades out are all in the whole clip, not the other way round.
 
     Args:
       clips: FRAMES signatures of each.
@@ -138,21 +139,21 @@ def find_clip_pairs(clips: Sequence[Sequence[Signature]]) -> list[tuple[int, int
     hashes = np.array([[frame.hash for frame in clip] for clip in clips], np.uint64).reshape(-1, FRAMES)
     shown = np.array([[not frame.flat for frame in clip] for clip in clips], bool).reshape(-1, FRAMES)
     needed = np.maximum(FRAMES / 2, MIN_SHARE * shown.sum(axis=1))
-    pairs = []
+    pairs: dict[tuple[int, int], float] = {}
     for rows in _blocks(len(clips)):
-        start = rows.start
-        found = np.zeros((len(hashes[rows]), len(hashes) - start), np.int8)
+        found = np.zeros((len(hashes[rows]), len(hashes)), np.int8)
         for k in range(FRAMES):
             near = np.zeros_like(found, bool)
             for other in _beside(k):
-                differing = np.bitwise_count(hashes[rows, k, None] ^ hashes[None, start:, other])
-                near |= (differing <= MAX_BITS) & shown[rows, k, None] & shown[None, start:, other]
+                differing = np.bitwise_count(hashes[rows, k, None] ^ hashes[None, :, other])
+                near |= (differing <= MAX_BITS) & shown[rows, k, None] & shown[None, :, other]
             found += near
         first, second = np.nonzero(found >= needed[rows, None])
-        for i, j in zip((first + start).tolist(), (second + start).tolist(), strict=True):
-            if j > i and (alike := _clip_similarity(clips[i], clips[j], needed[i])) is not None:
-                pairs.append((i, j, alike))
-    return sorted(pairs)
+        for i, j in zip((first + rows.start).tolist(), second.tolist(), strict=True):
+            if i != j and (alike := _clip_similarity(clips[i], clips[j], needed[i])) is not None:
+                pair = (min(i, j), max(i, j))
+                pairs[pair] = max(alike, pairs.get(pair, -1.0))
+    return sorted((i, j, alike) for (i, j), alike in pairs.items())
 
 
 def _beside(k: int) -> range:
