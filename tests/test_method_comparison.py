@@ -14,8 +14,9 @@ from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.pipelines import tuning
 from clip_har_jax.pipelines.compare import compare
+from clip_har_jax.pipelines.inputs import validates_on_test
 from clip_har_jax.pipelines.presets import choose_preset
-from clip_har_jax.pipelines.train import Result
+from clip_har_jax.pipelines.train import Result, train
 from clip_har_jax.pipelines.tuning import Needs, Space, search, weigh_method, with_method
 
 LABELS = ("cycling", "running", "sleeping")
@@ -115,6 +116,21 @@ def test_intervals_are_students():
     one = summarize("full", [same | {"top1": 0.5, "step_bytes": 1, "seconds": 1.0}])
     assert one["target"] == (0.5, None)
     assert "| `full` | 50.0 | - | 10.0 |" in make_table([one], "")
+
+
+def test_a_run_warns_when_test_images_choose_what_is_kept(folders, tmp_path, capsys):
+    root = tmp_path / "images"
+    for split, count in (("train", 4), ("test", 2)):
+        write_images(root / split, LABELS, per_class=count)
+    config = with_method(config_for(folders), "zero_shot", 0)
+    config = replace(config, data=replace(config.data, train=f"folder:{root}", val=f"folder:{root}"))
+    train(config, tmp_path / "run")
+    assert f"warning: config.data.val=folder:{root} has no validation images" in capsys.readouterr().err
+    # held out; asked for; a folder without splits
+    for val in ("", f"folder:{root}?split=test", f"folder:{folders[1]}"):
+        assert not validates_on_test(replace(config, data=replace(config.data, val=val)))
+    write_images(root / "val", LABELS, per_class=1)
+    assert not validates_on_test(config)
 
 
 def test_what_chooses_a_model_is_no_test(folders, tmp_path):

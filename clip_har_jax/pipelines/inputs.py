@@ -11,6 +11,7 @@ from clip_har_jax.config import RunConfig
 from clip_har_jax.data.sources import Example, Source, SubsetSource, make_source
 from clip_har_jax.data.splits import hold_out, take_shots
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.specs import parse_spec
 from clip_har_jax.text import make_prompts
 
 
@@ -66,6 +67,18 @@ def load_data(config: RunConfig) -> Data:
     templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
     prompts = make_prompts(labels, templates, config.text.descriptions, config.text.phrases)
     return Data(train_source, val_source, labels, prompts)
+
+
+def validates_on_test(config: RunConfig) -> bool:
+    """Whether `config.data.val` has no validation images, so that its test images choose what is kept of a run."""
+    text = config.data.val
+    if not text or parse_spec(text).kind not in ("folder", "video", "manifest") or "split" in parse_spec(text).options:
+        return False
+    try:
+        train, val, test = (make_source(text, split).fingerprint for split in ("train", "val", "test"))
+    except UserError:  # it has no such split
+        return False
+    return val == test != train  # all alike: a folder without splits, whose images are all for validation
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from clip_har_jax.evaluation.calibration import calibrate
 from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_facts
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
-from clip_har_jax.pipelines.inputs import load_data, load_retention
+from clip_har_jax.pipelines.inputs import load_data, load_retention, validates_on_test
 from clip_har_jax.pipelines.outputs import (
     data_record,
     print_overview,
@@ -92,6 +92,12 @@ def train(
     check_trackers(config.trackers, workdir)
     check_method(config.method)
     data, retention_data = load_data(config), load_retention(config)
+    if not quiet and validates_on_test(config):
+        print(
+            f"warning: config.data.val={config.data.val} has no validation images, so its test images choose what is "
+            "kept, and a figure on them is no test; leave config.data.val empty to hold out a part of data.train",
+            file=sys.stderr,
+        )
     start = make_start(config.model.name, data.texts, config.model.image_size_px)
     folder = make_workdir(workdir)
     with disk_faults(folder), ExitStack() as stack:
