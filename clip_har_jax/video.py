@@ -5,6 +5,7 @@ Times, not frame numbers, say what is taken, so that clips of any frame rate, an
 
 import io
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ VideoLike = str | os.PathLike[str] | BinaryIO | io.IOBase
 
 class BadVideo(BadImage):
     """A clip that can't serve; as for an image, the message is the reason alone."""
+
+
+class TooSlow(BadVideo):
+    """Reading it takes longer than was allowed."""
 
 
 class TimedFrame(NamedTuple):
@@ -139,6 +144,7 @@ def iter_frames(
     rate_hz: float | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
     num_threads: int = 0,
+    time_limit_s: float | None = None,
 ) -> Iterator[TimedFrame]:
     """The frames of a file or a live stream, upright, one after the other.
 
@@ -147,20 +153,30 @@ def iter_frames(
       rate_hz: at most so many frames a second, evenly over time; None: all.
       max_megapixels: of a frame; more is refused.
       num_threads: of the decoder; 0: as many as the machine has cores.
+      time_limit_s: for reading and for what is done with each frame; None: as long as it takes.
 
     Raises:
       BadVideo: not a video or no frame in it; or, after the frames that could be read, where it is damaged.
+      TooSlow: over `time_limit_s`.
     """
     with open_video(source, num_threads) as container:
-        yield from timed_frames(container, rate_hz, max_megapixels)
+        yield from timed_frames(container, rate_hz, max_megapixels, time_limit_s)
 
 
-def timed_frames(container: Any, rate_hz: float | None, max_megapixels: float = MAX_MEGAPIXELS) -> Iterator[TimedFrame]:
+def timed_frames(
+    container: Any,
+    rate_hz: float | None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    time_limit_s: float | None = None,
+) -> Iterator[TimedFrame]:
     """Upright frames of an open video at most at `rate_hz`, timed from the first; damage is raised behind them."""
+    end = float("inf") if time_limit_s is None else time.monotonic() + time_limit_s
     decoding = _Decoding(container, _video_stream(container), max_megapixels)
     first_s: float | None = None
     due_s = 0.0
     for frame_s, frame in decoding:
+        if time.monotonic() > end:  # also among frames that nobody looks at
+            raise TooSlow(f"reading it takes over {time_limit_s:g} s; send a shorter or smaller one")
         first_s = frame_s if first_s is None else first_s
         time_s = frame_s - first_s
         if rate_hz is None or time_s >= due_s - ROUNDING_S:

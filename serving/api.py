@@ -123,19 +123,19 @@ async def predict(request: Request, which: WhichModel, asked: HowAsked, timeout_
     """What the image shows: the most probable actions, of the model's own classes or of `classes` in free text."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
-    with service.begin(request, which) as model:
-        upload, field = await _one_image(request, service)
-        prompts = free_classes(list(asked.classes), field, service.settings)
+    model = service.begin(request, which)
+    upload, field = await _one_image(request, service)
+    prompts = free_classes(list(asked.classes), field, service.settings)
 
-        async def work() -> Prediction:
-            classes = await _classes(service, model, prompts, deadline)
-            async with service.batcher.admit(model.embed if classes else model.classify):
-                pixels = await service.decode(upload.data, model)
-                probs = await _probs(service, model, classes, pixels, deadline)
-            answer = _answer(service, model, classes.labels if classes else model.labels, probs, asked)
-            return Prediction(**dict(answer), model=model.ref)
+    async def work() -> Prediction:
+        classes = await _classes(service, model, prompts, deadline)
+        async with service.batcher.admit(model.embed if classes else model.classify):
+            pixels = await service.decode(upload.data, model, deadline)
+            probs = await _probs(service, model, classes, pixels, deadline)
+        answer = _answer(service, model, classes.labels if classes else model.labels, probs, asked)
+        return Prediction(**dict(answer), model=model.ref)
 
-        return await while_wanted(request, work())
+    return await while_wanted(request, work())
 
 
 @router.post("/predict/batch", responses=IMAGE_ERRORS, openapi_extra=MANY_IMAGES, response_model_exclude_none=False)
@@ -145,27 +145,27 @@ async def predict_batch(
     """As /v1/predict for several images, the form's field `image` repeated; one that can't be read has an error."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
-    with service.begin(request, which) as model:
-        uploads, field = await read_uploads(request, "image", service.settings.max_batch_images)
-        prompts = free_classes(list(asked.classes), field, service.settings)
-        service.limiter.take(request.state.client, len(uploads) - 1)
+    model = service.begin(request, which)
+    uploads, field = await read_uploads(request, "image", service.settings.max_batch_images)
+    prompts = free_classes(list(asked.classes), field, service.settings)
+    service.limiter.take(request.state.client, len(uploads) - 1)
 
-        async def one(upload: Upload, classes: Classes | None) -> BatchItem:
-            try:
-                pixels = await service.decode(upload.data, model)
-                probs = await _probs(service, model, classes, pixels, deadline)
-            except Problem as problem:
-                return BatchItem(filename=upload.filename, error=problem.to_body(request.state.request_id))
-            answer = _answer(service, model, classes.labels if classes else model.labels, probs, asked)
-            return BatchItem(filename=upload.filename, **dict(answer))
+    async def one(upload: Upload, classes: Classes | None) -> BatchItem:
+        try:
+            pixels = await service.decode(upload.data, model, deadline)
+            probs = await _probs(service, model, classes, pixels, deadline)
+        except Problem as problem:
+            return BatchItem(filename=upload.filename, error=problem.to_body(request.state.request_id))
+        answer = _answer(service, model, classes.labels if classes else model.labels, probs, asked)
+        return BatchItem(filename=upload.filename, **dict(answer))
 
-        async def work() -> BatchPrediction:
-            classes = await _classes(service, model, prompts, deadline)
-            async with service.batcher.admit(model.embed if classes else model.classify, len(uploads)):
-                items = await asyncio.gather(*(one(upload, classes) for upload in uploads))
-            return BatchPrediction(predictions=items, model=model.ref)
+    async def work() -> BatchPrediction:
+        classes = await _classes(service, model, prompts, deadline)
+        async with service.batcher.admit(model.embed if classes else model.classify, len(uploads)):
+            items = await asyncio.gather(*(one(upload, classes) for upload in uploads))
+        return BatchPrediction(predictions=items, model=model.ref)
 
-        return await while_wanted(request, work())
+    return await while_wanted(request, work())
 
 
 @router.post("/embed", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE_ALONE)
@@ -173,16 +173,16 @@ async def embed(request: Request, which: WhichModel, timeout_ms: Timeout = LONGE
     """The image's embedding, to compare images or to search among them."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
-    with service.begin(request, which) as model:
-        upload, _ = await _one_image(request, service)
+    model = service.begin(request, which)
+    upload, _ = await _one_image(request, service)
 
-        async def work() -> Embedding:
-            async with service.batcher.admit(model.embed):
-                pixels = await service.decode(upload.data, model)
-                embedding = await service.batcher.run(model.embed, pixels, deadline)
-            return Embedding(embedding=embedding.tolist(), model=model.ref)
+    async def work() -> Embedding:
+        async with service.batcher.admit(model.embed):
+            pixels = await service.decode(upload.data, model, deadline)
+            embedding = await service.batcher.run(model.embed, pixels, deadline)
+        return Embedding(embedding=embedding.tolist(), model=model.ref)
 
-        return await while_wanted(request, work())
+    return await while_wanted(request, work())
 
 
 @router.post(
@@ -203,28 +203,28 @@ async def explain(
     """Where the model sees a class in the image; as a picture with `Accept: image/png`."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
-    with service.begin(request, which) as model:
-        upload, field = await _one_image(request, service)
-        prompts = free_classes(list(asked.classes), field, service.settings)
+    model = service.begin(request, which)
+    upload, field = await _one_image(request, service)
+    prompts = free_classes(list(asked.classes), field, service.settings)
 
-        async def work() -> tuple[Explanation, np.ndarray]:
-            classes = await _classes(service, model, prompts, deadline)
-            labels = classes.labels if classes else model.labels
-            if label is not None and label not in labels:
-                raise Problem("not_found", f"label: {label!r} is no class; classes: {', '.join(labels)[:500]}")
-            lane = model.explain_text if classes else model.explain
-            async with service.batcher.admit(lane, 2):
-                pixels = await service.decode(upload.data, model)
-                probs = await _probs(service, model, classes, pixels, deadline)
-                index = int(np.argmax(probs)) if label is None else labels.index(label)
-                direction = classes.embeddings[index] if classes else index
-                heat = await service.batcher.run(lane, (pixels, direction), deadline)
-            found = Explanation(
-                label=labels[index], score=float(probs[index]), heat_map=np.clip(heat, 0, 1).tolist(), model=model.ref
-            )
-            return found, pixels
+    async def work() -> tuple[Explanation, np.ndarray]:
+        classes = await _classes(service, model, prompts, deadline)
+        labels = classes.labels if classes else model.labels
+        if label is not None and label not in labels:
+            raise Problem("not_found", f"label: {label!r} is no class; classes: {', '.join(labels)[:500]}")
+        lane = model.explain_text if classes else model.explain
+        async with service.batcher.admit(lane, 2):
+            pixels = await service.decode(upload.data, model, deadline)
+            probs = await _probs(service, model, classes, pixels, deadline)
+            index = int(np.argmax(probs)) if label is None else labels.index(label)
+            direction = classes.embeddings[index] if classes else index
+            heat = await service.batcher.run(lane, (pixels, direction), deadline)
+        found = Explanation(
+            label=labels[index], score=float(probs[index]), heat_map=np.clip(heat, 0, 1).tolist(), model=model.ref
+        )
+        return found, pixels
 
-        explanation, pixels = await while_wanted(request, work())
+    explanation, pixels = await while_wanted(request, work())
     if "image/png" not in request.headers.get("accept", ""):
         return explanation
     picture = await asyncio.to_thread(overlay, pixels, np.asarray(explanation.heat_map, np.float32))

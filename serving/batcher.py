@@ -130,10 +130,14 @@ class Batcher:
       max_wait_s: what would wait longer is refused.
       threads: that compute.
       metrics: where waits and batch sizes are counted.
+      decoding_s: the estimated wait before an item comes here; who waits there needs no place here meanwhile.
     """
 
-    def __init__(self, max_wait_s: float, threads: int, metrics: Metrics):
+    def __init__(
+        self, max_wait_s: float, threads: int, metrics: Metrics, decoding_s: Callable[[], float] = lambda: 0.0
+    ):
         self._max_wait_s, self._num_threads, self._metrics = max_wait_s, threads, metrics
+        self._decoding_s = decoding_s
         self._queue: deque[_Item] = deque()
         self._wake = asyncio.Event()
         self._lanes: dict[Lane, int] = {}  # those with a load -> requests that use them
@@ -149,7 +153,7 @@ class Batcher:
         total = sum(lane.costs.of_queue(lane.load) for lane in self._lanes)
         now = time.perf_counter()
         elapsed = sum(now - start for start in self._running.values()) / max(1, len(self._running))
-        return max(0.0, total - elapsed)
+        return max(0.0, total - elapsed, self._decoding_s())
 
     def check(self) -> None:
         """Refuses a request that would wait too long.

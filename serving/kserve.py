@@ -159,16 +159,16 @@ async def infer(
     """Predicts: `image` (UINT8, resized and cropped) or `image_bytes` (BYTES: image files; in JSON base64)."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
-    with service.begin(request, Which(name, version)) as model:
-        body = await request.body()
-        asked, binary = parse(body, request.headers.get(LENGTH))
-        images = read_input(asked.inputs[0], binary, model, service.settings.max_batch_images)
-        service.limiter.take(request.state.client, len(images) - 1)
-        wanted = asked.outputs or [OutputRequest(name=name) for name in DEFAULT_OUTPUTS]
-        if unknown := [output.name for output in wanted if output.name not in OUTPUTS]:
-            raise Problem("invalid_request", f"output {unknown[0][:50]!r} is unknown; there are {', '.join(OUTPUTS)}")
-        names = [output.name for output in wanted]
-        arrays = await while_wanted(request, _compute(service, model, images, names, deadline))
+    model = service.begin(request, Which(name, version))
+    body = await request.body()
+    asked, binary = parse(body, request.headers.get(LENGTH))
+    images = read_input(asked.inputs[0], binary, model, service.settings.max_batch_images)
+    service.limiter.take(request.state.client, len(images) - 1)
+    wanted = asked.outputs or [OutputRequest(name=name) for name in DEFAULT_OUTPUTS]
+    if unknown := [output.name for output in wanted if output.name not in OUTPUTS]:
+        raise Problem("invalid_request", f"output {unknown[0][:50]!r} is unknown; there are {', '.join(OUTPUTS)}")
+    names = [output.name for output in wanted]
+    arrays = await while_wanted(request, _compute(service, model, images, names, deadline))
     outputs = [(output, arrays[output.name]) for output in wanted]
     return respond(model, asked, outputs)
 
@@ -182,7 +182,7 @@ async def _compute(
     lanes = [model.classify] * from_classifier + [model.embed] * with_embeddings
 
     async def one(image: np.ndarray | bytes) -> list[np.ndarray]:
-        pixels = await service.decode(image, model) if isinstance(image, bytes) else image
+        pixels = await service.decode(image, model, deadline) if isinstance(image, bytes) else image
         return await asyncio.gather(*(service.batcher.run(lane, pixels, deadline) for lane in lanes))
 
     async with service.batcher.admit(lanes[0], len(images) * len(lanes)):

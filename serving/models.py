@@ -2,8 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ class Loaded:
 
     Attributes:
       backend: what runs it.
+      source: the path that it was loaded from.
       costs: of batches of images.
       text_costs: of batches of texts.
       beside: the same in one thread, for batches side by side; None: there is none.
@@ -53,6 +53,7 @@ class Loaded:
     """
 
     backend: ExportedBackend
+    source: Path
     costs: Costs
     text_costs: Costs
     beside: ExportedBackend | None = None
@@ -71,6 +72,7 @@ class Model:
 
     def __init__(self, loaded: Loaded, name: str, version: str, classes: Classes | None = None):
         self._loaded, self.backend, beside = loaded, loaded.backend, loaded.beside
+        self.source = loaded.source
         self.name, self.version, self.classes = name, version, classes
         backend, costs = loaded.backend, loaded.costs
         self.actions: Actions = backend.actions
@@ -85,7 +87,6 @@ class Model:
         self.explain = Lane("explainer", self._explain, costs)
         self.explain_text = Lane("explainer", self._explain_text, costs)
         self.text = Lane("text_encoder", self._finite(self._embed_texts), loaded.text_costs)
-        self.users = 0
 
     @staticmethod
     def _stacked(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[Any]], np.ndarray]:
@@ -123,15 +124,6 @@ class Model:
     def abstain_below(self) -> float | None:
         """The score under which an answer abstains."""
         return self.actions.thresholds.get("abstain")
-
-    @contextmanager
-    def use(self) -> Iterator["Model"]:
-        """Counts a request that needs this version."""
-        self.users += 1
-        try:
-            yield self
-        finally:
-            self.users -= 1
 
     def describe(self) -> Version:
         """For /v1/models."""

@@ -1,6 +1,7 @@
 """Models in and out: named versions, loaded and proven aside, switched in one assignment, dropped when unused."""
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from serving.models import TEXTS_AT_ONCE, Loaded, Model, open_exported
 from serving.problems import Problem
 from serving.schemas import ModelStatus
 from serving.telemetry import Metrics, log
+
+FOLDERS = re.compile(r"(?<![\w/.:])/(?:[^/\s'\"]+/)+")  # of absolute paths, which are for the log alone
 
 
 @dataclass
@@ -127,18 +130,20 @@ class Registry:
             try:
                 model = await asyncio.to_thread(self._open, entry, path or entry.path)
             except Exception as error:
-                entry.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                entry.error = FOLDERS.sub("", reason)
                 self._metrics.loads.labels(name, "failed").inc()
-                log.error("model not loaded", extra={"fields": {"model": name, "reason": entry.error}})
+                log.error("model not loaded", extra={"fields": {"model": name, "reason": reason}})
                 raise Problem("load_failed", entry.error) from error
             finally:
                 entry.loading = False
             entry.error = None
-            entry.path = path or entry.path
             self._metrics.loads.labels(name, "loaded").inc()
-            entry.versions[model.version] = model
             if activate:
+                entry.versions[model.version] = model
                 self._switch(entry, model)
+            else:  # of one version there is one model: the active one stays in its place
+                entry.versions.setdefault(model.version, model)
             return entry
 
     def _open(self, entry: Entry, path: Path) -> Model:
@@ -152,7 +157,7 @@ class Registry:
                 "no golden outputs: its graphs were only compared with one another; export it again to have them",
                 extra={"fields": {"model": entry.name, "path": str(path)}},
             )
-        loaded = self._measured(backend, entry.active)
+        loaded = self._measured(backend, path, entry.active)
         best = loaded.costs.best
         log.info(
             "model loaded",
@@ -160,7 +165,7 @@ class Registry:
         )
         return self._as_changed(entry, Model(loaded, entry.name, version))
 
-    def _measured(self, backend: ExportedBackend, active: Model | None) -> Loaded:
+    def _measured(self, backend: ExportedBackend, source: Path, active: Model | None) -> Loaded:
         """Warms what requests will need, and measures what batches cost.
 
         While another version serves, times would be of a busy machine: what that one measured is a better start.
@@ -176,7 +181,7 @@ class Registry:
         if beside is not None:
             beside.logits(example[None])
             beside.embed(example[None])
-        return Loaded(backend, costs, text_costs, beside)
+        return Loaded(backend, source, costs, text_costs, beside)
 
     def _as_changed(self, entry: Entry, model: Model) -> Model:
         """The model with the classes that it was changed to before, if it was."""
@@ -192,7 +197,7 @@ class Registry:
     def _switch(self, entry: Entry, model: Model) -> None:
         """From the next request on `model` answers; the one before goes when its last request has."""
         before = entry.active
-        entry.active = model
+        entry.active, entry.path = model, model.source  # which a later load reads again
         if before is not None and before is not model:
             self._metrics.forget_model(entry.name, before.version, before.backend.digest or "")
             if entry.versions.get(before.version) is before:

@@ -126,7 +126,8 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
                 if not stopping:
                     log.error("a worker died", extra={"fields": {"pid": worker.pid, "exit_code": worker.exitcode}})
                     time.sleep(RESTART_S)
-                    start()
+                    if not stopping:  # a signal may have come while it slept
+                        start()
     return 0
 
 

@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class Service:
 
     batcher: Batcher
     decoder: Decoder
+    video_decoder: Decoder
     registry: Registry
 
     def __init__(self, settings: Settings):
@@ -43,8 +44,12 @@ class Service:
     def start(self) -> None:
         """Starts the parts and begins to load; what isn't loaded yet answers "not ready"."""
         settings = self.settings
-        self.batcher = Batcher(settings.max_wait_s, settings.compute_threads, self.metrics)
         self.decoder = Decoder(settings.decode_processes, settings.max_megapixels, self.metrics)
+        # Of their own, so that images don't wait for videos; its processes start with the first ones.
+        self.video_decoder = Decoder(settings.max_videos, settings.max_megapixels, self.metrics)
+        self.batcher = Batcher(
+            settings.max_wait_s, settings.compute_threads, self.metrics, lambda: self.decoder.estimated_wait_s
+        )
         self.registry = Registry(
             settings.all_models,
             settings.models_dir,
@@ -91,17 +96,16 @@ class Service:
         if self.settings.signing_key is not None:
             verify_signature(folder, self.settings.signing_key)
 
-    @contextmanager
-    def begin(self, request: Request, which: Which) -> Iterator[Model]:
+    def begin(self, request: Request, which: Which) -> Model:
         """A request's model; refuses what would be refused later anyhow, before its body is read.
 
         Raises:
           Problem: no such model, not ready, too many from this client, or overloaded.
         """
         self.limiter.take(request.state.client)
-        with self.registry.get(which.model, which.version).use() as model:
-            self.batcher.check()
-            yield model
+        model = self.registry.get(which.model, which.version)
+        self.batcher.check()
+        return model
 
     @asynccontextmanager
     async def one_session(self, client: str) -> AsyncIterator[None]:
@@ -141,9 +145,9 @@ class Service:
         finally:
             self._videos -= 1
 
-    async def decode(self, data: bytes, model: Model) -> np.ndarray:
+    async def decode(self, data: bytes, model: Model, deadline: float) -> np.ndarray:
         """An image as the model takes it."""
-        return await self.decoder.decode(data, model.backend.preprocess)
+        return await self.decoder.decode(data, model.backend.preprocess, deadline)
 
     async def close(self) -> None:
         """Ends the parts; what is in flight has ended before."""
@@ -151,5 +155,6 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.batcher.close()
-        await asyncio.to_thread(self.decoder.close)
+        for decoder in (self.decoder, self.video_decoder):
+            await asyncio.to_thread(decoder.close)
         log.info("ended")

@@ -123,10 +123,9 @@ class Session:
             await self._send_event("end", event)
         model = follower.model
         assert model is not None
-        with model.use():
-            async with service.batcher.admit(follower.lane):
-                pixels = await service.decode(data, model)
-                logits, embedding = await follower.measure(pixels, deadline)
+        async with service.batcher.admit(follower.lane):
+            pixels = await service.decode(data, model, deadline)
+            logits, embedding = await follower.measure(pixels, deadline)
         moment = follower.detector.update(arrived - self._start, logits, embedding)
         latency_s = time.perf_counter() - arrived
         service.metrics.frame_to_event.observe(latency_s)

@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -51,7 +52,7 @@ class InferRequest(_Message):
 
 
 def parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
-    if json_length is not None and not (json_length.isdecimal() and int(json_length) <= len(body)):
+    if json_length is not None and not (re.fullmatch("[0-9]{1,12}", json_length) and int(json_length) <= len(body)):
         raise Problem("invalid_request", f"{LENGTH}: where in the body the binary tensors begin is needed")
     end = len(body) if json_length is None else int(json_length)
     # Each value is an object of Python's: ten megabytes of them would hold up everyone else for seconds.

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 
 from clip_har_jax.inference.stream import Event
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
-from clip_har_jax.video import BadVideo, iter_frames
+from clip_har_jax.video import BadVideo, TooSlow, iter_frames
 from serving.api import ALWAYS, BODY, CLASSES_FIELD, COMPUTED
 from serving.follow import Follower, HowEvents
 from serving.problems import Problem, responses
@@ -21,23 +21,26 @@ from serving.service import Service
 router = APIRouter(prefix="/v1")
 
 
-def read_frames(data: bytes, rate_hz: float, most: int, preprocess: Preprocess, max_megapixels: float) -> Any:
+def read_frames(
+    data: bytes, rate_hz: float, most: int, preprocess: Preprocess, max_megapixels: float, time_limit_s: float
+) -> Any:
     """Times and pixels of a video's frames, and what is damaged; runs in a decoding process.
 
     Raises:
       BadVideo: not a video, or more frames than are taken.
+      TooSlow: reading it takes longer than anybody waits.
     """
     times: list[float] = []
     images: list[np.ndarray] = []
     damage = None
     try:
-        for frame in iter_frames(io.BytesIO(data), rate_hz, max_megapixels, num_threads=1):
+        for frame in iter_frames(io.BytesIO(data), rate_hz, max_megapixels, 1, time_limit_s):
             if len(times) == most:
                 raise BadVideo(f"over {most} frames at {rate_hz:g} a second; send less, or ask for a lower rate_hz")
             times.append(frame.time_s)
             images.append(evaluation_transform(frame.image, preprocess))
     except BadVideo as error:
-        if not times or len(times) == most:
+        if not times or len(times) == most or isinstance(error, TooSlow):
             raise
         damage = str(error)
     return times, images, damage
@@ -75,15 +78,15 @@ async def video(
     """The actions in a video, from when to when."""
     service: Service = request.app.state.service
     settings = service.settings
-    with service.begin(request, which):
-        async with service.one_video():
-            (upload,), field = await read_uploads(request, "video", 1)
-            if not upload.data:
-                raise Problem("empty_body", "no bytes came; send a video")
-            deadline = asyncio.get_running_loop().time() + settings.video_timeout_s
-            prompts = free_classes(list(asked.classes), field, settings)
-            follower = Follower(service, which, asked, prompts)
-            return await while_wanted(request, _events(service, follower, upload.data, rate_hz, deadline))
+    service.begin(request, which)
+    async with service.one_video():
+        (upload,), field = await read_uploads(request, "video", 1)
+        if not upload.data:
+            raise Problem("empty_body", "no bytes came; send a video")
+        deadline = asyncio.get_running_loop().time() + settings.video_timeout_s
+        prompts = free_classes(list(asked.classes), field, settings)
+        follower = Follower(service, which, asked, prompts)
+        return await while_wanted(request, _events(service, follower, upload.data, rate_hz, deadline))
 
 
 async def _events(service: Service, follower: Follower, data: bytes, rate_hz: float, deadline: float) -> VideoEvents:
@@ -92,18 +95,20 @@ async def _events(service: Service, follower: Follower, data: bytes, rate_hz: fl
     assert model is not None
     try:
         arguments = (rate_hz, settings.max_video_frames, model.backend.preprocess, settings.max_megapixels)
-        times, images, damage = await service.decoder.run(read_frames, data, *arguments)
+        limits = *arguments, settings.video_timeout_s
+        times, images, damage = await service.video_decoder.run(deadline, read_frames, data, *limits)
+    except TooSlow as error:
+        raise Problem("deadline", str(error)) from error
     except BadVideo as error:
         raise Problem("bad_video", str(error)) from error
     events: list[Event] = []
-    with model.use():
-        for start in range(0, len(times), model.costs.best):
-            chunk = slice(start, start + model.costs.best)
-            await service.batcher.quiet(deadline)  # others wait for one image, this one for hundreds
-            async with service.batcher.admit(follower.lane, len(times[chunk])):
-                measured = await asyncio.gather(*(follower.measure(pixels, deadline) for pixels in images[chunk]))
-            for time_s, (logits, embedding) in zip(times[chunk], measured, strict=True):
-                events += follower.detector.update(time_s, logits, embedding).ended
+    for start in range(0, len(times), model.costs.best):
+        chunk = slice(start, start + model.costs.best)
+        await service.batcher.quiet(deadline)  # others wait for one image, this one for hundreds
+        async with service.batcher.admit(follower.lane, len(times[chunk])):
+            measured = await asyncio.gather(*(follower.measure(pixels, deadline) for pixels in images[chunk]))
+        for time_s, (logits, embedding) in zip(times[chunk], measured, strict=True):
+            events += follower.detector.update(time_s, logits, embedding).ended
     events += follower.detector.finish()
     found = [EventBody(**vars(event)) for event in events]
     return VideoEvents(events=found, duration_s=times[-1], frames=len(times), damage=damage, model=model.ref)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -165,6 +166,12 @@ def test_a_wrong_request_is_told(client: httpx.Client, good: bytes, request_of: 
     assert answer.headers["content-type"] == "application/problem+json" and answer.json()["detail"]
 
 
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "1.5", "\u00b2".encode("latin-1"), "100"])
+def test_a_wrong_length_of_kserves_header_is_told(client: httpx.Client, length: str | bytes) -> None:
+    answer = client.post("/v2/models/har/infer", content=b"{}", headers={"Inference-Header-Content-Length": length})
+    assert answer.status_code == 422 and answer.json()["code"] == "invalid_request", answer.text
+
+
 @pytest.mark.parametrize("folder_name", ["nowhere", "photos", "..", "a/b", "../model", "%2e%2e", "", "C:\\x"])
 def test_a_path_trick_loads_nothing(client: httpx.Client, folder_name: str) -> None:
     before = client.get("/v1/models").json()["models"][0]["active"]
@@ -203,7 +210,7 @@ def refuses(client: httpx.Client, name: str, words: str) -> None:
     """Loading the folder fails, in these words, and what was active stays."""
     answer = client.post("/v1/models/har/load", json={"folder": name})
     assert answer.status_code == 409 and words in answer.json()["detail"], answer.text
-    assert "\n" not in answer.json()["detail"]
+    assert "\n" not in answer.json()["detail"] and not answer.json()["detail"].startswith("/")
     status = client.get("/v1/models").json()["models"][0]
     assert status["status"] == "ready" and words in status["error"]
 
@@ -240,6 +247,16 @@ def test_another_model_under_a_good_manifest_is_refused(
     assert client.post("/v1/predict", content=good).json() == before
 
 
+def test_embeddings_of_another_length_are_refused(client: httpx.Client, folder: Path) -> None:
+    """They point the right way, but scores of classes in free text would be others."""
+    target = Path(shutil.copytree(folder, folder.parent / "long-embeddings"))
+    with np.load(target / "golden.npz") as file:
+        golden = dict(file)
+    np.savez_compressed(target / "golden.npz", **golden | {"text_embeds": golden["text_embeds"] * 2})
+    reseal(target)
+    refuses(client, target.name, "embeddings of texts aren't those")
+
+
 def test_golden_outputs_that_are_damaged_or_missing(
     client: httpx.Client, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -247,13 +264,18 @@ def test_golden_outputs_that_are_damaged_or_missing(
     broken, old, mixed = (
         Path(shutil.copytree(folder, folder.parent / name)) for name in ("broken-golden", "old-export", "old-mixed")
     )
-    (broken / "golden.npz").write_bytes(b"PK")
+    with zipfile.ZipFile(broken / "golden.npz", "w") as archive, archive.open("pictures.npy", "w") as file:
+        np.lib.format.write_array(file, np.asarray([{"a": 1}], object), allow_pickle=True)
     for copy in (old, mixed):
         (copy / "golden.npz").unlink()
     another_model(mixed, "classifier", [16, 4])
     for copy in (broken, old, mixed):
         reseal(copy)
-    refuses(client, broken.name, "golden.npz: damaged")
+    refuses(client, broken.name, "golden.npz: damaged (Object arrays cannot be loaded")
+    for content in (b"PK", b"PK\x03\x04 and no more", b""):
+        (broken / "golden.npz").write_bytes(content)
+        reseal(broken)
+        refuses(client, broken.name, "golden.npz: damaged")
     refuses(client, mixed.name, "the classifier and the encoders differ by")
     logger = logging.getLogger("har")
     logger.addHandler(caplog.handler)
@@ -365,6 +387,9 @@ def test_versions_side_by_side(served: tuple[httpx.Client, Service], folder: Pat
     assert client.post("/v1/predict", content=good).json()["model"]["version"] == before
     asked = client.post("/v1/predict", content=good, params={"version": version})
     assert asked.json()["model"]["version"] == version
+    # Neither a reload nor a load of the active version beside itself changes what is active.
+    assert client.post("/v1/models/har/load", json={}).json()["active"] == before
+    client.post("/v1/models/har/load", json={"activate": False}).raise_for_status()
     assert client.delete(f"/v1/models/har/versions/{before}").json()["code"] == "conflict"
     assert client.delete(f"/v1/models/har/versions/{version}").status_code == 204
     assert client.post("/v1/predict", content=good, params={"version": version}).status_code == 404
@@ -411,6 +436,30 @@ def test_overload_is_refused_at_once(folder: Path, good: bytes, monkeypatch: pyt
         assert set(codes) == {200, 503} and min(codes.values()) > 10, codes
         assert max(waits) < 5
         assert service.batcher.estimated_wait_s == 0 and not service.batcher._queue
+
+
+def heavy_image(pixels: int = 4900) -> bytes:
+    """A JPEG that is quickly sent and slowly decoded."""
+    return saved(Image.new("RGB", (pixels, pixels), (200, 30, 90)), "JPEG")
+
+
+def test_images_that_are_slow_to_decode_are_refused_and_bounded(folder: Path, good: bytes) -> None:
+    """The model would take them all at once; it's the decoder that they wait for."""
+    with running(folder, max_wait_s=0.5) as (client, service):
+        data, slow = heavy_image(), 1.0
+        service.decoder._seconds = slow  # as after many such images
+
+        async def flood() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as many:
+                return await asyncio.gather(*(many.post("/v1/predict", content=data) for _ in range(8)))
+
+        answers = asyncio.run(flood())
+        assert {answer.status_code for answer in answers} == {200, 503}
+        assert {answer.json()["code"] for answer in answers if answer.status_code == 503} == {"overloaded"}
+        assert service.decoder._seconds < slow and service.decoder.estimated_wait_s == 0  # it follows what they take
+        late = client.post("/v1/predict", content=data, headers={"X-Timeout-Ms": "5"})
+        assert late.status_code == 504 and late.json()["code"] == "deadline"
+        assert client.post("/v1/predict", content=good).status_code == 200
 
 
 def test_a_deadline_ends_the_wait(folder: Path, good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

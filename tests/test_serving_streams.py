@@ -14,9 +14,10 @@ from websockets.sync.client import ClientConnection, connect
 
 from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.inference.stream import EventRules, find_events
-from clip_har_jax.video import iter_frames
+from clip_har_jax.video import TooSlow, iter_frames
 from serving.security import new_key
 from serving.service import Service
+from serving.videos import read_frames
 from tests.serving_setup import LABELS, running, wait_for
 from tests.test_stream import write_video
 
@@ -194,6 +195,21 @@ def test_a_video_in_free_words(served: tuple[httpx.Client, Service], video: Path
     query = f"{EAGER}&smoothing={smoothing}&classes=juggling,climbing"
     answer = served[0].post(f"/v1/stream?{query}", content=video.read_bytes()).raise_for_status().json()
     assert {event["label"] for event in answer["events"]} <= {"juggling", "climbing"} and answer["events"]
+
+
+def test_a_video_that_takes_too_long_ends(served_folder: Path, frame: bytes, video: Path) -> None:
+    """And meanwhile images are decoded."""
+    with running(served_folder, video_timeout_s=2, max_videos=1) as (client, service):
+        busy = service.video_decoder._pool.submit(time.sleep, 6)  # as another's video
+        late = client.post("/v1/stream", content=video.read_bytes())
+        assert late.status_code == 504 and late.json()["code"] == "deadline"
+        assert client.post("/v1/predict", content=frame).status_code == 200
+        assert not busy.done()
+    with pytest.raises(TooSlow, match="over 0 s"):  # also where none of the frames is looked at
+        list(iter_frames(video, 0.001, time_limit_s=0.0))
+    preprocess = ExportedBackend(served_folder).preprocess
+    with pytest.raises(TooSlow):
+        read_frames(video.read_bytes(), 4.0, 100, preprocess, 25.0, 0.0)
 
 
 def test_a_bad_video_is_told(served: tuple[httpx.Client, Service], served_folder: Path, video: Path) -> None:
