@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     stream_budget_s: Seconds = Field(0.5, description="a frame older than this isn't looked at any more")
     max_session_s: Seconds = Field(3600.0, description="after which a WebSocket is closed")
 
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR")
 
     @field_validator("models")
     @classmethod

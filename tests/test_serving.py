@@ -297,6 +297,19 @@ def test_settings_are_shown_and_secrets_are_not() -> None:
     assert line.rsplit(":")[-1] not in done.stdout and shown["api_keys"] == "**********"
 
 
+def test_every_setting_is_documented() -> None:
+    rows = re.findall(
+        r"^\| `(HAR_\w+)` \| (.*?) \| (.*) \|$", (Path(__file__).parents[1] / "docs" / "serving.md").read_text(), re.M
+    )
+    assert [name for name, _, _ in rows] == [f"HAR_{name.upper()}" for name in Settings.model_fields]
+    for (name, default, about), field in zip(rows, Settings.model_fields.values(), strict=True):
+        assert about == field.description, name
+        if isinstance(field.default, bool | int | float | str):
+            assert json.loads(default.strip("`") if not isinstance(field.default, str) else f'"{default[1:-1]}"') == (
+                field.default
+            ), name
+
+
 def test_threads_are_shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default the cores among the workers; and what is set reaches the runtime, whose threads don't spin."""
     import onnxruntime
