@@ -128,14 +128,15 @@ def write_int8(
 
     The text encoder is quantised dynamically in both cases: images calibrate nothing in it.
     """
+    import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     quiet_quantiser()
     for graph in graphs:
         with tempfile.TemporaryDirectory() as scratch:
-            source = Path(scratch) / "float32.onnx"
+            source, target = Path(scratch) / "float32.onnx", Path(scratch) / "int8.onnx"
             save(to_proto(graph), source)
-            target = folder / f"{graph.name}.onnx"
+            large = source.with_name(f"{source.name}.data").exists()
             if static and "image" in graph.inputs:
                 quantize_static(
                     source,
@@ -146,9 +147,18 @@ def write_int8(
                     per_channel=True,
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
+                    use_external_data_format=large,
                 )
             else:
-                quantize_dynamic(source, target, QUANTIZED, per_channel=True, weight_type=QuantType.QInt8)
+                quantize_dynamic(
+                    source,
+                    target,
+                    QUANTIZED,
+                    per_channel=True,
+                    weight_type=QuantType.QInt8,
+                    use_external_data_format=large,
+                )
+            save(onnx.load(target), folder / f"{graph.name}.onnx")
 
 
 def quiet_quantiser() -> None:

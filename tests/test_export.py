@@ -467,6 +467,14 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     write_fp16(model.graphs[:1], tmp_path / "onnx_fp16", images)
     (embeds,) = exported.Graphs(tmp_path, "onnx_fp16").run("image_encoder", images)
     np.testing.assert_allclose(embeds, model.backend.embed(images), atol=1e-2)
+    for static in (False, True):
+        shutil.rmtree(tmp_path / "onnx_int8", ignore_errors=True)
+        (tmp_path / "onnx_int8").mkdir()
+        write_int8(model.graphs[:1], tmp_path / "onnx_int8", images, static)
+        names = {path.name for path in (tmp_path / "onnx_int8").iterdir()}
+        assert names == {"image_encoder.onnx", "image_encoder.onnx.data"}
+        (embeds,) = exported.Graphs(tmp_path, "onnx_int8").run("image_encoder", images)
+        assert ((embeds * model.backend.embed(images)).sum(axis=-1) > 0.99).all()
 
 
 def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
