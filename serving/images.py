@@ -168,5 +168,7 @@ class Decoder:
             raise
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes, whatever they are at: nobody waits for it any more."""
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
