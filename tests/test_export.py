@@ -433,6 +433,13 @@ def test_bounds() -> None:
     assert not compare(outputs(), outputs(image_embeds=turned), INT8, "abcd", true)["passed"]  # of the hard images
     turned[-4:] = outputs()["image_embeds"][-4:]
     assert compare(outputs(), outputs(image_embeds=turned), INT8, "abcd", true)["passed"]
+    # What the classifier doesn't use is bounded too, of every model.
+    words = outputs()["text_embeds"] + np.asarray([1, 0, 0, 0, 0, 0, 0, 0], np.float32)
+    entry = compare(outputs(), outputs(text_embeds=words), INT8, "abcd", true)
+    assert not entry["passed"] and "cosine of an embedding" in entry["failures"][0]
+    assert not compare(outputs(), outputs(text_embeds=0 * words), INT8, "abcd", true)["passed"]
+    entry = compare(outputs(), outputs(patch_embeds=outputs()["patch_embeds"][::-1]), INT8, "abcd", true)
+    assert not entry["passed"] and "explainer" in entry["failures"][0]
 
 
 def test_towers_of_more_than_ten_layers_keep_their_order(folder: Path, tmp_path: Path) -> None:
