@@ -40,7 +40,7 @@ def main() -> None:
         "--test",
         metavar="SPEC",
         help="images that decide, others than those of training and validation; default: the test split of "
-        "config.data.val, e.g. --test=synthetic?split=test",
+        "config.data.val, or of config.data.train where no val is set, e.g. --test=folder:photos/test",
     )
     parser.add_argument(
         "--search",
@@ -60,16 +60,14 @@ def main() -> None:
     )
     arguments, overrides = cli.parse_with_overrides(parser)
     config = load_config(arguments.config, overrides)
-    test = arguments.test or config.data.val
-    if not test:
-        raise UserError("--test: name the images that decide, or set config.data.val")
     seeds, factors = numbers(arguments.seeds, "--seeds", int), numbers(arguments.search, "--search", float)
     decays = numbers(arguments.decays, "--decays", float) if arguments.decays else []
     if any(factor <= 0 for factor in factors) or any(value < 0 for value in [*seeds, *decays]):
         raise UserError("--search takes factors above 0, --seeds and --decays numbers from 0")
 
-    from clip_har_jax.pipelines.compare import Space, compare
+    from clip_har_jax.pipelines.compare import Space, compare, default_test
 
+    test = arguments.test or default_test(config)
     output = Path(arguments.output)
     space = Space(tuple(factors), tuple(decays))
     compare(config, arguments.methods.split(","), seeds, output, test, space, arguments.soups)

@@ -13,7 +13,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.pipelines import tuning
-from clip_har_jax.pipelines.compare import compare
+from clip_har_jax.pipelines.compare import compare, default_test
 from clip_har_jax.pipelines.inputs import validates_on_test
 from clip_har_jax.pipelines.presets import choose_preset
 from clip_har_jax.pipelines.train import Result, train
@@ -131,6 +131,18 @@ def test_a_run_warns_when_test_images_choose_what_is_kept(folders, tmp_path, cap
         assert not validates_on_test(replace(config, data=replace(config.data, val=val)))
     write_images(root / "val", LABELS, per_class=1)
     assert not validates_on_test(config)
+
+
+@pytest.mark.parametrize(
+    ("train_spec", "val", "test"),
+    [
+        ("synthetic", "synthetic?split=val", "synthetic"),
+        ("folder:photos", "", "folder:photos"),
+        ("manifest:m.parquet", "manifest:m.parquet?split=val&images=photos", "manifest:m.parquet?images=photos"),
+    ],
+)
+def test_the_test_split_of_the_validation_data_decides_where_none_is_named(train_spec, val, test):
+    assert default_test(make_config({"data": {"train": train_spec, "val": val}})) == test
 
 
 def test_what_chooses_a_model_is_no_test(folders, tmp_path):

@@ -21,6 +21,7 @@ from clip_har_jax.models.factory import make_start
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
 from clip_har_jax.pipelines.inputs import load_data, load_retention, select_classes
 from clip_har_jax.pipelines.tuning import Space, finished, run_training, search, setting_name, weigh_method, with_method
+from clip_har_jax.specs import parse_spec
 from clip_har_jax.training.methods import METHODS
 from clip_har_jax.training.probe import ALPHAS, BETAS, PENALTIES
 
@@ -90,6 +91,13 @@ def check_comparison(config: RunConfig, methods: Sequence[str], seeds: Sequence[
         raise UserError("--methods and --seeds: one or more of each are needed, none of them twice")
     if config.method.head or config.method.loss:
         raise UserError("config.method.head and method.loss: leave them empty, each method brings its own")
+
+
+def default_test(config: RunConfig) -> str:
+    """SPEC of the test split of the validation data, or of the training data where that gives the validation too."""
+    spec = parse_spec(config.data.val or config.data.train)
+    options = {name: value for name, value in spec.options.items() if name != "split"}
+    return str(dataclasses.replace(spec, options=options))
 
 
 def check_test(config: RunConfig, test: str) -> None:
