@@ -185,7 +185,7 @@ class JaxBackend:
             parts.append(np.asarray(self._encode_text(self._state, pad(part, size)))[: len(part)])
         return np.concatenate(parts)
 
-    def _run(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> tuple[np.ndarray, ...]:
+    def outputs(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> tuple[np.ndarray, ...]:
         """Logits, probabilities and embeddings; compiled for one image and for `batch_size` images, nothing else."""
         size, parts = 1 if len(images) == 1 else self.batch_size, []
         for start in range(0, len(images), size):
@@ -198,15 +198,15 @@ class JaxBackend:
 
     def logits(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Class logits, temperature included."""
-        return self._run(images)[0]
+        return self.outputs(images)[0]
 
     def predict(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Class probabilities."""
-        return self._run(images)[1]
+        return self.outputs(images)[1]
 
     def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
         """L2-normalised image embeddings."""
-        return self._run(images)[2]
+        return self.outputs(images)[2]
 
     def explain(
         self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
