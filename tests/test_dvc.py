@@ -167,7 +167,12 @@ def test_a_killed_training_continues_under_repro(project):
             os.killpg(process.pid, signal.SIGKILL)
 
     old = project.json("train/run.json")["run_id"]
-    repro_until(lambda: record()["run_id"] != old and list((workdir / "checkpoints").glob("*.manifest.json")))
+
+    def has_checkpoint():
+        """Whole is what has its final name; the manifest comes before."""
+        return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+
+    repro_until(lambda: record()["run_id"] != old and has_checkpoint())
     killed = record()
     assert killed["starts"] == 1
     repro_until(lambda: record()["starts"] == 2)
