@@ -49,11 +49,12 @@ def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBacken
     """Writes the pictures and what `model` gives for them, before the folder is sealed."""
     images = np.stack([evaluation_transform(picture, model.preprocess) for picture in pictures])
     texts = [text for label in model.labels for text in model.actions.prompts[label]][:TEXTS]
+    logits, _, image_embeds = model.outputs(images)
     np.savez_compressed(
         folder / FILE,
         pictures=pictures,
-        logits=model.logits(images),
-        image_embeds=model.embed(images),
+        logits=logits,
+        image_embeds=image_embeds,
         texts=np.asarray(texts, np.str_),
         text_embeds=model.embed_texts(model.tokenize(texts)),
     )
