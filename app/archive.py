@@ -13,7 +13,7 @@ SUFFIXES = tuple(f".{kind}" for kind in parts.KINDS)
 
 
 def unpack(name: str, content: bytes) -> list[tuple[str, bytes]]:
-    """The pictures in a zip, by their place in it. Nothing is written anywhere, so that no path in it can harm.
+    """Return the pictures in a zip, by their place in it. Nothing is written anywhere, so that no path in it can harm.
 
     Raises:
       Trouble: no zip, a protected one, or too much in it.

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def frame_at(content: bytes, time_s: float) -> Image.Image | None:
-    """The picture shown at a time; None where the video can't be drawn."""
+    """Return the picture shown at a time; None where the video can't be drawn."""
     try:
         with av.open(io.BytesIO(content)) as container:
             stream = container.streams.video[0]
@@ -21,5 +21,5 @@ def frame_at(content: bytes, time_s: float) -> Image.Image | None:
 
 
 def clock(seconds: float) -> str:
-    """A time as it is read: minutes and seconds."""
+    """Return a time as it is read: minutes and seconds."""
     return f"{int(seconds // 60)}:{seconds % 60:04.1f}"

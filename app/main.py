@@ -33,7 +33,7 @@ def own_url(_origin: str | None) -> str:
 
 
 def connect() -> Service:
-    """The service that this visitor uses."""
+    """Return the service that this visitor uses."""
     if "service" not in st.session_state:
         url, key = configured()
         page = urlsplit(st.context.url or "")
@@ -45,7 +45,7 @@ def connect() -> Service:
 
 
 def show_trouble(trouble: Trouble) -> None:
-    """The sentence, and what helps."""
+    """Return the sentence, and what helps."""
     st.error(str(trouble), icon=":material/error:")
     if isinstance(trouble, own_service.NoModel):
         st.code(own_service.COMMANDS, language="bash", wrap_lines=True)
@@ -55,7 +55,7 @@ def show_trouble(trouble: Trouble) -> None:
 
 
 def show(title: str, run: Callable[[], None], with_service: bool = True) -> None:
-    """Runs a page; whatever happens in it, a person reads a sentence."""
+    """Run a page; whatever happens in it, a person reads a sentence."""
     try:
         if with_service:
             st.session_state.models = connect().models()

@@ -24,7 +24,7 @@ class NoModel(Trouble):
 
 
 def start(origin: str | None = None) -> str:
-    """Starts the service and waits until it is ready; gives its address.
+    """Start the service and wait until it is ready; gives its address.
 
     Args:
       origin: of the app's own page, which may then send it what a camera sees.
@@ -65,7 +65,7 @@ def start(origin: str | None = None) -> str:
 
 
 def is_ready(url: str) -> bool:
-    """Whether a service answers there."""
+    """Return whether a service answers there."""
     try:
         return httpx.get(f"{url}/v2/health/ready", timeout=1.0, trust_env=False).is_success
     except httpx.HTTPError:

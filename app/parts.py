@@ -33,22 +33,22 @@ STYLE = """<style>
 
 
 def service() -> Service:
-    """The service of this visitor."""
+    """Return the service of this visitor."""
     return st.session_state.service
 
 
 def words(label: str) -> str:
-    """A label as it is read: without underscores."""
+    """Return a label as it is read: without underscores."""
     return label.replace("_", " ")
 
 
 def percent(score: float) -> str:
-    """A probability as it is read; never 100%, which no model can mean."""
+    """Return a probability as it is read; never 100%, which no model can mean."""
     return "over 99%" if score > 0.99 else "under 1%" if score < 0.01 else f"{score:.0%}"
 
 
 def check_picture(content: bytes, name: str) -> Image.Image:
-    """A picture that can be shown.
+    """Return a picture that can be shown.
 
     Raises:
       Trouble: it isn't one, or too large.
@@ -75,7 +75,7 @@ def check_picture(content: bytes, name: str) -> Image.Image:
 
 
 def thumbnail(image: Image.Image, size_px: int = 96) -> str:
-    """A small copy as an address that holds it, for tables."""
+    """Return a small copy as an address that holds it, for tables."""
     small = ImageOps.fit(image, (size_px, size_px))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
@@ -143,7 +143,7 @@ def versions() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def active_model() -> tuple[str, dict[str, Any]]:
-    """The first model's name, and its version in use."""
+    """Return the first model's name, and its version in use."""
     for model in st.session_state.models:
         for version in model["versions"]:
             if version["version"] == model["active"]:

@@ -48,17 +48,17 @@ class Service:
     def predict(
         self, image: bytes, classes: Mapping[str, Sequence[str]] | None = None, top: int = 5, **which: str
     ) -> dict[str, Any]:
-        """The actions in a picture; `classes`: tell these apart instead, each with how it is said, or nothing."""
+        """Return the actions in a picture; `classes`: tell these apart instead, each with how it is said, or nothing."""
         fields = {"classes": json.dumps(classes)} if classes else {}
         return self._send("/v1/predict", files={"image": image}, data=fields, params={"top": top, **which}).json()
 
     def explain(self, image: bytes, label: str, **which: str) -> bytes:
-        """The picture with what speaks for a label marked in it, as PNG."""
+        """Return the picture with what speaks for a label marked in it, as PNG."""
         params, headers = {"label": label, **which}, {"Accept": "image/png"}
         return self._send("/v1/explain", files={"image": image}, params=params, headers=headers).content
 
     def predict_batch(self, images: Sequence[tuple[str, bytes]]) -> list[dict[str, Any]]:
-        """The actions in each of several pictures, given as (name, content)."""
+        """Return the actions in each of several pictures, given as (name, content)."""
         files = [("image", (f"{i}", content)) for i, (_, content) in enumerate(images)]
         return self._send("/v1/predict/batch", files=files, params={"top": 5}).json()["predictions"]
 
@@ -67,16 +67,16 @@ class Service:
         return self._send("/v1/stream", files={"video": video}, timeout=VIDEO_TIMEOUT_S).json()
 
     def models(self) -> list[dict[str, Any]]:
-        """The models that the service holds, with their versions."""
+        """Return the models that the service holds, with their versions."""
         return self._send("/v1/models", method="GET").json()["models"]
 
     def save_classes(self, name: str, add: Mapping[str, Sequence[str]], remove: Sequence[str]) -> dict[str, Any]:
-        """Changes a model's actions; gives the model with its new version."""
+        """Change a model's actions; gives the model with its new version."""
         body = {"add": {label: list(texts) for label, texts in add.items()}, "remove": list(remove)}
         return self._send(f"/v1/models/{name}/classes", json=body).json()
 
     def reload(self, name: str) -> dict[str, Any]:
-        """Reads a model's folder again: its own actions are back."""
+        """Read a model's folder again: its own actions are back."""
         return self._send(f"/v1/models/{name}/load", json={"activate": True}).json()
 
     def _send(self, path: str, method: str = "POST", **options: Any) -> httpx.Response:

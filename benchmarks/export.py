@@ -53,7 +53,7 @@ def ours(folder: str, name: str) -> None:
 
 
 def graph_mb(folder: Path) -> float:
-    """The files of the image encoder alone where a format keeps it apart, else all of them."""
+    """Return the files of the image encoder alone where a format keeps it apart, else all of them."""
     own = list(folder.glob(f"{GRAPH}.*"))
     shared = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".data")]
     files = own + shared if own else [path for path in folder.rglob("*") if path.is_file()]
@@ -61,7 +61,7 @@ def graph_mb(folder: Path) -> float:
 
 
 def start_sides(export: Path, model: str | None, torch_python: str) -> tuple[dict[str, Side], dict[str, float]]:
-    """The processes by name, and the MB of each one's files."""
+    """Return the processes by name, and the MB of each one's files."""
     from clip_har_jax.inference.exported import formats_in
 
     sides, sizes = {}, {}

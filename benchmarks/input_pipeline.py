@@ -83,7 +83,7 @@ def _make_float() -> Callable[[Any], Any]:
 
 
 def write_files(data: str, folder: Path) -> tuple[Path, int]:
-    """A CSV of the files that --data names, or of drawn ones; and their number."""
+    """Return a CSV of the files that --data names, or of drawn ones; and their number."""
     from clip_har_jax.data import synthetic
     from clip_har_jax.data.sources import FileSource, make_source
 

@@ -86,7 +86,7 @@ async def closed_loop(port: int, requests: list[bytes], clients: int, seconds: f
 
 
 async def open_loop(port: int, requests: list[bytes], rate: float, seconds: float, evenly: bool = False) -> Load:
-    """Requests at random times (Poisson) or evenly spaced, whatever has been answered."""
+    """Request at random times (Poisson) or evenly spaced, whatever has been answered."""
     load = Load()
     idle: list[Connection] = []
     tasks: list[asyncio.Task[None]] = []
@@ -112,7 +112,7 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
 
 @contextmanager
 def server(command: list[str], port: int, ready: str, **environment: str) -> Iterator[tuple[int, float]]:
-    """A server with all its processes: its process id, and how long it took to be ready."""
+    """Return a server with all its processes: its process id, and how long it took to be ready."""
     if _is_ready(port, ready):
         raise UserError(f"--port={port}: another server answers there")
     start = time.perf_counter()
@@ -204,7 +204,7 @@ class Meter:
 
 
 def measure(port: int, requests: list[bytes], session: int, seconds: float) -> Measured:
-    """A server under CLIENTS clients."""
+    """Return a server under CLIENTS clients."""
     asyncio.run(closed_loop(port, requests, CLIENTS, 1.0))
     meter = Meter(session)
     load = asyncio.run(closed_loop(port, requests, CLIENTS, seconds, warm_s=0.0))

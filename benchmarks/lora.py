@@ -22,7 +22,7 @@ NUM_CLASSES, NUM_PROMPTS = 15, 15
 
 
 def make_side(method: str, arguments: Any) -> tuple[Any, list[Any], dict[str, int]]:
-    """The compiled step of a method, its arguments, and its bytes."""
+    """Return the compiled step of a method, its arguments, and its bytes."""
     import jax
 
     from clip_har_jax.models.factory import NAMED_SIZES

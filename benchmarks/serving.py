@@ -74,7 +74,7 @@ def measure_ceiling(model: str, images: list[bytes], seconds: float, processes: 
 
 
 def ceiling(arguments: list[str]) -> None:
-    """The child process of `measure_ceiling`."""
+    """Return the child process of `measure_ceiling`."""
     import multiprocessing
     from collections import deque
     from concurrent.futures import ProcessPoolExecutor
@@ -103,7 +103,7 @@ def ceiling(arguments: list[str]) -> None:
 
 
 def throughput(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
-    """The three sides take turns, so that what else the machine does slows all."""
+    """Return the three sides take turns, so that what else the machine does slows all."""
     raw = [make_request("/v1/predict", image, "image/jpeg") for image in images]
     as_json = [
         make_request("/predict", json.dumps({"image": base64.b64encode(image).decode()}).encode(), "application/json")

@@ -63,7 +63,7 @@ def main(kind: str, folder: str) -> None:
 
 
 def export(model: Any, example: Any, folder: str) -> tuple[str, float]:
-    """The file of torch's own export, and its MB."""
+    """Return the file of torch's own export, and its MB."""
     import torch
 
     class Embeddings(torch.nn.Module):

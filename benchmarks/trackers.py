@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from clip_har_jax.config import load_config
-    from clip_har_jax.pipelines.train import train
+    from clip_har_jax.trainer.train import train
 
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"MLFLOW_TRACKING_URI": f"sqlite:///{scratch}/mlflow.db", "WANDB_MODE": "offline"}
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(workdir: Path, record: dict[str, float], count: int, interval_s: float) -> tuple[list[float], float]:
-    """The time of each call that hands a record on, and this process's processor time for one."""
+    """Return the time of each call that hands a record on, and this process's processor time for one."""
     from clip_har_jax.mlops.tracking import FINISHED, Trackers, read_facts
 
     trackers = Trackers(TRACKERS, read_facts(workdir))

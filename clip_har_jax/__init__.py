@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clip_har_jax.errors import UserError
     from clip_har_jax.inference.predictor import Predictor
     from clip_har_jax.models.factory import load as load_model
-    from clip_har_jax.pipelines.train import train
+    from clip_har_jax.trainer.train import train
 
 _HOMES = {
     "Predictor": ("inference.predictor", "Predictor"),
@@ -26,7 +26,7 @@ _HOMES = {
     "load_config": ("config", "load_config"),
     "load_model": ("models.factory", "load"),
     "make_config": ("config", "make_config"),
-    "train": ("pipelines.train", "train"),
+    "train": ("trainer.train", "train"),
 }
 __all__ = ["Predictor", "RunConfig", "UserError", "load_config", "load_model", "make_config", "train"]
 

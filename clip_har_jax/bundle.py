@@ -46,12 +46,12 @@ class Actions:
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is on a mounted file system rather than an object store."""
+    """Return whether a path is on a mounted file system rather than an object store."""
     return "://" not in os.fspath(path)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes JSON atomically: whoever reads `path` sees the old contents or the new, never a part."""
+    """Write JSON atomically: whoever reads `path` sees the old contents or the new, never a part."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if not is_local(path):  # such stores replace whole objects, and renaming one means copying it
         from etils import epath
@@ -71,7 +71,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
       UserError: it isn't there, or isn't one.
@@ -88,7 +88,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_actions(folder: str | Path, actions: Actions) -> None:
-    """Writes actions.json."""
+    """Write actions.json."""
     fields = {key: getattr(actions, key) for key in ("labels", "prompts", "temperature", "head")}
     if actions.thresholds:
         fields["thresholds"] = actions.thresholds
@@ -100,12 +100,12 @@ def write_actions(folder: str | Path, actions: Actions) -> None:
 
 
 def has_actions(folder: str | Path) -> bool:
-    """Whether the folder names its own classes; a plain CLIP folder doesn't."""
+    """Return whether the folder names its own classes; a plain CLIP folder doesn't."""
     return (Path(folder) / "actions.json").is_file()
 
 
 def read_actions(folder: str | Path) -> Actions:
-    """Reads actions.json.
+    """Read actions.json.
 
     Raises:
       UserError: missing, not JSON, or a key that is missing, unknown or of a wrong value; names the file and the key.
@@ -137,7 +137,7 @@ def read_actions(folder: str | Path) -> Actions:
 
 
 def _video(value: Any, path: Path) -> dict[str, Any]:
-    from clip_har_jax.video import METHODS
+    from clip_har_jax.video.clips import METHODS
 
     if not isinstance(value, dict):
         raise UserError(f"{path}: key 'video' is {value!r}; an object is needed")
@@ -196,7 +196,7 @@ def _digest(hashes: dict[str, str]) -> str:
 
 
 def seal(folder: str | Path, source: str | None = None) -> str:
-    """Writes manifest.json over all files but README.md, and returns the digest of them all.
+    """Write manifest.json over all files but README.md, and return the digest of them all.
 
     Args:
       folder: what is sealed.
@@ -216,7 +216,7 @@ def seal(folder: str | Path, source: str | None = None) -> str:
 
 
 def verify(folder: str | Path) -> str | None:
-    """Checks a folder against its manifest.
+    """Check a folder against its manifest.
 
     Returns:
       The digest; None where there is no manifest, as in a plain Hugging Face folder.
@@ -247,7 +247,7 @@ def verify(folder: str | Path) -> str | None:
 
 
 def replace_folder(target: str | Path, fill: Callable[[Path], None]) -> Path:
-    """Puts a folder written by `fill` in the place of `target`, whose old contents stay whole until the new are.
+    """Put a folder written by `fill` in the place of `target`, whose old contents stay whole until the new are.
 
     A kill at any moment leaves the old folder or the new one; what it leaves beside them goes at the next call.
     """

@@ -33,14 +33,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that keeps the description's line breaks; `--help` exits 0, a wrong flag exits 2."""
+    """Return a parser that keeps the description's line breaks; `--help` exits 0, a wrong flag exits 2."""
     return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses flags and sets aside the `--config.KEY=VALUE` overrides; anything else left over exits 2."""
+    """Parse flags and set aside the `--config.KEY=VALUE` overrides; anything else left over exits 2."""
     arguments, rest = parser.parse_known_args(argv)
     for item in rest:
         if not item.startswith("--config."):
@@ -51,7 +51,7 @@ def parse_with_overrides(
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags by which the processes of one run find one another; `process_flags` reads them."""
+    """Add the flags by which the processes of one run find one another; `process_flags` reads them."""
     group = parser.add_argument_group(
         "several processes", "found by themselves under Slurm, Open MPI, JobSet and on Cloud TPU; else the first three"
     )
@@ -70,14 +70,14 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def process_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `add_process_flags`, as `parallel.distributed.join` takes them."""
+    """Return the flags of `add_process_flags`, as `parallel.distributed.join` takes them."""
     names = ("coordinator_address", "num_processes", "process_id")
     timeouts = ("join_timeout_s", "heartbeat_timeout_s", "barrier_timeout_s")
     return {name: getattr(arguments, name) for name in names + timeouts}
 
 
 def add_gates(parser: argparse.ArgumentParser) -> None:
-    """Adds the bounds of a promotion; `mlops.gates.Gates` takes them."""
+    """Add the bounds of a promotion; `mlops.gates.Gates` takes them."""
     parser.add_argument(
         "--min_gain",
         type=float,
@@ -94,7 +94,7 @@ def add_gates(parser: argparse.ArgumentParser) -> None:
 
 
 def add_event_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the rules by which frames become events, as `inference.stream.EventRules` has them."""
+    """Add the rules by which frames become events, as `inference.stream.EventRules` has them."""
     add = parser.add_argument
     help = "how a frame is averaged with those before it: exponential (by age), attention (by likeness), none, e.g. "
     add("--smoothing", default="exponential", metavar="NAME", help=f"{help}--smoothing=attention")
@@ -109,7 +109,7 @@ def add_event_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def step_range(text: str) -> tuple[int, int]:
-    """The value of --profile_steps: FIRST:LAST, counted from 1."""
+    """Return the value of --profile_steps: FIRST:LAST, counted from 1."""
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{text!r}: write FIRST:LAST, e.g. 10:15")
@@ -117,7 +117,7 @@ def step_range(text: str) -> tuple[int, int]:
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Prints what came out, a name and its value a line; a long path stays in one piece, to be copied."""
+    """Print what came out, a name and its value a line; a long path stays in one piece, to be copied."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -130,7 +130,7 @@ def printable(text: str) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a command's `main` and exits with what it returns (None: 0); a `UserError` is printed and exits 2."""
+    """Run a command's `main` and exits with what it returns (None: 0); a `UserError` is printed and exits 2."""
     for stream in (sys.stdout, sys.stderr):  # where the terminal doesn't know a character, its number is told
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -148,7 +148,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def report(error: BaseException) -> int:
-    """Prints what ended a command, a person's mistake as one line; gives the exit code."""
+    """Print what ended a command, a person's mistake as one line; gives the exit code."""
     if isinstance(error, UserError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_MISTAKE

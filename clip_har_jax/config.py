@@ -209,7 +209,7 @@ FRACTIONS = (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a config file and the `--config.KEY=VALUE` overrides of a command line.
+    """Read a config file and the `--config.KEY=VALUE` overrides of a command line.
 
     A file may also define `complete(config, given)`, which gives further values by what the command line says; the keys
     that it sets, `given`, stay as they are.
@@ -258,7 +258,7 @@ def merge_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
 
 
 def make_config(values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The defaults, changed by nested `values`, then by `--config.KEY=VALUE` overrides; checked.
+    """Return the defaults, changed by nested `values`, then by `--config.KEY=VALUE` overrides; checked.
 
     Raises:
       UserError: an unknown key, a value of the wrong type or out of range.
@@ -322,7 +322,7 @@ def _check_key(key: str, flat: Mapping[str, Any]) -> None:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) of every setting of a config dataclass."""
+    """Yield (dotted key, value) of every setting of a config dataclass."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):

@@ -49,7 +49,7 @@ class Preprocess:
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_size_px: int) -> "Preprocess":
-        """Reads preprocessor_config.json in its published forms; without one, CLIP's own for `image_size_px`.
+        """Read preprocessor_config.json in its published forms; without one, CLIP's own for `image_size_px`.
 
         transformers 5 saves a processor's as a part of processor_config.json; that is read first, as it does.
 
@@ -83,7 +83,7 @@ class Preprocess:
         return cls(crop, None if resize == crop else resize, mean, std, keep_aspect)
 
     def to_json(self) -> str:
-        """The contents of preprocessor_config.json, as `transformers.CLIPImageProcessor` reads them."""
+        """Return the contents of preprocessor_config.json, as `transformers.CLIPImageProcessor` reads them."""
         side, resize = self.image_size_px, self.resize_px or self.image_size_px
         values = {
             "image_processor_type": "CLIPImageProcessor",
@@ -102,7 +102,7 @@ class Preprocess:
         return json.dumps(values, indent=2) + "\n"
 
     def save(self, folder: str | Path) -> None:
-        """Writes preprocessor_config.json."""
+        """Write preprocessor_config.json."""
         (Path(folder) / "preprocessor_config.json").write_text(self.to_json(), encoding="utf-8")
 
 
@@ -184,7 +184,7 @@ _quiet_pillow = _QuietPillow()
 
 
 def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes one image to RGB, turned as its EXIF orientation says (as transformers' own loader does).
+    """Decode one image to RGB, turned as its EXIF orientation says (as transformers' own loader does).
 
     The header is checked before any pixel is decoded: a small file can hold a huge image. Safe in many threads.
 
@@ -244,7 +244,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode; Pillow's own conversion clips 16-bit, 32-bit and float values, to white or black."""
+    """Convert any mode; Pillow's own conversion clips 16-bit, 32-bit and float values, to white or black."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -257,7 +257,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image file.
+    """Decode an image file.
 
     Raises:
       BadImage: as `decode`, or the file can't be read.
@@ -281,7 +281,7 @@ def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preproce
 
 
 def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    """A square crop; where the image is smaller, black fills it (Hugging Face's rule)."""
+    """Return a square crop; where the image is smaller, black fills it (Hugging Face's rule)."""
     if top >= 0 and left >= 0:
         return np.ascontiguousarray(image[top : top + size, left : left + size])
     height, width = image.shape[:2]

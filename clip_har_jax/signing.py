@@ -14,7 +14,7 @@ OUTSIDE = (SIGNATURE_FILE, "README.md")  # what a signature doesn't cover
 
 
 def sign(folder: Path, private_key: Path) -> None:
-    """Writes model.sig into a folder.
+    """Write model.sig into a folder.
 
     Raises:
       UserError: model-signing isn't installed, or no usable key.
@@ -23,7 +23,7 @@ def sign(folder: Path, private_key: Path) -> None:
 
 
 def check_private_key(private_key: Path) -> None:
-    """Whether `sign` could use a key, before there is a folder.
+    """Return whether `sign` could use a key, before there is a folder.
 
     Raises:
       UserError: model-signing isn't installed, or no usable key.
@@ -42,7 +42,7 @@ def _signer(private_key: Path, folder: Path) -> Any:
 
 
 def verify_signature(folder: Path, public_key: Path) -> None:
-    """Checks that a folder was signed with the private half of a key and holds what it held then.
+    """Check that a folder was signed with the private half of a key and hold what it held then.
 
     Raises:
       UserError: not signed, signed with another key, or changed; model-signing isn't installed.

@@ -44,7 +44,7 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Parses a SPEC; its options are taken as typed, without the escapes of an address.
+    """Parse a SPEC; its options are taken as typed, without the escapes of an address.
 
     Raises:
       UserError: an unknown kind or option, an option without a value, a path missing or where none goes.
@@ -88,7 +88,7 @@ def find_split(split: str, available: Sequence[str], exactly: bool) -> str | Non
 
 
 def list_files(spec: Spec, split: str) -> list[tuple[Path, str]]:
-    """The (file, label) pairs of a folder or CSV, in an order that is the same on every machine.
+    """Return the (file, label) pairs of a folder or CSV, in an order that is the same on every machine.
 
     Args:
       spec: of kind folder or csv.
@@ -107,7 +107,7 @@ def list_files(spec: Spec, split: str) -> list[tuple[Path, str]]:
 def list_folder(
     spec: Spec, split: str, suffixes: Collection[str] = IMAGE_SUFFIXES, noun: str = "images"
 ) -> list[tuple[Path, str]]:
-    """The (file, label) pairs of one folder a class.
+    """Return the (file, label) pairs of one folder a class.
 
     Raises:
       UserError: there are none.
@@ -124,14 +124,14 @@ def list_folder(
 
 
 def _class_folders(root: Path) -> list[Path]:
-    """The folders in `root` by name, less hidden ones and links back to where they lie."""
+    """Return the folders in `root` by name, less hidden ones and links back to where they lie."""
     here = root.resolve()
     folders = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     return sorted((path for path in folders if not here.is_relative_to(path.resolve())), key=lambda path: path.name)
 
 
 def _split_folder(root: Path, spec: Spec, split: str) -> Path:
-    """The folder that holds the classes: PATH, or its sub-folder of a split."""
+    """Return the folder that holds the classes: PATH, or its sub-folder of a split."""
     if not root.is_dir():
         raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; check the path of {spec}")
     exactly = "split" in spec.options
@@ -150,12 +150,12 @@ def _split_folder(root: Path, spec: Spec, split: str) -> Path:
 
 
 def find_images(folder: Path) -> Iterator[Path]:
-    """The image files below a folder, as `find_files` finds them."""
+    """Return the image files below a folder, as `find_files` finds them."""
     return find_files(folder, IMAGE_SUFFIXES)
 
 
 def find_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """The files below a folder whose names end so, sorted; follows symbolic links, but none back up, no folder twice.
+    """Return the files below a folder whose names end so, sorted; follows symbolic links, but none back up, no folder twice.
 
     Raises:
       UserError: a folder that can't be read.
@@ -197,7 +197,7 @@ def _list_csv(spec: Spec) -> list[tuple[Path, str]]:
 
 
 def _beside(path: Path, spec: Spec, rows: Sequence[tuple[int, str, str]]) -> list[tuple[Path, str]]:
-    """The rows' files: in `?images=DIR`, or beside the CSV, or in the folder of its name."""
+    """Return the rows' files: in `?images=DIR`, or beside the CSV, or in the folder of its name."""
     places = [path.parent, path.with_suffix("")]
     if "images" in spec.options:
         places = [Path(spec.options["images"]).expanduser()]
@@ -213,7 +213,7 @@ def _beside(path: Path, spec: Spec, rows: Sequence[tuple[int, str, str]]) -> lis
 
 
 def label_ids(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
-    """The position of each example's label in the list of classes.
+    """Return the position of each example's label in the list of classes.
 
     Raises:
       UserError: a label outside the list (names it and the nearest one), a class listed twice, or two that differ only

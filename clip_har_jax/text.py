@@ -58,7 +58,7 @@ def make_prompts(
     descriptions: Mapping[str, Sequence[str]] | None = None,
     phrases: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """The prompts of each class: its templates filled in, then its descriptions as they stand.
+    """Return the prompts of each class: its templates filled in, then its descriptions as they stand.
 
     Raises:
       UserError: a template without {}, a description or phrase of no class, a class without prompts.
@@ -130,7 +130,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json, else vocab.json and merges.txt.
+        """Read tokenizer.json, else vocab.json and merges.txt.
 
         Raises:
           UserError: neither is there, or they can't be read.
@@ -154,7 +154,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
-        """A small byte-pair tokenizer of CLIP's kind from a run's own prompts; the same texts give the same one.
+        """Return a small byte-pair tokenizer of CLIP's kind from a run's own prompts; the same texts give the same one.
 
         It holds every byte, alone and at the end of a word, so any text can be typed.
 
@@ -183,7 +183,7 @@ class Tokenizer:
         return cls(tokenizer)
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers opens."""
+        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers opens."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = self._tokenizer.to_str(pretty=True)
@@ -235,7 +235,7 @@ def _from_vocabulary(vocab: Path, merges: Path) -> "tokenizers.Tokenizer":
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """The folder's special tokens: each a string, or an object with its content and flags.
+    """Return the folder's special tokens: each a string, or an object with its content and flags.
 
     The older file, special_tokens_map.json, counts first, unless the newer lists the added tokens (transformers' rule).
     """
@@ -253,7 +253,7 @@ def _content(token: str | dict[str, Any]) -> str:
 
 
 def _add_special_tokens(tokenizer: "tokenizers.Tokenizer", settings: dict[str, Any]) -> None:
-    """Adds those listed, then those named that are still lacking; of two with one content the last one's flags hold.
+    """Add those listed, then those named that are still lacking; of two with one content the last one's flags hold.
 
     The pad token is one of them: where "!" pads, a typed "!" is that token too (as in transformers).
     """

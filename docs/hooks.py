@@ -14,7 +14,7 @@ MODULES = ("export", "serving")  # run by python -m
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages."""
+    """Add the generated pages."""
     pages = {"reference/commands.md": commands(), "reference/config.md": config_keys()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))

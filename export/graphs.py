@@ -41,7 +41,7 @@ class Graph:
     outputs: tuple[str, ...]
 
     def specs(self, batch: Any) -> list[jax.ShapeDtypeStruct]:
-        """The inputs' shapes and types for a batch size, which may be symbolic."""
+        """Return the inputs' shapes and types for a batch size, which may be symbolic."""
         return [
             jax.ShapeDtypeStruct(tuple(batch if size == "b" else size for size in shape), np.dtype(dtype))
             for dtype, shape in self.inputs.values()
@@ -57,7 +57,7 @@ class MatMulLinear(nnx.Linear):
 
 
 def make_graphs(model: FlaxCLIPModel, preprocess: Preprocess, head: Head, temperature: float) -> tuple[Graph, ...]:
-    """The image encoder, the text encoder, the classifier and the explainer of a model.
+    """Return the image encoder, the text encoder, the classifier and the explainer of a model.
 
     Args:
       model: which is taken apart here: not to be used afterwards.

@@ -79,7 +79,7 @@ def _batches(run: RunGraph, graph: str, rows: np.ndarray, size: int) -> list[np.
 def compare(
     ours: Arrays, theirs: Arrays, bounds: Bounds, labels: Sequence[str], true: Int32[np.ndarray, " n"]
 ) -> dict[str, Any]:
-    """The entry of a format in parity.json.
+    """Return the entry of a format in parity.json.
 
     Args:
       ours, theirs: outputs of the model and of the format, as `run_cases` gives them.
@@ -158,7 +158,7 @@ def _cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> float:
 
 
 def _ece(probs: Float[np.ndarray, "n c"], true: Int32[np.ndarray, " n"]) -> float:
-    """The expected calibration error of the first `len(true)` rows, by the evaluation's own metric."""
+    """Return the expected calibration error of the first `len(true)` rows, by the evaluation's own metric."""
     from clip_har_jax.evaluation.metrics import ClassificationState
 
     logits = np.log(np.maximum(probs[: len(true)], 1e-30))

@@ -71,7 +71,7 @@ class Model:
 
 
 def open_model(path: str, classes: Sequence[str] = ()) -> Model:
-    """Opens and verifies a model folder.
+    """Open and verifies a model folder.
 
     Raises:
       UserError: not a whole model, a changed file, no classes, or a head of clips.
@@ -139,7 +139,7 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 def prove(folder: Path, name: str, cases: Arrays) -> Arrays:
-    """The outputs of a format on the cases, computed by a fresh process from the files alone.
+    """Return the outputs of a format on the cases, computed by a fresh process from the files alone.
 
     Raises:
       RuntimeError: that process failed; holds its last words.
@@ -214,7 +214,7 @@ def export_model(
     signing_key: str | None = None,
     precision: str = "fp16",
 ) -> dict[str, Any]:
-    """Writes an exported folder of the formats that pass; gives what parity.json says of all.
+    """Write an exported folder of the formats that pass; gives what parity.json says of all.
 
     Args:
       path: a model folder.

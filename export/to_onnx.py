@@ -22,7 +22,7 @@ QUANTIZED = ["MatMul", "Gemm"]
 
 
 def to_proto(graph: Graph, fuse: bool = True) -> Any:
-    """The graph as an `onnx.ModelProto`: constants folded, nothing dead in it, attention as one operator.
+    """Return the graph as an `onnx.ModelProto`: constants folded, nothing dead in it, attention as one operator.
 
     Args:
       graph: what is converted.
@@ -79,12 +79,12 @@ def attention_rules() -> Any:
 
 
 def is_large(proto: Any) -> bool:
-    """Whether a model is too large for one file; `proto.ByteSize()` fails where it would be of use."""
+    """Return whether a model is too large for one file; `proto.ByteSize()` fails where it would be of use."""
     return sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_PROTOBUF_BYTES
 
 
 def save(proto: Any, path: Path) -> None:
-    """Writes a model, its weights beside it where it is too large for one file."""
+    """Write a model, its weights beside it where it is too large for one file."""
     import onnx
 
     if is_large(proto):

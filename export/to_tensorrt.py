@@ -50,7 +50,7 @@ def missing_for_tensorrt() -> str | None:
 
 
 def typed_proto(graph: Graph, precision: str, images: UInt8[np.ndarray, "n h w 3"]) -> Any:
-    """The ONNX graph that an engine of a precision is built of; inputs and outputs are of the same types in all.
+    """Return the ONNX graph that an engine of a precision is built of; inputs and outputs are of the same types in all.
 
     Args:
       graph: what is converted.
@@ -121,7 +121,7 @@ def to_bfloat16(proto: Any) -> Any:
 
 
 def unsupported(proto: Any, precision: str) -> list[str]:
-    """The operators of an ONNX graph that NVIDIA's list doesn't give for a precision of `FLOATS`.
+    """Return the operators of an ONNX graph that NVIDIA's list doesn't give for a precision of `FLOATS`.
 
     Operators that only move or compare integers are held against the integer types.
     """
@@ -132,7 +132,7 @@ def unsupported(proto: Any, precision: str) -> list[str]:
 
 
 def trtexec_command(graph: Graph, onnx: Path) -> str:
-    """The command that builds the same engine with NVIDIA's own tool."""
+    """Return the command that builds the same engine with NVIDIA's own tool."""
 
     def shapes(batch: int) -> str:
         return ",".join(
@@ -158,7 +158,7 @@ def trtexec_command(graph: Graph, onnx: Path) -> str:
 def write_tensorrt(
     graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"], precision: str = "fp16"
 ) -> None:
-    """An engine a graph for batches of 1 to `MAX_BATCH`, and what it was built for."""
+    """Return an engine a graph for batches of 1 to `MAX_BATCH`, and what it was built for."""
     import tensorrt as trt
 
     logger = trt.Logger(trt.Logger.ERROR)

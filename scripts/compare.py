@@ -17,7 +17,7 @@ from clip_har_jax.errors import UserError
 
 
 def numbers(text: str, flag: str, kind: type) -> list:
-    """A comma-separated list.
+    """Return a comma-separated list.
 
     Raises:
       UserError: a part that isn't a number.

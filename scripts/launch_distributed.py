@@ -72,7 +72,7 @@ def free_port() -> int:
 
 
 def environment_of(index: int, num_processes: int, num_devices: int, address: str) -> dict[str, str]:
-    """The variables that `parallel.rendezvous.find_group` looks for, and as many CPU devices as asked."""
+    """Return the variables that `parallel.rendezvous.find_group` looks for, and as many CPU devices as asked."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     return os.environ | {
         "JAX_COORDINATOR_ADDRESS": address,
@@ -86,7 +86,7 @@ def environment_of(index: int, num_processes: int, num_devices: int, address: st
 
 
 def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Starts a process in a group of its own, so that Ctrl-C reaches it once: through the launcher."""
+    """Start a process in a group of its own, so that Ctrl-C reaches it once: through the launcher."""
     launcher = os.getpid()
 
     def die_with_launcher() -> None:
@@ -129,7 +129,7 @@ def start_relays(index: int, process: subprocess.Popen[str]) -> list[threading.T
 
 
 def wait(processes: Sequence[subprocess.Popen[str]], grace_s: float, handed_on: Sequence[int]) -> int:
-    """Waits for all; the first failing exit code, or 0. Where one fails unasked, kills the rest after `grace_s`."""
+    """Wait for all; the first failing exit code, or 0. Where one fails unasked, kills the rest after `grace_s`."""
     first, deadline = 0, float("inf")
     while True:
         codes = [process.poll() for process in processes]

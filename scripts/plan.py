@@ -46,7 +46,7 @@ def main() -> int:
     if arguments.topology != "local":
         os.environ["JAX_PLATFORMS"] = "cpu"  # or JAX would look for the TPU that libtpu is for
 
-    from clip_har_jax.pipelines.plan import plan, print_plan
+    from clip_har_jax.planning.plan import plan, print_plan
 
     result = plan(
         config,

@@ -34,7 +34,7 @@ REPORT_PARTS = {"top": "body", "calibration": "#sure", "examples": "#examples", 
 
 @contextmanager
 def running_app(run: Path) -> Iterator[str]:
-    """The app on a run's export; gives its address."""
+    """Return the app on a run's export; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,7 +73,7 @@ def wait_for_app(page: Any) -> None:
 
 
 def save(picture: bytes, path: Path) -> None:
-    """Writes a picture in so few colours that it stays small."""
+    """Write a picture in so few colours that it stays small."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(picture)).convert("RGB")
@@ -107,7 +107,7 @@ def take_app(browser: Any, url: str, output: Path, width_px: int, scheme: str, p
 
 
 def take_report(browser: Any, report: Path, output: Path, width_px: int, scheme: str) -> None:
-    """The report's parts."""
+    """Return the report's parts."""
     suffix = f"{width_px}{'-dark' if scheme == 'dark' else ''}"
     page = browser.new_page(viewport={"width": width_px, "height": 1000}, color_scheme=scheme)
     page.goto(report.resolve().as_uri())

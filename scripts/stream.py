@@ -23,7 +23,7 @@ GAP_S = 3.0  # without a frame; then nobody knows whether the action went on
 
 if TYPE_CHECKING:
     from clip_har_jax.inference.stream import Event
-    from clip_har_jax.video import TimedFrame
+    from clip_har_jax.video.clips import TimedFrame
 
 
 def main() -> int:
@@ -32,8 +32,8 @@ def main() -> int:
     from clip_har_jax.inference.backends import split_classes
     from clip_har_jax.inference.exported import open_backend
     from clip_har_jax.inference.stream import EventDetector, EventRules, Latest, watch
-    from clip_har_jax.live import shown
-    from clip_har_jax.video import BadVideo
+    from clip_har_jax.video.clips import BadVideo
+    from clip_har_jax.video.live import shown
 
     if not 0 < arguments.rate_hz < float("inf") or not 0 <= arguments.reconnect_s < float("inf"):
         raise UserError("--rate_hz must be above 0, and --reconnect_s 0 or more")
@@ -67,8 +67,8 @@ def main() -> int:
 
 
 def _frames(source: str, rate_hz: float, reconnect_s: float) -> Iterator["TimedFrame"]:
-    from clip_har_jax.live import iter_camera, iter_live
-    from clip_har_jax.video import is_live, iter_frames
+    from clip_har_jax.video.clips import is_live, iter_frames
+    from clip_har_jax.video.live import iter_camera, iter_live
 
     if source.startswith("/dev/video"):
         return iter_camera(source, rate_hz)

@@ -39,7 +39,7 @@ def main() -> int:
     from clip_har_jax.parallel import distributed
 
     with distributed.join(**cli.process_flags(arguments)):
-        from clip_har_jax.pipelines.train import print_result, train
+        from clip_har_jax.trainer.train import print_result, train
         from clip_har_jax.training.checkpoint import report_failed_saves_once
 
         report_failed_saves_once()

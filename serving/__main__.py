@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def make_settings(flags: dict[str, Any]) -> "Settings":
-    """The environment's settings, overridden by those flags that were given.
+    """Return the environment's settings, overridden by those flags that were given.
 
     Raises:
       UserError: a value that isn't allowed, or an unknown HAR_ variable.

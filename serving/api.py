@@ -78,7 +78,7 @@ MANY_IMAGES = image_body({"type": "array", "items": BINARY, "minItems": 1}, raw=
 
 
 def service_of(request: Request) -> Service:
-    """The service that a request came to."""
+    """Return the service that a request came to."""
     return request.app.state.service
 
 
@@ -170,7 +170,7 @@ async def predict_batch(
 
 @router.post("/embed", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE_ALONE)
 async def embed(request: Request, which: WhichModel, timeout_ms: Timeout = LONGEST_MS) -> Embedding:
-    """The image's embedding, to compare images or to search among them."""
+    """Return the image's embedding, to compare images or to search among them."""
     service = service_of(request)
     deadline = deadline_of(service.settings, timeout_ms)
     model = service.begin(request, which)
@@ -233,13 +233,13 @@ async def explain(
 
 @router.get("/models", responses=responses(*ALWAYS))
 async def list_models(request: Request) -> Models:
-    """The models, and which of their versions answer."""
+    """Return the models, and which of their versions answer."""
     return Models(models=[entry.status() for entry in service_of(request).registry.entries.values()])
 
 
 @router.post("/models/{name}/load", responses=MODEL_ERRORS)
 async def load_model(request: Request, name: ModelName, given: LoadRequest) -> ModelStatus:
-    """Loads a version: verified, warmed and proven aside, then switched to; if anything fails the old one stays."""
+    """Load a version: verified, warmed and proven aside, then switched to; if anything fails the old one stays."""
     registry = _only_process(request).registry
     registry.entry(name)
     path = registry.folder(given.folder) if given.folder is not None else None
@@ -254,7 +254,7 @@ async def activate_model(request: Request, name: ModelName, given: ActivateReque
 
 @router.post("/models/{name}/classes", responses=MODEL_ERRORS)
 async def change_classes(request: Request, name: ModelName, given: ClassesRequest) -> ModelStatus:
-    """Adds and removes classes by text; makes a version of its own and switches to it.
+    """Add and remove classes by text; makes a version of its own and switches to it.
 
     With a state_dir the change outlasts loads and restarts of the same model; `reset` takes all changes back.
     """
@@ -267,12 +267,12 @@ async def change_classes(request: Request, name: ModelName, given: ClassesReques
 async def unload_version(
     request: Request, name: ModelName, version: Annotated[str, Path(max_length=100, examples=["3f2a9c01b7de"])]
 ) -> None:
-    """Drops a version that isn't active."""
+    """Drop a version that isn't active."""
     await _only_process(request).registry.unload(name, version)
 
 
 def _only_process(request: Request) -> Service:
-    """The service, where it is the only one: of several workers a request would change one."""
+    """Return the service, where it is the only one: of several workers a request would change one."""
     service = service_of(request)
     if service.settings.workers > 1:
         raise Problem("conflict", "there are several workers: change the model's folder and send SIGHUP")

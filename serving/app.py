@@ -33,7 +33,7 @@ OF_STATUS = {
 
 
 def make_app(settings: Settings) -> FastAPI:
-    """The service as an ASGI application."""
+    """Return the service as an ASGI application."""
     service = Service(settings)
 
     @asynccontextmanager
@@ -85,7 +85,7 @@ def make_app(settings: Settings) -> FastAPI:
 
 
 async def docs() -> Response:
-    """The page that describes the service and lets one try it."""
+    """Return the page that describes the service and lets one try it."""
     return get_swagger_ui_html(
         openapi_url="openapi.json",
         title="clip_har_jax",
@@ -96,7 +96,7 @@ async def docs() -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """The service's numbers, for Prometheus."""
+    """Return the service's numbers, for Prometheus."""
     service = api.service_of(request)
     service.metrics.estimated_wait.set(service.batcher.estimated_wait_s)
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -169,7 +169,7 @@ class Batcher:
 
     @asynccontextmanager
     async def admit(self, lane: Lane, count: int = 1) -> AsyncIterator[None]:
-        """Holds room for `count` items of a request.
+        """Hold room for `count` items of a request.
 
         Raises:
           Problem: as `check`.
@@ -188,7 +188,7 @@ class Batcher:
                 del self._lanes[lane]
 
     async def quiet(self, deadline: float) -> None:
-        """Returns when work that nobody waits for image by image may go on.
+        """Return when work that nobody waits for image by image may go on.
 
         Raises:
           Problem: it didn't come to that in time.
@@ -199,7 +199,7 @@ class Batcher:
             await asyncio.sleep(0.02)
 
     async def run(self, lane: Lane, value: Any, deadline: float) -> Any:
-        """The lane's result for one item, computed in a batch with others.
+        """Return the lane's result for one item, computed in a batch with others.
 
         Raises:
           Problem: the deadline has passed, or the model's output isn't finite.
@@ -215,7 +215,7 @@ class Batcher:
             raise Problem("deadline", "no answer in the time allowed; send fewer at once, or allow more") from error
 
     async def close(self) -> None:
-        """Ends the compute threads; what is still queued gets no answer."""
+        """End the compute threads; what is still queued gets no answer."""
         for task in (self._task, *self._running):
             task.cancel()
         await asyncio.gather(self._task, *self._running, return_exceptions=True)

@@ -84,7 +84,7 @@ class KeptClasses:
         return self._folder / f"{name}-{digest[:16]}.json" if self._folder is not None and digest is not None else None
 
     def read(self, name: str, digest: str | None) -> tuple[dict[str, Prompts], int] | None:
-        """The classes that a model was changed to, and how often it was; None: it wasn't.
+        """Return the classes that a model was changed to, and how often it was; None: it wasn't.
 
         Raises:
           UserError: a file that can't be used.
@@ -103,7 +103,7 @@ class KeptClasses:
         return {label: tuple(texts) for label, texts in kept.classes.items()}, kept.changes
 
     def write(self, name: str, digest: str | None, classes: Classes, changes: int) -> None:
-        """Keeps a change; whoever reads sees the one before or this one.
+        """Keep a change; whoever reads sees the one before or this one.
 
         Raises:
           Problem: it can't be written.
@@ -120,7 +120,7 @@ class KeptClasses:
             raise Problem("internal", f"the change can't be kept in state_dir ({error.strerror})") from error
 
     def forget(self, name: str, digest: str | None) -> None:
-        """Takes a change back.
+        """Take a change back.
 
         Raises:
           Problem: it can't be deleted.

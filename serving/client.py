@@ -63,11 +63,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes its connections."""
+        """Close its connections."""
         self._http.close()
 
     def ready(self) -> bool:
-        """Whether the service answers requests."""
+        """Return whether the service answers requests."""
         try:
             return self._http.get("/v2/health/ready").status_code == 200
         except httpx.TransportError:
@@ -87,7 +87,7 @@ class Client:
         return self._post("/v1/predict/batch", BatchPrediction, files, classes, top=top, threshold=threshold)
 
     def embed(self, image: Source) -> Embedding:
-        """The image's embedding."""
+        """Return the image's embedding."""
         return self._post("/v1/embed", Embedding, [("image", image)])
 
     def explain(self, image: Source, label: str | None = None, classes: Classes | None = None) -> Explanation:
@@ -95,15 +95,15 @@ class Client:
         return self._post("/v1/explain", Explanation, [("image", image)], classes, label=label)
 
     def events(self, video: Source, classes: Classes | None = None, **rules: Any) -> VideoEvents:
-        """The actions in a video; `rules` as POST /v1/stream has them in its query."""
+        """Return the actions in a video; `rules` as POST /v1/stream has them in its query."""
         return self._post("/v1/stream", VideoEvents, [("video", video)], classes, **rules)
 
     def models(self) -> Models:
-        """The models and their versions."""
+        """Return the models and their versions."""
         return Models.model_validate(self._send("GET", "/v1/models").json())
 
     def load(self, name: str, folder: str | None = None, activate: bool = True) -> ModelStatus:
-        """Loads a version, by default of the model's own folder."""
+        """Load a version, by default of the model's own folder."""
         answer = self._send("POST", f"/v1/models/{name}/load", json={"folder": folder, "activate": activate})
         return ModelStatus.model_validate(answer.json())
 

@@ -31,7 +31,7 @@ class AskedEvents:
     classes: Annotated[list[str], Query(description="as /v1/predict takes them")] = ()  # type: ignore[assignment]
 
     def rules(self, model: Model, free: bool) -> EventRules:
-        """The engine's rules for a model.
+        """Return the engine's rules for a model.
 
         Raises:
           Problem: they contradict one another.
@@ -58,7 +58,7 @@ class Follower:
         self.detector = EventDetector(())
 
     async def choose(self, deadline: float) -> tuple[Event, ...]:
-        """Takes the model that is active now; gives the events that ended with another one."""
+        """Take the model that is active now; gives the events that ended with another one."""
         model = self._service.registry.get(self._which.model, self._which.version)
         if model is self.model:
             return ()
@@ -80,7 +80,7 @@ class Follower:
         return self.model.embed if self._classes is not None else self.model.classify
 
     async def measure(self, pixels: np.ndarray, deadline: float) -> tuple[np.ndarray, np.ndarray | None]:
-        """A frame's logits, and its embedding where that is needed."""
+        """Return a frame's logits, and its embedding where that is needed."""
         model, batcher, classes = self.model, self._service.batcher, self._classes
         assert model is not None, "choose comes first"
         attends = self.detector.rules.smoothing == "attention"

@@ -67,7 +67,7 @@ def _decode(data: bytes, preprocess: Preprocess, max_megapixels: float) -> np.nd
 
 
 def _warm() -> None:
-    """Reads an image of each kind, so that the first one that comes takes no longer than others."""
+    """Read an image of each kind, so that the first one that comes takes no longer than others."""
     for kind in ("JPEG", "PNG", "WEBP"):
         buffer = io.BytesIO()
         Image.new("RGB", (40, 30)).save(buffer, kind)
@@ -76,7 +76,7 @@ def _warm() -> None:
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray) -> bytes:
-    """A PNG of the image, dark where nothing speaks for the class and reddish where much does."""
+    """Return a PNG of the image, dark where nothing speaks for the class and reddish where much does."""
     height, width = pixels.shape[:2]
     smooth = Image.fromarray(heat).resize((width, height), Image.Resampling.BICUBIC)
     weight = np.clip(np.asarray(smooth), 0, 1)[..., None]
@@ -110,7 +110,7 @@ class Decoder:
         return ProcessPoolExecutor(self._processes, context, _start_worker)
 
     async def warm(self) -> None:
-        """Returns when the processes have started."""
+        """Return when the processes have started."""
         tasks = (self._submit(_warm) for _ in range(self._processes))
         await asyncio.gather(*tasks)
 
@@ -168,7 +168,7 @@ class Decoder:
             raise
 
     def close(self) -> None:
-        """Ends the processes, whatever they are at: nobody waits for it any more."""
+        """End the processes, whatever they are at: nobody waits for it any more."""
         for process in list((self._pool._processes or {}).values()):
             process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)

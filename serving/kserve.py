@@ -72,13 +72,13 @@ async def server_metadata() -> dict[str, Any]:
 
 @router.get("/health/live")
 async def live() -> dict[str, bool]:
-    """Whether the process works."""
+    """Return whether the process works."""
     return {"live": True}
 
 
 @router.get("/health/ready", responses=responses("not_ready", "host_not_allowed", "forbidden"))
 async def ready(request: Request) -> dict[str, bool]:
-    """Whether requests are answered."""
+    """Return whether requests are answered."""
     service = service_of(request)
     if not service.ready:
         waiting = [entry for entry in service.registry.entries.values() if entry.active is None]
@@ -90,7 +90,7 @@ async def ready(request: Request) -> dict[str, bool]:
 @router.get("/models/{name}", responses=responses(*ALWAYS, "unknown_model", "invalid_request"))
 @router.get("/models/{name}/versions/{version}", responses=responses(*ALWAYS, "unknown_model", "invalid_request"))
 async def model_metadata(request: Request, name: ModelName, version: VersionName | None = None) -> ModelMetadata:
-    """A model's inputs and outputs, its digest and its labels."""
+    """Return a model's inputs and outputs, its digest and its labels."""
     registry = service_of(request).registry
     model = registry.get(name, version)
     side = model.backend.preprocess.image_size_px
@@ -120,7 +120,7 @@ def _output_shape(model: Model, name: str) -> list[int]:
 @router.get("/models/{name}/ready", responses=responses(*ALWAYS, "unknown_model", "invalid_request"))
 @router.get("/models/{name}/versions/{version}/ready", responses=responses(*ALWAYS, "unknown_model", "invalid_request"))
 async def model_ready(request: Request, name: ModelName, version: VersionName | None = None) -> dict[str, Any]:
-    """Whether a model answers."""
+    """Return whether a model answers."""
     service_of(request).registry.get(name, version)
     return {"name": name, "ready": True}
 
@@ -176,7 +176,7 @@ async def infer(
 async def _compute(
     service: Service, model: Model, images: Sequence[np.ndarray | bytes], names: Sequence[str], deadline: float
 ) -> dict[str, np.ndarray]:
-    """The outputs that are wanted, each [n, ...]."""
+    """Return the outputs that are wanted, each [n, ...]."""
     from_classifier = model.classes is None and set(names) != {"image_embeds"}
     with_embeddings = "image_embeds" in names or not from_classifier
     lanes = [model.classify] * from_classifier + [model.embed] * with_embeddings

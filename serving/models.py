@@ -29,7 +29,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def open_exported(path: Path, threads: int) -> ExportedBackend:
-    """Opens an exported folder, or one format in it, to run in so many threads.
+    """Open an exported folder, or one format in it, to run in so many threads.
 
     Raises:
       UserError: another kind of folder, a changed file, or nothing in it runs here.
@@ -117,7 +117,7 @@ class Model:
 
     @property
     def accepts_classes(self) -> bool:
-        """Whether the head compares with text embeddings."""
+        """Return whether the head compares with text embeddings."""
         return self.actions.head == "cosine"
 
     @property
@@ -173,7 +173,7 @@ class Model:
     async def with_classes(
         self, add: Mapping[str, Sequence[str]], remove: Sequence[str], version: str, batcher: Batcher, deadline: float
     ) -> "Model":
-        """A version that tells more or fewer classes apart.
+        """Return a version that tells more or fewer classes apart.
 
         Raises:
           Problem: the head can't, or the classes don't fit.
@@ -191,11 +191,11 @@ class Model:
         return self.changed(prompts, embeddings, version)
 
     def unchanged(self) -> "Model":
-        """The same model with its own classes."""
+        """Return the same model with its own classes."""
         return Model(self._loaded, self.name, self.version.partition("+")[0])
 
     def changed(self, prompts: Mapping[str, Prompts], embeddings: np.ndarray, version: str) -> "Model":
-        """The same model with other classes, whose scores come as those of its own do."""
+        """Return the same model with other classes, whose scores come as those of its own do."""
         scale = self.backend.logit_scale / self.actions.temperature
         return Model(self._loaded, self.name, version, Classes(dict(prompts), embeddings, scale))
 

@@ -74,11 +74,11 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        """Whether every name has an active version."""
+        """Return whether every name has an active version."""
         return all(entry.active for entry in self.entries.values())
 
     def entry(self, name: str | None) -> Entry:
-        """The entry of a name; None: the default.
+        """Return the entry of a name; None: the default.
 
         Raises:
           Problem: no such name.
@@ -89,7 +89,7 @@ class Registry:
         return self.entries[name]
 
     def get(self, name: str | None = None, version: str | None = None) -> Model:
-        """A model to answer with.
+        """Return a model to answer with.
 
         Raises:
           Problem: no such name or version, or not loaded.
@@ -105,7 +105,7 @@ class Registry:
         return entry.active
 
     def folder(self, name: str) -> Path:
-        """The path of a folder in models_dir.
+        """Return the path of a folder in models_dir.
 
         Raises:
           Problem: not there, or no models_dir.
@@ -119,7 +119,7 @@ class Registry:
         return path
 
     async def load(self, name: str, path: Path | None = None, activate: bool = True) -> Entry:
-        """Loads a version aside and, once it has passed, makes it the active one.
+        """Load a version aside and, once it has passed, make it the active one.
 
         Raises:
           Problem: it didn't pass; what was active stays so.
@@ -184,7 +184,7 @@ class Registry:
         return Loaded(backend, source, costs, text_costs, beside)
 
     def _as_changed(self, entry: Entry, model: Model) -> Model:
-        """The model with the classes that it was changed to before, if it was."""
+        """Return the model with the classes that it was changed to before, if it was."""
         found = self._kept.read(entry.name, model.backend.digest)
         if found is None:
             return model
@@ -208,7 +208,7 @@ class Registry:
         self._metrics.model_info.labels(entry.name, model.version, model.backend.digest or "").set(1)
 
     async def activate(self, name: str, version: str) -> Entry:
-        """Makes a loaded version the active one.
+        """Make a loaded version the active one.
 
         Raises:
           Problem: it isn't loaded.
@@ -219,7 +219,7 @@ class Registry:
         return entry
 
     async def unload(self, name: str, version: str) -> None:
-        """Drops a version that isn't active.
+        """Drop a version that isn't active.
 
         Raises:
           Problem: it isn't loaded, or active.
@@ -233,7 +233,7 @@ class Registry:
     async def change_classes(
         self, name: str, add: Mapping[str, Sequence[str]], remove: Sequence[str], reset: bool, deadline: float
     ) -> Entry:
-        """Makes and activates a version of the active model with other classes, and keeps the change.
+        """Make and activates a version of the active model with other classes, and keep the change.
 
         Args:
           name: of the model.
@@ -263,5 +263,5 @@ class Registry:
 
 
 def changed(model: Model, changes: int) -> str:
-    """The version of a model whose classes were changed."""
+    """Return the version of a model whose classes were changed."""
     return f"{model.version.partition('+')[0]}+c{changes}"

@@ -68,12 +68,12 @@ def deadline_of(settings: Settings, timeout_ms: int = LONGEST_MS) -> float:
 
 
 def is_form(request: Request) -> bool:
-    """Whether the body is a multipart form."""
+    """Return whether the body is a multipart form."""
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
 async def read_uploads(request: Request, field: str, most: int) -> tuple[list[Upload], str | None]:
-    """The files of a request, and its form's field `classes`.
+    """Return the files of a request, and its form's field `classes`.
 
     Raises:
       Problem: no file, an empty one, too many, or another field.
@@ -130,7 +130,7 @@ def free_classes(query: list[str], field: str | None, settings: Settings) -> dic
 
 
 async def while_wanted(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is ended when the client goes away. The body must have been read.
+    """Return the result of `work`, which is ended when the client goes away. The body must have been read.
 
     Raises:
       ClientGone: it went.

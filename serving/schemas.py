@@ -168,7 +168,7 @@ class VideoEvents(_Frozen):
 
 
 def to_scored(labels: tuple[str, ...], probs: Any, top: int) -> list[Scored]:
-    """The `top` most probable classes."""
+    """Return the `top` most probable classes."""
     import numpy as np
 
     order = np.argsort(-probs, kind="stable")[:top]

@@ -62,13 +62,13 @@ class Key:
 
 
 def new_key(name: str, scopes: Sequence[str] = ("use",)) -> tuple[str, str]:
-    """A new key, to be given to its user, and the line that the settings keep."""
+    """Return a new key, to be given to its user, and the line that the settings keep."""
     key = f"har_{secrets.token_urlsafe(32)}"
     return key, f"{name}:{'+'.join(scopes)}:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
 def parse_keys(text: str) -> tuple[Key, ...]:
-    """The keys of HAR_API_KEYS.
+    """Return the keys of HAR_API_KEYS.
 
     Raises:
       UserError: a part that isn't NAME:SCOPES:SHA256; the hash isn't shown.
@@ -92,7 +92,7 @@ class Limiter:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> tokens, when
 
     def take(self, client: str, count: int = 1) -> None:
-        """Takes `count` images from what the client may send.
+        """Take `count` images from what the client may send.
 
         Raises:
           Problem: too many.
@@ -112,7 +112,7 @@ class Limiter:
 
 
 def needed_scope(method: str, path: str) -> KeyScope | None:
-    """The scope that a key needs for a path; None: none at all."""
+    """Return the scope that a key needs for a path; None: none at all."""
     if path in PUBLIC and method in ("GET", "HEAD"):
         return None
     method = "GET" if method == "HEAD" else method
@@ -192,7 +192,7 @@ class Gate:
         return found
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """A `receive` that ends what is too long or too slow."""
+        """Return a `receive` that ends what is too long or too slow."""
         settings = self._settings
         video = scope["path"] == "/v1/stream"
         limit = settings.max_video_bytes if video else settings.max_body_bytes
@@ -225,5 +225,5 @@ class Gate:
 
 
 def _same(origin: str, headers: Headers) -> bool:
-    """Whether a page's origin is this service, as its own /docs is."""
+    """Return whether a page's origin is this service, as its own /docs is."""
     return origin.partition("://")[2] == headers.get("host")

@@ -61,7 +61,7 @@ def make_config(settings: Settings) -> uvicorn.Config:
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A bound socket.
+    """Return a bound socket.
 
     Raises:
       UserError: the address is taken, or not this machine's.
@@ -79,7 +79,7 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def serve(settings: Settings) -> int:
-    """Serves until a signal says otherwise; gives the exit code."""
+    """Serve until a signal says otherwise; gives the exit code."""
     listener = listen(settings)
     configure_logging(settings.log_level)
     host, port = listener.getsockname()[:2]
@@ -132,7 +132,7 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
 
 
 def _work(settings: Settings, listener: socket.socket) -> None:
-    """A serving process; it ends, in order, when its supervisor does."""
+    """Return a serving process; it ends, in order, when its supervisor does."""
     configure_logging(settings.log_level)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -42,7 +42,7 @@ class Service:
         self._decoding = False
 
     def start(self) -> None:
-        """Starts the parts and begins to load; what isn't loaded yet answers "not ready"."""
+        """Start the parts and begins to load; what isn't loaded yet answers "not ready"."""
         settings = self.settings
         self.decoder = Decoder(settings.decode_processes, settings.max_megapixels, self.metrics)
         # Of their own, so that images don't wait for videos; its processes start with the first ones.
@@ -65,11 +65,11 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered."""
+        """Return whether requests are answered."""
         return self._decoding and self.registry.ready
 
     def reload(self) -> None:
-        """Reads every model's folder again, as SIGHUP asks for."""
+        """Read every model's folder again, as SIGHUP asks for."""
         for name in self.registry.entries:
             self._spawn(self._load(name))
 
@@ -97,7 +97,7 @@ class Service:
             verify_signature(folder, self.settings.signing_key)
 
     def begin(self, request: Request, which: Which) -> Model:
-        """A request's model; refuses what would be refused later anyhow, before its body is read.
+        """Return a request's model; refuses what would be refused later anyhow, before its body is read.
 
         Raises:
           Problem: no such model, not ready, too many from this client, or overloaded.
@@ -109,7 +109,7 @@ class Service:
 
     @asynccontextmanager
     async def one_session(self, client: str) -> AsyncIterator[None]:
-        """Holds the place of a WebSocket.
+        """Hold the place of a WebSocket.
 
         Raises:
           Problem: too many, in all or of this client.
@@ -131,7 +131,7 @@ class Service:
 
     @asynccontextmanager
     async def one_video(self) -> AsyncIterator[None]:
-        """Holds the place of an uploaded video: they are large.
+        """Hold the place of an uploaded video: they are large.
 
         Raises:
           Problem: there are too many already.
@@ -146,11 +146,11 @@ class Service:
             self._videos -= 1
 
     async def decode(self, data: bytes, model: Model, deadline: float) -> np.ndarray:
-        """An image as the model takes it."""
+        """Return an image as the model takes it."""
         return await self.decoder.decode(data, model.backend.preprocess, deadline)
 
     async def close(self) -> None:
-        """Ends the parts; what is in flight has ended before."""
+        """End the parts; what is in flight has ended before."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -107,7 +107,7 @@ class Settings(BaseSettings):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can connect."""
+        """Return whether only this machine can connect."""
         try:
             return self.host == "localhost" or ip_address(self.host).is_loopback
         except ValueError:

@@ -28,14 +28,14 @@ class Newest:
         self._filled = asyncio.Event()
 
     def put(self, number: int, arrived: float, data: bytes) -> bool:
-        """Whether a frame was lost by it."""
+        """Return whether a frame was lost by it."""
         lost = self._frame is not None
         self._frame = (number, arrived, data)
         self._filled.set()
         return lost
 
     async def take(self) -> tuple[int, float, bytes]:
-        """The newest frame, when there is one."""
+        """Return the newest frame, when there is one."""
         await self._filled.wait()
         self._filled.clear()
         frame, self._frame = self._frame, None

@@ -59,13 +59,13 @@ class Metrics:
         self.frame_to_event = histogram("frame_to_event_seconds", "from a frame's arrival to its answer")
 
     def forget_model(self, *labels: str) -> None:
-        """A version is active no more; the files of several workers can't lose a series, so there it falls to 0."""
+        """Return a version is active no more; the files of several workers can't lose a series, so there it falls to 0."""
         self.model_info.labels(*labels).set(0)
         if MULTIPROCESS not in os.environ:
             self.model_info.remove(*labels)
 
     def exposition(self) -> bytes:
-        """The text that Prometheus scrapes: of all workers, where there are several."""
+        """Return the text that Prometheus scrapes: of all workers, where there are several."""
         if MULTIPROCESS not in os.environ:
             return generate_latest(self.registry)
         merged = CollectorRegistry()
@@ -89,7 +89,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Sends the service's and uvicorn's records to stderr as JSON."""
+    """Send the service's and uvicorn's records to stderr as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     # Of a WebSocket that was refused with an HTTP answer, uvicorn says as an error that it was never opened.
@@ -101,7 +101,7 @@ def configure_logging(level: str) -> None:
 
 
 def route_of(scope: Scope) -> str:
-    """The route's template, so that neither metrics nor logs hold what a client typed."""
+    """Return the route's template, so that neither metrics nor logs hold what a client typed."""
     return getattr(scope.get("route"), "path", None) or "other"
 
 
@@ -156,7 +156,7 @@ class Observe:
 
 
 def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
-    """The answer to a request that failed; clients of KServe's protocol look for `error`."""
+    """Return the answer to a request that failed; clients of KServe's protocol look for `error`."""
     body = problem.to_body(scope["state"]["request_id"]).model_dump()
     if scope["path"].startswith("/v2"):
         body["error"] = problem.detail

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 
 from clip_har_jax.inference.stream import Event
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
-from clip_har_jax.video import BadVideo, TooSlow, iter_frames
+from clip_har_jax.video.clips import BadVideo, TooSlow, iter_frames
 from serving.api import ALWAYS, BODY, CLASSES_FIELD, COMPUTED
 from serving.follow import Follower, HowEvents
 from serving.problems import Problem, responses
@@ -75,7 +75,7 @@ async def video(
     asked: HowEvents,
     rate_hz: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False, description="frames looked at")] = 4.0,
 ) -> VideoEvents:
-    """The actions in a video, from when to when."""
+    """Return the actions in a video, from when to when."""
     service: Service = request.app.state.service
     settings = service.settings
     service.begin(request, which)

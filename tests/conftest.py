@@ -24,7 +24,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session")
 def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exported folder that the tests of the service share; its photographs lie beside it."""
-    from tests.serving_setup import write_export
+    """Return the exported folder that the tests of the service share; its photographs lie beside it."""
+    from tests.support.serving_setup import write_export
 
     return write_export(tmp_path_factory.mktemp("served"))

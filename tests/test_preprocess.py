@@ -40,7 +40,7 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options: object
 
 
 def empty_png(width: int, height: int) -> bytes:
-    """A PNG whose header promises an image, and whose pixels are one byte: decoding them would fail."""
+    """Return a PNG whose header promises an image, and whose pixels are one byte: decoding them would fail."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -39,7 +39,7 @@ def trained() -> Tokenizer:
 
 
 def write_folder(folder: Path, trained: Tokenizer, names: set[str], **settings: dict) -> Path:
-    """A published folder's files: those named, with these settings."""
+    """Return a published folder's files: those named, with these settings."""
     trained.save(folder)
     for path in folder.iterdir():
         if path.name not in names:

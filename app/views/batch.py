@@ -14,7 +14,7 @@ ROW_PX = 72
 
 
 def answer_all(pictures: list[tuple[str, bytes]]) -> list[dict[str, object]]:
-    """A row for each picture."""
+    """Return a row for each picture."""
     rows: list[dict[str, object]] = []
     progress = st.progress(0.0, f"0 of {len(pictures)} pictures")
     for start in range(0, len(pictures), AT_ONCE):
@@ -48,7 +48,7 @@ def _answer(pictures: list[tuple[str, bytes]]) -> list[dict[str, object]]:
 
 
 def show(rows: list[dict[str, object]]) -> None:
-    """The table, its filter and its downloads."""
+    """Return the table, its filter and its downloads."""
     table = pd.DataFrame(rows)
     told = sorted({str(action) for action in table["action"] if action})
     wanted = st.multiselect("Show only", told, placeholder="all actions", key="batch_filter")

@@ -19,7 +19,7 @@ CURVES = (
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The work folders in a folder, the newest first."""
+    """Return the work folders in a folder, the newest first."""
     found = [path.parent for path in folder.glob("*/metrics.jsonl")]
     return sorted(found, key=lambda path: -(path / "metrics.jsonl").stat().st_mtime)
 
@@ -37,7 +37,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """An object, or nothing where it isn't there or damaged."""
+    """Return an object, or nothing where it isn't there or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

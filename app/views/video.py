@@ -39,7 +39,7 @@ def timeline(events: list[dict[str, Any]], duration_s: float) -> go.Figure:
 
 
 def show_events(content: bytes, answer: dict[str, Any]) -> None:
-    """The timeline, a card an event, the downloads."""
+    """Return the timeline, a card an event, the downloads."""
     events, duration_s = answer["events"], answer["duration_s"]
     if not events:
         st.info("No action lasted long enough, or was sure enough, to be named in this video.")

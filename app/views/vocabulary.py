@@ -9,7 +9,7 @@ EXAMPLE = "running\nriding a bike\nsleeping\ntalking on the phone: a photo of a 
 
 
 def read_actions(text: str) -> dict[str, list[str]]:
-    """The actions of the lines, each with its descriptions, if any.
+    """Return the actions of the lines, each with its descriptions, if any.
 
     Raises:
       Trouble: too few, too many, or one twice.
@@ -31,7 +31,7 @@ def read_actions(text: str) -> dict[str, list[str]]:
 
 
 def save(actions: dict[str, list[str]]) -> None:
-    """Makes these the actions of the model that the service uses."""
+    """Make these the actions of the model that the service uses."""
     name, version = parts.active_model()
     old = set(version["labels"])
     add = {label: texts for label, texts in actions.items() if label not in old or texts}
@@ -42,7 +42,7 @@ def save(actions: dict[str, list[str]]) -> None:
 
 
 def go_back() -> None:
-    """Gives the model its own actions again."""
+    """Give the model its own actions again."""
     with st.spinner("Loading the model's own actions ..."):
         parts.service().reload(parts.active_model()[0])
     st.session_state.models = parts.service().models()

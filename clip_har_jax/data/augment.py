@@ -19,7 +19,7 @@ def augment(
     label: str = "",
     max_megapixels: float = DataConfig.max_megapixels,
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A random resized crop (Szegedy et al. 2015), a flip, and what else the config says, in this order.
+    """Return a random resized crop (Szegedy et al. 2015), a flip, and what else the config says, in this order.
 
     Args:
       image: encoded, or pixels.
@@ -48,7 +48,7 @@ def augment(
 
 
 def _random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:
-    """A crop of random area and aspect; with scale_min 1 the centre square."""
+    """Return a crop of random area and aspect; with scale_min 1 the centre square."""
     if scale_min < 1:
         for _ in range(10):
             area = height * width * rng.uniform(scale_min, 1)

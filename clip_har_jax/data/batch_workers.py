@@ -54,7 +54,7 @@ class WorkerBatches:
         return worker.take()
 
     def close(self) -> None:
-        """Ends the processes."""
+        """End the processes."""
         atexit.unregister(self.close)
         for worker in self._workers:
             worker.end()
@@ -114,7 +114,7 @@ class _Worker:
 
 
 def _work(pipe: Connection, memory: Any, shape: tuple[int, ...], steps: range, num_threads: int) -> None:
-    """The life of a worker process."""
+    """Return the life of a worker process."""
     _guard()
     try:
         batches: BatchSource = pickle.loads(pipe.recv_bytes())

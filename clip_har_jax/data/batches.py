@@ -12,7 +12,7 @@ from clip_har_jax.data.augment import augment
 from clip_har_jax.data.sampling import Order
 from clip_har_jax.data.sources import ClipFile, Example, Source, are_clips, name_of
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
-from clip_har_jax.video import FrameSampling, read_clip
+from clip_har_jax.video.clips import FrameSampling, read_clip
 
 BadInput = tuple[int, str, str]  # index, name, reason
 
@@ -62,7 +62,7 @@ class BatchSource:
         return (self.rows[1] - self.rows[0], *self._example_shape())
 
     def read(self, step: int, images: UInt8[np.ndarray, "..."], each: Callable[..., Iterator[Any]] = map) -> HostBatch:
-        """Reads batch `step`, its images into `images`; `each` is map, or does the same in threads."""
+        """Read batch `step`, its images into `images`; `each` is map, or does the same in threads."""
         first, last = (self.first_example + step * self.global_batch_size + row for row in self.rows)
         loaded = each(self._load, range(first, last), images)
         labels, mask, index, errors = zip(*loaded, strict=True)
@@ -70,7 +70,7 @@ class BatchSource:
         return HostBatch(batch, tuple(error for error in errors if error is not None))
 
     def _load(self, position: int, image: UInt8[np.ndarray, "..."]) -> tuple[int, float, int, BadInput | None]:
-        """Writes an example into `image`, zeros where there is none; gives its label, mask, index and error."""
+        """Write an example into `image`, zeros where there is none; gives its label, mask, index and error."""
         if self._order is None and position >= len(self.source):
             image.fill(0)
             return 0, 0.0, -1, None
@@ -98,7 +98,7 @@ class BatchSource:
         return (*views, video.num_frames, size, size, 3) if self._clips else (size, size, 3)
 
     def _read_frames(self, path: str, label: str, key: tuple[int, ...]) -> np.ndarray:
-        """The frames of a clip, transformed alike."""
+        """Return the frames of a clip, transformed alike."""
         config, video = self.config, self.config.video
         sampling = FrameSampling(video.num_frames, video.sampling, video.rate_hz, video.num_views)
 

@@ -18,7 +18,7 @@ SHARD_BYTES = 256 * 2**20
 
 
 def make_small(data: bytes, side_px: int) -> bytes:
-    """An image whose shorter side is `side_px`, as a JPEG; itself where it is no larger."""
+    """Return an image whose shorter side is `side_px`, as a JPEG; itself where it is no larger."""
     image = Image.fromarray(decode(data))
     scale = side_px / min(image.size)
     if scale >= 1:
@@ -34,7 +34,7 @@ def _make_small(job: tuple[Sequence[str], int], i: int) -> bytes:
 
 
 def write_cache(manifest: Manifest, folder: Path, side_px: int, num_workers: int | None) -> None:
-    """Writes the shards of each split, in the manifest's order, and about.json, which says whose they are."""
+    """Write the shards of each split, in the manifest's order, and about.json, which says whose they are."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder.mkdir(parents=True, exist_ok=True)

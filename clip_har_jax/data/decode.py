@@ -38,7 +38,7 @@ class TrainingImage:
         self.height, self.width = array.shape[:2]
 
     def take(self, box: Box, size_px: int) -> UInt8[np.ndarray, "size size 3"]:
-        """The part in `box`, resized to a square."""
+        """Return the part in `box`, resized to a square."""
         left, top, right, bottom = box
         image = self._image
         if isinstance(image, bytes):

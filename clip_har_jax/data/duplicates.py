@@ -44,7 +44,7 @@ class Signature(NamedTuple):
 
 
 def make_signature(image: UInt8[np.ndarray, "h w 3"]) -> Signature:
-    """The signature of a picture: pHash (Zauner 2010, as imagehash computes it) of what its borders frame."""
+    """Return the signature of a picture: pHash (Zauner 2010, as imagehash computes it) of what its borders frame."""
     grey = Image.fromarray(image).convert("L").resize((WORKING_PX, WORKING_PX), Image.Resampling.BILINEAR)
     inner = _without_borders(np.asarray(grey))
     bits = imagehash.phash(Image.fromarray(inner)).hash
@@ -54,7 +54,7 @@ def make_signature(image: UInt8[np.ndarray, "h w 3"]) -> Signature:
 
 
 def _without_borders(grey: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
-    """The picture less even lines at its edges, again and again, since a framed picture may have a margin too."""
+    """Return the picture less even lines at its edges, again and again, since a framed picture may have a margin too."""
     while True:
         top, bottom = _border(grey), _border(grey[::-1])
         left, right = _border(grey.T), _border(grey.T[::-1])
@@ -73,7 +73,7 @@ def _border(lines: np.ndarray) -> int:
 
 
 def similarity(a: UInt8[np.ndarray, "s s"], b: UInt8[np.ndarray, "s s"]) -> float:
-    """The correlation of two thumbnails, the middle of one laid over the other where it fits best; 1: the same."""
+    """Return the correlation of two thumbnails, the middle of one laid over the other where it fits best; 1: the same."""
     best = -1.0
     for scale in SCALES:
         side = round(THUMBNAIL_PX * scale)
@@ -106,7 +106,7 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _coarse(thumbnail: UInt8[np.ndarray, "s s"]) -> Float32[np.ndarray, " d"]:
-    """A thumbnail made very small, so that products of two are their correlation."""
+    """Return a thumbnail made very small, so that products of two are their correlation."""
     small = cv2.resize(thumbnail, (COARSE_PX, COARSE_PX), interpolation=cv2.INTER_AREA).astype(np.float32).reshape(-1)
     small -= small.mean()
     return small / max(float(np.linalg.norm(small)), 1e-6)
@@ -161,7 +161,7 @@ def _beside(k: int) -> range:
 
 
 def _clip_similarity(a: Sequence[Signature], b: Sequence[Signature], needed: float) -> float | None:
-    """The mean similarity of the frames of `a` that are in `b`; None where those are too few."""
+    """Return the mean similarity of the frames of `a` that are in `b`; None where those are too few."""
     best = [
         max((similarity(one.thumbnail, b[other].thumbnail) for other in _beside(k) if not b[other].flat), default=-1.0)
         for k, one in enumerate(a)

@@ -32,7 +32,7 @@ class Source(Protocol):
         """How many examples there are."""
 
     def __getitem__(self, i: int) -> Example:
-        """Reads one example; OSError where its file can't be read."""
+        """Read one example; OSError where its file can't be read."""
 
 
 def fingerprint_of(*parts: object) -> str:

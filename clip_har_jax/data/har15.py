@@ -59,7 +59,7 @@ class Har15(tfds.core.GeneratorBasedBuilder):
 
 
 def build_har15(manifest: Manifest, data_dir: str | os.PathLike[str]) -> Path:
-    """Writes ArrayRecord files below `data_dir`; returns their folder.
+    """Write ArrayRecord files below `data_dir`; returns their folder.
 
     Raises:
       UserError: labels that aren't HAR-15's, or a data set that is there already.

@@ -58,7 +58,7 @@ class Manifest:
 
     @property
     def clips(self) -> bool:
-        """Whether the files are videos."""
+        """Return whether the files are videos."""
         return bool(self.about.get("clips", False))
 
     def column(self, name: str) -> list[Any]:
@@ -70,7 +70,7 @@ def make_manifest(rows: Sequence[Mapping[str, Any]], root: Path, about: Mapping[
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Writes a manifest; whole or not at all."""
+    """Write a manifest; whole or not at all."""
     about = {"format": FORMAT, "digest": manifest.digest, "root": str(manifest.root), "about": dict(manifest.about)}
     partial = path.with_name(f".{path.name}.partial")
     pq.write_table(manifest.table.replace_schema_metadata({"manifest": json.dumps(about)}), partial)
@@ -78,7 +78,7 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def read_manifest(path: Path, root: Path | None = None) -> Manifest:
-    """Reads a manifest and checks its checksum.
+    """Read a manifest and check its checksum.
 
     Args:
       path: the manifest.
@@ -127,7 +127,7 @@ class SplitRows:
 
 
 def read_split(spec: Spec, split: str) -> SplitRows:
-    """The rows of a split that `manifest:FILE` names, after a look at each file.
+    """Return the rows of a split that `manifest:FILE` names, after a look at each file.
 
     Raises:
       UserError: no such split, or files that are missing or of another size; names the first, with their number.

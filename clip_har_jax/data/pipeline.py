@@ -44,7 +44,7 @@ class BadInputs:
         return len(self._seen)
 
     def record(self, errors: Iterable[BadInput]) -> None:
-        """Takes the errors of a batch.
+        """Take the errors of a batch.
 
         Raises:
           UserError: more bad images than the config allows.
@@ -62,7 +62,7 @@ class BadInputs:
 
 
 def _append(log: epath.Path, entries: dict[int, tuple[str, str]]) -> None:
-    """Adds index -> (name, reason) to a log, less the names that are in it."""
+    """Add index -> (name, reason) to a log, less the names that are in it."""
     text = log.read_text() if log.exists() else ""
     whole = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
     logged = {json.loads(line)["input"] for line in whole.splitlines()}
@@ -111,7 +111,7 @@ class BatchIterator:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads and workers."""
+        """End the threads and workers."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None  # collected as late as the interpreter's end, it would fail noisily
@@ -183,7 +183,7 @@ def eval_batches(
 
 
 def prefetch_to_mesh(batches: Iterator[Batch], place: Callable[[Batch], Any], size: int = 2) -> Iterator[Any]:
-    """Keeps `size` batches on their way to the devices while another is computed with."""
+    """Keep `size` batches on their way to the devices while another is computed with."""
     placed: deque[Any] = deque()
     for batch in batches:
         placed.append(place(batch))

@@ -43,7 +43,7 @@ def find_drift(
     labels: Sequence[str],
     reference_labels: Sequence[str],
 ) -> list[Drift]:
-    """The distance of each of MEASURES, and of the class shares, between two sets that aren't empty."""
+    """Return the distance of each of MEASURES, and of the class shares, between two sets that aren't empty."""
     from scipy.stats import ks_2samp
 
     found = [
@@ -64,7 +64,7 @@ def find_drift(
 
 
 def contact_sheet(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> bytes:
-    """The images side by side, each whole in a square cell, as a JPEG."""
+    """Return the images side by side, each whole in a square cell, as a JPEG."""
     columns = min(len(images), SHEET_COLUMNS)
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * CELL_PX, rows * CELL_PX), (128, 128, 128))

@@ -36,7 +36,7 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
 def randaugment(
     image: UInt8[np.ndarray, "h w 3"], count: int, magnitude: float, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Applies `count` random operations of strength `magnitude`, 0 to MAX_MAGNITUDE."""
+    """Apply `count` random operations of strength `magnitude`, 0 to MAX_MAGNITUDE."""
     names = list(OPERATIONS)
     picture = Image.fromarray(image)
     for _ in range(count):

@@ -67,6 +67,6 @@ class Order:
 
 @lru_cache(maxsize=4)  # batches that are read at a time lie in two epochs at most, of one source or two
 def _of_epoch(seed: int, epoch: int, size: int) -> tuple[Int[np.ndarray, " n"], float]:
-    """An epoch's permutation, and where in the first example its systematic sample begins."""
+    """Return an epoch's permutation, and where in the first example its systematic sample begins."""
     rng = np.random.default_rng((seed, epoch))
     return rng.permutation(size), rng.random()

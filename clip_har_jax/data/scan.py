@@ -18,7 +18,7 @@ from clip_har_jax.data.sources import FileSource
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import BadImage, decode
 from clip_har_jax.specs import label_ids
-from clip_har_jax.video import FrameSampling, read_clip
+from clip_har_jax.video.clips import FrameSampling, read_clip
 
 # Clips cut from one recording: UCF101's v_CLASS_gGROUP_cCLIP, HMDB51's RECORDING_CLASS_<five properties>_CLIP
 RECORDINGS = (
@@ -59,7 +59,7 @@ class Pooled:
         return len(self.label_ids)
 
     def read(self, i: int) -> tuple[bytes | ClipFile, str]:
-        """An encoded image or a clip, and its name; OSError where it can't be read."""
+        """Return an encoded image or a clip, and its name; OSError where it can't be read."""
         source = self.sources[self.given[i]]
         example = source[int(i - self._start[self.given[i]])]
         if not isinstance(example.data, np.ndarray):
@@ -124,7 +124,7 @@ def recording_of(path: str, label: str) -> str | None:
 def find_groups(
     pairs: Sequence[tuple[int, int, float]], label_ids: np.ndarray, recordings: Sequence[str | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of copies, and what must be in one split: copies, and clips cut from one recording.
+    """Group of copies, and what must be in one split: copies, and clips cut from one recording.
 
     Copies with different labels join nothing else, so that they alone are in no split.
     """

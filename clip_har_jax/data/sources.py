@@ -17,7 +17,7 @@ from clip_har_jax.data.tables import hf_source, tfds_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.preprocess import BadImage
 from clip_har_jax.specs import Spec, label_ids, list_files, parse_spec
-from clip_har_jax.video_sets import list_videos
+from clip_har_jax.video.datasets import list_videos
 
 
 class FileSource:
@@ -118,7 +118,7 @@ def name_of(source: Source, i: int) -> str:
 
 
 def manifest_of(source: Source) -> str | None:
-    """The checksum of the manifest that a source, or what it is a part of, comes from; None where there is none."""
+    """Return the checksum of the manifest that a source, or what it is a part of, comes from; None where there is none."""
     while not hasattr(source, "manifest_sha256"):
         if not hasattr(source, "source"):
             return None
@@ -127,14 +127,14 @@ def manifest_of(source: Source) -> str | None:
 
 
 def are_clips(source: Source) -> bool:
-    """Whether a source's examples are videos."""
+    """Return whether a source's examples are videos."""
     while hasattr(source, "source"):
         source = source.source
     return getattr(source, "clips", False)
 
 
 def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False) -> Source:
-    """The examples that a SPEC names.
+    """Return the examples that a SPEC names.
 
     Args:
       text: the SPEC.

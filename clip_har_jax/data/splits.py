@@ -12,7 +12,7 @@ from clip_har_jax.errors import UserError
 def hold_out(
     label_ids: Int32[np.ndarray, " n"], fraction: float, seed: int
 ) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " val"]]:
-    """Splits positions by class: the same share of each class is held out, at least one image where it has two.
+    """Split positions by class: the same share of each class is held out, at least one image where it has two.
 
     Args:
       label_ids: each example's class.
@@ -42,7 +42,7 @@ class Shares:
 def assign_splits(
     label_ids: Int32[np.ndarray, " n"], groups: Int32[np.ndarray, " n"], shares: Shares, seed: int
 ) -> list[str]:
-    """The split of each example: near duplicates stay together, and each class has the same shares.
+    """Return the split of each example: near duplicates stay together, and each class has the same shares.
 
     The largest groups of a class come first, each to the split that misses most; single examples then fill up, so
     that a class without large groups is split exactly. A function of its arguments alone.

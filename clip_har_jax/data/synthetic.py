@@ -77,7 +77,7 @@ class Canvas:
         self._cos, self._sin = math.cos(math.radians(roll)), math.sin(math.radians(roll))
 
     def at(self, origin: Point, scale: float = 1.0, mirror: bool = False) -> "Canvas":
-        """A canvas whose origin is a point of this one."""
+        """Return a canvas whose origin is a point of this one."""
         other = Canvas(self.draw, self.to_px(origin), self.scale_px * scale, self.mirror != mirror, 0.0)
         other._cos, other._sin = self._cos, self._sin
         return other
@@ -114,7 +114,7 @@ def _rotate(point: Point, degrees: float) -> Point:
 
 
 def _joint(start: Point, end: Point, part: float, bend: float) -> tuple[Point, Point]:
-    """The elbow or knee of a limb of two equal parts, and where it ends, at most at full stretch."""
+    """Return the elbow or knee of a limb of two equal parts, and where it ends, at most at full stretch."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     distance = math.hypot(dx, dy) or 1e-6
     reach = min(distance, 1.98 * part)
@@ -167,7 +167,7 @@ def draw_person(canvas: Canvas, pose: Pose, look: Look) -> Body:
 
 
 def draw_bike(canvas: Canvas, colour: Colour) -> None:
-    """A bike whose saddle is at the origin."""
+    """Return a bike whose saddle is at the origin."""
     back, front, crank = (-0.25, -0.40), (0.33, -0.40), (0.02, -0.40)
     for wheel in (back, front):
         canvas.disc(wheel, 0.18, None, colour)
@@ -177,28 +177,28 @@ def draw_bike(canvas: Canvas, colour: Colour) -> None:
 
 
 def draw_chair(canvas: Canvas, colour: Colour) -> None:
-    """A chair whose seat is at the origin, for someone who faces right."""
+    """Return a chair whose seat is at the origin, for someone who faces right."""
     canvas.line([(-0.14, 0.26), (-0.12, -0.06), (0.12, -0.06)], colour, 0.035)
     canvas.line([(-0.12, -0.06), (-0.13, -0.30)], colour, 0.03)
     canvas.line([(0.12, -0.06), (0.13, -0.30)], colour, 0.03)
 
 
 def draw_table(canvas: Canvas, colour: Colour) -> None:
-    """A table whose top begins at the origin and goes to the right."""
+    """Return a table whose top begins at the origin and goes to the right."""
     canvas.line([(0.0, 0.0), (0.40, 0.0)], colour, 0.035)
     canvas.line([(0.05, 0.0), (0.05, -0.36)], colour, 0.03)
     canvas.line([(0.35, 0.0), (0.35, -0.36)], colour, 0.03)
 
 
 def draw_bed(canvas: Canvas, colour: Colour) -> None:
-    """A bed on whose middle the origin is."""
+    """Return a bed on whose middle the origin is."""
     canvas.polygon([(-0.56, -0.06), (0.56, -0.06), (0.56, -0.15), (-0.56, -0.15)], colour)
     canvas.line([(-0.55, 0.10), (-0.55, -0.22)], colour, 0.03)
     canvas.line([(0.55, -0.06), (0.55, -0.22)], colour, 0.03)
 
 
 def draw_laptop(canvas: Canvas, colour: Colour) -> None:
-    """A laptop whose near edge is at the origin, its screen to the right."""
+    """Return a laptop whose near edge is at the origin, its screen to the right."""
     canvas.line([(0.0, 0.0), (0.16, 0.0)], colour, 0.03)
     canvas.line([(0.16, 0.0), (0.22, 0.17)], colour, 0.03)
 
@@ -267,7 +267,7 @@ def _jitter(pose: Pose, rng: np.random.Generator) -> Pose:
 
 
 def _colour(rng: np.random.Generator, lightness: tuple[float, float], saturation: float = 0.6) -> Colour:
-    """A random hue of a lightness (0 to 1)."""
+    """Return a random hue of a lightness (0 to 1)."""
     light, chroma, hue = rng.uniform(*lightness), rng.uniform(0, saturation), rng.uniform(0, 2 * math.pi)
     offsets = (math.cos(hue), math.cos(hue - 2.094), math.cos(hue + 2.094))
     red, green, blue = (int(255 * min(1.0, max(0.0, light + 0.35 * chroma * offset))) for offset in offsets)
@@ -331,7 +331,7 @@ def _act(canvas: Canvas, label: str, rng: np.random.Generator, dark: bool) -> No
 
 
 def _background(size: int, rng: np.random.Generator, dark: bool) -> Image.Image:
-    """A gradient with a horizon and some flat shapes, lighter than dark actors and darker than light ones."""
+    """Return a gradient with a horizon and some flat shapes, lighter than dark actors and darker than light ones."""
     tones = (0.5, 0.95) if dark else (0.05, 0.5)
     corners = np.array([_colour(rng, tones, 0.5) for _ in range(4)], np.uint8).reshape(2, 2, 3)
     image = Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
@@ -360,7 +360,7 @@ def _clutter(canvas: Canvas, rng: np.random.Generator, dark: bool) -> None:
 
 
 def label_of(split: str, index: int) -> int:
-    """The class of an example; classes take turns, so every split is balanced."""
+    """Return the class of an example; classes take turns, so every split is balanced."""
     assert 0 <= index < SPLITS[split]
     return index % len(LABELS)
 

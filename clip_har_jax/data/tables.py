@@ -66,7 +66,7 @@ def _split_of(spec: Spec, split: str, available: Sequence[str]) -> str:
 
 
 def _columns(spec: Spec, features: Mapping[str, Any], image: type, label: type) -> tuple[str, str]:
-    """The first column of images and the first of class labels."""
+    """Return the first column of images and the first of class labels."""
     images = [name for name, feature in features.items() if isinstance(feature, image)]
     classes = [name for name, feature in features.items() if isinstance(feature, label)]
     if not images or not classes:
@@ -76,7 +76,7 @@ def _columns(spec: Spec, features: Mapping[str, Any], image: type, label: type) 
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says."""
+    """Return the first line of what a library says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -117,7 +117,7 @@ def tfds_source(spec: Spec, split: str, labels: Sequence[str]) -> Source:
 
 
 def _tfds_builder(spec: Spec, tfds: Any) -> Any:
-    """The builder of a data set that was prepared with random access.
+    """Return the builder of a data set that was prepared with random access.
 
     Raises:
       UserError: unknown, not prepared, or prepared as TFRecord.

@@ -58,7 +58,7 @@ def map_in_workers(
 
 @contextmanager
 def _pool(num_workers: int, shared: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that have `shared`, by a file: a pipe that holds less would block for ever were its reader killed."""
+    """Process that have `shared`, by a file: a pipe that holds less would block for ever were its reader killed."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shared.pickle"

@@ -40,7 +40,7 @@ def softmax(logits: Float[np.ndarray, "n c"]) -> Float64[np.ndarray, "n c"]:
 
 
 def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
-    """The temperature of the least negative log-likelihood (Guo et al. 2017, section 4.2), within `TEMPERATURES`.
+    """Return the temperature of the least negative log-likelihood (Guo et al. 2017, section 4.2), within `TEMPERATURES`.
 
     Where every example is right, colder is likelier without end: the temperature stays 1.
     """
@@ -61,7 +61,7 @@ def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n
 def calibration_error(
     probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], adaptive: bool = False, num_bins: int = NUM_BINS
 ) -> float:
-    """The expected calibration error of the top class.
+    """Return the expected calibration error of the top class.
 
     Args:
       probs: class probabilities.
@@ -96,7 +96,7 @@ def fit_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) ->
 
 
 def conformal_quantile(scores: Float[np.ndarray, " n"], coverage: float) -> float:
-    """The ceil((n + 1) coverage)-th smallest score; infinity where there are too few of them."""
+    """Return the ceil((n + 1) coverage)-th smallest score; infinity where there are too few of them."""
     rank = int(np.ceil((len(scores) + 1) * coverage))
     return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else float("inf")
 
@@ -104,7 +104,7 @@ def conformal_quantile(scores: Float[np.ndarray, " n"], coverage: float) -> floa
 def fit_split_conformal(
     probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], coverage: float = COVERAGE
 ) -> float:
-    """The lowest probability of a class in a set (Sadinle et al. 2019); 0 where too few examples are known."""
+    """Return the lowest probability of a class in a set (Sadinle et al. 2019); 0 where too few examples are known."""
     scores = 1 - probs[np.arange(len(label)), label].astype(np.float64)
     return max(0.0, 1 - conformal_quantile(scores, coverage))
 
@@ -112,7 +112,7 @@ def fit_split_conformal(
 def fit_aps(
     probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], coverage: float = COVERAGE, seed: int = 0
 ) -> float:
-    """The probability that the classes of a set reach together (Romano et al. 2020, equation 8); at most 1.
+    """Return the probability that the classes of a set reach together (Romano et al. 2020, equation 8); at most 1.
 
     The scores are randomised as in the paper. A set then takes whole classes, which makes it that of the paper or
     larger, and the same for the same image.
@@ -125,12 +125,12 @@ def fit_aps(
 
 
 def split_conformal_sets(probs: Float[np.ndarray, "n c"], lowest: float) -> Bool[np.ndarray, "n c"]:
-    """The classes of each set: those of at least the probability `lowest`."""
+    """Return the classes of each set: those of at least the probability `lowest`."""
     return probs >= lowest
 
 
 def aps_sets(probs: Float[np.ndarray, "n c"], together: float) -> Bool[np.ndarray, "n c"]:
-    """The classes of each set: the most probable ones, until they reach `together`; the first always."""
+    """Return the classes of each set: the most probable ones, until they reach `together`; the first always."""
     order = np.argsort(-probs, axis=-1, kind="stable")
     ordered = np.take_along_axis(probs, order, axis=-1).astype(np.float64)
     taken = np.cumsum(ordered, axis=-1) - ordered < together
@@ -141,7 +141,7 @@ def aps_sets(probs: Float[np.ndarray, "n c"], together: float) -> Bool[np.ndarra
 
 
 def fit_abstention(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
-    """The top probability below which an answer is withheld: `WITHHELD` of the mistakes, `MAX_WITHHELD` of all answers.
+    """Return the top probability below which an answer is withheld: `WITHHELD` of the mistakes, `MAX_WITHHELD` of all answers.
 
     Without a mistake it is the lowest top probability that was seen: what the model is less sure of is new to it.
     """

@@ -35,7 +35,7 @@ Points = tuple[Sequence[int | float], Sequence[float]]  # x and y
 
 
 def chart(size_in: tuple[float, float] = SIZE_IN) -> tuple[Figure, Axes]:
-    """An empty chart in the page's colours."""
+    """Return an empty chart in the page's colours."""
     figure = Figure(figsize=size_in)
     axes = figure.add_axes((0.18, 0.17, 0.79, 0.8))  # room on the left for 1.25e-05
     axes.grid(True, color=COLORS["line"], linewidth=0.8)
@@ -49,7 +49,7 @@ def chart(size_in: tuple[float, float] = SIZE_IN) -> tuple[Figure, Axes]:
 
 
 def to_svg(figure: Figure, description: str) -> Markup:
-    """The figure as SVG for an HTML page: no address, no id that could occur twice, its colours the page's."""
+    """Return the figure as SVG for an HTML page: no address, no id that could occur twice, its colours the page's."""
     for axes in figure.axes:
         legend = axes.get_legend()
         for entry in legend.get_texts() if legend else ():

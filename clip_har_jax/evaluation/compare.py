@@ -29,7 +29,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: str) -> Evaluation:
-    """Reads the predictions of an evaluation.
+    """Read the predictions of an evaluation.
 
     Raises:
       UserError: there are none, or they are damaged.
@@ -72,7 +72,7 @@ def check_pair(first: Evaluation, other: Evaluation) -> None:
 
 
 def compare(folders: Sequence[str], output: str | Path) -> dict[str, Any]:
-    """Compares evaluations with the first of them, and writes comparison.json and comparison.html.
+    """Compare evaluations with the first of them, and write comparison.json and comparison.html.
 
     Args:
       folders: that `evaluate.py` wrote.
@@ -128,7 +128,7 @@ def _verdict(run: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def print_result(result: dict[str, Any], output: str | Path) -> None:
-    """A short table of all, and what the tests say."""
+    """Return a short table of all, and what the tests say."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -12,7 +12,7 @@ from clip_har_jax.data.quality import MEASURES, Drift, contact_sheet, find_drift
 from clip_har_jax.evaluation.report import templates
 from clip_har_jax.preprocess import BadImage, read_image
 from clip_har_jax.specs import VIDEO_SUFFIXES
-from clip_har_jax.video import FrameSampling, read_clip
+from clip_har_jax.video.clips import FrameSampling, read_clip
 
 SPLITS = ("train", "val", "test", "excluded")
 PER_CLASS = 24  # images of a contact sheet
@@ -28,7 +28,7 @@ def make_data_report(
     bad: Sequence[tuple[str, str]],
     reference: Manifest | None,
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
       manifest: the data set.
@@ -86,7 +86,7 @@ def _classes(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _columns(manifest: Manifest, split: str | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The measures and the labels of a split, or of all."""
+    """Return the measures and the labels of a split, or of all."""
     rows = np.array([split in (None, name) for name in manifest.column("split")], bool)
     columns = {name: np.array(manifest.column(name))[rows] for name in MEASURES if name != "aspect"}
     columns["aspect"] = columns["width"] / columns["height"]
@@ -129,7 +129,7 @@ def _drift_row(row: Drift) -> dict[str, Any]:
 
 
 def _sheets(manifest: Manifest) -> list[tuple[str, str]]:
-    """The contact sheet of each class: images spread evenly over its files."""
+    """Return the contact sheet of each class: images spread evenly over its files."""
     paths: dict[str, list[str]] = {}
     for path, label in zip(manifest.column("path"), manifest.column("label"), strict=True):
         paths.setdefault(label, []).append(path)
@@ -145,7 +145,7 @@ def _group_sheet(manifest: Manifest, entry: Mapping[str, Any]) -> str:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """An image file, or the middle frame of a clip.
+    """Return an image file, or the middle frame of a clip.
 
     Raises:
       BadImage: it can't be read.

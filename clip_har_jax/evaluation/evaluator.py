@@ -67,7 +67,7 @@ class EvalResult:
 def evaluate(
     logits_fn: Callable[[Batch], np.ndarray], batches: Iterable[Batch], labels: Sequence[str], num_shown: int = 0
 ) -> EvalResult:
-    """Evaluates in one pass.
+    """Evaluate in one pass.
 
     Args:
       logits_fn: batch -> logits [b, c] of the same rows, temperature included.
@@ -104,7 +104,7 @@ def evaluate(
 def _predictions(
     logits: np.ndarray, label: np.ndarray, index: np.ndarray, counts: np.ndarray
 ) -> tuple[Predictions, np.ndarray]:
-    """A batch's predictions, and the rows they stand in."""
+    """Return a batch's predictions, and the rows they stand in."""
     rows = np.flatnonzero(counts)
     own = logits[rows].astype(np.float32)
     return Predictions(
@@ -123,14 +123,14 @@ def _shown(
 
 
 def _picture(image: Any) -> np.ndarray:
-    """An image itself; of a clip its middle frame."""
+    """Return an image itself; of a clip its middle frame."""
     frames = np.asarray(image)
     frames = frames.reshape(-1, *frames.shape[-3:])
     return frames[len(frames) // 2]
 
 
 def _lot(example: Shown) -> int:
-    """A number that follows from the example's position alone, so that the sample doesn't depend on the batches."""
+    """Return a number that follows from the example's position alone, so that the sample doesn't depend on the batches."""
     return zlib.crc32(example.index.to_bytes(8, "little"))
 
 
@@ -155,7 +155,7 @@ def write_result(
     about: Mapping[str, str],
     details: "Details | None" = None,
 ) -> None:
-    """Writes predictions.parquet, confusion_matrix.png, report.html and, last, metrics.json.
+    """Write predictions.parquet, confusion_matrix.png, report.html and, last, metrics.json.
 
     Args:
       output: the folder; made if need be.

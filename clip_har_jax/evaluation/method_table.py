@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row of the table; means with the half-width of their 95% interval (Student's t over seeds; None: of one)."""
+    """Return a row of the table; means with the half-width of their 95% interval (Student's t over seeds; None: of one)."""
     from scipy.stats import t
 
     def interval(key: str) -> tuple[float, float | None] | None:
@@ -46,7 +46,7 @@ def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def make_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
-    """The table in Markdown, and below it how it came about."""
+    """Return the table in Markdown, and below it how it came about."""
 
     def percent(pair: tuple[float, float | None] | None) -> str:
         if pair is None:
@@ -65,7 +65,7 @@ def make_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
 
 
 def _chosen(row: Mapping[str, Any]) -> str:
-    """The settings of all seeds, then what each seed's fit chose."""
+    """Return the settings of all seeds, then what each seed's fit chose."""
     parts = [f"{name.replace('_', ' ')} {value:.2g}" for name, value in row["settings"].items()]
     for name in row["fits"][0]:
         values = [f"{fit[name]:g}" for fit in row["fits"]]

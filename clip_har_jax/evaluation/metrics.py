@@ -38,7 +38,7 @@ class ClassificationState:
 
     @classmethod
     def empty(cls, num_classes: int) -> "ClassificationState":
-        """The state of no examples."""
+        """Return the state of no examples."""
         counts = np.zeros(NUM_BINS, np.int64)
         return cls(np.zeros((num_classes, num_classes), np.int64), 0, 0.0, counts, counts, np.zeros(NUM_BINS))
 
@@ -77,7 +77,7 @@ class ClassificationState:
         return self.merge(batch)
 
     def merge(self, other: "ClassificationState") -> "ClassificationState":
-        """The state of both sets of examples."""
+        """Return the state of both sets of examples."""
         return ClassificationState(
             self.confusion + other.confusion,
             self.in_top5 + other.in_top5,
@@ -88,7 +88,7 @@ class ClassificationState:
         )
 
     def compute(self, labels: Sequence[str]) -> dict[str, Any]:
-        """The metrics, under the names of metrics.json.
+        """Return the metrics, under the names of metrics.json.
 
         `macro_f1` is the mean over classes that occur as label or prediction; what would divide by 0 is 0. `ece` is
         the expected calibration error of the top class over 15 bins of equal width (Guo et al. 2017, equation 3).

@@ -59,7 +59,7 @@ class Details:
 
 @cache
 def templates() -> jinja2.Environment:
-    """The pages' templates, with what all pages share."""
+    """Return the pages' templates, with what all pages share."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -79,7 +79,7 @@ def templates() -> jinja2.Environment:
 def make_report(
     result: EvalResult, names: Sequence[str], about: Mapping[str, str], details: Details | None = None
 ) -> str:
-    """The report as HTML; see `evaluator.write_result` for the arguments."""
+    """Return the report as HTML; see `evaluator.write_result` for the arguments."""
     details = details or Details()
     rows = result.predictions
     name_of = dict(zip(rows.index.tolist(), names, strict=True))
@@ -120,7 +120,7 @@ def make_report(
 
 
 def worst_confusions(result: EvalResult) -> list[dict[str, Any]]:
-    """The pairs of actions that are confused most often, with their share of the true action's images."""
+    """Return the pairs of actions that are confused most often, with their share of the true action's images."""
     counts = result.confusion.copy()
     np.fill_diagonal(counts, 0)
     pairs = np.argsort(-counts, axis=None, kind="stable")[:NUM_CONFUSIONS]
@@ -202,7 +202,7 @@ def _conformal(result: EvalResult, thresholds: Mapping[str, float]) -> dict[str,
 
 
 def _training(history: History) -> list[dict[str, Any]]:
-    """The charts of the run, each with its title."""
+    """Return the charts of the run, each with its title."""
     found = []
     for title, y, series, log_y in (
         ("Loss", "loss, nats", {"training": "train/loss", "validation": "val/nll"}, True),
@@ -284,7 +284,7 @@ def _describe(shown: Shown, result: EvalResult, names: Mapping[int, str], detail
 
 
 def overlay(image: UInt8[np.ndarray, "h w 3"], heat: Float[np.ndarray, "g g"]) -> UInt8[np.ndarray, "h w 3"]:
-    """An image in grey with the heat laid over it; the heat is 0 to 1."""
+    """Return an image in grey with the heat laid over it; the heat is 0 to 1."""
     from matplotlib import colormaps
 
     height, width = image.shape[:2]
@@ -305,5 +305,5 @@ def _thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """An image as an address that holds it."""
+    """Return an image as an address that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -14,7 +14,7 @@ Measures = dict[str, float]
 
 
 def measures(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> Callable[[np.ndarray], Measures]:
-    """A function from rows, which may repeat, to the headline metrics of those examples."""
+    """Return a function from rows, which may repeat, to the headline metrics of those examples."""
     count, classes = probs.shape
     own = probs[np.arange(count), label]
     earlier = np.arange(classes) < label[:, None]

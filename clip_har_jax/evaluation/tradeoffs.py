@@ -30,7 +30,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def draw_wise_ft(points: Sequence[Mapping[str, float]], chosen: float) -> bytes:
-    """The curve between a start and its fine-tuning, a point an alpha, as a PNG.
+    """Return the curve between a start and its fine-tuning, a point an alpha, as a PNG.
 
     Args:
       points: each with alpha, target_top1 and retained_top1, by growing alpha.

@@ -45,7 +45,7 @@ class Backend(Protocol):
 
 
 def split_classes(text: str | None) -> tuple[str, ...]:
-    """The names in the value of --classes, divided by commas; None: no names.
+    """Return the names in the value of --classes, divided by commas; None: no names.
 
     Raises:
       UserError: an empty name.
@@ -72,7 +72,7 @@ def check_classes(classes: Sequence[str]) -> None:
 
 
 def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequence[str] = ()) -> bundle.Actions:
-    """The classes to tell apart: `classes` if given, else the folder's own, else `default_classes`.
+    """Return the classes to tell apart: `classes` if given, else the folder's own, else `default_classes`.
 
     Raises:
       UserError: there are none, they can't be told apart, or the folder's head knows only its own.
@@ -165,7 +165,7 @@ class JaxBackend:
         self._classes = jax.tree.map(jax.numpy.asarray, self.head_params or classes_of_text)
 
     def _embed_classes(self, actions: bundle.Actions) -> Float32[np.ndarray, "c d"]:
-        """The directions that stand for the classes: those of their texts, or those that the head has learned."""
+        """Return the directions that stand for the classes: those of their texts, or those that the head has learned."""
         if self.head_params:
             directions = self.head_params["classes.kernel"].T
             return directions / np.linalg.norm(directions, axis=-1, keepdims=True)

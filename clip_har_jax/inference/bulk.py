@@ -38,7 +38,7 @@ class Progress:
 
 
 def open_inputs(source: str) -> Callable[[], Iterator[str]]:
-    """A way to read the inputs from the start, again and again; none of them is kept.
+    """Return a way to read the inputs from the start, again and again; none of them is kept.
 
     Args:
       source: a folder of images, a manifest (.parquet or .csv, its column `path`, `filename`, `file` or `input`), or a
@@ -205,7 +205,7 @@ def _predict(
 def _write_part(
     rows: list[tuple[str, str | np.ndarray]], folder: Path, bad_folder: Path, part: int, labels: tuple[str, ...]
 ) -> None:
-    """The bad inputs first: the predictions' file is what says that the part is done."""
+    """Return the bad inputs first: the predictions' file is what says that the part is done."""
     bad = [(_text(name), outcome) for name, outcome in rows if isinstance(outcome, str)]
     good = [(_text(name), outcome) for name, outcome in rows if not isinstance(outcome, str)]
     if bad:
@@ -271,7 +271,7 @@ def _finished_parts(folder: Path) -> int:
 
 
 def _skip(inputs: Iterator[str], parts: int, part_size: int, folder: Path) -> int:
-    """Reads past what finished parts hold, and checks that the inputs are still those."""
+    """Read past what finished parts hold, and check that the inputs are still those."""
     skipped = 0
     for part in range(parts):
         about = pq.read_schema(folder / f"{part:06d}.parquet").metadata

@@ -138,7 +138,7 @@ class Graphs:
         self._opened: dict[str, Run] = {}
 
     def run(self, graph: str, *inputs: np.ndarray) -> Sequence[np.ndarray]:
-        """The outputs of a graph, in the order of its signature.
+        """Return the outputs of a graph, in the order of its signature.
 
         Raises:
           UserError: a file that the runtime can't open.
@@ -153,7 +153,7 @@ class Graphs:
 
 
 def formats_in(folder: Path) -> list[str]:
-    """The formats that an exported folder holds, the preferred first."""
+    """Return the formats that an exported folder holds, the preferred first."""
     return [name for name in RUNTIMES if (folder / name).is_dir()] if (folder / SIGNATURE).is_file() else []
 
 
@@ -204,7 +204,7 @@ class ExportedBackend:
             self._scale = self.logit_scale / actions.temperature
 
     def in_one_thread(self) -> "ExportedBackend | None":
-        """The same model, of which each run takes one thread of its caller's; None: its runtime has no such thing."""
+        """Return the same model, of which each run takes one thread of its caller's; None: its runtime has no such thing."""
         if not self.graphs.format.startswith("onnx") or len(_providers()) > 1:
             return None
         other = copy.copy(self)
@@ -217,7 +217,7 @@ class ExportedBackend:
         return mean_by_class(self._run("text_encoder", ids)[0], [len(group) for group in prompts])
 
     def _run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        """A graph's outputs, `batch_size` rows at a time; padded where another size would be compiled first."""
+        """Return a graph's outputs, `batch_size` rows at a time; padded where another size would be compiled first."""
         parts, length = [], len(inputs[0])
         for start in range(0, length, self.batch_size):
             part = [rows[start : start + self.batch_size] for rows in inputs]
@@ -277,7 +277,7 @@ def _first_that_runs(folder: Path) -> str:
 
 
 def exported_folder(path: Path) -> tuple[Path, str | None] | None:
-    """The exported folder that `path` names, and the format where it names one in it; None: another kind of path."""
+    """Return the exported folder that `path` names, and the format where it names one in it; None: another kind of path."""
     if (path / SIGNATURE).is_file():  # comes first: an exported folder may be called "onnx"
         return path, None
     if path.name in RUNTIMES and (path.parent / SIGNATURE).is_file():

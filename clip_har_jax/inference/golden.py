@@ -46,7 +46,7 @@ TOLERANCES = {
 
 
 def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBackend) -> None:
-    """Writes the pictures and what `model` gives for them, before the folder is sealed."""
+    """Write the pictures and what `model` gives for them, before the folder is sealed."""
     images = np.stack([evaluation_transform(picture, model.preprocess) for picture in pictures])
     texts = [text for label in model.labels for text in model.actions.prompts[label]][:TEXTS]
     logits, _, image_embeds = model.outputs(images)
@@ -61,7 +61,7 @@ def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBacken
 
 
 def check(backend: ExportedBackend) -> bool:
-    """Runs every graph and compares with the golden outputs; gives whether there are any.
+    """Run every graph and compare with the golden outputs; gives whether there are any.
 
     Without them, as in folders of older exports, the graphs are compared with one another.
 

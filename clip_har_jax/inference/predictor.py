@@ -16,7 +16,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
 from clip_har_jax.specs import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_files
-from clip_har_jax.video import FrameSampling, read_clip
+from clip_har_jax.video.clips import FrameSampling, read_clip
 
 # A path, an encoded image, a PIL image, or uint8 [h, w, 3] in RGB.
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
@@ -38,7 +38,7 @@ class Prediction:
     damage: str | None = None  # what of a clip couldn't be read, if something
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that `predict.py --json` prints."""
+        """Return the object that `predict.py --json` prints."""
         if self.error is not None:
             return {"input": self.input, "error": self.error}
         top = [{"label": label, "score": score} for label, score in self.top]
@@ -120,7 +120,7 @@ class Predictor:
         return Prediction(name, *top[0], top, abstained=abstained)
 
     def try_load(self, item: ImageLike) -> np.ndarray | str:
-        """An input as the model takes it, or why it can't be read."""
+        """Return an input as the model takes it, or why it can't be read."""
         try:
             return self._load(item)
         except BadImage as error:
@@ -159,7 +159,7 @@ def _to_array(item: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes]) -> Iterator[str]:
-    """The files that a command line names: files, folders' images and videos (sorted), - for the lines of `stdin`.
+    """Return the files that a command line names: files, folders' images and videos (sorted), - for the lines of `stdin`.
 
     Raises:
       UserError: a folder without images; before anything is read.

@@ -18,7 +18,7 @@ from jaxtyping import Float32
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.inference.backends import Backend
 from clip_har_jax.preprocess import evaluation_transform
-from clip_har_jax.video import BadVideo, TimedFrame
+from clip_har_jax.video.clips import BadVideo, TimedFrame
 
 T = TypeVar("T")
 SMOOTHING = ("exponential", "attention", "none")
@@ -128,7 +128,7 @@ class EventDetector:
         logits: Float32[np.ndarray, " c"],
         embedding: Float32[np.ndarray, " d"] | None = None,
     ) -> Moment:
-        """Takes the next frame.
+        """Take the next frame.
 
         Args:
           time_s: of the frame; never decreases.
@@ -149,7 +149,7 @@ class EventDetector:
         return Moment(time_s, probs, None if below else self.labels[best], score, started, before + ended)
 
     def finish(self) -> tuple[Event, ...]:
-        """Ends what still goes on, at the last frame."""
+        """End what still goes on, at the last frame."""
         return self._end(self._last_s)
 
     def _smoothed(self) -> np.ndarray:
@@ -237,7 +237,7 @@ def watch(
 
 
 def find_events(frames: Iterable[TimedFrame], backend: Backend, rules: EventRules, batch_size: int = 32) -> Watched:
-    """The events of a whole video.
+    """Return the events of a whole video.
 
     Raises:
       BadVideo: none of it can be read.

@@ -65,7 +65,7 @@ def make_card(model: Path, metrics: Mapping[str, Any] | None, name: str, license
 
 
 def check_card(text: str) -> None:
-    """Checks a card without asking the Hub: its metadata is read back, and each section is there.
+    """Check a card without asking the Hub: its metadata is read back, and each section is there.
 
     Raises:
       UserError: what is missing or can't be read.
@@ -81,7 +81,7 @@ def check_card(text: str) -> None:
 
 
 def _public(spec: str) -> str:
-    """A SPEC without the folders of the machine where it was used."""
+    """Return a SPEC without the folders of the machine where it was used."""
     kind, colon, place = spec.partition(":")
     return f"{kind}:{Path(place).name}" if colon and Path(place).is_absolute() else spec
 
@@ -123,7 +123,7 @@ def _data(record: Mapping[str, Any]) -> str:
 
 
 def _plain(label: str) -> str:
-    """A label as Markdown that shows it as it stands, be it HTML or a link."""
+    """Return a label as Markdown that shows it as it stands, be it HTML or a link."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(label, quote=False))
 
 

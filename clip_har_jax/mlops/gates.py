@@ -41,7 +41,7 @@ class Check:
 
 
 def read_evaluation(folder: Path, digest: str) -> dict[str, Any]:
-    """The metrics of an evaluation of the model with that digest.
+    """Return the metrics of an evaluation of the model with that digest.
 
     Raises:
       UserError: no evaluation, or one of another model.
@@ -56,7 +56,7 @@ def read_evaluation(folder: Path, digest: str) -> dict[str, Any]:
 
 
 def check_gates(gates: Gates, candidate: Path, champion: Path | None) -> list[Check]:
-    """Checks a version's folders against the bounds, and against those of the champion if there is one."""
+    """Check a version's folders against the bounds, and against those of the champion if there is one."""
     checks = [_check_parity(candidate / "export")] if (candidate / "export").is_dir() else []
     retention = candidate / RETENTION
     checks += check_evaluation(gates, candidate / "evaluation", champion and champion / "evaluation", retention)
@@ -66,7 +66,7 @@ def check_gates(gates: Gates, candidate: Path, champion: Path | None) -> list[Ch
 
 
 def check_evaluation(gates: Gates, candidate: Path, champion: Path | None, retention: Path) -> list[Check]:
-    """Checks what an evaluation shows, against the champion's if there is one, and what the training says it kept."""
+    """Check what an evaluation shows, against the champion's if there is one, and what the training says it kept."""
     checks = [_check_gain(gates.min_gain, candidate, champion)] if champion is not None else []
     if gates.min_retention is not None:
         checks.append(_check_retention(gates.min_retention, retention))
@@ -101,7 +101,7 @@ def _check_gain(least: float, candidate: Path, champion: Path) -> Check:
 
 
 def _read_hits(folder: Path) -> dict[str, int]:
-    """Whether each example was told right."""
+    """Return whether each example was told right."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(folder / "predictions.parquet", columns=["input", "label", "predicted"]).to_pydict()
@@ -112,7 +112,7 @@ def _read_hits(folder: Path) -> dict[str, int]:
 
 
 def paired_interval(gains: np.ndarray) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the mean of paired differences, from a fixed seed."""
+    """Return the 95% percentile bootstrap interval of the mean of paired differences, from a fixed seed."""
     rng = np.random.default_rng(0)
     values, counts = np.unique(gains, return_counts=True)  # -1, 0 and 1: a resample is a draw of their counts
     means = rng.multinomial(len(gains), counts / len(gains), RESAMPLES) @ values / len(gains)
@@ -138,7 +138,7 @@ def _check_latency(most_ms: float, export: Path) -> Check:
 
 
 def measure_latency_ms(export: Path) -> float:
-    """The median time of one prediction of an exported folder, pixels to probabilities."""
+    """Return the median time of one prediction of an exported folder, pixels to probabilities."""
     from clip_har_jax.inference.exported import ExportedBackend
 
     backend = ExportedBackend(export, batch_size=1)

@@ -13,7 +13,7 @@ from clip_har_jax.mlops.card import check_card, make_card
 
 
 def write_hub_folder(model: Path, metrics: Path | None, repository: str, license: str, output: Path) -> str:
-    """Writes the exact folder that would be pushed: the model's files, and README.md, the card.
+    """Write the exact folder that would be pushed: the model's files, and README.md, the card.
 
     Returns:
       The model's digest.

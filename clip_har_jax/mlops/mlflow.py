@@ -34,7 +34,7 @@ STATUS = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
 
 
 def find_experiment(client: MlflowClient) -> str:
-    """The id of the experiment, which is made if need be."""
+    """Return the id of the experiment, which is made if need be."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     if (found := client.get_experiment_by_name(name)) is not None:
         return found.experiment_id
@@ -76,7 +76,7 @@ class Mlflow:
         self.log(_entities(step, metrics))
 
     def log(self, metrics: Iterable[Metric]) -> None:
-        """Logs any number of metrics."""
+        """Log any number of metrics."""
         rest = iter(metrics)
         while batch := list(islice(rest, 1000)):
             self.client.log_batch(self.run_id, metrics=batch)

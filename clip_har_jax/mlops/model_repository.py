@@ -21,7 +21,7 @@ SERVED = ("classifier", "image_encoder", "text_encoder")
 
 
 def write_model_repository(export: Path, output: Path, name: str, format: str, max_batch_size: int) -> list[str]:
-    """Writes the repository; gives the models in it.
+    """Write the repository; gives the models in it.
 
     Args:
       export: a sealed exported folder.

@@ -48,7 +48,7 @@ class Version:
 
 
 def open_registry(name: str = NAME) -> "Registry":
-    """The registry that MLFLOW_TRACKING_URI names, else mlflow.db in this folder.
+    """Return the registry that MLFLOW_TRACKING_URI names, else mlflow.db in this folder.
 
     Raises:
       UserError: it can't be reached.
@@ -68,7 +68,7 @@ class Registry:
         self.name, self._client = name, client
 
     def register(self, model: Path, export: Path | None, evaluation: Path | None) -> Version:
-        """Uploads folders as a new version; the same digest again gives the version that is there.
+        """Upload folders as a new version; the same digest again gives the version that is there.
 
         Args:
           model: a sealed model folder.
@@ -111,7 +111,7 @@ class Registry:
         return self._read(made)
 
     def _find_run(self, run_id: str | None) -> str | None:
-        """The training's own run, where this store has it."""
+        """Return the training's own run, where this store has it."""
         if run_id is None or not re.fullmatch(r"[\w.-]+", run_id):
             return None
         found = self._client.search_runs([find_experiment(self._client)], f"tags.run_id = '{run_id}'", max_results=1)
@@ -150,7 +150,7 @@ class Registry:
         return {alias: int(version) for alias, version in aliases.items()}
 
     def find(self, reference: str) -> Version:
-        """A version by alias or number.
+        """Return a version by alias or number.
 
         Raises:
           UserError: there is none; says what there is.
@@ -188,7 +188,7 @@ class Registry:
         return checks
 
     def compare(self, model: Path, evaluation: Path, alias: str, gates: Gates) -> list[Check]:
-        """Checks a model that isn't registered yet against an alias's version, by what needs no export.
+        """Check a model that isn't registered yet against an alias's version, by what needs no export.
 
         Raises:
           UserError: the alias's version was tampered with.
@@ -224,7 +224,7 @@ class Registry:
         return self.find(before)
 
     def pull(self, reference: str, part: str, output: Path) -> Version:
-        """Writes a version's model/, export/ or evaluation/ folder to `output`; the old one stays until it is whole.
+        """Write a version's model/, export/ or evaluation/ folder to `output`; the old one stays until it is whole.
 
         Raises:
           UserError: no such version or part, or one that isn't what was registered.
@@ -243,7 +243,7 @@ class Registry:
         return version
 
     def _download(self, version: Version, target: Path) -> Path:
-        """Fetches a version's folders and checks them."""
+        """Fetch a version's folders and check them."""
         try:
             target.mkdir(parents=True)
             folder = Path(download_artifacts(artifact_uri=version.source, dst_path=str(target)))

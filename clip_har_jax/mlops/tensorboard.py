@@ -47,7 +47,7 @@ class TensorBoard:
         self._write_text("run", _table(tags))
 
     def log_folder(self, name: str, folder: Path) -> None:
-        """Shows the pictures; the files themselves lie where they are."""
+        """Show the pictures; the files themselves lie where they are."""
         for path in _pictures(folder):
             with Image.open(path) as picture:
                 width, height = picture.size
@@ -83,11 +83,11 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def _table(values: Mapping[str, object]) -> str:
-    """A table in Markdown, which the text page shows."""
+    """Return a table in Markdown, which the text page shows."""
     rows = (f"| {key} | `{html.escape(str(value), quote=False)}` |" for key, value in values.items())
     return "\n".join(("| key | value |", "|---|---|", *rows))
 
 
 def open_tracker(facts: Facts, handle: Handle | None) -> TensorBoard:
-    """A new event file, beside those of earlier starts."""
+    """Return a new event file, beside those of earlier starts."""
     return TensorBoard(facts)

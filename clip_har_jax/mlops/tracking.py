@@ -53,7 +53,7 @@ class Facts:
 
 
 def read_facts(workdir: epath.PathLike) -> Facts:
-    """The facts of the run in a work folder, from its config.json and run.json.
+    """Return the facts of the run in a work folder, from its config.json and run.json.
 
     Raises:
       UserError: no run is there.
@@ -83,20 +83,20 @@ class Tracker(Protocol):
     handle: Handle
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of one step."""
+        """Take the metrics of one step."""
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Takes further facts."""
+        """Take further facts."""
 
     def log_folder(self, name: str, folder: Path) -> None:
-        """Takes the files of a folder, under a name."""
+        """Take the files of a folder, under a name."""
 
     def close(self, status: str) -> None:
-        """Ends this start of the run: FINISHED, STOPPED or FAILED."""
+        """End this start of the run: FINISHED, STOPPED or FAILED."""
 
 
 def open_tracker(name: str, facts: Facts, handle: Handle | None) -> Tracker:
-    """Opens a tracker, which imports its library; `handle`: of the run that it continues, if there is one."""
+    """Open a tracker, which imports its library; `handle`: of the run that it continues, if there is one."""
     return importlib.import_module(f"clip_har_jax.mlops.{name}").open_tracker(facts, handle)
 
 
@@ -189,7 +189,7 @@ class Isolated:
                 print(f"warning: {self.name}: {self.error}; the run goes on", file=sys.stderr, flush=True)
 
     def close(self, status: str) -> None:
-        """Waits for what is queued as long as it moves, ends the tracker, and says what it missed."""
+        """Wait for what is queued as long as it moves, end the tracker, and say what it missed."""
         deadline = time.monotonic() + (self.STOPPED_S if status == STOPPED else float("inf"))
         self._moved = time.monotonic()
         while not self._is_late(deadline):
@@ -242,7 +242,7 @@ class Trackers:
         self._put(lambda tracker: tracker.write(step, values))
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Adds facts that weren't known at the start, as the model's digest."""
+        """Add facts that weren't known at the start, as the model's digest."""
         self._put(lambda tracker: tracker.tag(tags))
 
     def log_folder(self, name: str, folder: Path) -> None:

@@ -94,14 +94,14 @@ def _has_key() -> bool:
 
 
 def open_tracker(facts: Facts, handle: Handle | None) -> Wandb:
-    """A run under the run's own id, so that a continued one is the same run."""
+    """Return a run under the run's own id, so that a continued one is the same run."""
     return Wandb(facts, handle)
 
 
 def sync(
     facts: Facts, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
 ) -> tuple[str, Handle]:
-    """Uploads what was written offline, by W&B's own `wandb sync`; each folder once.
+    """Upload what was written offline, by W&B's own `wandb sync`; each folder once.
 
     Raises:
       UserError: W&B refuses it, or can't be reached.

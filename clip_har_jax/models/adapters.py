@@ -46,7 +46,7 @@ class LoRALinear(nnx.Linear):
 
 
 def add_lora(model: FlaxCLIPModel, targets: Sequence[str], towers: Sequence[str], rank: int, alpha: float) -> list[str]:
-    """Puts low-rank updates into an abstract model's linear layers.
+    """Put low-rank updates into an abstract model's linear layers.
 
     Args:
       model: from `abstract_model`; changed in place.
@@ -88,7 +88,7 @@ def add_lora(model: FlaxCLIPModel, targets: Sequence[str], towers: Sequence[str]
 
 
 def init_lora(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Updates of zero: the first matrix random, the second 0 (their section 4.1)."""
+    """Update of zero: the first matrix random, the second 0 (their section 4.1)."""
     rng = np.random.default_rng(seed)
     params = {}
     for name, shape in sorted(shapes.items()):
@@ -100,7 +100,7 @@ def init_lora(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.
 
 
 def merge_lora(params: Mapping[str, Any], scale: float) -> Params:
-    """The parameters without their updates, which are added to the kernels they belong to."""
+    """Return the parameters without their updates, which are added to the kernels they belong to."""
     merged = {name: value for name, value in params.items() if not name.endswith((A, B))}
     for name, a in params.items():
         if name.endswith(A):

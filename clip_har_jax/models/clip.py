@@ -35,7 +35,7 @@ class VisionTransformer(nnx.Module):
         self.post_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
 
     def embed_patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """The first layer's tokens, class token first."""
+        """Return the first layer's tokens, class token first."""
         batch, size, patch = images.shape[0], self.config.image_size, self.config.patch_size
         if images.shape[1:3] != (size, size):
             raise ValueError(f"images are {images.shape[2]}x{images.shape[1]} px, the model takes {size}x{size}")
@@ -49,7 +49,7 @@ class VisionTransformer(nnx.Module):
         return self.pre_norm(x)
 
     def tokens(self, images: Float[Array, "b h w 3"], drop: Drop | None = None) -> Float[Array, "b n d"]:
-        """The last layer's tokens, class token first, before the last norm."""
+        """Return the last layer's tokens, class token first, before the last norm."""
         return apply_layers(self.layers, self.embed_patches(images), self.runtime, drop=drop)
 
     def __call__(self, images: Float[Array, "b h w 3"], drop: Drop | None = None) -> Float[Array, "b d"]:
@@ -131,7 +131,7 @@ def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 def mean_by_class(
     embeddings: Float[Array, "p d"], class_of_prompt: Int[Array, " p"], num_classes: int
 ) -> Float[Array, "c d"]:
-    """The mean of each class's normalised prompt embeddings, normalised again; classes beyond the last don't count."""
+    """Return the mean of each class's normalised prompt embeddings, normalised again; classes beyond the last don't count."""
     sums = jax.ops.segment_sum(embeddings, class_of_prompt, num_classes)
     counts = jax.ops.segment_sum(jnp.ones(len(class_of_prompt)), class_of_prompt, num_classes)
     return l2_normalize(sums / counts[:, None])
@@ -217,13 +217,13 @@ class FlaxCLIPModel(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, runtime: Runtime = Runtime()) -> "FlaxCLIPModel":
-        """Loads a Hub name or a folder in the Hugging Face layout; see `models.pretrained.load_pretrained`."""
+        """Load a Hub name or a folder in the Hugging Face layout; see `models.pretrained.load_pretrained`."""
         from clip_har_jax.models.pretrained import load_pretrained
 
         return load_pretrained(name_or_folder, runtime)
 
     def save_pretrained(self, folder: str) -> None:
-        """Writes config.json and model.safetensors, which `transformers.CLIPModel.from_pretrained` opens."""
+        """Write config.json and model.safetensors, which `transformers.CLIPModel.from_pretrained` opens."""
         from clip_har_jax.models.pretrained import save_pretrained
 
         save_pretrained(self, folder)

@@ -64,7 +64,7 @@ _TEXT_KEYS = _TOWER_KEYS | {
 
 
 def config_from_hf(values: Any) -> CLIPConfig:
-    """Reads the contents of a Hugging Face config.json; keys left out have Hugging Face's defaults.
+    """Read the contents of a Hugging Face config.json; keys left out have Hugging Face's defaults.
 
     Raises:
       UserError: not a CLIP, a value of a wrong type, or one that `check_config` refuses.
@@ -82,7 +82,7 @@ def config_from_hf(values: Any) -> CLIPConfig:
 
 
 def _read_tower(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """A tower's settings; where an older file has the second name (text_config_dict), it alone counts, as there."""
+    """Return a tower's settings; where an older file has the second name (text_config_dict), it alone counts, as there."""
     key = f"{name}_dict" if values.get(f"{name}_dict") is not None else name
     given = values.get(key)
     if given is not None and not isinstance(given, dict):
@@ -101,7 +101,7 @@ def _read_fields(cls: type, given: dict[str, Any], keys: dict[str, str]) -> dict
 
 
 def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
-    """The contents of config.json, as `transformers.CLIPModel` reads it."""
+    """Return the contents of config.json, as `transformers.CLIPModel` reads it."""
     text = {theirs: getattr(config.text, ours) for ours, theirs in _TEXT_KEYS.items()}
     vision = {theirs: getattr(config.vision, ours) for ours, theirs in _VISION_KEYS.items()}
     return {

@@ -78,7 +78,7 @@ class LoadedModel:
 
 
 def make_start(name: str, prompts: Sequence[str], image_size_px: int | None = None) -> Start:
-    """The starting point that a config's `model` section names.
+    """Return the starting point that a config's `model` section names.
 
     A named size has random weights and a tokenizer trained on `prompts`; a Hub name or folder has its own.
 
@@ -124,7 +124,7 @@ def _resized(config: CLIPConfig, image_size_px: int | None) -> CLIPConfig:
 
 
 def known_config(name: str, image_size_px: int | None = None) -> CLIPConfig:
-    """The sizes of the model that a config's `model` section names, known without downloading anything.
+    """Return the sizes of the model that a config's `model` section names, known without downloading anything.
 
     Of a named size the vocabulary is as large as that of a run can become.
 
@@ -145,12 +145,12 @@ def known_config(name: str, image_size_px: int | None = None) -> CLIPConfig:
 
 
 def start_params(start: Start, seed: int) -> Params:
-    """The starting weights, random where the start has none."""
+    """Return the starting weights, random where the start has none."""
     return init_params(start.config, seed) if start.params is None else start.params
 
 
 def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
-    """A trained model, ready to compute.
+    """Return a trained model, ready to compute.
 
     Raises:
       UserError: not a whole CLIP in the Hugging Face layout.

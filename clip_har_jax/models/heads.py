@@ -193,7 +193,7 @@ class TemporalHead(Head):
 
 
 def frames_of(features: Features) -> Float[Array, "b t d"]:
-    """The embeddings of a clip's frames; an image is a clip of one."""
+    """Return the embeddings of a clip's frames; an image is a clip of one."""
     return features.image[:, None] if features.frames is None else features.frames
 
 
@@ -217,7 +217,7 @@ HEADS: dict[str, tuple[type[Head], str | None]] = {
 
 
 def abstract_head(name: str, size: HeadSize) -> Any:
-    """A head with shapes and axis names in place of weights."""
+    """Return a head with shapes and axis names in place of weights."""
     with nnx.use_eager_sharding(False):
         return nnx.eval_shape(lambda: HEADS[name][0](size, nnx.Rngs(0)))
 
@@ -231,7 +231,7 @@ def head_shapes(name: str, size: HeadSize) -> tuple[dict[str, tuple[int, ...]], 
 def init_head(
     name: str, classes: Float32[np.ndarray, "c d"], logit_scale: float, seed: int, hidden: int = 0
 ) -> dict[str, np.ndarray]:
-    """A head's parameters before training: it answers as CLIP does with these class embeddings.
+    """Return a head's parameters before training: it answers as CLIP does with these class embeddings.
 
     (An adapter's bottleneck is random from the start, as in the paper.)
 
@@ -249,7 +249,7 @@ def init_head(
 
 
 def make_head(name: str, params: Mapping[str, Any]) -> Any:
-    """The head that computes with `params`, which also give its sizes.
+    """Return the head that computes with `params`, which also give its sizes.
 
     Raises:
       UserError: parameters that aren't those of such a head; names them.
@@ -299,13 +299,13 @@ def _clip_features(
 
 
 def write_head(folder: str | Path, params: Mapping[str, Any]) -> None:
-    """Writes head.safetensors."""
+    """Write head.safetensors."""
     tensors = {name: np.array(value, np.float32, order="C") for name, value in params.items()}
     write_tensors(Path(folder) / HEAD_FILE, tensors)
 
 
 def read_head(folder: str | Path, name: str, dim: int, num_classes: int) -> Params:
-    """Reads head.safetensors.
+    """Read head.safetensors.
 
     Args:
       name: the head that actions.json names.

@@ -65,7 +65,7 @@ def linear(
     std: float,
     use_bias: bool = True,
 ) -> nnx.Linear:
-    """A dense layer whose kernel [in, out] is named by `axes` and starts as a normal of deviation `std`."""
+    """Return a dense layer whose kernel [in, out] is named by `axes` and starts as a normal of deviation `std`."""
     return nnx.Linear(
         in_dim,
         out_dim,
@@ -149,7 +149,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
     def first_token(self, x: Float[Array, "b n d"]) -> Float[Array, "b 1 d"]:
-        """The first token of what a call gives, without computing the others."""
+        """Return the first token of what a call gives, without computing the others."""
         normed = self.norm1(x)
         x = x[:, :1] + self.attention(normed, None, False, queries=normed[:, :1])
         return x + self.mlp(self.norm2(x))
@@ -167,7 +167,7 @@ def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs) -> Block:
 
 
 def unstack(layers: Block) -> list[Block]:
-    """The stacked blocks as one `Block` each, for exporters: a scan is slow in other runtimes, and so is slicing."""
+    """Return the stacked blocks as one `Block` each, for exporters: a scan is slow in other runtimes, and so is slicing."""
     graphdef, stacked = nnx.split(layers)
     count = len(jax.tree.leaves(stacked)[0])
     return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count)]
@@ -199,7 +199,7 @@ def apply_layers(
     is_causal: bool = False,
     drop: Drop | None = None,
 ) -> Float[Array, "b n d"]:
-    """Runs the blocks, stacked or as `unstack` gives them, one after the other.
+    """Run the blocks, stacked or as `unstack` gives them, one after the other.
 
     A scan compiles one block instead of all; `runtime.remat` says what its backward pass keeps.
     """

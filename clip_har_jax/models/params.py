@@ -17,19 +17,19 @@ Params = dict[str, Any]  # dotted path -> array
 
 
 def abstract_model(config: CLIPConfig, runtime: Runtime = Runtime()) -> FlaxCLIPModel:
-    """The model with shapes and axis names in place of weights."""
+    """Return the model with shapes and axis names in place of weights."""
     return nnx.eval_shape(lambda: FlaxCLIPModel(config, runtime, rngs=nnx.Rngs(0)))
 
 
 def flat_params(model: nnx.Module) -> Params:
-    """A module's parameters by dotted path."""
+    """Return a module's parameters by dotted path."""
     return {
         ".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
 
 
 def axis_names(model: nnx.Module) -> dict[str, tuple[str | None, ...]]:
-    """The logical axis names of each parameter, by dotted path."""
+    """Return the logical axis names of each parameter, by dotted path."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): value.get_metadata().get("out_sharding") or () for path, value in state}
 
@@ -47,7 +47,7 @@ def _path(name: str) -> tuple[str | int, ...]:
 
 
 def make_model(config: CLIPConfig, params: Mapping[str, Any], runtime: Runtime = Runtime()) -> FlaxCLIPModel:
-    """A model that computes with `params`."""
+    """Return a model that computes with `params`."""
     return nnx.merge(nnx.graphdef(abstract_model(config, runtime)), unflatten(params))
 
 
@@ -57,7 +57,7 @@ def init_params(config: CLIPConfig, seed: int) -> Params:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, readable by whom the person's umask says: the library itself makes it private."""
+    """Write a safetensors file, readable by whom the person's umask says: the library itself makes it private."""
     from safetensors.numpy import save_file
 
     path.touch()

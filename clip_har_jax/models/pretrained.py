@@ -136,7 +136,7 @@ def params_from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple
 
 
 def read_config(folder: Path) -> CLIPConfig:
-    """Reads config.json of a model folder.
+    """Read config.json of a model folder.
 
     Raises:
       UserError: missing, not JSON, or not a CLIP.
@@ -153,7 +153,7 @@ def read_config(folder: Path) -> CLIPConfig:
 
 
 def read_params(folder: Path, config: CLIPConfig) -> Params:
-    """Reads the weights of a model folder as float32 numpy arrays.
+    """Read the weights of a model folder as float32 numpy arrays.
 
     Takes model.safetensors, sharded safetensors with their index, or flax_model.msgpack, in this order.
 
@@ -205,7 +205,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a Flax CLIP of transformers 4, under their PyTorch names and layouts."""
+    """Return the tensors of a Flax CLIP of transformers 4, under their PyTorch names and layouts."""
     from flax.serialization import msgpack_restore
 
     try:
@@ -235,7 +235,7 @@ def resize_positions(params: Params, old: CLIPConfig, new: CLIPConfig) -> Params
 
 
 def resolve_folder(name_or_folder: str) -> Path:
-    """The folder itself, or that of a Hub name's files, which are downloaded once.
+    """Return the folder itself, or that of a Hub name's files, which are downloaded once.
 
     Raises:
       UserError: neither a folder nor a name that the Hub answers to.
@@ -259,7 +259,7 @@ def resolve_folder(name_or_folder: str) -> Path:
 
 
 def load_pretrained(name_or_folder: str, runtime: Runtime = Runtime()) -> FlaxCLIPModel:
-    """A model with the weights of a Hub name or a folder.
+    """Return a model with the weights of a Hub name or a folder.
 
     Raises:
       UserError: as `resolve_folder`, `read_config` and `read_params`.
@@ -270,7 +270,7 @@ def load_pretrained(name_or_folder: str, runtime: Runtime = Runtime()) -> FlaxCL
 
 
 def save_pretrained(model: FlaxCLIPModel, folder: str | Path) -> None:
-    """Writes config.json and model.safetensors in the Hugging Face layout."""
+    """Write config.json and model.safetensors in the Hugging Face layout."""
     write_params(folder, model.config, flat_params(model))
 
 

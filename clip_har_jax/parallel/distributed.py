@@ -50,7 +50,7 @@ def join(
     heartbeat_timeout_s: int = 100,
     barrier_timeout_s: int = 600,
 ) -> Iterator[None]:
-    """Makes this process one of a run's for the length of a `with` block; a run of one process is left as it is.
+    """Make this process one of a run's for the length of a `with` block; a run of one process is left as it is.
 
     The first three arguments are given together, or else found as `rendezvous.find_group` says. Comes before anything
     that asks for devices. In a group, an error in the block is printed as commands print it and ends this process at
@@ -82,12 +82,12 @@ def join(
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which alone prints and writes what is common to all."""
+    """Return whether this is process 0, which alone prints and writes what is common to all."""
     return global_state.process_id == 0
 
 
 def barrier(name: str, timeout_s: float | None = None) -> None:
-    """Waits until all processes are here.
+    """Wait until all processes are here.
 
     Raises:
       RuntimeError: they aren't within `timeout_s` (default: `join`'s); names those missing.
@@ -137,7 +137,7 @@ def fetch(tree: Any) -> Any:
 
 
 def agree(yes: bool) -> bool:
-    """Whether all processes say yes. All call it in the same order."""
+    """Return whether all processes say yes. All call it in the same order."""
     return yes if global_state.client is None else bool(multihost_utils.process_allgather(np.asarray(yes)).all())
 
 
@@ -147,7 +147,7 @@ def share(tree: Any) -> Any:
 
 
 def agree_to_stop(step: int, requested: bool) -> bool:
-    """Whether the run stops after this step, the same one on all processes, since any of them was asked to.
+    """Return whether the run stops after this step, the same one on all processes, since any of them was asked to.
 
     Every process calls it once a step, with steps that count up by one. Between collectives processes may be some
     steps apart, so JAX's preemption service finds a step that none has passed; until then nothing is communicated.
@@ -178,7 +178,7 @@ def _check_count(group: rendezvous.Group) -> None:
 
 
 def _leave_together(where: str, timeout_s: float) -> None:
-    """Waits for all, then takes JAX's service down.
+    """Wait for all, then take JAX's service down.
 
     Without waiting first, a process that was asked to stop in its last step would wait for the agreement of those
     whose preemption service is down already.
@@ -191,7 +191,7 @@ def _leave_together(where: str, timeout_s: float) -> None:
 
 
 def _leave_at_once(exit_code: int) -> None:
-    """Ends this process after an error; not through the interpreter's end, which waits for the others in JAX's barrier.
+    """End this process after an error; not through the interpreter's end, which waits for the others in JAX's barrier.
 
     A mistake that all processes make ends them together: were process 0 to go first, and the coordination service with
     it, the others would die of that instead of their own message.

@@ -13,7 +13,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """The number of devices on each of `AXES`.
+    """Return the number of devices on each of `AXES`.
 
     The strategy puts all devices on its axis (fsdp_tp: pairs on tensor, the rest on fsdp); sizes set explicitly
     override it, and those left out are then 1.
@@ -38,7 +38,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run over `devices` (default: all of all processes), neighbours on the innermost axis.
+    """Return the mesh of a run over `devices` (default: all of all processes), neighbours on the innermost axis.
 
     Raises:
       UserError: as `mesh_shape`.
@@ -49,5 +49,5 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The chip's nominal dense bfloat16 FLOP/s; None where it isn't known."""
+    """Return the chip's nominal dense bfloat16 FLOP/s; None where it isn't known."""
     return chip.peak_flops if (chip := find_chip(device)) else None

@@ -46,7 +46,7 @@ class Group:
 def find_group(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout_s: int
 ) -> Group | None:
-    """The run's processes, by the first of these that says anything; None for a single process.
+    """Return the run's processes, by the first of these that says anything; None for a single process.
 
     1. the flags `--coordinator_address`, `--num_processes` and `--process_id`
     2. the variables `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; in an indexed job of
@@ -94,7 +94,7 @@ def find_group(
 
 
 def connect(group: Group, join_timeout_s: int, heartbeat_timeout_s: int, shutdown_timeout_s: int) -> None:
-    """Connects this process with the others; where that fails, the process may end here, with one line and status 2.
+    """Connect this process with the others; where that fails, the process may end here, with one line and status 2.
 
     Raises:
       UserError: the coordinator can't be reached, or can't listen.
@@ -119,7 +119,7 @@ def connect(group: Group, join_timeout_s: int, heartbeat_timeout_s: int, shutdow
 
 
 def _number(*names: str) -> int | None:
-    """The first variable of these that is set."""
+    """Return the first variable of these that is set."""
     for name in names:
         value = os.environ.get(name)
         if value is not None and not value.isdecimal():
@@ -213,7 +213,7 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def _abort_as_one_line(explain: Callable[[str], str]) -> Iterator[None]:
-    """An abort within prints `error: explain(standard error)` in place of what C++ wrote, and exits as mistakes do."""
+    """Return an abort within prints `error: explain(standard error)` in place of what C++ wrote, and exits as mistakes do."""
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
     sys.stderr.flush()

@@ -27,7 +27,7 @@ Tree = TypeVar("Tree")
 
 
 def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> P:
-    """The PartitionSpec of one parameter.
+    """Return the PartitionSpec of one parameter.
 
     Raises:
       UserError: a dimension that the mesh axis doesn't divide; names the parameter.
@@ -52,7 +52,7 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ..
 def param_shardings(
     shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[str | None, ...]], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-    """The sharding of each parameter by dotted path.
+    """Return the sharding of each parameter by dotted path.
 
     Raises:
       UserError: as `partition_spec`.
@@ -70,7 +70,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """The parts into which a batch's rows are cut."""
+    """Return the parts into which a batch's rows are cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -99,12 +99,12 @@ def process_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 
 
 def place(tree: Tree, sharding: NamedSharding) -> Tree:
-    """Puts this process's rows of host arrays on the mesh as global arrays."""
+    """Put this process's rows of host arrays on the mesh as global arrays."""
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), tree)
 
 
 def put(tree: Tree, shardings: Any) -> Tree:
-    """Puts whole host arrays, the same on every process, on the mesh; each device takes only its shard."""
+    """Put whole host arrays, the same on every process, on the mesh; each device takes only its shard."""
 
     def one(value: Any, sharding: NamedSharding) -> jax.Array:
         value = np.asarray(value)
@@ -114,7 +114,7 @@ def put(tree: Tree, shardings: Any) -> Tree:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """The largest number of bytes of `tree` that any one device of this process holds."""
+    """Return the largest number of bytes of `tree` that any one device of this process holds."""
     totals: dict[jax.Device, int] = {}
     for array in jax.tree.leaves(tree):
         for shard in array.addressable_shards:

@@ -48,7 +48,7 @@ def find_chip(device: jax.Device) -> Chip | None:
 
 
 def memory_bytes(device: jax.Device, num_local: int) -> int | None:
-    """The memory that a device of this machine offers to a program; None where it isn't known.
+    """Return the memory that a device of this machine offers to a program; None where it isn't known.
 
     Args:
       num_local: devices of this machine; those of a CPU share the machine's memory.
@@ -61,7 +61,7 @@ def memory_bytes(device: jax.Device, num_local: int) -> int | None:
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-    """The devices of a TPU slice that isn't here: programs compile for them, and can't run.
+    """Return the devices of a TPU slice that isn't here: programs compile for them, and can't run.
 
     Args:
       topology: generation and shape in chips, as v5e:4x4.

@@ -25,8 +25,8 @@ from clip_har_jax.config import RunConfig
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.mlops.gates import Check, Gates
-from clip_har_jax.pipelines.provenance import ROOT
-from clip_har_jax.pipelines.workdir import WorkdirLock, make_workdir, read_json
+from clip_har_jax.trainer.provenance import ROOT
+from clip_har_jax.trainer.workdir import WorkdirLock, make_workdir, read_json
 
 STATE, SUMMARY = "auto.json", "summary.html"
 EXIT_REFUSED = 1  # a gate kept the model from being served
@@ -92,7 +92,7 @@ class Auto:
         return self.plan.workdir
 
     def run(self) -> int:
-        """Runs what has to be run; gives the exit code.
+        """Run what has to be run; gives the exit code.
 
         Raises:
           UserError: a step failed; the earlier ones are kept.
@@ -132,7 +132,7 @@ class Auto:
         return "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.passed)
 
     def _step(self, name: str, inputs: Sequence[Any], outputs: Sequence[Path], do: Callable[[], dict[str, Any]]) -> Any:
-        """Runs a step unless it was run on these inputs before and its outputs are still there; gives its result."""
+        """Run a step unless it was run on these inputs before and its outputs are still there; gives its result."""
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         state = read_json(epath.Path(self.workdir / STATE)) or {}
         known = state.get(name, {})
@@ -153,7 +153,7 @@ class Auto:
             self._child.send_signal(number)
 
     def _call(self, step: str, *command: str | Path) -> None:
-        """Runs a script of the project; hands signals on to it."""
+        """Run a script of the project; hands signals on to it."""
         paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # for `-m export`, wherever this was started
         self._child = subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -170,7 +170,7 @@ class Auto:
             raise StepFailedError(step, code)
 
     def _data(self) -> dict[str, str]:
-        """The data's version, and a leak-free split of it where the config names no validation data of its own."""
+        """Return the data's version, and a leak-free split of it where the config names no validation data of its own."""
         config, output = self.plan.config.data, self.workdir / "data"
         train = make_source(config.train, "train", config.labels, several_classes=True)
         if config.val:
@@ -217,7 +217,7 @@ class Auto:
         return self._step("evaluate", inputs, [output / "metrics.json"], evaluate)
 
     def _gate(self, test: Mapping[str, Any]) -> list[Check]:
-        """Whether an export is worth its time: the model against the champion, as far as it needs no export."""
+        """Return whether an export is worth its time: the model against the champion, as far as it needs no export."""
         from clip_har_jax.mlops.registry import CHAMPION, open_registry
 
         checks = open_registry(self.plan.name).compare(
@@ -266,7 +266,7 @@ class Auto:
         return self._step("register", inputs, [], register)["version"]
 
     def _promote(self, version: int) -> list[Check]:
-        """Makes the version the champion, if it passes; that it is already is no mistake here."""
+        """Make the version the champion, if it passes; that it is already is no mistake here."""
         from clip_har_jax.mlops.registry import CHAMPION, open_registry
 
         registry = open_registry(self.plan.name)

@@ -19,9 +19,9 @@ from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
-from clip_har_jax.pipelines.inputs import load_data, load_retention, select_classes
 from clip_har_jax.pipelines.tuning import Space, finished, run_training, search, setting_name, weigh_method, with_method
 from clip_har_jax.specs import parse_spec
+from clip_har_jax.trainer.run_data import load_data, load_retention, select_classes
 from clip_har_jax.training.methods import METHODS
 from clip_har_jax.training.probe import ALPHAS, BETAS, PENALTIES
 
@@ -145,7 +145,7 @@ def _folder(config: RunConfig, output: Path) -> Path:
 
 
 def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, test: str) -> dict[str, Any]:
-    """The mean of the weights of runs that differ in their seeds (Wortsman et al. 2022, Model soups: the uniform one).
+    """Return the mean of the weights of runs that differ in their seeds (Wortsman et al. 2022, Model soups: the uniform one).
 
     Returns:
       As a cell; the soup itself is a model folder, OUTPUT/soups/METHOD.
@@ -176,7 +176,7 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
 
 
 def measure(config: RunConfig, model: Path, test: str) -> dict[str, Any]:
-    """The metrics of a model folder on the test data."""
+    """Return the metrics of a model folder on the test data."""
     backend = JaxBackend(model, batch_size=config.eval.batch_size)
     source = make_source(test, "test")
     source = select_classes(source, backend.labels, "data.classes") if source.labels != backend.labels else source

@@ -46,7 +46,7 @@ class ClassedSource:
 
 
 def _match_labels(source: Source, classes: Sequence[str], where: str) -> np.ndarray:
-    """The class of each of the source's labels: of the same name, or said alike; -1 for labels without examples."""
+    """Return the class of each of the source's labels: of the same name, or said alike; -1 for labels without examples."""
     by_name = {label: i for i, label in enumerate(classes)}
     by_phrase = {phrase(label): i for i, label in enumerate(classes)}
     counts = np.bincount(source.label_ids, minlength=len(source.labels))
@@ -69,7 +69,7 @@ def evaluate_model(
     max_bad_fraction: float = DataConfig.max_bad_fraction,
     num_views: int | None = None,
 ) -> EvalResult:
-    """Evaluates a model folder, or any CLIP in the Hugging Face layout, and writes metrics, predictions and report.
+    """Evaluate a model folder, or any CLIP in the Hugging Face layout, and write metrics, predictions and report.
 
     Args:
       model: a folder or a Hub name.
@@ -182,7 +182,7 @@ def _command(
 
 
 def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-    """A bar on the terminal; nothing where there is none."""
+    """Return a bar on the terminal; nothing where there is none."""
     from rich.console import Console
     from rich.progress import track
 
@@ -191,7 +191,7 @@ def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
 
 
 def print_result(result: EvalResult, output: str | Path) -> None:
-    """The result and where things lie."""
+    """Return the result and where things lie."""
     metrics, output = result.metrics, Path(output)
     rows = [("images", str(metrics["num_examples"]))]
     if metrics["num_unreadable"]:

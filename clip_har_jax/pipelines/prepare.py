@@ -69,7 +69,7 @@ def prepare(
     max_bad_fraction: float = DataConfig.max_bad_fraction,
     num_workers: int | None = None,
 ) -> Prepared:
-    """Finds near duplicates, splits by group and class, and writes the manifest and its page.
+    """Find near duplicates, splits by group and class, and write the manifest and its page.
 
     Args:
       data: SPECs of the data.
@@ -148,7 +148,7 @@ def _make_rows(
     groups: np.ndarray,
     splits: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """The manifest's rows; an example weighs the less the more copies it has."""
+    """Return the manifest's rows; an example weighs the less the more copies it has."""
     weights = 1 / np.bincount(copies)[copies]
     return [
         {"path": path, "sha256": one.sha256, "label": label, "group": int(number), "split": split}
@@ -187,7 +187,7 @@ def _write_bad(path: Path, bad: Sequence[tuple[str, str]], count: int, max_fract
 
 
 def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> list[str]:
-    """The splits with the given test set as test, and what shares a group with it nowhere."""
+    """Return the splits with the given test set as test, and what shares a group with it nowhere."""
     near = np.isin(groups, groups[in_test])
     return [
         "test" if test else "excluded" if touched else split
@@ -196,7 +196,7 @@ def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> li
 
 
 def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], output: Path) -> tuple[list[str], Path]:
-    """The files' paths below a common folder, and that folder; images that have no file are written to images/."""
+    """Return the files' paths below a common folder, and that folder; images that have no file are written to images/."""
     files = [source.path(i) for i in kept]
     if any(file is None for file in files):
         folder = output / "images"
@@ -221,7 +221,7 @@ def _list_duplicates(
     pairs: Sequence[tuple[int, int, float]],
     given: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """The contents of duplicates.json: each group of more than one copy."""
+    """Return the contents of duplicates.json: each group of more than one copy."""
     members: dict[int, list[int]] = {}
     for i, number in enumerate(copies.tolist()):
         members.setdefault(number, []).append(i)
@@ -254,7 +254,7 @@ def _find_suspects(
     groups: np.ndarray,
     labels: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """The images whose labels most neighbours in a model's features contradict."""
+    """Return the images whose labels most neighbours in a model's features contradict."""
     from clip_har_jax.inference.predictor import Predictor
 
     predictor = Predictor(model, None if bundle.has_actions(model) else labels)  # only its features are used

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int
 
 from clip_har_jax.config import RunConfig, leaves, merge_values
-from clip_har_jax.pipelines.inputs import Data, load_data
 from clip_har_jax.text import phrase
+from clip_har_jax.trainer.run_data import Data, load_data
 
 MAX_SHOTS = 16  # images of the median class up to which data are few-shot
 MAX_SMALL = 10_000  # images below which they are small
@@ -57,7 +57,7 @@ GROUPS = (
 
 
 def complete(config: RunConfig, given: Set[str]) -> dict[str, Any]:
-    """The settings for the data that a config names; prints them with the reasons.
+    """Return the settings for the data that a config names; prints them with the reasons.
 
     Args:
       config: with what the command line says.
@@ -107,7 +107,7 @@ def _class_counts(data: Data) -> Int[np.ndarray, " c"]:
 
 
 def _describe(values: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """The settings under these keys as they will be: the preset's, but for those that the command line changed."""
+    """Return the settings under these keys as they will be: the preset's, but for those that the command line changed."""
     return ", ".join(
         f"{key}={given[key]} (as you set it)" if key in given else f"{key}={value}"
         for key, value in _flat(values)

@@ -46,7 +46,7 @@ PAGE = """<!doctype html>
 
 
 def make_summary(config: str, outcome: str, steps: Sequence["Step"], workdir: Path) -> str:
-    """The page, with links to what lies beside it."""
+    """Return the page, with links to what lies beside it."""
     links = [
         name for name in ("test/report.html", "data/report.html", "run/model/README.md") if (workdir / name).exists()
     ]

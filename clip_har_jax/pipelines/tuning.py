@@ -10,9 +10,9 @@ from clip_har_jax import bundle
 from clip_har_jax.config import RetentionConfig, RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import CLIPConfig
-from clip_har_jax.pipelines.inputs import load_data
-from clip_har_jax.pipelines.train import Result, train
-from clip_har_jax.pipelines.weigh import Job, Variant, find_machine, make_program, step_memory
+from clip_har_jax.planning.cost import Job, Variant, find_machine, make_program, step_memory
+from clip_har_jax.trainer.run_data import load_data
+from clip_har_jax.trainer.train import Result, train
 from clip_har_jax.training.methods import METHODS
 from clip_har_jax.training.optim import is_decayed
 
@@ -28,7 +28,7 @@ class Space:
         return sorted(config.optim.learning_rate * factor for factor in self.factors)
 
     def all_decays(self, config: RunConfig) -> list[float]:
-        """The config's own first: the rates are tried with it."""
+        """Return the config's own first: the rates are tried with it."""
         return list(dict.fromkeys([config.optim.weight_decay, *self.decays]))
 
 
@@ -43,7 +43,7 @@ class Needs:
 def with_method(
     config: RunConfig, method: str, seed: int, rate: float | None = None, decay: float | None = None
 ) -> RunConfig:
-    """The config of a run; rate and decay are the config's own where they aren't given."""
+    """Return the config of a run; rate and decay are the config's own where they aren't given."""
     optim = config.optim
     rate, decay = optim.learning_rate if rate is None else rate, optim.weight_decay if decay is None else decay
     return dataclasses.replace(
@@ -71,7 +71,7 @@ def weigh_method(config: RunConfig, clip: CLIPConfig) -> Needs:
 def search(
     config: RunConfig, needs: Needs, output: Path, space: Space
 ) -> tuple[tuple[float, float], list[dict[str, Any]]]:
-    """The learning rate and the weight decay that are best in validation, and all that was tried."""
+    """Return the learning rate and the weight decay that are best in validation, and all that was tried."""
     own = (config.optim.learning_rate, config.optim.weight_decay)
     rates, decays = space.rates(config), space.all_decays(config)
     if METHODS[config.method.name].learns_from != "steps":
@@ -93,7 +93,7 @@ def _score(tried: dict[str, Any]) -> tuple[float, float]:
 
 
 def try_setting(config: RunConfig, rate: float, decay: float, output: Path) -> dict[str, Any]:
-    """A run that is only validated: neither the test data nor what is retained has a say in the search."""
+    """Return a run that is only validated: neither the test data nor what is retained has a say in the search."""
     config = with_method(config, config.method.name, config.seed, rate, decay)
     config = dataclasses.replace(config, retention=RetentionConfig())
     folder = output / "search" / config.method.name / setting_name(config)
@@ -116,12 +116,12 @@ def try_setting(config: RunConfig, rate: float, decay: float, output: Path) -> d
 
 
 def setting_name(config: RunConfig) -> str:
-    """The name of a folder."""
+    """Return the name of a folder."""
     return f"rate_{config.optim.learning_rate:.3g}_decay_{config.optim.weight_decay:.3g}"
 
 
 def finished(done: Path, config: RunConfig, **same: Any) -> dict[str, Any] | None:
-    """A finished cell; None where there is none yet.
+    """Return a finished cell; None where there is none yet.
 
     Raises:
       UserError: it is of another config or other data.

@@ -79,13 +79,13 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def best_metric(self) -> float | None:
-        """The highest validation accuracy of a kept checkpoint."""
+        """Return the highest validation accuracy of a kept checkpoint."""
         step = self._manager.best_step()
         value = _best_by(self._manager.metrics(step)) if step is not None else -1.0
         return value if value >= 0 else None
 
     def save(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Starts saving; returns once the state may be changed again.
+        """Start saving; returns once the state may be changed again.
 
         If this save or the one before it fails, as on a full disk, older checkpoints but the newest and the best are
         deleted and the state is saved once more.
@@ -102,7 +102,7 @@ class Checkpointer:
             self._save_again(step, state, position, metrics, error)
 
     def finish(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Returns when the last save, of this very state, is whole on disk; saves it again if that failed.
+        """Return when the last save, of this very state, is whole on disk; saves it again if that failed.
 
         Raises:
           UserError: as `save`.
@@ -160,14 +160,14 @@ class Checkpointer:
         self._manager = self._open()
 
     def free_space(self) -> None:
-        """Deletes all checkpoints but the newest and the best."""
+        """Delete all checkpoints but the newest and the best."""
         kept = {self._manager.latest_step(), self._manager.best_step()}
         for step in self._manager.all_steps():
             if step not in kept:
                 self._manager.delete(step)
 
     def newest_whole(self) -> int | None:
-        """The newest step, whose files were as they had been saved; None: there never were checkpoints.
+        """Return the newest step, whose files were as they had been saved; None: there never were checkpoints.
 
         Raises:
           UserError: there were checkpoints and none of them was whole, now or at an earlier start: what starts a run
@@ -179,7 +179,7 @@ class Checkpointer:
         return step
 
     def best_whole(self) -> int:
-        """The step of the highest validation accuracy that is whole now; the newest where none was evaluated.
+        """Return the step of the highest validation accuracy that is whole now; the newest where none was evaluated.
 
         Raises:
           UserError: none is whole.
@@ -201,13 +201,13 @@ class Checkpointer:
         )
 
     def _steps_aside(self) -> list[str]:
-        """The damaged checkpoints that were moved aside, at any start; the first process looks for all."""
+        """Return the damaged checkpoints that were moved aside, at any start; the first process looks for all."""
         aside = sealing.aside(self._folder)
         found = sorted(path.name for path in aside.iterdir()) if distributed.is_main() and aside.exists() else []
         return distributed.broadcast(found)
 
     def _sweep(self, steps: Iterable[int]) -> dict[str, str]:
-        """Checks the files of `steps` and moves aside what is damaged; the first process does it for all.
+        """Check the files of `steps` and move aside what is damaged; the first process does it for all.
 
         Returns:
           What is wrong, by step (JSON has no integer keys).
@@ -220,11 +220,11 @@ class Checkpointer:
         return distributed.broadcast(damaged)
 
     def position(self, step: int) -> dict[str, Any]:
-        """The data position that was saved with a checkpoint."""
+        """Return the data position that was saved with a checkpoint."""
         return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
 
     def restore(self, like: TrainState, step: int) -> TrainState:
-        """The state of a checkpoint, placed on the mesh as `like` is.
+        """Return the state of a checkpoint, placed on the mesh as `like` is.
 
         Raises:
           UserError: the checkpoint is of a model with other parameters.
@@ -250,7 +250,7 @@ class Checkpointer:
             sealing.manifest_path(self._folder, int(step)).unlink(missing_ok=True)
 
     def _seal(self) -> None:
-        """Writes the manifest of the checkpoint being saved; called in Orbax's thread before the folder is renamed.
+        """Write the manifest of the checkpoint being saved; called in Orbax's thread before the folder is renamed.
 
         So there is no whole checkpoint without one. `_seal_late` adds what is written after that.
         """

@@ -175,11 +175,11 @@ class _SoftmaxSums(NamedTuple):
         )
 
     def losses(self) -> jax.Array:
-        """The rows' losses [r], once all columns are in."""
+        """Return the rows' losses [r], once all columns are in."""
         return self.log_normalizer - self.positive_logits / jnp.maximum(self.num_positives, 1)
 
     def slopes(self, block: _Block) -> jax.Array:
-        """The derivatives [r c] of `losses` with respect to a block's logits."""
+        """Return the derivatives [r c] of `losses` with respect to a block's logits."""
         probabilities = jnp.exp(jnp.where(block.valid, block.logits, EXCLUDED) - self.log_normalizer[:, None])
         return probabilities - block.positive / jnp.maximum(self.num_positives, 1)[:, None]
 
@@ -217,7 +217,7 @@ class _Sweep:
     chunk_size: int
 
     def __call__(self, visit: Callable[[Any, _Rows], tuple[Any, Any]], state: Any, columns: _Rows, sums: Any) -> Any:
-        """Runs `visit(state, chunk) -> (state, what to add to the chunk's sums)` over the chunks of all devices.
+        """Run `visit(state, chunk) -> (state, what to add to the chunk's sums)` over the chunks of all devices.
 
         Args:
           visit: a scan's body.

@@ -43,12 +43,12 @@ class Goodput:
         self._claimed += seconds
 
     def claim(self, category: str) -> None:
-        """Counts all time until now that nothing has claimed."""
+        """Count all time until now that nothing has claimed."""
         self._add(category, max(0.0, time.monotonic() - self._begin - self._claimed))
 
     @contextmanager
     def measure(self, category: str) -> Iterator[None]:
-        """Counts the time of a block, less what was compiled in it."""
+        """Count the time of a block, less what was compiled in it."""
         begin, claimed = time.monotonic(), self._claimed
         try:
             yield
@@ -64,5 +64,5 @@ class Goodput:
 
 
 def productive_share(seconds: Mapping[str, float]) -> float:
-    """The share of the time that moved the model forward."""
+    """Return the share of the time that moved the model forward."""
     return seconds["productive"] / max(sum(seconds.values()), 1e-9)

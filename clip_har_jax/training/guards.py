@@ -61,7 +61,7 @@ class SkipGuard:
         self._skipped: dict[int, Any] = {}
 
     def watch(self, step: int, skipped: jax.Array, index: jax.Array) -> None:
-        """Takes a step's count of skipped updates in a row and its batch's index; reads those of `LAG` steps before.
+        """Take a step's count of skipped updates in a row and its batch's index; reads those of `LAG` steps before.
 
         Raises:
           TooManySkippedError: the limit is passed.
@@ -71,7 +71,7 @@ class SkipGuard:
             self._read()
 
     def finish(self) -> None:
-        """Reads what is left.
+        """Read what is left.
 
         Raises:
           TooManySkippedError: the limit is passed.
@@ -94,6 +94,6 @@ class SkipGuard:
 
 
 def _rows_here(index: jax.Array) -> list[int]:
-    """The examples that this process holds of a batch."""
+    """Return the examples that this process holds of a batch."""
     rows = {shard.index[0].start or 0: np.asarray(shard.data) for shard in index.addressable_shards}
     return [int(value) for start in sorted(rows) for value in rows[start] if value >= 0]

@@ -34,7 +34,7 @@ class Schedule:
     patience: int = 0  # evaluations without a better one after which the run is done; 0: never
 
     def is_over(self, step: int, best_step: int | None) -> bool:
-        """Whether no more steps are to be made: all were, or the last ones brought nothing."""
+        """Return whether no more steps are to be made: all were, or the last ones brought nothing."""
         patience = self.patience * self.eval_every
         return step >= self.num_steps or (patience > 0 and best_step is not None and step - best_step >= patience)
 
@@ -56,7 +56,7 @@ class Meter:
     begin: float = field(default_factory=time.monotonic)
 
     def take(self, batch_size: int) -> dict[str, float | None]:
-        """The averages since the last `take`, which starts the next interval."""
+        """Return the averages since the last `take`, which starts the next interval."""
         total = reduce(lambda a, b: a.merge(b), jax.device_get(self.metrics))
         now = time.monotonic()
         elapsed, steps = now - self.begin, len(self.metrics)

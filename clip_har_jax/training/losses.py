@@ -34,7 +34,7 @@ def cross_entropy(
 
 
 def balanced_weights(counts: Sequence[int], beta: float) -> Float32[np.ndarray, " c"]:
-    """The weight of each class: inverse to its effective number of examples (Cui et al. 2019, equation 2).
+    """Return the weight of each class: inverse to its effective number of examples (Cui et al. 2019, equation 2).
 
     They average 1 over the examples, so that the learning rate needn't change with them.
 
@@ -48,5 +48,5 @@ def balanced_weights(counts: Sequence[int], beta: float) -> Float32[np.ndarray, 
 
 
 def masked_mean(values: Float[Array, " b"], mask: Float[Array, " b"]) -> Float[Array, ""]:
-    """The mean over rows of mask 1; 0 where there are none."""
+    """Return the mean over rows of mask 1; 0 where there are none."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1.0)

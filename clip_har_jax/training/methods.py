@@ -167,7 +167,7 @@ class Method:
         return own
 
     def is_trainable(self, name: str) -> bool:
-        """Whether the parameter of this dotted name is updated."""
+        """Return whether the parameter of this dotted name is updated."""
         if not any(fnmatchcase(name, pattern) for pattern in self.recipe.trains):
             return False
         if name.startswith(HEAD) or name == CONTEXT:
@@ -177,7 +177,7 @@ class Method:
         return self.towers in ("both", "text" if name.startswith("text") else "image")
 
     def model(self, params: Params) -> FlaxCLIPModel:
-        """The model that computes with `params`, of which a head's and a prompt's are set aside."""
+        """Return the model that computes with `params`, of which a head's and a prompt's are set aside."""
         own = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
         return nnx.merge(self.graphdef, unflatten(own))
 
@@ -207,7 +207,7 @@ class Method:
         embeddings: Float[Array, "c d"],
         drop: Drop | None = None,
     ) -> Float[Array, "b c"]:
-        """The head's logits; with the cosine exp(logit_scale) * image . class."""
+        """Return the head's logits; with the cosine exp(logit_scale) * image . class."""
         features = image_features(self.model(params), images, self.needs_patches, drop)
         if self.has_head:
             return self.make_head(params)(features)
@@ -274,7 +274,7 @@ class Method:
 def _even_bias(
     image: Float[Array, "b d"], text: Float[Array, "b d"], scale: Float[Array, ""], mask: Float[Array, " b"]
 ) -> Float[Array, ""]:
-    """The sigmoid's bias at which an average pair is as likely to match as one row's texts are.
+    """Return the sigmoid's bias at which an average pair is as likely to match as one row's texts are.
 
     SigLIP learns it (Zhai et al. 2023, section 3.2); a fine-tuning of a CLIP that has none is too short for that.
     """
@@ -290,7 +290,7 @@ def _choose_prompts(key: jax.Array, label: Int[Array, " b"], class_of_prompt: In
 
 
 def check_method(config: MethodConfig) -> tuple[Recipe, str, str]:
-    """The recipe that `config.name` names, its head and its loss.
+    """Return the recipe that `config.name` names, its head and its loss.
 
     Raises:
       UserError: an unknown name; a head, loss or tower that doesn't fit; names the accepted ones.

@@ -25,7 +25,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay acts on a parameter: matrices only. By name, since stacked biases have two dims too."""
+    """Return whether weight decay acts on a parameter: matrices only. By name, since stacked biases have two dims too."""
     return name.endswith((".kernel", ".lora_a", ".lora_b"))
 
 
@@ -82,7 +82,7 @@ def _to_rank(values: np.ndarray, rank: int) -> np.ndarray:
 def make_optimizer(
     config: OptimConfig, num_steps: int, shapes: Shapes, masks: Mapping[str, np.ndarray]
 ) -> optax.GradientTransformation:
-    """The optimiser of the parameters with these dotted names and shapes (Loshchilov and Hutter 2019).
+    """Return the optimiser of the parameters with these dotted names and shapes (Loshchilov and Hutter 2019).
 
     Args:
       masks: from `freeze_masks`; where 0, the parameter neither moves nor counts in the gradient's norm.
@@ -104,7 +104,7 @@ def make_optimizer(
 
 
 def _multiply(scales: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
-    """Updates times a constant for each parameter."""
+    """Update times a constant for each parameter."""
     needed = {name: scale for name, scale in scales.items() if not np.all(scale == 1)}
     return optax.stateless(
         lambda updates, _: {

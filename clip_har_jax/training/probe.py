@@ -46,7 +46,7 @@ def fit_probe(
     label_smoothing: float = 0.0,
     penalties: Sequence[float] = PENALTIES,
 ) -> Fit:
-    """A linear head: the least cross-entropy plus a penalty on the squared distance from CLIP's own class embeddings.
+    """Return a linear head: the least cross-entropy plus a penalty on the squared distance from CLIP's own class embeddings.
 
     Radford et al. 2021 (appendix A.3) fit from 0 with L-BFGS and choose the penalty on validation data; from CLIP's own
     classifier a few images a class do better than from 0, and without any the zero-shot answer is left.
@@ -119,14 +119,14 @@ def _adamw(loss_fn: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax
 
 
 def choose_cache(label: Int32[np.ndarray, " n"], per_class: int, seed: int) -> np.ndarray:
-    """The training images that a Tip-Adapter remembers: so many of each class, drawn by the seed."""
+    """Return the training images that a Tip-Adapter remembers: so many of each class, drawn by the seed."""
     order = np.random.default_rng(seed).permutation(len(label))
     chosen = [order[label[order] == each][:per_class] for each in np.unique(label)]
     return np.sort(np.concatenate(chosen))
 
 
 def fit_cache(cache: Embedded, val: Embedded, classes: Float32[np.ndarray, "c d"], scale: float) -> Fit:
-    """A Tip-Adapter (Zhang et al. 2022) without training; alpha and beta are searched for, as in the authors' code."""
+    """Return a Tip-Adapter (Zhang et al. 2022) without training; alpha and beta are searched for, as in the authors' code."""
     keys, values = cache.embeddings.T, np.eye(len(classes), dtype=np.float32)[cache.label]
     zero_shot, affinity = scale * val.embeddings @ classes.T, val.embeddings @ keys
     votes = {beta: np.exp(-beta * (1 - affinity)) @ values for beta in BETAS}

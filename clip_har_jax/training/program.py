@@ -118,7 +118,7 @@ class Program:
         }
 
     def place(self, params: Params) -> tuple[TrainState, Params]:
-        """The state before the first step and the frozen parameters, on the mesh, from host parameters.
+        """Return the state before the first step and the frozen parameters, on the mesh, from host parameters.
 
         Those that are missing are the head of features not yet seen; they start as 0.
         """
@@ -131,7 +131,7 @@ class Program:
     def place_prompts(
         self, input_ids: Int[np.ndarray, "p t"], class_of_prompt: Sequence[int], num_classes: int | None = None
     ) -> tuple[Any, Any]:
-        """The prompts, filled up to a multiple of the mesh so that every device computes its share of them.
+        """Return the prompts, filled up to a multiple of the mesh so that every device computes its share of them.
 
         Args:
           num_classes: those of the prompts, where they aren't the run's.

@@ -19,7 +19,7 @@ _READ_BYTES = 1 << 22
 
 
 def probe(folder: epath.Path) -> None:
-    """Makes a folder, and finds out whether anything can be written there.
+    """Make a folder, and find out whether anything can be written there.
 
     Raises:
       OSError: it can't.
@@ -38,7 +38,7 @@ def steps_on_disk(folder: epath.Path) -> list[int]:
 
 
 def was_saved(folder: epath.Path) -> bool:
-    """Whether there is a checkpoint, or was one that is damaged now."""
+    """Return whether there is a checkpoint, or was one that is damaged now."""
     return bool(steps_on_disk(folder)) or aside(folder).exists()
 
 
@@ -56,7 +56,7 @@ def write_manifest(folder: epath.Path, step: int, files: Mapping[str, str]) -> N
 
 
 def seal_late(folder: epath.Path, step: int) -> None:
-    """Adds to a checkpoint's manifest what is written last, and removes the manifests of deleted checkpoints."""
+    """Add to a checkpoint's manifest what is written last, and remove the manifests of deleted checkpoints."""
     files = json.loads(manifest_path(folder, step).read_text())["files"]
     late = [name for name in LATE if (folder / str(step) / name).exists()]
     write_manifest(folder, step, files | {name: sha256(folder / str(step) / name) for name in late})

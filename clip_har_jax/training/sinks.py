@@ -21,10 +21,10 @@ class Sink(Protocol):
     """Takes the metrics of a run as they become known."""
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of one step."""
+        """Take the metrics of one step."""
 
     def close(self) -> None:
-        """Writes what waits; nothing is written afterwards."""
+        """Write what waits; nothing is written afterwards."""
 
 
 class JsonlSink:
@@ -65,14 +65,14 @@ class JsonlSink:
 
 
 def _whole_lines(path: epath.Path) -> list[str]:
-    """The lines of a file but for one that a kill cut off."""
+    """Return the lines of a file but for one that a kill cut off."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def write_curves(jsonl: epath.PathLike, csv: epath.PathLike) -> None:
-    """Writes a run's metrics as a table, a row a step, for tools that read no JSON lines."""
+    """Write a run's metrics as a table, a row a step, for tools that read no JSON lines."""
     rows: dict[int, dict[str, Any]] = {}
     for line in _whole_lines(epath.Path(jsonl)):
         values = json.loads(line)
@@ -137,12 +137,12 @@ _SHOWN = {
 
 
 def describe(metrics: Metrics) -> str:
-    """The metrics worth a glance, in words."""
+    """Return the metrics worth a glance, in words."""
     shown = [(form, metrics.get(name)) for name, form in _SHOWN.items()]
     return "  ".join(form.format(value) for form, value in shown if value is not None)
 
 
 def to_jsonable(value: Any) -> float | None:
-    """A Python float; None for what JSON can't say."""
+    """Return a Python float; None for what JSON can't say."""
     value = float(value)
     return value if value == value and abs(value) != float("inf") else None

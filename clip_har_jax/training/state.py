@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 def opt_state_shardings(
     optimizer: optax.GradientTransformation, params: Params, shardings: Mapping[str, NamedSharding], mesh: Mesh
 ) -> Any:
-    """The optimiser's state sharded as its parameters (ZeRO); its counters on every device."""
+    """Return the optimiser's state sharded as its parameters (ZeRO); its counters on every device."""
     shapes = jax.eval_shape(optimizer.init, params)
     return optax.tree_map_params(
         optimizer,
@@ -45,14 +45,14 @@ def state_shardings(
     mesh: Mesh,
     with_ema: bool,
 ) -> TrainState:
-    """A `TrainState` of shardings."""
+    """Return a `TrainState` of shardings."""
     whole, by_name = replicated(mesh), dict(shardings)
     opt_state = opt_state_shardings(optimizer, params, shardings, mesh)
     return TrainState(whole, by_name, by_name if with_ema else {}, opt_state, whole, whole, whole)
 
 
 def make_state(params: Params, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
-    """The state before the first step, from host parameters; every process gives the same."""
+    """Return the state before the first step, from host parameters; every process gives the same."""
     zero = np.zeros((), np.int32)
     ema = put(params, shardings.ema) if shardings.ema else {}
     params = put(params, shardings.params)

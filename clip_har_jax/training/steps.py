@@ -28,7 +28,7 @@ MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 
 
 def _per_example(name: str) -> Callable[..., dict[str, jax.Array]]:
-    """Reads the output `name`, whose rows of mask 0 don't count."""
+    """Read the output `name`, whose rows of mask 0 don't count."""
     return lambda *, example_mask, **outputs: {"values": outputs[name], "mask": example_mask}
 
 
@@ -52,7 +52,7 @@ def make_train_step(
     shardings: TrainState,
     mesh: Mesh,
 ) -> Callable[[TrainState, Params, Classes, Batch], tuple[TrainState, TrainMetrics, Int[Array, ""]]]:
-    """The training step, jitted; it donates the state, so the caller keeps only what it returns.
+    """Return the training step, jitted; it donates the state, so the caller keeps only what it returns.
 
     An update that isn't finite is left out and counted: the state stays finite whatever the batch. The third output is
     the number of updates left out in a row, which the next step doesn't donate.
@@ -91,7 +91,7 @@ def make_train_step(
 
 
 def _moving_average(state: TrainState, params: Params, decay: float) -> Params:
-    """The average after this step; the first steps weigh more, so that it soon forgets the start."""
+    """Return the average after this step; the first steps weigh more, so that it soon forgets the start."""
     step = state.step.astype(jnp.float32)
     rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
     return {name: average + rate * (params[name] - average) for name, average in state.ema.items()}
@@ -104,7 +104,7 @@ def make_gradients(
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
 ) -> Callable[[Params, Params, Classes, Batch, jax.Array], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
-    """The gradients of a batch's mean loss, each row's loss, and whether its class was found.
+    """Return the gradients of a batch's mean loss, each row's loss, and whether its class was found.
 
     With `config.train.accumulation_steps` the batch's parts go through the image tower one after the other. The class
     embeddings are computed once for all, and differentiated once, through the sum of the parts' gradients.
@@ -154,7 +154,7 @@ def make_gradients(
 
 
 def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
-    """A batch as [parts, rows / parts, ...]; every device keeps its rows, so nothing is sent."""
+    """Return a batch as [parts, rows / parts, ...]; every device keeps its rows, so nothing is sent."""
     rows = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
 
     def one(x: jax.Array) -> jax.Array:
@@ -167,7 +167,7 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 def make_eval_step(
     method: Method, preprocess: Preprocess, mesh: Mesh
 ) -> Callable[[Params, Params, Classes, Batch], tuple[Float[Array, "b c"], Batch]]:
-    """The class logits of a batch, jitted, and its labels, mask and index; every process gets those of all rows."""
+    """Return the class logits of a batch, jitted, and its labels, mask and index; every process gets those of all rows."""
 
     def eval_step(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[jax.Array, Batch]:
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
@@ -189,7 +189,7 @@ def make_feature_step(
 
 
 def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, Classes], Float[Array, "c d"]]:
-    """The embeddings of the run's classes, jitted: run once where they never change, else before each evaluation."""
+    """Return the embeddings of the run's classes, jitted: run once where they never change, else before each evaluation."""
 
     def class_step(params: Params, classes: Classes) -> jax.Array:
         embeddings = method.class_embeddings(params, classes)
@@ -203,7 +203,7 @@ def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, Classes], F
 def make_text_step(
     method: Method, num_classes: int, mesh: Mesh
 ) -> Callable[[Params, Int[Array, "p t"], Int[Array, " p"]], Float[Array, "c d"]]:
-    """The embeddings of any classes from their prompts as they stand, jitted: what zero-shot compares images with."""
+    """Return the embeddings of any classes from their prompts as they stand, jitted: what zero-shot compares images with."""
 
     def text_step(params: Params, input_ids: jax.Array, class_of_prompt: jax.Array) -> jax.Array:
         return method.model(params).encode_classes(input_ids, class_of_prompt, num_classes)

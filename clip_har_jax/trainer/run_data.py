@@ -1,0 +1,147 @@
+"""What a run learns from and is judged by: its data, classes and prompts."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from clip_har_jax.config import RunConfig
+from clip_har_jax.data.sources import Example, Source, SubsetSource, make_source
+from clip_har_jax.data.splits import hold_out, take_shots
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.specs import parse_spec
+from clip_har_jax.text import make_prompts
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is judged by."""
+
+    train: Source
+    val: Source
+    labels: tuple[str, ...]
+    prompts: dict[str, tuple[str, ...]]
+
+    @property
+    def texts(self) -> list[str]:
+        """All prompts, class after class."""
+        return [text for label in self.labels for text in self.prompts[label]]
+
+    @property
+    def class_of_prompt(self) -> list[int]:
+        return [i for i, label in enumerate(self.labels) for _ in self.prompts[label]]
+
+
+def load_data(config: RunConfig) -> Data:
+    """Return the data that a config names.
+
+    Raises:
+      UserError: it isn't there, or leaves nothing to train or to validate on; a class with too few images.
+    """
+    classes = config.data.classes
+    with _named("data.train"):
+        train_source = make_source(config.data.train, "train", config.data.labels, several_classes=True)
+    if config.data.val:
+        with _named("data.val"):
+            val_source = make_source(config.data.val, "val", train_source.labels)
+    else:
+        train_ids, val_ids = hold_out(train_source.label_ids, config.data.val_fraction, config.data.split_seed)
+        train_source, val_source = SubsetSource(train_source, train_ids), SubsetSource(train_source, val_ids)
+    if classes:
+        train_source = select_classes(train_source, classes, "data.classes")
+        val_source = select_classes(val_source, classes, "data.classes")
+    labels = tuple(train_source.labels)
+    if unknown := [label for label in config.data.augment.no_flip_labels if label not in labels]:
+        raise UserError(
+            f"config.data.augment.no_flip_labels: {unknown[0]!r} is none of the {len(labels)} classes; "
+            f"{nearest(unknown[0], list(labels))}"
+        )
+    if not len(val_source):
+        raise UserError("config.data.val_fraction leaves no validation images; raise it, or set config.data.val")
+    if config.data.shots is not None:
+        positions = take_shots(train_source.label_ids, labels, config.data.shots, config.seed)
+        train_source = SubsetSource(train_source, positions)
+    # A learned context takes the place of a template's words.
+    templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
+    prompts = make_prompts(labels, templates, config.text.descriptions, config.text.phrases)
+    return Data(train_source, val_source, labels, prompts)
+
+
+def validates_on_test(config: RunConfig) -> bool:
+    """Return whether `config.data.val` has no validation images, so that its test images choose what is kept of a run."""
+    text = config.data.val
+    if not text or parse_spec(text).kind not in ("folder", "video", "manifest") or "split" in parse_spec(text).options:
+        return False
+    try:
+        train, val, test = (make_source(text, split).fingerprint for split in ("train", "val", "test"))
+    except UserError:  # it has no such split
+        return False
+    return val == test != train  # all alike: a folder without splits, whose images are all for validation
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Says which key of the config named the data that are wrong: a config's own may be what wasn't thought of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from error
+
+
+class ClassSource(SubsetSource):
+    """The examples of some classes of another source, which are numbered anew."""
+
+    def __init__(self, source: Source, ids: Sequence[int]):
+        super().__init__(source, np.flatnonzero(np.isin(source.label_ids, ids)))
+        places = np.full(len(source.labels), -1, np.int32)
+        places[ids] = np.arange(len(ids))
+        self.labels, self.label_ids = tuple(source.labels[i] for i in ids), places[self.label_ids]
+        self.fingerprint = hashlib.sha256(f"{self.fingerprint} {self.labels}".encode()).hexdigest()
+
+    def __getitem__(self, i: int) -> Example:
+        return super().__getitem__(i)._replace(label=int(self.label_ids[i]))
+
+
+def select_classes(source: Source, classes: Sequence[str], key: str) -> Source:
+    """Return the examples of some of a source's classes, which are then its only ones, in this order.
+
+    Raises:
+      UserError: fewer than two, one that isn't there, or no examples; names the config key.
+    """
+    if unknown := [label for label in classes if label not in source.labels]:
+        raise UserError(
+            f"config.{key}: {unknown[0]!r} is no class of the data; {nearest(unknown[0], list(source.labels))}"
+        )
+    ids = [source.labels.index(label) for label in classes]
+    chosen = ClassSource(source, ids)
+    if len(set(classes)) < 2 or not len(chosen):
+        raise UserError(f"config.{key}: two or more classes with images are needed, not {', '.join(classes)}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class RetentionData:
+    """Images by which it is seen what a model can still tell without having been trained for it."""
+
+    source: Source
+    labels: tuple[str, ...]
+    prompts: dict[str, tuple[str, ...]]
+
+
+def load_retention(config: RunConfig) -> RetentionData | None:
+    """Return the data of the retention gate; None where the config names none.
+
+    Raises:
+      UserError: it isn't there, or doesn't have the classes.
+    """
+    if not config.retention.data:
+        if config.retention.classes or config.retention.fail:
+            raise UserError("config.retention.data is empty; name the images by which retention is measured")
+        return None
+    with _named("retention.data"):
+        whole = make_source(config.retention.data, "test")
+    chosen = config.retention.classes or tuple(whole.labels)
+    source = select_classes(whole, chosen, "retention.classes")
+    return RetentionData(source, chosen, make_prompts(chosen))

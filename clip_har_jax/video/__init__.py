@@ -1,0 +1,1 @@
+"""Clips and streams: bytes in, timed frames out."""

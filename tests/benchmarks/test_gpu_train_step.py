@@ -1,0 +1,63 @@
+"""The GPU benchmark: its code path on a CPU with a very small model, and that it claims nothing without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from PIL import Image
+
+from benchmarks.gpu_train_step import BATCH_SIZES, measure, print_table, write_photographs
+from clip_har_jax.data.sources import make_source
+from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+from clip_har_jax.models.factory import NAMED_SIZES
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIP = CLIPConfig(
+    TextConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, context_length=6),
+    VisionConfig(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, image_size=16, patch_size=8),
+    projection_dim=8,
+)
+
+
+def test_measure(tmp_path, capsys):
+    write_photographs(tmp_path, count=6, size=(60, 40))
+    source = make_source(f"folder:{tmp_path}", "train", (), several_classes=True)
+    assert len(source) == 6
+    values = measure(jax.devices()[1], CLIP, source, batch_size=4, steps=3, num_workers=0)
+    assert values["batch_size"] == 4
+    assert values["images_per_s"] > 0 and values["resident_images_per_s"] > 0
+    assert 0 <= values["data_wait_fraction"] < 1
+    assert values["mfu"] is None and values["mfu_resident"] is None  # a CPU's peak isn't known
+    assert values["skipped_steps"] == 0  # bfloat16 stays finite
+    print_table({"tiny": values})
+    assert "tiny" in capsys.readouterr().out
+
+
+def test_photographs_weigh_as_much_as_real_ones(tmp_path):
+    write_photographs(tmp_path, count=2)
+    for path in tmp_path.rglob("*.jpg"):
+        assert 40_000 < path.stat().st_size < 160_000  # of 500 x 375 px
+        with Image.open(path) as image:
+            assert (image.format, image.size) == ("JPEG", (500, 375))
+
+
+def test_all_models_are_named_sizes():
+    assert set(BATCH_SIZES) <= set(NAMED_SIZES)
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--models=ViT-B/17"], 2)])
+def test_the_command_without_a_gpu(flags, code):
+    command = [sys.executable, "-m", "benchmarks.gpu_train_step", *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == code
+    if code == 0:
+        said, result = done.stdout.splitlines()
+        assert said.startswith("no GPU here")
+        assert json.loads(result) == {"benchmark": "gpu_train_step", "ratio": None, "device": None, "models": {}}
+    else:
+        assert done.stderr.splitlines() == ["error: --models=ViT-B/17: did you mean 'ViT-B/16'?"]

@@ -1,0 +1,114 @@
+"""Alerts and dashboard ask for series that the server has, in a language that Prometheus reads."""
+
+import json
+import re
+from pathlib import Path
+
+import promql_parser
+import pytest
+import yaml
+
+from serving.telemetry import Metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+MONITORING = ROOT / "serving" / "monitoring"
+RULES = [rule for group in yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
+DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "serving.json").read_text())
+TARGET_LABELS = {"job", "instance", "namespace", "pod"}  # added while scraping
+# What the rules record, by the labels that they keep.
+RECORDED = {
+    rule["record"]: {label for by in re.findall(r"by \(([^)]*)\)", rule["expr"]) for label in by.split(", ")}
+    for rule in RULES
+    if "record" in rule
+}
+
+
+def given() -> dict[str, set[str]]:
+    """Name of each series that there is -> its labels."""
+    names = {"up": TARGET_LABELS, **RECORDED}
+    for collector, series in Metrics().registry._collector_to_names.items():
+        labels = {*collector._labelnames, *TARGET_LABELS}
+        names |= {name: labels | ({"le"} if name.endswith("_bucket") else set()) for name in series}
+    return names
+
+
+GIVEN = given()
+
+
+def selectors(expression: str) -> list[promql_parser.VectorSelector]:
+    found: list[promql_parser.VectorSelector] = []
+
+    def visit(part: object) -> None:
+        if isinstance(part, promql_parser.VectorSelector):
+            found.append(part)
+        for name in ("lhs", "rhs", "expr", "vector_selector", "args", "param"):
+            inner = getattr(part, name, None)
+            for item in inner if isinstance(inner, list) else [inner]:
+                if item is not None:
+                    visit(item)
+
+    visit(promql_parser.parse(expression.replace("$__rate_interval", "5m")))
+    return found
+
+
+def check(expression: str) -> None:
+    asked = selectors(expression)
+    assert asked, f"{expression}: asks for nothing"
+    for selector in asked:
+        assert selector.name in GIVEN, f"{expression}: there is no {selector.name}"
+        labels = {matcher.name for matcher in selector.matchers.matchers}
+        assert labels <= GIVEN[selector.name], f"{expression}: {selector.name} has no {labels - GIVEN[selector.name]}"
+    grouped = {label.strip() for by in re.findall(r"(?:by|on) \(([^)]*)\)", expression) for label in by.split(",")}
+    assert grouped <= set().union(*(GIVEN[selector.name] for selector in asked)), expression
+
+
+def test_a_wrong_name_or_label_is_noticed():
+    check("sum by (model) (rate(har_predictions_total[5m]))")
+    for wrong in ("har_nothing > 0", "rate(har_prediction_total[5m])", 'har_ready{status="200"}', "sum by (le) (up)"):
+        with pytest.raises(AssertionError):
+            check(wrong)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("record") or rule["alert"])
+def test_rules_ask_for_what_there_is(rule):
+    check(rule["expr"])
+    if "alert" in rule:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+        used = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+        assert used <= set().union(*(GIVEN[selector.name] for selector in selectors(rule["expr"])))
+
+
+def test_what_must_be_told_is_told():
+    alerts = {rule["alert"] for rule in RULES if "alert" in rule}
+    assert {"HarErrors", "HarSaturated", "HarClassMixDrifts", "HarAbstains", "HarDown"} <= alerts
+    played = yaml.safe_load((MONITORING / "alerts_test.yml").read_text())["tests"]
+    fired = {test["alertname"] for group in played for test in group["alert_rule_test"] if test["exp_alerts"]}
+    assert fired == alerts, "an alert that alerts_test.yml never lets fire"
+
+
+@pytest.mark.parametrize("panel", DASHBOARD["panels"], ids=lambda panel: panel["title"])
+def test_panels_ask_for_what_there_is(panel):
+    for target in panel["targets"]:
+        check(target["expr"])
+        for label in re.findall(r"{{(\w+)}}", target["legendFormat"]):
+            assert any(label in GIVEN[selector.name] for selector in selectors(target["expr"]))
+
+
+def test_the_dashboard_is_whole():
+    source = yaml.safe_load((MONITORING / "grafana" / "datasources" / "prometheus.yml").read_text())["datasources"][0]
+    assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
+    places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
+    cells = [
+        (x, y)
+        for place in places
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells)), "panels lie over one another"
+    assert max(x for x, _ in cells) < 24
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    targets = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    shown = " ".join([*targets, *(rule["expr"] for rule in RULES)])
+    families = {re.sub("_total$", "", series[0]) for series in Metrics().registry._collector_to_names.values()}
+    assert not [name for name in families if name not in shown], "measured and never looked at"

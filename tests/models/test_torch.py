@@ -1,0 +1,103 @@
+"""Folders exchanged with transformers' torch CLIPModel, which runs in an environment of its own.
+
+The environment's Python is that of CLIP_HAR_JAX_TORCH_PYTHON, else one made once under the user's cache folder.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_har_jax.models.clip import FlaxCLIPModel
+from clip_har_jax.models.factory import NAMED_SIZES, make_start, start_params
+from clip_har_jax.models.pretrained import write_params
+from clip_har_jax.preprocess import evaluation_transform, normalize
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "pillow==13.0.0")
+TOLERANCE = 1e-5
+TEXTS = ("a photo of a person riding a bike.", "naïve 😀", "sleeping " * 100)
+
+
+@pytest.fixture(scope="module")
+def torch_python() -> str:
+    if given := os.environ.get("CLIP_HAR_JAX_TORCH_PYTHON"):
+        return given
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "clip_har_jax" / f"torch-py{sys.version_info.major}.{sys.version_info.minor}"
+    python, complete = folder / "bin" / "python", folder / "complete"
+    if not complete.is_file() or complete.read_text() != "\n".join(REQUIREMENTS):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
+        subprocess.run(install, check=True)
+        complete.write_text("\n".join(REQUIREMENTS))
+    return str(python)
+
+
+def torch_side(python: str, *arguments: str) -> None:
+    command = [python, str(Path(__file__).parents[1] / "support" / "torch_side.py"), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def make_inputs(model: FlaxCLIPModel) -> dict[str, np.ndarray]:
+    """Two images and three texts of different lengths."""
+    rng, text = np.random.default_rng(1), model.config.text
+    size, length = model.config.vision.image_size, text.context_length
+    ids = rng.integers(3, text.vocab_size - 2, (3, length), np.int32)
+    mask = np.zeros_like(ids)
+    for row, end in enumerate((length - 1, length // 2, 3)):
+        ids[row, end:], mask[row, : end + 1] = text.eos_token_id, 1
+    pixels = rng.standard_normal((2, 3, size, size), np.float32)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def assert_same_outputs(folder: Path, model: FlaxCLIPModel, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our outputs against outputs.npz of the folder, which is returned."""
+    output = model(**{name: jnp.asarray(value) for name, value in inputs.items()})
+    with np.load(folder / "outputs.npz") as arrays:
+        expected = dict(arrays)
+    errors = {
+        name: float(np.abs(getattr(output, name) - expected[name]).max() / np.abs(expected[name]).max())
+        for name in ("logits_per_image", "text_embeds", "image_embeds")
+    }
+    print(f"relative errors: {errors}")
+    assert max(errors.values()) < TOLERANCE, errors
+    return expected
+
+
+@pytest.mark.parametrize("size", ["tiny", "ViT-B/32"])
+def test_theirs_opens_here(torch_python: str, tmp_path: Path, size: str) -> None:
+    torch_side(torch_python, "save", str(tmp_path), size)
+    model = FlaxCLIPModel.from_pretrained(str(tmp_path))
+    inputs = make_inputs(model)
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    torch_side(torch_python, "run", str(tmp_path))
+    assert_same_outputs(tmp_path, model, inputs)
+
+
+@pytest.mark.parametrize("size", ["tiny", "ViT-B/32"])
+def test_ours_opens_there(torch_python: str, tmp_path: Path, size: str) -> None:
+    """A named size with its own tokenizer and preprocessing, as training starts from and saves it."""
+    start = make_start(size, TEXTS)
+    write_params(tmp_path, start.config, start_params(start, seed=0))
+    start.tokenizer.save(tmp_path)
+    start.preprocess.save(tmp_path)
+    model = FlaxCLIPModel.from_pretrained(str(tmp_path))
+    assert NAMED_SIZES[size].vision == model.config.vision
+    inputs = make_inputs(model)
+    images = np.random.default_rng(2).integers(0, 256, (2, 90, 70, 3), np.uint8)
+    texts = np.array([list(text.encode().ljust(1000, b"\0")) for text in TEXTS], np.uint8)
+    np.savez(tmp_path / "inputs.npz", images=images, texts=texts, **inputs)
+    torch_side(torch_python, "run", str(tmp_path))
+    expected = assert_same_outputs(tmp_path, model, inputs)
+    ids, _ = start.tokenizer(TEXTS, model.config.text.context_length)
+    np.testing.assert_array_equal(ids, expected["input_ids"])
+    ours = np.stack([evaluation_transform(image, start.preprocess) for image in images])
+    pixels = normalize(ours, start.preprocess.mean, start.preprocess.std).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(pixels, expected["pixel_values"], atol=1e-6)

@@ -1,0 +1,393 @@
+"""The HTTP service: what it answers, and that it answers as the model does."""
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_har_jax import Predictor, bundle
+from serving.security import PUBLIC, needed_scope, new_key
+from serving.service import Service
+from serving.settings import Settings
+from tests.support.serving_setup import LABELS, running
+
+
+@pytest.fixture(scope="module")
+def folder(served_folder: Path) -> Path:
+    return served_folder
+
+
+@pytest.fixture(scope="module")
+def photo(folder: Path) -> Path:
+    return sorted((folder.parent / "photos").rglob("*.png"))[0]
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[tuple[httpx.Client, Service]]:
+    with running(folder, models_dir=folder.parent) as both:
+        yield both
+
+
+@pytest.fixture
+def client(served: tuple[httpx.Client, Service]) -> httpx.Client:
+    return served[0]
+
+
+def encoded(photo: Path, format: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(photo).convert("RGB").save(buffer, format, lossless=True)
+    return buffer.getvalue()
+
+
+def test_answers_as_the_model_does(client: httpx.Client, folder: Path, photo: Path) -> None:
+    ours = Predictor(folder).predict([photo])[0]
+    answer = (
+        client.post("/v1/predict", files={"image": photo.read_bytes()}, params={"top": 4}).raise_for_status().json()
+    )
+    assert answer["label"] == ours.label and answer["score"] == pytest.approx(ours.score, abs=1e-5)
+    assert {entry["label"]: entry["score"] for entry in answer["top"]} == pytest.approx(dict(ours.top), abs=1e-5)
+    digest = json.loads((folder / "manifest.json").read_text())["digest"]
+    assert answer["model"] == {"name": "har", "version": digest[:12], "digest": digest} and not answer["abstained"]
+    embedding = client.post("/v1/embed", content=photo.read_bytes()).json()["embedding"]
+    np.testing.assert_allclose(embedding, Predictor(folder).embed([photo])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_takes_raw_bytes_by_what_they_are(client: httpx.Client, photo: Path, format: str) -> None:
+    data = encoded(photo, format)
+    answer = client.post("/v1/predict", content=data, headers={"Content-Type": "application/octet-stream"})
+    assert answer.status_code == 200 and answer.json()["label"] in LABELS
+
+
+def test_threshold_abstains(client: httpx.Client, photo: Path) -> None:
+    answer = client.post("/v1/predict", content=photo.read_bytes(), params={"threshold": 1, "top": 1}).json()
+    assert answer["label"] is None and answer["abstained"] and answer["top"][0]["label"] in LABELS
+
+
+def test_open_vocabulary_is_what_the_predictor_says(client: httpx.Client, folder: Path, photo: Path) -> None:
+    classes = ["juggling", "climbing a wall", "sleeping"]
+    ours = dict(Predictor(folder, classes).predict([photo])[0].top)
+    by_query = client.post("/v1/predict", content=photo.read_bytes(), params={"classes": classes})
+    by_form = client.post("/v1/predict", files={"image": photo.read_bytes()}, data={"classes": json.dumps(classes)})
+    for answer in (by_query, by_form):
+        assert {e["label"]: e["score"] for e in answer.raise_for_status().json()["top"]} == pytest.approx(
+            ours, abs=1e-5
+        )
+    prompts = {"juggling": ["a photo of a person asleep."], "climbing": []}
+    other = client.post("/v1/predict", files={"image": photo.read_bytes()}, data={"classes": json.dumps(prompts)})
+    assert {entry["label"] for entry in other.raise_for_status().json()["top"]} == set(prompts)
+
+
+def test_a_batch_goes_on_past_a_bad_image(client: httpx.Client, photo: Path) -> None:
+    good = photo.read_bytes()
+    files = [("image", ("a.png", good)), ("image", ("b.png", good[:90])), ("image", ("c.png", good))]
+    answer = client.post("/v1/predict/batch", files=files).raise_for_status().json()["predictions"]
+    assert [entry["filename"] for entry in answer] == ["a.png", "b.png", "c.png"]
+    assert answer[0] | {"filename": None} == answer[2] | {"filename": None} and answer[0]["label"] in LABELS
+    assert answer[1]["label"] is None and answer[1]["error"]["code"] == "bad_image"
+
+
+def test_explains(client: httpx.Client, folder: Path, photo: Path) -> None:
+    answer = client.post("/v1/explain", content=photo.read_bytes(), params={"label": "running"}).json()
+    predictor = Predictor(folder)
+    pixels = predictor.try_load(photo)
+    expected = predictor.backend.explain(np.stack([pixels]), [LABELS.index("running")])[0]
+    np.testing.assert_allclose(answer["heat_map"], expected, atol=1e-5)
+    free = client.post("/v1/explain", content=photo.read_bytes(), params={"classes": "juggling,climbing"}).json()
+    assert free["label"] in ("juggling", "climbing") and np.shape(free["heat_map"]) == expected.shape
+    picture = client.post("/v1/explain", content=photo.read_bytes(), headers={"Accept": "image/png"})
+    assert picture.headers["content-type"] == "image/png" and Image.open(io.BytesIO(picture.content)).size == (32, 32)
+
+
+def test_classes_are_changed_while_it_runs(client: httpx.Client, photo: Path) -> None:
+    base = client.get("/v1/models").json()["models"][0]["active"]
+    change = {"add": {"juggling": ["a photo of a person juggling."], "climbing": []}, "remove": ["sleeping"]}
+    status = client.post("/v1/models/har/classes", json=change).raise_for_status().json()
+    assert re.fullmatch(re.escape(base) + r"\+c\d+", status["active"])
+    answer = client.post("/v1/predict", content=photo.read_bytes()).json()
+    assert {e["label"] for e in answer["top"]} == {"cycling", "drinking", "running", "juggling", "climbing"}
+    assert answer["model"]["version"] == status["active"]
+    again = client.post("/v1/models/har/classes", json={"remove": ["juggling"]}).raise_for_status().json()
+    assert len(again["versions"][0]["labels"]) == 4 and again["active"] != status["active"]
+    back = client.post("/v1/models/har/load", json={}).raise_for_status().json()
+    assert back["active"] == base and back["versions"][0]["labels"] == list(LABELS)
+
+
+def test_a_change_of_classes_keeps_the_scores_of_those_that_stay(client: httpx.Client, photo: Path) -> None:
+    """Adding and removing a class leaves the probabilities as they were."""
+    before = client.post("/v1/predict", content=photo.read_bytes()).json()
+    client.post("/v1/models/har/classes", json={"add": {"juggling": []}}).raise_for_status()
+    client.post("/v1/models/har/classes", json={"remove": ["juggling"]}).raise_for_status()
+    after = client.post("/v1/predict", content=photo.read_bytes()).json()
+    client.post("/v1/models/har/load", json={}).raise_for_status()
+    for one, other in zip(before["top"], after["top"], strict=True):
+        assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
+def test_the_kserve_client_of_pypi(client: httpx.Client, folder: Path, photo: Path) -> None:
+    """In a process of its own: it brings gevent."""
+    code = """
+import json, sys
+import numpy as np, tritonclient.http as kserve
+address, photo = sys.argv[1:]
+client = kserve.InferenceServerClient(address)
+assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("har")
+files = kserve.InferInput("image_bytes", [2], "BYTES")
+files.set_data_from_numpy(np.array([open(photo, "rb").read()] * 2, object))
+wanted = [kserve.InferRequestedOutput(name) for name in ("probs", "label", "image_embeds")]
+wanted.append(kserve.InferRequestedOutput("logits", binary_data=False))
+result = client.infer("har", [files], outputs=wanted, request_id="seven")
+pixels = kserve.InferInput("image", [1, 32, 32, 3], "UINT8")
+pixels.set_data_from_numpy(np.zeros((1, 32, 32, 3), np.uint8))
+zeros = client.infer("har", [pixels])
+try:
+    client.infer("nobody", [pixels])
+except kserve.InferenceServerException as error:
+    refused = error.message()
+print(json.dumps({
+    "metadata": client.get_model_metadata("har"), "id": result.get_response()["id"], "refused": refused,
+    "probs": result.as_numpy("probs").tolist(), "labels": [text.decode() for text in result.as_numpy("label")],
+    "logits": list(result.as_numpy("logits").shape), "zeros": zeros.as_numpy("probs").tolist(),
+}))
+"""
+    address = f"127.0.0.1:{client.base_url.port}"
+    done = subprocess.run([sys.executable, "-c", code, address, str(photo)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    ours = Predictor(folder).predict([photo])[0]
+    assert got["labels"] == [ours.label] * 2 and max(got["probs"][0]) == pytest.approx(ours.score, abs=1e-5)
+    assert got["id"] == "seven" and got["logits"] == [2, 4] and "no model" in got["refused"]
+    assert sum(got["zeros"][0]) == pytest.approx(1, abs=1e-5)
+    digest = json.loads((folder / "manifest.json").read_text())["digest"]
+    assert got["metadata"]["parameters"].items() >= {"digest": digest, "version": digest[:12]}.items()
+    assert got["metadata"]["parameters"]["labels"] == list(LABELS)
+
+
+def test_kserve_in_plain_json(client: httpx.Client, photo: Path) -> None:
+    image = {"name": "image_bytes", "shape": [1], "datatype": "BYTES"}
+    image["data"] = [base64.b64encode(photo.read_bytes()).decode()]
+    answer = client.post("/v2/models/har/infer", json={"inputs": [image]}).raise_for_status().json()
+    assert [output["name"] for output in answer["outputs"]] == ["probs", "label"]
+    assert answer["outputs"][1]["data"][0] in LABELS
+    for bad in ({"shape": [2]}, {"data": ["%"]}, {"datatype": "FP32"}, {"data": [7]}, {"shape": [99]}, {"name": "x"}):
+        refused = client.post("/v2/models/har/infer", json={"inputs": [image | bad]})
+        assert refused.status_code == 422 and refused.json()["error"] == refused.json()["detail"], bad
+    for values in ("0," * 400_000 + "0", "[]," * 400_000 + "0", "[" * 400_000):
+        body = f'{{"inputs": [{{"name": "image", "shape": [1], "datatype": "UINT8", "data": [{values}]}}]}}'
+        assert "send the tensor in binary" in client.post("/v2/models/har/infer", content=body).json()["detail"]
+
+
+def test_errors_have_one_form_and_an_id(client: httpx.Client) -> None:
+    answer = client.get("/nowhere", headers={"X-Request-ID": "mine-1"})
+    assert answer.status_code == 404 and answer.headers["content-type"] == "application/problem+json"
+    assert answer.json() == {
+        "type": "about:blank",
+        "title": "Not Found",
+        "status": 404,
+        "detail": "Not Found",
+        "code": "not_found",
+        "request_id": "mine-1",
+    }
+    forged = client.get("/nowhere", headers={"X-Request-ID": 'x"}\\n{"level'})
+    assert re.fullmatch("[0-9a-f]{32}", forged.headers["x-request-id"])
+    assert answer.headers["x-content-type-options"] == "nosniff" and "server" not in answer.headers
+
+
+def test_metrics_count(client: httpx.Client, photo: Path) -> None:
+    client.post("/v1/predict", content=photo.read_bytes()).raise_for_status()
+    text = client.get("/metrics").text
+    assert re.search(r'har_requests_total\{method="POST",route="/v1/predict",status="200"\} [1-9]', text)
+    assert re.search(r'har_predictions_total\{label="\w+",model="har"\}', text) and "har_ready 1.0" in text
+
+
+ROUTES = {  # every route, by what a key needs for it: a new one must be thought about here
+    None: {"GET /v2/health/live", "GET /v2/health/ready"},
+    "metrics": {"GET /metrics"},
+    "use": {
+        *("POST /v1/predict", "POST /v1/predict/batch", "POST /v1/embed", "POST /v1/explain", "POST /v1/stream"),
+        *("GET /v1/models", "GET /v2", "GET /v2/models/{name}", "GET /v2/models/{name}/ready"),
+        *("GET /v2/models/{name}/versions/{version}", "GET /v2/models/{name}/versions/{version}/ready"),
+        *("POST /v2/models/{name}/infer", "POST /v2/models/{name}/versions/{version}/infer"),
+    },
+    "admin": {
+        *("POST /v1/models/{name}/load", "POST /v1/models/{name}/activate", "POST /v1/models/{name}/classes"),
+        *("DELETE /v1/models/{name}/versions/{version}",),
+    },
+}
+
+
+def test_every_route_is_closed_by_default(served: tuple[httpx.Client, Service], folder: Path, photo: Path) -> None:
+    described = served[0].get("/openapi.json").json()["paths"]
+    routes = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
+    assert routes == set().union(*ROUTES.values())
+    for scope, names in ROUTES.items():
+        for name in names:
+            assert needed_scope(*name.split()) == scope, name
+    assert needed_scope("GET", "/anything/new") == "admin" and needed_scope("GET", "/docs") == "admin"
+    key, line = new_key("alice")
+    admin_key, admin_line = new_key("root", ["admin"])
+    with running(folder, api_keys=f"{line} {admin_line}") as (client, _):
+        for name in routes | {"GET /docs", "GET /docs/assets/swagger-ui.css", "GET /openapi.json", "GET /nowhere"}:
+            method, path = name.split()
+            path = path.format(name="har", version="x")
+            status = client.request(method, path).status_code
+            assert status == (200 if path in PUBLIC else 401), name
+            if path not in PUBLIC:
+                for wrong in ("Bearer har_x", f"Basic {key}", "Bearer", key):
+                    assert client.request(method, path, headers={"Authorization": wrong}).status_code == 401, name
+        mine, admins = ({"Authorization": f"Bearer {k}"} for k in (key, admin_key))
+        assert client.post("/v1/predict", content=photo.read_bytes(), headers=mine).status_code == 200
+        for method, path in (("GET", "/metrics"), ("POST", "/v1/models/har/load"), ("GET", "/docs")):
+            assert client.request(method, path, headers=mine).json()["code"] == "forbidden"
+        assert client.post("/v1/models/har/load", json={}, headers=admins).status_code == 200
+
+
+def test_the_docs_need_nobody_else(client: httpx.Client) -> None:
+    """No other host's script runs in the page, and it works where there is no internet."""
+    page = client.get("/docs").raise_for_status()
+    links = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(links) == 3
+    for link in links:
+        assert len(client.get(f"/{link}").raise_for_status().content) > 1000
+    assert "https:" not in page.headers["content-security-policy"] and "url: 'openapi.json'" in page.text
+    assert client.get("/docs/assets/..%2f__init__.py").status_code == 404
+
+
+def test_web_pages_of_others_are_kept_out(client: httpx.Client, photo: Path) -> None:
+    data = photo.read_bytes()
+    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}):
+        assert client.post("/v1/predict", content=data, headers=headers).json()["code"] == "forbidden"
+    rebound = client.post("/v1/predict", content=data, headers={"Host": "evil.example"})
+    assert rebound.json()["code"] == "host_not_allowed"
+    own = {"Origin": f"http://127.0.0.1:{client.base_url.port}"}
+    assert client.post("/v1/predict", content=data, headers=own).status_code == 200
+
+
+def test_an_allowed_page_may_ask(folder: Path, photo: Path) -> None:
+    with running(folder, allowed_origins=["https://app.example"]) as (client, _):
+        asks = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+        allowed = client.options("/v1/predict", headers=asks)
+        assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+        answer = client.post("/v1/predict", content=photo.read_bytes(), headers={"Origin": "https://app.example"})
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://app.example"
+
+
+def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serving", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_settings_are_shown_and_secrets_are_not() -> None:
+    _, line = new_key("alice")
+    done = run_cli("--print-settings", "--port=9000", HAR_API_KEYS=line, HAR_MAX_MEGAPIXELS="12.5")
+    shown = json.loads(done.stdout)
+    assert shown["port"] == 9000 and shown["max_megapixels"] == 12.5 and shown["max_body_bytes"] == 10_000_000
+    assert line.rsplit(":")[-1] not in done.stdout and shown["api_keys"] == "**********"
+
+
+def test_every_setting_is_documented() -> None:
+    rows = re.findall(
+        r"^\| `(HAR_\w+)` \| (.*?) \| (.*) \|$", (Path(__file__).parents[2] / "docs" / "serving.md").read_text(), re.M
+    )
+    assert [name for name, _, _ in rows] == [f"HAR_{name.upper()}" for name in Settings.model_fields]
+    for (name, default, about), field in zip(rows, Settings.model_fields.values(), strict=True):
+        assert about == field.description, name
+        if isinstance(field.default, bool | int | float | str):
+            assert json.loads(default.strip("`") if not isinstance(field.default, str) else f'"{default[1:-1]}"') == (
+                field.default
+            ), name
+
+
+def test_threads_are_shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the cores among the workers; and what is set reaches the runtime, whose threads don't spin."""
+    import onnxruntime
+
+    from serving import settings
+
+    monkeypatch.setattr(settings, "usable_cores", lambda: 6)
+    by_default = {n: Settings(workers=n) for n in (1, 2, 8)}
+    assert [made.compute_threads for made in by_default.values()] == [6, 3, 1]
+    assert [made.decode_processes for made in by_default.values()] == [4, 3, 1]
+    assert Settings(workers=2, compute_threads=5).compute_threads == 5
+    opened: list[Any] = []
+    session = onnxruntime.InferenceSession
+
+    def recorded(path: Path, options: Any, **given: Any) -> Any:
+        opened.append(options)
+        return session(path, options, **given)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    with running(folder, compute_threads=1):
+        assert len(opened) == 4
+    for options in opened:
+        assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        ((), {}, "name a model"),
+        (("--model=x", "--host=0.0.0.0"), {}, "API keys are needed"),
+        (("--model=x",), {"HAR_API_KEYS": "alice:use:1234"}, "key 1 must be NAME:SCOPES:SHA256"),
+        (("--model=x",), {"HAR_MAX_BODY": "1"}, "did you mean 'HAR_MAX_BODY_BYTES'?"),
+        (("--model=x", "--port=99999"), {}, "HAR_PORT"),
+        (("--model=x",), {"HAR_STATE_DIR": "/nowhere"}, "no folder that can be written"),
+        (("--model=x", "--name=../x"), {}, "HAR_NAME"),
+        (("--model=x",), {"HAR_MODELS": '{"a/b": "x"}'}, "a model's name is"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: tuple[str, ...], environment: dict[str, str], words: str) -> None:
+    done = run_cli(*arguments, **environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_needs_neither_jax_nor_tensorflow(folder: Path, photo: Path) -> None:
+    """And, as the service that people start: ready, answers, ends with 0."""
+    code = """
+import runpy, signal, sys, threading, time
+from pathlib import Path
+sys.argv = ["serving", *sys.argv[1:]]
+try:
+    runpy.run_module("serving", run_name="__main__", alter_sys=True)
+finally:
+    print(sorted({"jax", "flax", "tensorflow", "torch", "grain", "transformers"} & set(sys.modules)))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, f"--model={folder}", "--port=0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        address = json.loads(process.stderr.readline())["address"]
+        transport = httpx.HTTPTransport(retries=10)
+        with httpx.Client(base_url=address, transport=transport) as client:
+            while client.get("/v2/health/ready").status_code != 200:
+                assert process.poll() is None
+            assert client.post("/v1/predict", content=photo.read_bytes()).json()["label"] in LABELS
+        process.send_signal(signal.SIGTERM)
+        logged = [json.loads(line) for line in process.stderr.read().splitlines()]
+        assert process.stdout.read().strip() == "[]"
+    assert process.returncode == 0 and logged[-1]["message"] == "ended"
+
+
+def test_imports_only_what_a_server_needs() -> None:
+    """The light files of the package, and inference."""
+    light = {path.stem for path in Path(bundle.__file__).parent.glob("*.py")}
+    for path in (Path(__file__).parents[2] / "serving").glob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) clip_har_jax\.?(\w*)", path.read_text(), re.M)
+        assert set(found) <= light | {"inference"} | {""}, path.name

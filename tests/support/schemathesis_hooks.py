@@ -1,0 +1,72 @@
+"""Real images and videos for schemathesis: of random bytes a service for images can only say that they are none."""
+
+import base64
+import io
+import tempfile
+from typing import Any
+
+import schemathesis
+from hypothesis import strategies as st
+from PIL import Image
+
+from serving.images import media_type
+from serving.requests import LONGEST_MS
+from tests.inference.test_stream import write_video
+
+with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+    write_video(file.name, seconds=0.5)
+    VIDEO = file.read()
+
+
+@st.composite
+def images(draw: st.DrawFn) -> bytes:
+    """Small images of all kinds that are taken."""
+    size = draw(st.integers(2, 64)), draw(st.integers(2, 64))
+    mode = draw(st.sampled_from(["RGB", "L", "RGBA", "P", "1"]))
+    kind = draw(st.sampled_from(["PNG", "WEBP", "JPEG"]))
+    image = Image.new(mode, size, draw(st.integers(0, 1)))
+    buffer = io.BytesIO()
+    (image.convert("RGB") if kind == "JPEG" else image).save(buffer, kind)
+    return buffer.getvalue()
+
+
+schemathesis.openapi.format("binary", images())
+schemathesis.openapi.format("byte", images().map(lambda data: base64.b64encode(data).decode()))
+for kind in ("image/jpeg", "image/png", "image/webp"):
+    schemathesis.openapi.media_type(kind, images())
+schemathesis.openapi.media_type("video/mp4", st.just(VIDEO))
+
+
+@schemathesis.hook
+def map_body(context: Any, body: Any) -> Any:
+    """What a form's field holds beyond being text, OpenAPI can't say."""
+    if isinstance(body, dict) and isinstance(body.get("classes"), str):
+        body["classes"] = '["riding a bike", "sleeping"]'
+    return body
+
+
+@schemathesis.hook
+def map_query(context: Any, query: Any) -> Any:
+    """Names of classes that don't mean the same, rules that don't contradict one another."""
+    classes, end_score = (query or {}).get("classes"), (query or {}).get("end_score")
+    if isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes):
+        query["classes"] = ["juggling", "climbing"]
+    if isinstance(end_score, float | int) and 0 <= end_score <= 1:
+        query["end_score"] = 0
+    return query
+
+
+@schemathesis.hook
+def before_call(context: Any, case: schemathesis.Case, kwargs: Any) -> None:
+    """Return a video where an image was made, since both are binary; and time to answer.
+
+    A deadline of a millisecond passes, as it should, and would count as an error of the server's.
+    """
+    timeout = str((case.headers or {}).get("X-Timeout-Ms", ""))
+    if timeout.isdecimal() and 1 <= int(timeout) <= LONGEST_MS:
+        case.headers["X-Timeout-Ms"] = "10000"
+    if case.path == "/v1/stream" and isinstance(case.body, dict):
+        made = case.body.get("video")
+        data = getattr(made, "data", made)
+        if isinstance(data, bytes) and media_type(data):
+            case.body["video"] = type(made)(VIDEO)

@@ -1,0 +1,97 @@
+"""A run whose work folder is on an object store (gs://), against a server of this machine."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+from test_reliability import LABELS, environment, finish, start_run, write_config
+
+from tests.support.model_folders import write_images, write_model
+
+WORKDIR = "gs://bucket/run"
+
+
+@pytest.fixture
+def address():
+    """Of the server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, str(Path(__file__).parents[1] / "support" / "gcs_server.py"), str(port)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(program, text=True, **pipes) as server:
+        assert server.stdout.readline() == "ready\n"
+        yield f"http://127.0.0.1:{port}"
+        server.kill()
+
+
+class Bucket:
+    """What is in the store, by its plain REST interface: not by the code that is tested."""
+
+    def __init__(self, address):
+        self.address = address
+
+    def _call(self, path, data=None, **query):
+        url = f"{self.address}{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=30) as answer:
+            return answer.read()
+
+    def names(self, prefix):
+        return [item["name"] for item in json.loads(self._call("/storage/v1/b/bucket/o", prefix=prefix))["items"]]
+
+    def read(self, name):
+        return self._call(f"/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}", alt="media")
+
+    def write(self, name, data):
+        self._call("/upload/storage/v1/b/bucket/o", data, uploadType="media", name=name)
+
+    def steps(self):
+        """Return the checkpoints that are whole."""
+        found = (re.fullmatch(r"run/checkpoints/(\d+)/commit_success.txt", name) for name in self.names("run/"))
+        return sorted(int(match[1]) for match in found if match)
+
+
+@pytest.mark.slow
+def test_a_run_on_an_object_store(address, tmp_path):
+    """Stopped, continued past a damaged checkpoint, ended with a sealed model folder."""
+    start = write_model(tmp_path / "model"), write_images(tmp_path / "images", LABELS, per_class=8)
+    bad = start[1] / "running" / "bad.png"
+    bad.write_bytes(b"not an image")
+    config = write_config(tmp_path, start, num_steps=400, save_every=4)
+    more = ("--config.data.max_bad_fraction=0.2",)
+    bucket = Bucket(address)
+    store = environment(STORAGE_EMULATOR_HOST=address, TENSORSTORE_GCS_HTTP_URL=address)
+
+    with (tmp_path / "stderr").open("w") as stderr:  # a pipe that isn't read stalls the run: gcsfs says much
+        first = start_run(config, WORKDIR, *more, env=store, stderr=stderr)
+        for line in first.stdout:
+            if line.startswith("step 9/"):
+                break
+        first.send_signal(signal.SIGTERM)
+        code, _, _ = finish(first)
+    assert code == 128 + signal.SIGTERM, (tmp_path / "stderr").read_text()
+    assert "run/lock.json" not in bucket.names("run/")
+
+    before, newest = bucket.steps()[-2:]
+    name = next(name for name in bucket.names(f"run/checkpoints/{newest}/") if "/d/" in name)
+    data = bucket.read(name)
+    bucket.write(name, data[:-1] + bytes([data[-1] ^ 1]))
+    short = f"--config.train.num_steps={newest + 2}"
+    code, stdout, stderr = finish(start_run(config, WORKDIR, *more, short, env=store))
+    assert code == 0, stderr
+    assert f"checkpoint {newest} is damaged" in stdout
+    assert f"continuing at step {before}" in stdout
+    assert name.replace("/checkpoints/", "/checkpoints_damaged/") in bucket.names("run/")
+    manifest = json.loads(bucket.read("run/model/manifest.json"))
+    assert {"model.safetensors", "actions.json", "run.json"} <= manifest["files"].keys()
+    logged = [json.loads(line) for line in bucket.read("run/metrics.jsonl").decode().splitlines()]
+    assert [line["step"] for line in logged if "train/loss" in line] == list(range(1, newest + 3))
+    assert str(bad) in bucket.read("run/bad_inputs.jsonl").decode()
+    assert json.loads(bucket.read("run/run.json"))["starts"] == 2

@@ -1,0 +1,259 @@
+"""The work folder: one run at a time, and what may differ when it continues."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from clip_har_jax.config import leaves, make_config
+from clip_har_jax.errors import UserError
+from clip_har_jax.trainer.workdir import (
+    AT_RESUME,
+    FREE,
+    REFUSED,
+    WARNED,
+    WorkdirLock,
+    claim_config,
+    clear_other_run,
+    make_workdir,
+)
+
+HOLD = """
+import sys, time
+from etils import epath
+from clip_har_jax.trainer.workdir import WorkdirLock
+with WorkdirLock(epath.Path(sys.argv[1]), renew_s=0.2):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder's lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def lock_on(tmp_path, **kwargs):
+    return WorkdirLock(epath.Path(tmp_path), **kwargs)
+
+
+def test_a_second_run_is_stopped_by_name(holder, tmp_path):
+    with pytest.raises(UserError) as error, lock_on(tmp_path):
+        pass
+    named = json.loads((tmp_path / "lock.json").read_text())
+    assert named["process"] == holder.pid
+    for part in (named["host"], str(holder.pid), named["started"], "--workdir"):
+        assert part in str(error.value)
+
+
+def test_a_killed_run_leaves_the_folder_free_at_once(holder, tmp_path):
+    holder.send_signal(signal.SIGKILL)  # and it isn't waited for: what is left is a zombie of the same number
+    time.sleep(0.3)
+    begin = time.monotonic()
+    with lock_on(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
+    assert time.monotonic() - begin < 2
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_a_live_run_on_another_host_is_seen_by_its_renewals(tmp_path):
+    """Its process number says nothing here."""
+    (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "t", "renewed": 1}))
+    renew = "import json, sys, time\nfor n in range(2, 40):\n    time.sleep(0.2)\n"
+    renew += "    open(sys.argv[1], 'w').write(json.dumps({'host': 'elsewhere', 'token': 't', 'renewed': n}))\n"
+    other = subprocess.Popen([sys.executable, "-c", renew, str(tmp_path / "lock.json")])
+    try:
+        with pytest.raises(UserError, match="host elsewhere"), lock_on(tmp_path, patience_s=8.0):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_dead_run_on_another_host_is_waited_for_and_replaced(tmp_path):
+    (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "t", "renewed": 1}))
+    with lock_on(tmp_path, patience_s=1.0) as lock:
+        lock.check()
+
+
+def test_a_run_that_lost_its_folder_stops(tmp_path):
+    with lock_on(tmp_path, renew_s=0.1) as lock:
+        (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 7, "token": "t"}))
+        time.sleep(0.5)
+        with pytest.raises(UserError, match="taken over by the run on host elsewhere, process 7"):
+            lock.check()
+    assert (tmp_path / "lock.json").exists()  # it is the other's
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"host": "HOST", "process": "x", "token": "t"}'])
+def test_a_damaged_lock_is_nobodys(tmp_path, text):
+    (tmp_path / "lock.json").write_text(text.replace("HOST", socket.gethostname()))
+    with lock_on(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
+
+
+CHANGED = {
+    "free": [("checkpoint.every_steps", 7), ("mesh.strategy", "fsdp"), ("train.accumulation_steps", 2)],
+    "warned": [("optim.learning_rate", 0.5), ("train.num_steps", 3), ("method.label_smoothing", 0.1)],
+    "refused": [
+        ("data.train", "folder:x"),
+        ("seed", 1),
+        ("model.name", "ViT-B/32"),
+        ("optim.ema_decay", 0.9),
+        ("train.global_batch_size", 32),
+        ("method.freeze", ("text.*",)),
+    ],
+}
+
+
+def make_saved(path):
+    """Return a work folder with a checkpoint, as far as its names say."""
+    folder = make_workdir(path)
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    return folder
+
+
+def config_with(key, value):
+    tree = value
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    return make_config(tree)
+
+
+@pytest.mark.parametrize(("policy", "key", "value"), [(p, k, v) for p, pairs in CHANGED.items() for k, v in pairs])
+def test_what_may_change_at_resume(tmp_path, policy, key, value):
+    folder = make_saved(tmp_path / "run")
+    assert claim_config(folder, make_config()) == []
+    if policy == "refused":
+        with pytest.raises(UserError) as error:
+            claim_config(folder, config_with(key, value))
+        assert f"--config.{key}=" in str(error.value)
+        assert claim_config(folder, make_config()) == []  # what stood there still does
+    else:
+        (change,) = claim_config(folder, config_with(key, value))
+        assert (change.key, change.policy) == (key, policy)
+        assert claim_config(folder, config_with(key, value)) == []
+
+
+def test_a_run_that_saved_nothing_holds_no_one_to_its_config(tmp_path):
+    """A mistake in a config is mended in the same folder."""
+    folder = make_workdir(tmp_path / "run")
+    claim_config(folder, config_with("train.global_batch_size", 12))
+    assert claim_config(folder, config_with("train.global_batch_size", 16)) == []
+    (folder / "checkpoints_damaged" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="global_batch_size=16"):
+        claim_config(folder, make_config())
+
+
+def test_a_key_that_a_newer_version_has_stood_at_its_default(tmp_path):
+    folder = make_saved(tmp_path / "run")
+    claim_config(folder, make_config())
+    old = json.loads((folder / "config.json").read_text())
+    del old["data"]["sampling"], old["method"]
+    (folder / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"method\.freeze=\[\], this one says"):
+        claim_config(folder, config_with("method.freeze", ("text.*",)))
+    assert claim_config(folder, make_config()) == []
+
+
+def test_a_batch_size_changes_when_asked(tmp_path):
+    folder = make_saved(tmp_path / "run")
+    claim_config(folder, make_config())
+    with pytest.raises(UserError, match="allow_new_batch_size"):
+        claim_config(folder, config_with("train.global_batch_size", 32))
+    asked = make_config({"train": {"global_batch_size": 32}, "checkpoint": {"allow_new_batch_size": True}})
+    changes = {change.key: change.policy for change in claim_config(folder, asked)}
+    assert changes == {"train.global_batch_size": "warned", "checkpoint.allow_new_batch_size": "free"}
+
+
+def test_every_rule_at_resume_is_of_a_key():
+    keys = [key for key, _ in leaves(make_config())]
+    for prefix, _ in AT_RESUME:
+        assert any(key.startswith(prefix) for key in keys), prefix
+
+
+@pytest.mark.parametrize(
+    ("last_step", "finished", "config", "data", "stays"),
+    [
+        (3, False, {}, "a", True),
+        (9, False, {}, "a", True),  # killed while the model was written: nothing is computed again
+        (9, True, {}, "a", False),
+        (3, False, {"checkpoint": {"every_steps": 7}}, "a", True),
+        (3, False, {"optim": {"learning_rate": 0.5}}, "a", False),
+        (3, False, {}, "b", False),
+    ],
+)
+def test_a_restart_clears_what_is_not_this_run_unfinished(tmp_path, last_step, finished, config, data, stays):
+    folder = make_saved(tmp_path / "run")
+    claim_config(folder, make_config())
+    record = {"last_step": last_step, "finished": finished, "data": {"train": {"fingerprint": "a"}}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "notes.txt").write_text("a person's own")
+    clear_other_run(folder, make_config(config), {"train": data})
+    assert (folder / "checkpoints" / "3").exists() == (folder / "config.json").exists() == stays
+    assert (folder / "notes.txt").exists()
+
+
+def test_the_documentation_says_what_may_change_at_resume():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    text = page[page.index("## What may change at resume") : page.index("Everything else is refused")]
+    said = dict(
+        zip(
+            (FREE, WARNED), (set(re.findall(r"`([a-z_.]+)\*?`", part)) for part in text.split("Warned of")), strict=True
+        )
+    )
+    keys = {policy: {key for key, found in AT_RESUME if found == policy} for policy in (FREE, WARNED, REFUSED)}
+    assert said[FREE] == keys[FREE]
+    exact = {"train.num_": {"train.num_steps", "train.num_epochs"}}
+    assert said[WARNED] - {"run.json"} - keys[REFUSED] == set().union(*(exact.get(key, {key}) for key in keys[WARNED]))
+
+
+@pytest.mark.parametrize("place", ["a file", "in a file", "/proc/nothing"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, place):
+    path = tmp_path / "file"
+    path.write_text("")
+    workdir = {"a file": str(path), "in a file": str(path / "run")}.get(place, place)
+    with pytest.raises(UserError) as error:
+        make_workdir(workdir)
+    assert f"--workdir={workdir}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path):
+    script = "import resource, sys\nfrom clip_har_jax.config import make_config\n"
+    script += "from clip_har_jax.errors import UserError\nfrom clip_har_jax.trainer import workdir\n"
+    script += "folder = workdir.make_workdir(sys.argv[1])\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    script += "try:\n    with workdir.disk_faults(folder), workdir.WorkdirLock(folder):\n        pass\n"
+    script += "except UserError as error:\n    print(error)\n"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "File too large; what was saved stays whole" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_name_that_is_empty_is_refused():
+    with pytest.raises(UserError, match="--workdir is empty"):
+        make_workdir("")
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    folder = make_workdir(tmp_path)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+        claim_config(folder, make_config())
