@@ -48,7 +48,9 @@ class Service:
     def predict(
         self, image: bytes, classes: Mapping[str, Sequence[str]] | None = None, top: int = 5, **which: str
     ) -> dict[str, Any]:
-        """Return the actions in a picture; `classes`: tell these apart instead, each with how it is said, or nothing."""
+        """Return the actions in a picture; `classes`: tell these apart instead, each with how it is said, or
+        nothing.
+        """
         fields = {"classes": json.dumps(classes)} if classes else {}
         return self._send("/v1/predict", files={"image": image}, data=fields, params={"top": top, **which}).json()
 

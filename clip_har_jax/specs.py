@@ -155,7 +155,8 @@ def find_images(folder: Path) -> Iterator[Path]:
 
 
 def find_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Return the files below a folder whose names end so, sorted; follows symbolic links, but none back up, no folder twice.
+    """Return the files below a folder whose names end so, sorted; follows symbolic links, but none back up, no folder
+    twice.
 
     Raises:
       UserError: a folder that can't be read.

@@ -19,7 +19,9 @@ def _host(graph: Graph) -> dict[str, np.ndarray]:
 
 
 def write_stablehlo(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-    """Return a program a graph in `jax.export`'s versioned format; the weights, their first argument, lie beside them once."""
+    """Return a program a graph in `jax.export`'s versioned format; the weights, their first argument, lie beside them
+    once.
+    """
     weights: dict[str, np.ndarray] = {}
     for graph in graphs:
         params = _host(graph)

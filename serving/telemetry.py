@@ -59,7 +59,9 @@ class Metrics:
         self.frame_to_event = histogram("frame_to_event_seconds", "from a frame's arrival to its answer")
 
     def forget_model(self, *labels: str) -> None:
-        """Return a version is active no more; the files of several workers can't lose a series, so there it falls to 0."""
+        """Return a version is active no more; the files of several workers can't lose a series, so there it falls to
+        0.
+        """
         self.model_info.labels(*labels).set(0)
         if MULTIPROCESS not in os.environ:
             self.model_info.remove(*labels)

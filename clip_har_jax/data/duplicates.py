@@ -54,7 +54,9 @@ def make_signature(image: UInt8[np.ndarray, "h w 3"]) -> Signature:
 
 
 def _without_borders(grey: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
-    """Return the picture less even lines at its edges, again and again, since a framed picture may have a margin too."""
+    """Return the picture less even lines at its edges, again and again, since a framed picture may have a
+    margin too.
+    """
     while True:
         top, bottom = _border(grey), _border(grey[::-1])
         left, right = _border(grey.T), _border(grey.T[::-1])
@@ -73,7 +75,9 @@ def _border(lines: np.ndarray) -> int:
 
 
 def similarity(a: UInt8[np.ndarray, "s s"], b: UInt8[np.ndarray, "s s"]) -> float:
-    """Return the correlation of two thumbnails, the middle of one laid over the other where it fits best; 1: the same."""
+    """Return the correlation of two thumbnails, the middle of one laid over the other where it fits best; 1: the
+    same.
+    """
     best = -1.0
     for scale in SCALES:
         side = round(THUMBNAIL_PX * scale)

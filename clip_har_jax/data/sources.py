@@ -118,7 +118,9 @@ def name_of(source: Source, i: int) -> str:
 
 
 def manifest_of(source: Source) -> str | None:
-    """Return the checksum of the manifest that a source, or what it is a part of, comes from; None where there is none."""
+    """Return the checksum of the manifest that a source, or what it is a part of, comes from; None where there is
+    none.
+    """
     while not hasattr(source, "manifest_sha256"):
         if not hasattr(source, "source"):
             return None

@@ -40,7 +40,8 @@ def softmax(logits: Float[np.ndarray, "n c"]) -> Float64[np.ndarray, "n c"]:
 
 
 def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
-    """Return the temperature of the least negative log-likelihood (Guo et al. 2017, section 4.2), within `TEMPERATURES`.
+    """Return the temperature of the least negative log-likelihood (Guo et al. 2017, section 4.2), within
+    `TEMPERATURES`.
 
     Where every example is right, colder is likelier without end: the temperature stays 1.
     """
@@ -141,7 +142,8 @@ def aps_sets(probs: Float[np.ndarray, "n c"], together: float) -> Bool[np.ndarra
 
 
 def fit_abstention(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
-    """Return the top probability below which an answer is withheld: `WITHHELD` of the mistakes, `MAX_WITHHELD` of all answers.
+    """Return the top probability below which an answer is withheld: `WITHHELD` of the mistakes, `MAX_WITHHELD` of all
+    answers.
 
     Without a mistake it is the lowest top probability that was seen: what the model is less sure of is new to it.
     """

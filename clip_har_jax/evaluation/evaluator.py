@@ -130,7 +130,9 @@ def _picture(image: Any) -> np.ndarray:
 
 
 def _lot(example: Shown) -> int:
-    """Return a number that follows from the example's position alone, so that the sample doesn't depend on the batches."""
+    """Return a number that follows from the example's position alone, so that the sample doesn't depend on the
+    batches.
+    """
     return zlib.crc32(example.index.to_bytes(8, "little"))
 
 

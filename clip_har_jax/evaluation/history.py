@@ -34,7 +34,9 @@ class History:
 
 
 def read_history(model: str | Path) -> History:
-    """Return the history of a model folder, from the folder itself and the work folder around it if it is that run's."""
+    """Return the history of a model folder, from the folder itself and the work folder around it if it is that
+    run's.
+    """
     folder = Path(model)
     record, workdir = _read(folder / "run.json"), folder.parent
     if not record or _read(workdir / "run.json").get("run_id") != record.get("run_id"):

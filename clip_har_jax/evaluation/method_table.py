@@ -19,7 +19,9 @@ COLUMNS = (
 
 
 def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a row of the table; means with the half-width of their 95% interval (Student's t over seeds; None: of one)."""
+    """Return a row of the table; means with the half-width of their 95% interval (Student's t over seeds; None: of
+    one).
+    """
     from scipy.stats import t
 
     def interval(key: str) -> tuple[float, float | None] | None:

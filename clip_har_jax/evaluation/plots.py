@@ -32,7 +32,9 @@ FALLBACK_FONTS = (  # of scripts that matplotlib's own font lacks
 def draw_confusion(
     confusion: Int[np.ndarray, "c c"], labels: Sequence[str], dark: bool = False, normalized: bool = False
 ) -> bytes:
-    """Return a confusion matrix as a PNG: colour is the share of the true class, numbers are examples or percent of it."""
+    """Return a confusion matrix as a PNG: colour is the share of the true class, numbers are examples or percent of
+    it.
+    """
     installed = {font.name for font in fontManager.ttflist}
     with rc_context({"font.family": ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]}):
         return _draw_confusion(confusion, labels, DARK if dark else LIGHT, normalized)

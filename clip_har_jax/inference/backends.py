@@ -165,7 +165,9 @@ class JaxBackend:
         self._classes = jax.tree.map(jax.numpy.asarray, self.head_params or classes_of_text)
 
     def _embed_classes(self, actions: bundle.Actions) -> Float32[np.ndarray, "c d"]:
-        """Return the directions that stand for the classes: those of their texts, or those that the head has learned."""
+        """Return the directions that stand for the classes: those of their texts, or those that the head has
+        learned.
+        """
         if self.head_params:
             directions = self.head_params["classes.kernel"].T
             return directions / np.linalg.norm(directions, axis=-1, keepdims=True)

@@ -204,7 +204,9 @@ class ExportedBackend:
             self._scale = self.logit_scale / actions.temperature
 
     def in_one_thread(self) -> "ExportedBackend | None":
-        """Return the same model, of which each run takes one thread of its caller's; None: its runtime has no such thing."""
+        """Return the same model, of which each run takes one thread of its caller's; None: its runtime has no such
+        thing.
+        """
         if not self.graphs.format.startswith("onnx") or len(_providers()) > 1:
             return None
         other = copy.copy(self)
@@ -277,7 +279,9 @@ def _first_that_runs(folder: Path) -> str:
 
 
 def exported_folder(path: Path) -> tuple[Path, str | None] | None:
-    """Return the exported folder that `path` names, and the format where it names one in it; None: another kind of path."""
+    """Return the exported folder that `path` names, and the format where it names one in it; None: another kind of
+    path.
+    """
     if (path / SIGNATURE).is_file():  # comes first: an exported folder may be called "onnx"
         return path, None
     if path.name in RUNTIMES and (path.parent / SIGNATURE).is_file():

@@ -159,7 +159,8 @@ def _to_array(item: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes]) -> Iterator[str]:
-    """Return the files that a command line names: files, folders' images and videos (sorted), - for the lines of `stdin`.
+    """Return the files that a command line names: files, folders' images and videos (sorted), - for the lines of
+    `stdin`.
 
     Raises:
       UserError: a folder without images; before anything is read.

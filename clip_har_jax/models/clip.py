@@ -131,7 +131,9 @@ def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 def mean_by_class(
     embeddings: Float[Array, "p d"], class_of_prompt: Int[Array, " p"], num_classes: int
 ) -> Float[Array, "c d"]:
-    """Return the mean of each class's normalised prompt embeddings, normalised again; classes beyond the last don't count."""
+    """Return the mean of each class's normalised prompt embeddings, normalised again; classes beyond the last don't
+    count.
+    """
     sums = jax.ops.segment_sum(embeddings, class_of_prompt, num_classes)
     counts = jax.ops.segment_sum(jnp.ones(len(class_of_prompt)), class_of_prompt, num_classes)
     return l2_normalize(sums / counts[:, None])

@@ -82,7 +82,9 @@ def config_from_hf(values: Any) -> CLIPConfig:
 
 
 def _read_tower(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a tower's settings; where an older file has the second name (text_config_dict), it alone counts, as there."""
+    """Return a tower's settings; where an older file has the second name (text_config_dict), it alone counts, as
+    there.
+    """
     key = f"{name}_dict" if values.get(f"{name}_dict") is not None else name
     given = values.get(key)
     if given is not None and not isinstance(given, dict):

@@ -167,7 +167,9 @@ def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs) -> Block:
 
 
 def unstack(layers: Block) -> list[Block]:
-    """Return the stacked blocks as one `Block` each, for exporters: a scan is slow in other runtimes, and so is slicing."""
+    """Return the stacked blocks as one `Block` each, for exporters: a scan is slow in other runtimes, and so is
+    slicing.
+    """
     graphdef, stacked = nnx.split(layers)
     count = len(jax.tree.leaves(stacked)[0])
     return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count)]

@@ -213,7 +213,9 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def _abort_as_one_line(explain: Callable[[str], str]) -> Iterator[None]:
-    """Return an abort within prints `error: explain(standard error)` in place of what C++ wrote, and exits as mistakes do."""
+    """Return an abort within prints `error: explain(standard error)` in place of what C++ wrote, and exits as
+    mistakes do.
+    """
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
     sys.stderr.flush()

@@ -24,9 +24,10 @@ from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
+from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.gates import Check, Gates
 from clip_har_jax.trainer.provenance import ROOT
-from clip_har_jax.trainer.workdir import WorkdirLock, make_workdir, read_json
+from clip_har_jax.trainer.workdir import make_workdir, read_json
 
 STATE, SUMMARY = "auto.json", "summary.html"
 EXIT_REFUSED = 1  # a gate kept the model from being served
@@ -100,7 +101,7 @@ class Auto:
         folder = make_workdir(self.workdir)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with WorkdirLock(epath.Path(folder)):
+            with FolderLock(epath.Path(folder)):
                 return self._run()
         except StepFailedError as error:
             if self.stopped:
@@ -170,7 +171,9 @@ class Auto:
             raise StepFailedError(step, code)
 
     def _data(self) -> dict[str, str]:
-        """Return the data's version, and a leak-free split of it where the config names no validation data of its own."""
+        """Return the data's version, and a leak-free split of it where the config names no validation data of its
+        own.
+        """
         config, output = self.plan.config.data, self.workdir / "data"
         train = make_source(config.train, "train", config.labels, several_classes=True)
         if config.val:

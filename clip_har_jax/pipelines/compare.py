@@ -145,7 +145,8 @@ def _folder(config: RunConfig, output: Path) -> Path:
 
 
 def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, test: str) -> dict[str, Any]:
-    """Return the mean of the weights of runs that differ in their seeds (Wortsman et al. 2022, Model soups: the uniform one).
+    """Return the mean of the weights of runs that differ in their seeds (Wortsman et al. 2022, Model soups: the
+    uniform one).
 
     Returns:
       As a cell; the soup itself is a model folder, OUTPUT/soups/METHOD.

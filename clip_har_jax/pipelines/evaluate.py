@@ -46,7 +46,9 @@ class ClassedSource:
 
 
 def _match_labels(source: Source, classes: Sequence[str], where: str) -> np.ndarray:
-    """Return the class of each of the source's labels: of the same name, or said alike; -1 for labels without examples."""
+    """Return the class of each of the source's labels: of the same name, or said alike; -1 for labels without
+    examples.
+    """
     by_name = {label: i for i, label in enumerate(classes)}
     by_phrase = {phrase(label): i for i, label in enumerate(classes)}
     counts = np.bincount(source.label_ids, minlength=len(source.labels))

@@ -196,7 +196,9 @@ def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> li
 
 
 def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], output: Path) -> tuple[list[str], Path]:
-    """Return the files' paths below a common folder, and that folder; images that have no file are written to images/."""
+    """Return the files' paths below a common folder, and that folder; images that have no file are written to
+    images/.
+    """
     files = [source.path(i) for i in kept]
     if any(file is None for file in files):
         folder = output / "images"

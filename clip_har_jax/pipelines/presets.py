@@ -107,7 +107,9 @@ def _class_counts(data: Data) -> Int[np.ndarray, " c"]:
 
 
 def _describe(values: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """Return the settings under these keys as they will be: the preset's, but for those that the command line changed."""
+    """Return the settings under these keys as they will be: the preset's, but for those that the command line
+    changed.
+    """
     return ", ".join(
         f"{key}={given[key]} (as you set it)" if key in given else f"{key}={value}"
         for key, value in _flat(values)

@@ -235,7 +235,9 @@ class _Reader:
     # --- collectives -------------------------------------------------------------------------------------------------
 
     def _collectives(self, computation: Computation, each: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-        """Return the collectives of an instruction, with the computation in which each stands: itself, or in its fusion."""
+        """Return the collectives of an instruction, with the computation in which each stands: itself, or in its
+        fusion.
+        """
         if each.opcode.removesuffix("-start") in COLLECTIVES:
             yield computation, each
         elif each.opcode == "fusion":

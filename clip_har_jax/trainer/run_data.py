@@ -70,7 +70,9 @@ def load_data(config: RunConfig) -> Data:
 
 
 def validates_on_test(config: RunConfig) -> bool:
-    """Return whether `config.data.val` has no validation images, so that its test images choose what is kept of a run."""
+    """Return whether `config.data.val` has no validation images, so that its test images choose what is kept of a
+    run.
+    """
     text = config.data.val
     if not text or parse_spec(text).kind not in ("folder", "video", "manifest") or "split" in parse_spec(text).options:
         return False

@@ -18,6 +18,7 @@ from clip_har_jax import bundle, cli
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import calibrate
+from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_facts
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
@@ -34,7 +35,6 @@ from clip_har_jax.trainer.run import Run
 from clip_har_jax.trainer.run_data import load_data, load_retention, validates_on_test
 from clip_har_jax.trainer.workdir import (
     WARNED,
-    WorkdirLock,
     claim_config,
     clear_other_run,
     disk_faults,
@@ -101,7 +101,7 @@ def train(
     start = make_start(config.model.name, data.texts, config.model.image_size_px)
     folder = make_workdir(workdir)
     with disk_faults(folder), ExitStack() as stack:
-        lock = WorkdirLock(folder)
+        lock = FolderLock(folder)
         fingerprints = {"train": data.train.fingerprint, "val": data.val.fingerprint} if restart else None
         changes = on_main(lambda: _claim(stack, lock, folder, config, fingerprints))
         checkpointer = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
@@ -204,7 +204,7 @@ def _warn_of_dirty_code(folder: epath.Path) -> None:
 
 
 def _claim(
-    stack: ExitStack, lock: WorkdirLock, workdir: epath.Path, config: RunConfig, fingerprints: dict[str, str] | None
+    stack: ExitStack, lock: FolderLock, workdir: epath.Path, config: RunConfig, fingerprints: dict[str, str] | None
 ) -> list[dict[str, Any]]:
     """Locks the work folder for this run and writes its config; says what changed since the run began."""
     with disk_faults(workdir):
@@ -219,7 +219,9 @@ def _claim(
 
 
 def _is_done(record: Mapping[str, Any], changes: Sequence[Any], model: epath.Path) -> bool:
-    """Return whether a finished run is started again as it was: its model stays, with the digest that others know it by."""
+    """Return whether a finished run is started again as it was: its model stays, with the digest that others know it
+    by.
+    """
     if not record.get("finished") or changes:
         return False
     if not bundle.is_local(model):
@@ -276,7 +278,7 @@ class RecordSink:
 
     EVERY_S = 10.0
 
-    def __init__(self, run: Run, goodput: Goodput, lock: WorkdirLock):
+    def __init__(self, run: Run, goodput: Goodput, lock: FolderLock):
         self._run, self._goodput, self._lock, self._written = run, goodput, lock, time.monotonic()
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -289,7 +291,7 @@ class RecordSink:
         """Nothing waits."""
 
 
-def _make_sinks(run: Run, goodput: Goodput, lock: WorkdirLock, more: Sequence[Sink], quiet: bool) -> list[Sink]:
+def _make_sinks(run: Run, goodput: Goodput, lock: FolderLock, more: Sequence[Sink], quiet: bool) -> list[Sink]:
     """Where the metrics go; nowhere on processes other than the first."""
     if not distributed.is_main():
         return []

@@ -1,16 +1,11 @@
-"""The work folder of a run, on a disk or an object store: who may write it, and what may differ when it continues."""
+"""The work folder of a run, on a disk or an object store: what it holds, and what may differ when a run continues."""
 
 import errno
 import json
 import os
-import secrets
-import socket
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -189,126 +184,3 @@ def _way_out(change: Change) -> str:
     if change.key != "train.global_batch_size":
         return ""
     return "; --config.checkpoint.allow_new_batch_size=true continues after the examples seen, in new batches"
-
-
-class WorkdirLock:
-    """Keeps a second run out of a work folder; a context manager.
-
-    A file `lock.json` names the run that writes the folder, which renews it every few seconds; that works on disks,
-    network file systems and object stores alike, and compares no clocks. A killed run stops renewing: on its own host
-    that is seen at once, from another after `patience_s` of watching.
-
-    Raises:
-      UserError: another run is alive; names its host, process and start time.
-    """
-
-    def __init__(self, workdir: epath.Path, renew_s: float = 3.0, patience_s: float = 15.0):
-        self._path, self._renew_s, self._patience_s = workdir / "lock.json", renew_s, patience_s
-        self._mine = {
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "process_started": _process_started(os.getpid()),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-            "token": secrets.token_hex(8),
-        }
-        self._count = 0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
-        self.lost_to: dict[str, Any] | None = None
-
-    def __enter__(self) -> "WorkdirLock":
-        holder = self._read()
-        if holder is not None and self._is_alive(holder):
-            raise UserError(
-                f"{self._path.parent}: {_describe(holder)} is writing here; stop it, or use another --workdir"
-            )
-        self._write()
-        time.sleep(0.2)  # of two that start together, the one whose file stays goes on
-        holder = self._read()
-        if holder is None or holder["token"] != self._mine["token"]:
-            raise UserError(f"{self._path.parent}: {_describe(holder or {})} started here too; use another --workdir")
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        if self.lost_to is None:
-            self._path.unlink(missing_ok=True)
-
-    def check(self) -> None:
-        """Call now and then.
-
-        Raises:
-          UserError: another run took the folder while this one was suspended.
-        """
-        if self.lost_to is not None:
-            raise UserError(f"{self._path.parent}: taken over by {_describe(self.lost_to)}; this run stops writing")
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            holder = json.loads(self._path.read_text())
-        except (OSError, ValueError):  # none, or damaged: nobody's
-            return None
-        return holder if isinstance(holder, dict) and "token" in holder else None
-
-    def _write(self) -> None:
-        self._count += 1
-        bundle.write_json(self._path, {**self._mine, "renewed": self._count})
-
-    def _is_alive(self, holder: Mapping[str, Any]) -> bool:
-        if holder.get("host") == self._mine["host"]:
-            # The start time tells a reused number, as that of a container's only process.
-            process = holder.get("process")
-            return isinstance(process, int) and _process_started(process) == holder.get("process_started")
-        end = time.monotonic() + self._patience_s
-        while time.monotonic() < end:
-            time.sleep(0.5)
-            if (now := self._read()) is None:
-                return False
-            if now.get("renewed") != holder.get("renewed") or now.get("token") != holder.get("token"):
-                return True
-        return False
-
-    def _keep_renewing(self) -> None:
-        while not self._end.wait(self._renew_s):
-            holder = self._read()
-            if holder is not None and holder.get("token") != self._mine["token"]:
-                self.lost_to = holder
-                return
-            try:
-                self._write()
-            except OSError:  # a full disk: the run itself will say so
-                continue
-
-
-def _describe(holder: Mapping[str, Any]) -> str:
-    return (
-        f"the run on host {holder.get('host', '?')}, process {holder.get('process', '?')}, started "
-        f"{holder.get('started', '?')},"
-    )
-
-
-def _process_started(pid: int) -> str | None:
-    """When a process of this machine began, and in which boot, in the system's own units; None: there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return _process_exists(pid)
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else f"{boot}:{fields[19]}"  # a zombie was killed and not waited for
-
-
-def _process_exists(pid: int) -> str | None:
-    """As `_process_started`, on systems without /proc: only whether there is such a process."""
-    if pid <= 0 or Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "alive"

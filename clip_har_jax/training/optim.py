@@ -25,7 +25,9 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def is_decayed(name: str) -> bool:
-    """Return whether weight decay acts on a parameter: matrices only. By name, since stacked biases have two dims too."""
+    """Return whether weight decay acts on a parameter: matrices only. By name, since stacked biases have two dims
+    too.
+    """
     return name.endswith((".kernel", ".lora_a", ".lora_b"))
 
 

@@ -46,7 +46,8 @@ def fit_probe(
     label_smoothing: float = 0.0,
     penalties: Sequence[float] = PENALTIES,
 ) -> Fit:
-    """Return a linear head: the least cross-entropy plus a penalty on the squared distance from CLIP's own class embeddings.
+    """Return a linear head: the least cross-entropy plus a penalty on the squared distance from CLIP's own class
+    embeddings.
 
     Radford et al. 2021 (appendix A.3) fit from 0 with L-BFGS and choose the penalty on validation data; from CLIP's own
     classifier a few images a class do better than from 0, and without any the zero-shot answer is left.
@@ -126,7 +127,9 @@ def choose_cache(label: Int32[np.ndarray, " n"], per_class: int, seed: int) -> n
 
 
 def fit_cache(cache: Embedded, val: Embedded, classes: Float32[np.ndarray, "c d"], scale: float) -> Fit:
-    """Return a Tip-Adapter (Zhang et al. 2022) without training; alpha and beta are searched for, as in the authors' code."""
+    """Return a Tip-Adapter (Zhang et al. 2022) without training; alpha and beta are searched for, as in the authors'
+    code.
+    """
     keys, values = cache.embeddings.T, np.eye(len(classes), dtype=np.float32)[cache.label]
     zero_shot, affinity = scale * val.embeddings @ classes.T, val.embeddings @ keys
     votes = {beta: np.exp(-beta * (1 - affinity)) @ values for beta in BETAS}

@@ -167,7 +167,9 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 def make_eval_step(
     method: Method, preprocess: Preprocess, mesh: Mesh
 ) -> Callable[[Params, Params, Classes, Batch], tuple[Float[Array, "b c"], Batch]]:
-    """Return the class logits of a batch, jitted, and its labels, mask and index; every process gets those of all rows."""
+    """Return the class logits of a batch, jitted, and its labels, mask and index; every process gets those of all
+    rows.
+    """
 
     def eval_step(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[jax.Array, Batch]:
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
@@ -189,7 +191,9 @@ def make_feature_step(
 
 
 def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, Classes], Float[Array, "c d"]]:
-    """Return the embeddings of the run's classes, jitted: run once where they never change, else before each evaluation."""
+    """Return the embeddings of the run's classes, jitted: run once where they never change, else before each
+    evaluation.
+    """
 
     def class_step(params: Params, classes: Classes) -> jax.Array:
         embeddings = method.class_embeddings(params, classes)
@@ -203,7 +207,9 @@ def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, Classes], F
 def make_text_step(
     method: Method, num_classes: int, mesh: Mesh
 ) -> Callable[[Params, Int[Array, "p t"], Int[Array, " p"]], Float[Array, "c d"]]:
-    """Return the embeddings of any classes from their prompts as they stand, jitted: what zero-shot compares images with."""
+    """Return the embeddings of any classes from their prompts as they stand, jitted: what zero-shot compares images
+    with.
+    """
 
     def text_step(params: Params, input_ids: jax.Array, class_of_prompt: jax.Array) -> jax.Array:
         return method.model(params).encode_classes(input_ids, class_of_prompt, num_classes)

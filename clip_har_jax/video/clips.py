@@ -83,7 +83,8 @@ class Clip:
 def sample_times(
     duration_s: float, sampling: FrameSampling, view: int = 0, rng: np.random.Generator | None = None
 ) -> Float64[np.ndarray, " n"]:
-    """Return the times of a view's frames, 0 to `duration_s`; those past the end of a short clip stand for its last frame.
+    """Return the times of a view's frames, 0 to `duration_s`; those past the end of a short clip stand for its last
+    frame.
 
     Args:
       duration_s: of the clip.

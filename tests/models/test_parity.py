@@ -39,7 +39,9 @@ def hf_shapes(name: str) -> dict[str, list[int]]:
 
 @cache
 def case_params(name: str) -> tuple[CLIPConfig, Params]:
-    """Return a case's configuration and weights: of the shapes that transformers has, by the rule of the golden files."""
+    """Return a case's configuration and weights: of the shapes that transformers has, by the rule of the golden
+    files.
+    """
     config = config_from_hf(CASES[name])
     abstract = jax.eval_shape(partial(init_params, config, 0))
     weights = {key: np.asarray(make_weight(key, shape)) for key, shape in hf_shapes(name).items()}

@@ -314,7 +314,9 @@ def test_what_xla_refuses_for_its_size(message, gib):
 
 
 def pretend(job, machine, variant, give_up_s=float("inf"), *, tried):
-    """Return a machine where activations are 64 GiB over the parts and remat, and each part costs a pass over the weights."""
+    """Return a machine where activations are 64 GiB over the parts and remat, and each part costs a pass over the
+    weights.
+    """
     tried.append(variant)
     activations = {"none": 512, "dots": 64, "full": 16}[variant.remat]
     weights = 9 if variant.mesh.strategy == "dp" else 1

@@ -1,17 +1,12 @@
-"""The work folder: one run at a time, and what may differ when it continues."""
+"""The work folder: what may differ when a run continues in it, and what a disk that fails says."""
 
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from etils import epath
 
 from clip_har_jax.config import leaves, make_config
 from clip_har_jax.errors import UserError
@@ -20,92 +15,12 @@ from clip_har_jax.trainer.workdir import (
     FREE,
     REFUSED,
     WARNED,
-    WorkdirLock,
     claim_config,
     clear_other_run,
     make_workdir,
 )
 
-HOLD = """
-import sys, time
-from etils import epath
-from clip_har_jax.trainer.workdir import WorkdirLock
-with WorkdirLock(epath.Path(sys.argv[1]), renew_s=0.2):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the folder's lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
-def lock_on(tmp_path, **kwargs):
-    return WorkdirLock(epath.Path(tmp_path), **kwargs)
-
-
-def test_a_second_run_is_stopped_by_name(holder, tmp_path):
-    with pytest.raises(UserError) as error, lock_on(tmp_path):
-        pass
-    named = json.loads((tmp_path / "lock.json").read_text())
-    assert named["process"] == holder.pid
-    for part in (named["host"], str(holder.pid), named["started"], "--workdir"):
-        assert part in str(error.value)
-
-
-def test_a_killed_run_leaves_the_folder_free_at_once(holder, tmp_path):
-    holder.send_signal(signal.SIGKILL)  # and it isn't waited for: what is left is a zombie of the same number
-    time.sleep(0.3)
-    begin = time.monotonic()
-    with lock_on(tmp_path):
-        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
-    assert time.monotonic() - begin < 2
-    assert not (tmp_path / "lock.json").exists()
-
-
-def test_a_live_run_on_another_host_is_seen_by_its_renewals(tmp_path):
-    """Its process number says nothing here."""
-    (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "t", "renewed": 1}))
-    renew = "import json, sys, time\nfor n in range(2, 40):\n    time.sleep(0.2)\n"
-    renew += "    open(sys.argv[1], 'w').write(json.dumps({'host': 'elsewhere', 'token': 't', 'renewed': n}))\n"
-    other = subprocess.Popen([sys.executable, "-c", renew, str(tmp_path / "lock.json")])
-    try:
-        with pytest.raises(UserError, match="host elsewhere"), lock_on(tmp_path, patience_s=8.0):
-            pass
-    finally:
-        other.kill()
-        other.wait()
-
-
-def test_a_dead_run_on_another_host_is_waited_for_and_replaced(tmp_path):
-    (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "t", "renewed": 1}))
-    with lock_on(tmp_path, patience_s=1.0) as lock:
-        lock.check()
-
-
-def test_a_run_that_lost_its_folder_stops(tmp_path):
-    with lock_on(tmp_path, renew_s=0.1) as lock:
-        (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 7, "token": "t"}))
-        time.sleep(0.5)
-        with pytest.raises(UserError, match="taken over by the run on host elsewhere, process 7"):
-            lock.check()
-    assert (tmp_path / "lock.json").exists()  # it is the other's
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"host": "HOST", "process": "x", "token": "t"}'])
-def test_a_damaged_lock_is_nobodys(tmp_path, text):
-    (tmp_path / "lock.json").write_text(text.replace("HOST", socket.gethostname()))
-    with lock_on(tmp_path):
-        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
 
 
 CHANGED = {
@@ -238,8 +153,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, place):
 def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path):
     script = "import resource, sys\nfrom clip_har_jax.config import make_config\n"
     script += "from clip_har_jax.errors import UserError\nfrom clip_har_jax.trainer import workdir\n"
+    script += "from clip_har_jax.lock import FolderLock\n"
     script += "folder = workdir.make_workdir(sys.argv[1])\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-    script += "try:\n    with workdir.disk_faults(folder), workdir.WorkdirLock(folder):\n        pass\n"
+    script += "try:\n    with workdir.disk_faults(folder), FolderLock(folder):\n        pass\n"
     script += "except UserError as error:\n    print(error)\n"
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.stderr == ""
