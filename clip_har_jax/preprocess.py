@@ -16,6 +16,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from clip_har_jax.errors import UserError
+from clip_har_jax.formats import format_of, format_titles, missing_decoder, readable_formats
 
 PREPROCESS_VERSION = 1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of openai/CLIP's clip.py, in RGB, of values 0 to 1
@@ -23,7 +24,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_MEGAPIXELS = 50.0
 MIN_SIDE_PX = 2
 MAX_ASPECT = 200  # longer side over shorter
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others can run programs (EPS) or hide their size (ICO)
 
 
 class BadImage(ValueError):  # noqa: N818  its name says what is bad, not that a program erred
@@ -193,13 +193,14 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndar
       max_megapixels: what is refused above; Pillow itself refuses above 178.
 
     Raises:
-      BadImage: not an image, cut off, animated, too large, too small or too long.
+      BadImage: not an image, cut off, of several frames or pages, too large, too small or too long.
     """
     if not data:
         raise BadImage("empty file")
+    formats = [one.name for one in readable_formats() if one.name != "MPO"]  # which Pillow opens as a JPEG
     with _quiet_pillow:
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_header(image, max_megapixels)
                 image.load()
                 return np.asarray(_to_rgb(_upright(image)))
@@ -208,7 +209,9 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndar
         except Image.DecompressionBombError as error:
             raise BadImage(f"over {max_megapixels:g} megapixels; make it smaller") from error
         except Image.UnidentifiedImageError as error:
-            raise BadImage(f"not an image ({', '.join(FORMATS)}); convert or remove it") from error
+            if install := missing_decoder(data):
+                raise BadImage(f"its decoder isn't installed; {install}, or convert it") from error
+            raise BadImage(f"not an image that can be read ({format_titles()}); convert or remove it") from error
         except Exception as error:  # Pillow's decoders raise many kinds on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadImage(f"damaged ({reason}); save it again") from error
@@ -216,10 +219,13 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndar
 
 def _check_header(image: Image.Image, max_megapixels: float) -> None:
     check_size(*image.size, max_megapixels)
-    # A phone's photograph of format MPO carries a preview or depth map as its second picture; the first is meant.
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise BadImage(f"animated ({frames} frames); save one frame as an image")
+    kind = format_of(image.format)
+    count = getattr(image, "n_frames", 1)
+    if kind is None or not kind.further or count == 1:
+        return
+    if kind.further == "pages":
+        raise BadImage(f"a file of {count} pages; save each page as an image")
+    raise BadImage(f"animated ({count} {kind.further}); save one frame as an image")
 
 
 def check_size(width: int, height: int, max_megapixels: float) -> None:

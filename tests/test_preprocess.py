@@ -201,7 +201,7 @@ def test_no_image(data: bytes, expected: str) -> None:
 
 @pytest.mark.parametrize("kind", ["EPS", "ICO", "PPM", "PDF"])
 def test_formats_not_asked_for(kind: str) -> None:
-    assert "not an image (JPEG" in reason(encode(noise(32, 32), kind))
+    assert "not an image that can be read (JPEG" in reason(encode(noise(32, 32), kind))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,13 @@ def test_corrupt_bytes_end_in_an_image_or_bad_image() -> None:
     assert bad > 50
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_pages_are_no_animation() -> None:
+    pages = [Image.fromarray(noise(12, 12, seed)) for seed in range(3)]
+    data = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    assert reason(data) == "a file of 3 pages; save each page as an image"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
 def test_animated(kind: str) -> None:
     frames = [Image.fromarray(noise(12, 12, seed)) for seed in range(3)]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])

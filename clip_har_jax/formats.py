@@ -1,0 +1,112 @@
+"""The image formats that training, the commands, the service and the app read: one table.
+
+Formats that can run programs (EPS) or hide their size (ICO) aren't in it. A file's first bytes decide its format;
+suffixes only decide which files of a folder are listed.
+"""
+
+import functools
+from dataclasses import dataclass
+
+HEIF_EXTRA = "pip install 'clip-har-jax[heif]'"
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """An image format.
+
+    Attributes:
+      name: as Pillow names it.
+      title: as people name it.
+      suffixes: of its files, in lower case, with the dot.
+      media_type: of HTTP.
+      further: the noun for the pictures behind the first one: frames or pages, with which an image is refused; empty:
+        they are previews or depth maps of the first one, and ignored.
+      install: the command that adds its decoder, where it isn't part of the main install.
+    """
+
+    name: str
+    title: str
+    suffixes: tuple[str, ...]
+    media_type: str
+    further: str = "frames"
+    install: str = ""
+
+
+IMAGE_FORMATS = (
+    ImageFormat("JPEG", "JPEG", (".jpg", ".jpeg", ".jpe", ".jfif"), "image/jpeg"),
+    ImageFormat("MPO", "JPEG", (".mpo",), "image/jpeg", further=""),  # a JPEG with a preview or depth map behind it
+    ImageFormat("PNG", "PNG", (".png",), "image/png"),
+    ImageFormat("WEBP", "WebP", (".webp",), "image/webp"),
+    ImageFormat("BMP", "BMP", (".bmp", ".dib"), "image/bmp"),
+    ImageFormat("TIFF", "TIFF", (".tif", ".tiff"), "image/tiff", further="pages"),
+    ImageFormat("GIF", "GIF", (".gif",), "image/gif"),
+    ImageFormat("AVIF", "AVIF", (".avif",), "image/avif", install="pip install 'pillow>=11.3'"),
+    ImageFormat("HEIF", "HEIC", (".heic", ".heif", ".hif"), "image/heic", further="", install=HEIF_EXTRA),
+)
+IMAGE_SUFFIXES = frozenset(suffix for one in IMAGE_FORMATS for suffix in one.suffixes)
+_BY_NAME = {one.name: one for one in IMAGE_FORMATS}
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+@functools.cache
+def readable_formats() -> tuple[ImageFormat, ...]:
+    """Return the formats that this process can decode; adds HEIC's decoder to Pillow where it is installed."""
+    from PIL import features
+
+    missing = set()
+    if not features.check("avif"):
+        missing.add("AVIF")
+    try:
+        import pillow_heif
+    except ImportError:
+        missing.add("HEIF")
+    else:
+        pillow_heif.register_heif_opener(thumbnails=False)
+    return tuple(one for one in IMAGE_FORMATS if one.name not in missing)
+
+
+def format_titles() -> str:
+    """Return the readable formats for a message: "JPEG, PNG ... or HEIC"."""
+    titles = list(dict.fromkeys(one.title for one in readable_formats()))
+    return f"{', '.join(titles[:-1])} or {titles[-1]}"
+
+
+def missing_decoder(data: bytes) -> str | None:
+    """Return the command that installs the decoder of an image; None where it is there, or the format is unknown."""
+    found = sniff(data)
+    return found.install if found is not None and found not in readable_formats() else None
+
+
+def sniff(data: bytes) -> ImageFormat | None:
+    """Return the format by the first bytes of a file; None: no format of the table."""
+    name = None
+    if data.startswith(b"\xff\xd8\xff"):
+        name = "JPEG"
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        name = "PNG"
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        name = "WEBP"
+    elif data.startswith((b"GIF87a", b"GIF89a")):
+        name = "GIF"
+    elif data.startswith(b"BM"):
+        name = "BMP"
+    elif data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        name = "TIFF"
+    elif data[4:8] == b"ftyp":
+        name = _sniff_heif(data)
+    return None if name is None else _BY_NAME[name]
+
+
+def _sniff_heif(data: bytes) -> str | None:
+    """Tell AVIF and HEIC, two codecs of one container, by the brands in its `ftyp` box."""
+    size = min(int.from_bytes(data[:4], "big"), 256)
+    brands = [data[8:12], *(data[start : start + 4] for start in range(16, size, 4))]
+    if any(brand in _AVIF_BRANDS for brand in brands):
+        return "AVIF"
+    return "HEIF" if any(brand in _HEIF_BRANDS for brand in brands) else None
+
+
+def format_of(name: str | None) -> ImageFormat | None:
+    """Return the format that Pillow names so; None: none of the table."""
+    return _BY_NAME.get(name or "")
