@@ -28,3 +28,11 @@ def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.serving_setup import write_export
 
     return write_export(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def torch_python() -> str:
+    """Return the Python of an environment that has torch and transformers."""
+    from tests.support.torch_environment import find_python
+
+    return find_python()

@@ -11,10 +11,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.test_monitoring import check
+from tests.support.promql import MONITORING, check
 
 ROOT = Path(__file__).parents[2]
-MONITORING = ROOT / "serving" / "monitoring"
 KUSTOMIZATIONS = sorted(path.parent for path in (ROOT / "kubernetes").rglob("kustomization.yaml"))
 PARTS = ("train/base", "serving/monitoring")  # of others; the rest is applied as it is
 RUNNABLE = [path for path in KUSTOMIZATIONS if not str(path).endswith(PARTS)]

@@ -2,64 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
-import promql_parser
 import pytest
 import yaml
 
 from serving.telemetry import Metrics
+from tests.support.promql import GIVEN, MONITORING, RULES, check, selectors
 
-ROOT = Path(__file__).resolve().parents[2]
-MONITORING = ROOT / "serving" / "monitoring"
-RULES = [rule for group in yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "serving.json").read_text())
-TARGET_LABELS = {"job", "instance", "namespace", "pod"}  # added while scraping
-# What the rules record, by the labels that they keep.
-RECORDED = {
-    rule["record"]: {label for by in re.findall(r"by \(([^)]*)\)", rule["expr"]) for label in by.split(", ")}
-    for rule in RULES
-    if "record" in rule
-}
-
-
-def given() -> dict[str, set[str]]:
-    """Name of each series that there is -> its labels."""
-    names = {"up": TARGET_LABELS, **RECORDED}
-    for collector, series in Metrics().registry._collector_to_names.items():
-        labels = {*collector._labelnames, *TARGET_LABELS}
-        names |= {name: labels | ({"le"} if name.endswith("_bucket") else set()) for name in series}
-    return names
-
-
-GIVEN = given()
-
-
-def selectors(expression: str) -> list[promql_parser.VectorSelector]:
-    found: list[promql_parser.VectorSelector] = []
-
-    def visit(part: object) -> None:
-        if isinstance(part, promql_parser.VectorSelector):
-            found.append(part)
-        for name in ("lhs", "rhs", "expr", "vector_selector", "args", "param"):
-            inner = getattr(part, name, None)
-            for item in inner if isinstance(inner, list) else [inner]:
-                if item is not None:
-                    visit(item)
-
-    visit(promql_parser.parse(expression.replace("$__rate_interval", "5m")))
-    return found
-
-
-def check(expression: str) -> None:
-    asked = selectors(expression)
-    assert asked, f"{expression}: asks for nothing"
-    for selector in asked:
-        assert selector.name in GIVEN, f"{expression}: there is no {selector.name}"
-        labels = {matcher.name for matcher in selector.matchers.matchers}
-        assert labels <= GIVEN[selector.name], f"{expression}: {selector.name} has no {labels - GIVEN[selector.name]}"
-    grouped = {label.strip() for by in re.findall(r"(?:by|on) \(([^)]*)\)", expression) for label in by.split(",")}
-    assert grouped <= set().union(*(GIVEN[selector.name] for selector in asked)), expression
 
 
 def test_a_wrong_name_or_label_is_noticed():

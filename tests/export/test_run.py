@@ -16,23 +16,21 @@ import pytest
 
 from clip_har_jax import Predictor, UserError, bundle
 from clip_har_jax.inference import exported
-from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.factory import load
-from clip_har_jax.models.heads import HEADS, init_head, make_head, write_head
+from clip_har_jax.models.heads import make_head
 from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import read_config, write_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION
 from clip_har_jax.signing import sign, verify_signature
-from clip_har_jax.text import HAR15_PHRASES
 from export import run as export_run
 from export.graphs import make_graphs
 from export.parity import FLOAT16, FLOAT32, INT8, compare, make_cases
 from export.run import Model, export_model, open_model, prove, reference
 from export.to_onnx import write_fp16, write_int8, write_onnx
 from export.to_xla import write_saved_model, write_stablehlo
-from tests.support.model_folders import write_image, write_images, write_model
+from tests.support.export_folders import HEAD_FAULTS, LABELS
+from tests.support.model_folders import write_image
 
-LABELS = tuple(HAR15_PHRASES)[:5]
 FORMATS = ("onnx", "onnx_fp16", "onnx_int8", "stablehlo", "saved_model")
 WRITERS: dict[str, Callable[..., None]] = {
     "onnx": write_onnx,
@@ -45,36 +43,6 @@ BOUNDS = {"onnx_fp16": FLOAT16, "onnx_int8": INT8}  # of the others: FLOAT32
 
 # tensorflow and onnx_ir warn of their own dependencies while being imported
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-def lively(folder: Path) -> Path:
-    """Grows the folder's random weights, so that images differ in what the model sees in them."""
-    config: CLIPConfig = read_config(folder)
-    params = init_params(config, seed=1)
-    params = {
-        name: np.asarray(value) * (1.5 if name.endswith("kernel") else 1)
-        + (
-            (0.5 if "post_norm" in name else 0.1) * np.random.default_rng(len(name)).normal(size=value.shape)
-            if name.endswith("bias")
-            else 0
-        )
-        for name, value in params.items()
-    }
-    params["logit_scale"] = np.asarray(np.log(20.0))
-    write_params(folder, config, {name: value.astype(np.float32) for name, value in params.items()})
-    (folder / bundle.MANIFEST).unlink(missing_ok=True)
-    bundle.seal(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lively(write_model(tmp_path_factory.mktemp("export") / "model", LABELS, temperature=1.7))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("photos"), LABELS, per_class=4)
 
 
 @pytest.fixture(scope="module")
@@ -267,42 +235,6 @@ def dropped_bias(model: Model, folder: Path) -> Any:
 def graphs_of(model: Model, preprocess: Any, folder: Path) -> Any:
     head = make_head(model.head, model.head_params)
     return make_graphs(load(str(model.folder)).model, preprocess, head, model.temperature)
-
-
-@pytest.fixture(scope="module")
-def head_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_heads(folder, tmp_path_factory.mktemp("heads"))
-
-
-def write_heads(folder: Path, root: Path) -> dict[str, Path]:
-    """Return the model with each head, all of its parameters lively."""
-    classes = np.random.default_rng(3).normal(size=(len(LABELS), 16))
-    classes = (classes / np.linalg.norm(classes, axis=-1, keepdims=True)).astype(np.float32)
-    folders = {}
-    for name in HEADS:
-        params = init_head(name, classes, 20.0, seed=4, hidden=6)
-        rng = np.random.default_rng(5)
-        params = {
-            key: value + (0.2 * rng.normal(size=value.shape)).astype(np.float32) if value.ndim else value
-            for key, value in params.items()
-        }
-        folders[name] = root / name
-        shutil.copytree(folder, folders[name], ignore=shutil.ignore_patterns("manifest.json"))
-        actions = bundle.read_actions(folder)
-        bundle.write_actions(folders[name], dataclasses.replace(actions, head=name))
-        write_head(folders[name], params)
-        bundle.seal(folders[name])
-    return folders
-
-
-# what the fault takes away from each head
-HEAD_FAULTS = {
-    "linear": "classes.bias",
-    "mlp": "fc2.kernel",
-    "cross_attention": "out.kernel",
-    "adapter": "up.kernel",
-    "tip_adapter": "values.kernel",
-}
 
 
 def head_formats(names: tuple[str, ...]) -> list[Any]:

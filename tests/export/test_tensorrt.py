@@ -16,19 +16,17 @@ from export.parity import Arrays, compare, make_cases, run_cases
 from export.run import TENSORRT_BOUNDS, Model, check_formats, open_model, reference
 from export.to_onnx import Calibration
 from export.to_tensorrt import FLOATS, missing_for_tensorrt, typed_proto, unsupported, write_for_trtexec
-from tests.export.test_run import HEAD_FAULTS, LABELS, lively, write_heads
-from tests.support.model_folders import write_images, write_model
+from tests.support.export_folders import HEAD_FAULTS, LABELS
 
 # onnx_ir warns of its own dependencies while being imported
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(scope="module")
-def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Arrays, Arrays, np.ndarray]:
+def proof(folder: Path, photos: Path) -> tuple[Model, Arrays, Arrays, np.ndarray]:
     """Return the model, what its graphs are run on, what the model gives, and the true classes."""
-    root = tmp_path_factory.mktemp("tensorrt")
-    model = open_model(str(lively(write_model(root / "model", LABELS, temperature=1.7))))
-    images, true = export_run.read_images(model, f"folder:{write_images(root / 'photos', LABELS, per_class=4)}", 20)
+    model = open_model(str(folder))
+    images, true = export_run.read_images(model, f"folder:{photos}", 20)
     prompts = [text for label in LABELS for text in model.actions.prompts[label]]
     cases = make_cases(images, model.backend.tokenize(prompts), len(LABELS))
     return model, cases, reference(model, cases), true
@@ -85,10 +83,9 @@ def faulty(model: Model) -> dict[str, Any]:
     }
 
 
-def test_every_head_is_valid_and_on_the_list(proof: Any, tmp_path: Path) -> None:
-    folders = write_heads(proof[0].folder, tmp_path)
+def test_every_head_is_valid_and_on_the_list(proof: Any, head_folders: dict[str, Path]) -> None:
     for name in HEAD_FAULTS:
-        classifier = open_model(str(folders[name])).graphs[2]
+        classifier = open_model(str(head_folders[name])).graphs[2]
         for precision in ("bf16", "int8"):
             proto = typed_proto(classifier, precision, proof[1]["image"])
             onnx.checker.check_model(proto, full_check=True)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Fixtures are found in the module that asks for them.
-from tests.export.test_run import HEAD_FAULTS, folder, head_folders, photos  # noqa: F401
-from tests.models.test_torch import torch_python  # noqa: F401
+from tests.support.export_folders import HEAD_FAULTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.filterwarnings("default")]
 
@@ -48,7 +46,7 @@ print(json.dumps(passed))
 
 
 @pytest.fixture(scope="module")
-def both_python(torch_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: F811
+def both_python(torch_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a Python that finds the project's packages first, and torch behind them."""
     root = tmp_path_factory.mktemp("both")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root)], check=True)
@@ -61,8 +59,8 @@ def both_python(torch_python: str, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize("head", ["linear", "mlp", "cross_attention", "adapter", "tip_adapter"])
 def test_torchscript_is_the_model_and_its_faults_are_caught(
     both_python: str,
-    head_folders: dict[str, Path],  # noqa: F811
-    photos: Path,  # noqa: F811
+    head_folders: dict[str, Path],
+    photos: Path,
     tmp_path: Path,
     head: str,
 ) -> None:

@@ -16,6 +16,7 @@ from clip_har_jax import UserError
 from clip_har_jax.inference.stream import Event, EventDetector, EventRules, Latest, Moment
 from clip_har_jax.video.clips import iter_frames
 from tests.support.rtsp_server import serve_one
+from tests.support.videos import write_video
 
 LABELS = ("sitting", "running", "jumping")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -120,24 +121,6 @@ def test_the_latest_wins() -> None:
     go.set()
     time.sleep(0.2)
     assert list(items) == [99] and latest.skipped == 98
-
-
-def write_video(target: str, format: str | None = None, seconds: float = 2.0, realtime: bool = False) -> None:
-    """Return a moving square, in MPEG-4."""
-    import av
-
-    with av.open(target, "w", format=format) as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height = 64, 48
-        for i in range(int(10 * seconds)):
-            pixels = np.zeros((48, 64, 3), np.uint8)
-            pixels[10:30, i % 40 : i % 40 + 20] = 200
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-            if realtime:
-                time.sleep(0.03)
-        for packet in stream.encode():
-            container.mux(packet)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,5 @@
-"""Folders exchanged with transformers' torch CLIPModel, which runs in an environment of its own.
+"""Folders exchanged with transformers' torch CLIPModel, which runs in an environment of its own."""
 
-The environment's Python is that of CLIP_HAR_JAX_TORCH_PYTHON, else one made once under the user's cache folder.
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,33 +10,11 @@ from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.factory import NAMED_SIZES, make_start, start_params
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.preprocess import evaluation_transform, normalize
+from tests.support.torch_environment import torch_side
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "pillow==13.0.0")
 TOLERANCE = 1e-5
 TEXTS = ("a photo of a person riding a bike.", "naïve 😀", "sleeping " * 100)
-
-
-@pytest.fixture(scope="module")
-def torch_python() -> str:
-    if given := os.environ.get("CLIP_HAR_JAX_TORCH_PYTHON"):
-        return given
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "clip_har_jax" / f"torch-py{sys.version_info.major}.{sys.version_info.minor}"
-    python, complete = folder / "bin" / "python", folder / "complete"
-    if not complete.is_file() or complete.read_text() != "\n".join(REQUIREMENTS):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
-        subprocess.run(install, check=True)
-        complete.write_text("\n".join(REQUIREMENTS))
-    return str(python)
-
-
-def torch_side(python: str, *arguments: str) -> None:
-    command = [python, str(Path(__file__).parents[1] / "support" / "torch_side.py"), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def make_inputs(model: FlaxCLIPModel) -> dict[str, np.ndarray]:

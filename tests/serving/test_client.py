@@ -12,8 +12,8 @@ import pytest
 from serving.client import Client, ServiceError
 from serving.security import new_key
 from serving.service import Service
-from tests.inference.test_stream import write_video
 from tests.support.serving_setup import LABELS, running
+from tests.support.videos import write_video
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -18,8 +18,8 @@ from clip_har_jax.video.clips import TooSlow, iter_frames
 from serving.security import new_key
 from serving.service import Service
 from serving.videos import read_frames
-from tests.inference.test_stream import write_video
 from tests.support.serving_setup import LABELS, running, wait_for
+from tests.support.videos import write_video
 
 EAGER = "start_score=0.01&end_score=0&min_duration_s=0.1"
 

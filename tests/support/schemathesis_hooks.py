@@ -11,7 +11,7 @@ from PIL import Image
 
 from serving.images import media_type
 from serving.requests import LONGEST_MS
-from tests.inference.test_stream import write_video
+from tests.support.videos import write_video
 
 with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
     write_video(file.name, seconds=0.5)

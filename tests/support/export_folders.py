@@ -1,0 +1,66 @@
+"""Model folders whose parts all count, so that a fault in an exported graph shows."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from clip_har_jax import bundle
+from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.heads import HEADS, init_head, write_head
+from clip_har_jax.models.params import init_params
+from clip_har_jax.models.pretrained import read_config, write_params
+from clip_har_jax.text import HAR15_PHRASES
+
+LABELS = tuple(HAR15_PHRASES)[:5]
+
+# The parameter of each head that a test takes away.
+HEAD_FAULTS = {
+    "linear": "classes.bias",
+    "mlp": "fc2.kernel",
+    "cross_attention": "out.kernel",
+    "adapter": "up.kernel",
+    "tip_adapter": "values.kernel",
+}
+
+
+def lively(folder: Path) -> Path:
+    """Grow the folder's random weights, so that images differ in what the model sees in them."""
+    config: CLIPConfig = read_config(folder)
+    params = init_params(config, seed=1)
+    params = {
+        name: np.asarray(value) * (1.5 if name.endswith("kernel") else 1)
+        + (
+            (0.5 if "post_norm" in name else 0.1) * np.random.default_rng(len(name)).normal(size=value.shape)
+            if name.endswith("bias")
+            else 0
+        )
+        for name, value in params.items()
+    }
+    params["logit_scale"] = np.asarray(np.log(20.0))
+    write_params(folder, config, {name: value.astype(np.float32) for name, value in params.items()})
+    (folder / bundle.MANIFEST).unlink(missing_ok=True)
+    bundle.seal(folder)
+    return folder
+
+
+def write_heads(folder: Path, root: Path) -> dict[str, Path]:
+    """Return the model with each head, all of its parameters lively."""
+    classes = np.random.default_rng(3).normal(size=(len(LABELS), 16))
+    classes = (classes / np.linalg.norm(classes, axis=-1, keepdims=True)).astype(np.float32)
+    folders = {}
+    for name in HEADS:
+        params = init_head(name, classes, 20.0, seed=4, hidden=6)
+        rng = np.random.default_rng(5)
+        params = {
+            key: value + (0.2 * rng.normal(size=value.shape)).astype(np.float32) if value.ndim else value
+            for key, value in params.items()
+        }
+        folders[name] = root / name
+        shutil.copytree(folder, folders[name], ignore=shutil.ignore_patterns("manifest.json"))
+        actions = bundle.read_actions(folder)
+        bundle.write_actions(folders[name], dataclasses.replace(actions, head=name))
+        write_head(folders[name], params)
+        bundle.seal(folders[name])
+    return folders
