@@ -62,9 +62,9 @@ def main() -> None:
 
 def measure(workdir: Path, record: dict[str, float], count: int, interval_s: float) -> tuple[list[float], float]:
     """Return the time of each call that hands a record on, and this process's processor time for one."""
-    from clip_har_jax.mlops.tracking import FINISHED, Trackers, read_facts
+    from clip_har_jax.mlops.tracking import FINISHED, Trackers, read_run_info
 
-    trackers = Trackers(TRACKERS, read_facts(workdir))
+    trackers = Trackers(TRACKERS, read_run_info(workdir))
     metrics = {name: value for name, value in record.items() if name != "step"}
     trackers.write(0, metrics)
     while len(json.loads(_state(workdir))) < len(TRACKERS):  # until all are open

@@ -33,11 +33,11 @@ def main() -> int:
     config = load_config(arguments.config, overrides)
 
     from clip_har_jax.mlops.gates import Gates
-    from clip_har_jax.pipelines.auto import Auto, Plan
+    from clip_har_jax.pipelines.auto import Auto, AutoSettings
 
     gates = Gates(arguments.min_gain, arguments.min_retention, arguments.max_latency_ms)
     given = arguments.workdir, arguments.test, arguments.formats, arguments.name
-    return Auto(Plan(arguments.config, tuple(overrides), config, *given, gates)).run()
+    return Auto(AutoSettings(arguments.config, tuple(overrides), config, *given, gates)).run()
 
 
 if __name__ == "__main__":

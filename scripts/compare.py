@@ -65,12 +65,12 @@ def main() -> None:
     if any(factor <= 0 for factor in factors) or any(value < 0 for value in [*seeds, *decays]):
         raise UserError("--search takes factors above 0, --seeds and --decays numbers from 0")
 
-    from clip_har_jax.pipelines.compare import Space, compare, default_test
+    from clip_har_jax.pipelines.method_comparison import Space, compare_methods, default_test
 
     test = arguments.test or default_test(config)
     output = Path(arguments.output)
     space = Space(tuple(factors), tuple(decays))
-    compare(config, arguments.methods.split(","), seeds, output, test, space, arguments.soups)
+    compare_methods(config, arguments.methods.split(","), seeds, output, test, space, arguments.soups)
     print((output / "compare.md").read_text())
 
 

@@ -63,9 +63,9 @@ def main() -> int:
     if folders is not None:
         if arguments.model or arguments.data:
             parser.error("--compare goes without --model and --data: it reads what was written for them")
-        from clip_har_jax.evaluation import compare
+        from clip_har_jax.evaluation import paired
 
-        compare.print_result(compare.compare(folders.split(","), arguments.output), arguments.output)
+        paired.print_result(paired.compare_evaluations(folders.split(","), arguments.output), arguments.output)
         return 0
     if not (arguments.model and arguments.data):
         parser.error("--model and --data are needed, e.g. --model=runs/demo/model --data=synthetic (or --compare)")

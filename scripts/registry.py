@@ -22,25 +22,25 @@ from typing import TYPE_CHECKING
 from clip_har_jax import cli
 
 if TYPE_CHECKING:
-    from clip_har_jax.mlops.registry import Registry, Version
+    from clip_har_jax.mlops.model_registry import ModelRegistry, RegisteredVersion
 
 
 def main() -> int:
     arguments = _parse()
 
-    from clip_har_jax.mlops.registry import open_registry
+    from clip_har_jax.mlops.model_registry import open_registry
 
     registry = open_registry(arguments.name)
     return arguments.act(registry, arguments)
 
 
-def register(registry: "Registry", arguments: argparse.Namespace) -> int:
+def register(registry: "ModelRegistry", arguments: argparse.Namespace) -> int:
     version = registry.register(arguments.model, arguments.export, arguments.evaluation)
     print(f"version {version.number} of {version.name}, digest {version.digest}")
     return 0
 
 
-def promote(registry: "Registry", arguments: argparse.Namespace) -> int:
+def promote(registry: "ModelRegistry", arguments: argparse.Namespace) -> int:
     from clip_har_jax.mlops.gates import Gates
 
     gates = Gates(arguments.min_gain, arguments.min_retention, arguments.max_latency_ms)
@@ -54,13 +54,13 @@ def promote(registry: "Registry", arguments: argparse.Namespace) -> int:
     return 0
 
 
-def rollback(registry: "Registry", arguments: argparse.Namespace) -> int:
+def rollback(registry: "ModelRegistry", arguments: argparse.Namespace) -> int:
     version = registry.rollback(arguments.alias)
     print(f"version {version.number} is the {arguments.alias} again, digest {version.digest}")
     return 0
 
 
-def show(registry: "Registry", arguments: argparse.Namespace) -> int:
+def show(registry: "ModelRegistry", arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
@@ -84,7 +84,7 @@ def show(registry: "Registry", arguments: argparse.Namespace) -> int:
     return 0
 
 
-def pull(registry: "Registry", arguments: argparse.Namespace) -> int:
+def pull(registry: "ModelRegistry", arguments: argparse.Namespace) -> int:
     if not arguments.watch:
         _announce(registry.pull(arguments.version, arguments.part, arguments.output), arguments)
         return 0
@@ -103,7 +103,7 @@ def pull(registry: "Registry", arguments: argparse.Namespace) -> int:
         time.sleep(arguments.every_s)
 
 
-def _announce(version: "Version", arguments: argparse.Namespace) -> None:
+def _announce(version: "RegisteredVersion", arguments: argparse.Namespace) -> None:
     print(f"version {version.number} of {version.name} in {arguments.output}, digest {version.digest}", flush=True)
 
 

@@ -1,67 +1,15 @@
-"""One pass over a split -> EvalResult, and the files it becomes."""
+"""One pass over a split -> EvalResult."""
 
-import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, UInt8
 
 from clip_har_jax.batch import Batch
-from clip_har_jax.bundle import write_json
 from clip_har_jax.evaluation.calibration import fit_scores
-from clip_har_jax.evaluation.metrics import ClassificationState, log_softmax
-
-if TYPE_CHECKING:
-    from clip_har_jax.evaluation.report import Details
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the model says of each example that counts, in the order of the source."""
-
-    index: Int32[np.ndarray, " n"]  # position in the source
-    label: Int32[np.ndarray, " n"]
-    predicted: Int32[np.ndarray, " n"]
-    logits: Float32[np.ndarray, "n c"]  # temperature included
-
-    @cached_property
-    def probs(self) -> Float32[np.ndarray, "n c"]:
-        """Class probabilities."""
-        return np.exp(log_softmax(self.logits)).astype(np.float32)
-
-    @property
-    def score(self) -> Float32[np.ndarray, " n"]:
-        """The probability of the predicted class."""
-        return np.take_along_axis(self.probs, self.predicted[:, None], axis=1)[:, 0]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """An example that a person is shown, with the image as the model saw it."""
-
-    index: int
-    label: int
-    predicted: int
-    score: float
-    image: UInt8[np.ndarray, "h w 3"]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """The outcome of an evaluation."""
-
-    labels: tuple[str, ...]
-    metrics: dict[str, Any]  # the contents of metrics.json
-    confusion: Int[np.ndarray, "c c"]  # number of examples by true (row) and predicted (column) class
-    predictions: Predictions
-    mistakes: tuple[Shown, ...]  # the most confident ones, most confident first
-    unsure: tuple[Shown, ...] = ()  # right, but with the lowest probability; the lowest first
-    sample: tuple[Shown, ...] = ()  # drawn at random
+from clip_har_jax.evaluation.metrics import ClassificationState
+from clip_har_jax.evaluation.result import EvalResult, Predictions, Shown
 
 
 def evaluate(
@@ -148,48 +96,3 @@ def _join(parts: Sequence[Predictions]) -> Predictions:
     order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
     fields = ("index", "label", "predicted", "logits")
     return Predictions(*(np.concatenate([getattr(part, name) for part in parts])[order] for name in fields))
-
-
-def write_result(
-    result: EvalResult,
-    output: str | Path,
-    names: Sequence[str],
-    about: Mapping[str, str],
-    details: "Details | None" = None,
-) -> None:
-    """Write predictions.parquet, confusion_matrix.png, report.html and, last, metrics.json.
-
-    Args:
-      output: the folder; made if need be.
-      names: by which a person finds each example, in the order of `result.predictions`.
-      about: what was evaluated (model, digest, data, command ...), shown in the report as it stands.
-      details: what else the report can tell of the model.
-    """
-    from clip_har_jax.evaluation.plots import draw_confusion
-    from clip_har_jax.evaluation.report import make_report
-
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_predictions(output / "predictions.parquet", result, names)
-    (output / "confusion_matrix.png").write_bytes(draw_confusion(result.confusion, result.labels))
-    (output / "report.html").write_text(make_report(result, names, about, details), encoding="utf-8")
-    write_json(output / "metrics.json", result.metrics)
-
-
-def write_predictions(path: Path, result: EvalResult, names: Sequence[str]) -> None:
-    """Columns input, label, predicted, score, probs; the order of probs stands in the schema's metadata, `labels`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows, classes = result.predictions, pa.array(result.labels, pa.string())
-    columns = {
-        "input": pa.array(names, pa.string()),
-        "label": classes.take(pa.array(rows.label)),
-        "predicted": classes.take(pa.array(rows.predicted)),
-        "score": pa.array(rows.score),
-        "probs": pa.ListArray.from_arrays(
-            pa.array(np.arange(len(rows.probs) + 1, dtype=np.int32) * len(classes)), pa.array(rows.probs.reshape(-1))
-        ),
-    }
-    table = pa.table(columns).replace_schema_metadata({"labels": json.dumps(result.labels)})
-    pq.write_table(table, path)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from clip_har_jax.evaluation import charts
 from clip_har_jax.evaluation.calibration import aps_sets, softmax, split_conformal_sets
-from clip_har_jax.evaluation.evaluator import EvalResult, Shown
 from clip_har_jax.evaluation.history import History
 from clip_har_jax.evaluation.plots import MAX_NAMED_CLASSES, draw_confusion
+from clip_har_jax.evaluation.result import EvalResult, Shown
 from clip_har_jax.evaluation.significance import bootstrap_intervals
 
 NUM_CONFUSIONS = 10
@@ -79,7 +79,7 @@ def templates() -> jinja2.Environment:
 def make_report(
     result: EvalResult, names: Sequence[str], about: Mapping[str, str], details: Details | None = None
 ) -> str:
-    """Return the report as HTML; see `evaluator.write_result` for the arguments."""
+    """Return the report as HTML; see `output.write_result` for the arguments."""
     details = details or Details()
     rows = result.predictions
     name_of = dict(zip(rows.index.tolist(), names, strict=True))

@@ -40,7 +40,7 @@ class Check:
     detail: str
 
 
-def read_evaluation(folder: Path, digest: str) -> dict[str, Any]:
+def read_metrics(folder: Path, digest: str) -> dict[str, Any]:
     """Return the metrics of an evaluation of the model with that digest.
 
     Raises:

@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from clip_har_jax.mlops.tracking import FAILED, FINISHED, STOPPED, Facts, Handle, Metrics
+from clip_har_jax.mlops.tracking import FAILED, FINISHED, STOPPED, Handle, Metrics, RunInfo
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # how its database is set up is nothing for a run's screen
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -49,9 +49,9 @@ def find_experiment(client: MlflowClient) -> str:
 class Mlflow:
     """One MLflow run, new or continued."""
 
-    def __init__(self, facts: Facts, handle: Handle | None):
+    def __init__(self, info: RunInfo, handle: Handle | None):
         self.client = MlflowClient()
-        self.run_id = self._continue(handle) or self._begin(facts)
+        self.run_id = self._continue(handle) or self._begin(info)
         self.handle: Handle = {"run_id": self.run_id, "tracking_uri": self.client.tracking_uri}
 
     def _continue(self, handle: Handle | None) -> str | None:
@@ -65,9 +65,9 @@ class Mlflow:
             return None  # somebody deleted it
         return handle["run_id"]
 
-    def _begin(self, facts: Facts) -> str:
-        run = self.client.create_run(find_experiment(self.client), run_name=facts.name, tags=facts.tags)
-        params = iter([Param(key, str(value)[:LONGEST]) for key, value in facts.params.items()])
+    def _begin(self, info: RunInfo) -> str:
+        run = self.client.create_run(find_experiment(self.client), run_name=info.name, tags=info.tags)
+        params = iter([Param(key, str(value)[:LONGEST]) for key, value in info.params.items()])
         while batch := list(islice(params, BATCH)):
             self.client.log_batch(run.info.run_id, params=batch)
         return run.info.run_id
@@ -96,13 +96,13 @@ def _entities(step: int, metrics: Metrics) -> list[Metric]:
     return [Metric(name, value, now_ms, step) for name, value in metrics.items() if value is not None]
 
 
-def open_tracker(facts: Facts, handle: Handle | None) -> Mlflow:
+def open_tracker(info: RunInfo, handle: Handle | None) -> Mlflow:
     """Continues the run of `handle` if the server still has it, else begins one."""
-    return Mlflow(facts, handle)
+    return Mlflow(info, handle)
 
 
 def sync(
-    facts: Facts, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
+    info: RunInfo, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
 ) -> tuple[str, Handle]:
     """Hands in what MLflow hasn't got of a run's metrics and folders; says how much that was.
 
@@ -110,7 +110,7 @@ def sync(
       lines: of metrics.jsonl.
       folders: by the name that they are logged under.
     """
-    tracker = Mlflow(facts, handle)
+    tracker = Mlflow(info, handle)
     known: dict[str, set[int]] = {}
     missing = []
     for line in lines:
@@ -122,7 +122,7 @@ def sync(
             if step not in known[metric.key]:
                 missing.append(metric)
     tracker.log(missing)
-    tracker.tag(facts.tags)
+    tracker.tag(info.tags)
     listed = {entry.path for entry in tracker.client.list_artifacts(tracker.run_id)}
     new = [name for name in folders if name not in listed]
     for name in new:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.mlops.tracking import STATE, State, check_trackers, read_facts
+from clip_har_jax.mlops.tracking import STATE, State, check_trackers, read_run_info
 
 SYNCED = ("mlflow", "wandb")  # TensorBoard's files lie in the work folder and miss nothing but what a full disk took
 
@@ -27,7 +27,7 @@ def sync(workdir: str | os.PathLike[str], names: Sequence[str] = ()) -> dict[str
       UserError: no run, no such tracker, or one that still can't be reached.
     """
     workdir = Path(os.fspath(workdir))
-    facts, state = read_facts(workdir), State(workdir)
+    info, state = read_run_info(workdir), State(workdir)
     for name in names:
         if name not in SYNCED:
             raise UserError(
@@ -45,7 +45,7 @@ def sync(workdir: str | os.PathLike[str], names: Sequence[str] = ()) -> dict[str
     for name in names:
         module = importlib.import_module(f"clip_har_jax.mlops.{name}")
         try:
-            done[name], handle = module.sync(facts, state.get(name).get("handle"), lines, folders)
+            done[name], handle = module.sync(info, state.get(name).get("handle"), lines, folders)
         except UserError:
             raise
         except Exception as error:  # of a third party: whatever it is, it is said in one line

@@ -17,7 +17,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_
 from tensorboard.plugins.text import metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from clip_har_jax.mlops.tracking import Facts, Handle, Metrics
+from clip_har_jax.mlops.tracking import Handle, Metrics, RunInfo
 
 _COUNT = itertools.count()  # two files of one second
 
@@ -25,18 +25,18 @@ _COUNT = itertools.count()  # two files of one second
 class TensorBoard:
     """One event file of one start; the first record tells TensorBoard to forget what came after `resume_step`."""
 
-    def __init__(self, facts: Facts):
-        self.handle: Handle = {"logdir": os.fspath(facts.workdir / "tensorboard")}
+    def __init__(self, info: RunInfo):
+        self.handle: Handle = {"logdir": os.fspath(info.workdir / "tensorboard")}
         folder = Path(self.handle["logdir"])
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_COUNT)}"
-        self._writer, self._step = RecordWriter((folder / name).open("wb")), facts.resume_step
+        self._writer, self._step = RecordWriter((folder / name).open("wb")), info.resume_step
         self._add(event_pb2.Event(file_version="brain.Event:2"))
-        if facts.resume_step:
+        if info.resume_step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(event_pb2.Event(step=facts.resume_step + 1, session_log=start))
-        self._write_text("config", _table(facts.params))
-        self.tag(facts.tags)
+            self._add(event_pb2.Event(step=info.resume_step + 1, session_log=start))
+        self._write_text("config", _table(info.params))
+        self.tag(info.tags)
 
     def write(self, step: int, metrics: Metrics) -> None:
         self._step = step
@@ -88,6 +88,6 @@ def _table(values: Mapping[str, object]) -> str:
     return "\n".join(("| key | value |", "|---|---|", *rows))
 
 
-def open_tracker(facts: Facts, handle: Handle | None) -> TensorBoard:
+def open_tracker(info: RunInfo, handle: Handle | None) -> TensorBoard:
     """Return a new event file, beside those of earlier starts."""
-    return TensorBoard(facts)
+    return TensorBoard(info)

@@ -29,7 +29,7 @@ Handle = dict[str, Any]  # what a tracker needs to continue its run; JSON
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunInfo:
     """What a tracker is told of a run.
 
     Attributes:
@@ -52,7 +52,7 @@ class Facts:
         return f"{self.workdir.name}-{self.run_id}"
 
 
-def read_facts(workdir: epath.PathLike) -> Facts:
+def read_run_info(workdir: epath.PathLike) -> RunInfo:
     """Return the facts of the run in a work folder, from its config.json and run.json.
 
     Raises:
@@ -65,7 +65,7 @@ def read_facts(workdir: epath.PathLike) -> Facts:
         raise UserError(f"--workdir={workdir}: holds no run; name the folder that scripts/train.py wrote") from error
     tags = {key: str(record.get(key)) for key in ("run_id", "git_sha", "git_dirty", "config_hash", "lock_hash")}
     tags |= {f"data.{split}": f"{part['spec']} {part['fingerprint']}" for split, part in record["data"].items()}
-    return Facts(workdir, record["run_id"], dict(_leaves(config)), tags, record.get("last_step", 0))
+    return RunInfo(workdir, record["run_id"], dict(_leaves(config)), tags, record.get("last_step", 0))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,7 +86,7 @@ class Tracker(Protocol):
         """Take the metrics of one step."""
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Take further facts."""
+        """Take further tags."""
 
     def log_folder(self, name: str, folder: Path) -> None:
         """Take the files of a folder, under a name."""
@@ -95,9 +95,9 @@ class Tracker(Protocol):
         """End this start of the run: FINISHED, STOPPED or FAILED."""
 
 
-def open_tracker(name: str, facts: Facts, handle: Handle | None) -> Tracker:
+def open_tracker(name: str, info: RunInfo, handle: Handle | None) -> Tracker:
     """Open a tracker, which imports its library; `handle`: of the run that it continues, if there is one."""
-    return importlib.import_module(f"clip_har_jax.mlops.{name}").open_tracker(facts, handle)
+    return importlib.import_module(f"clip_har_jax.mlops.{name}").open_tracker(info, handle)
 
 
 def check_trackers(names: Sequence[str], workdir: epath.PathLike) -> None:
@@ -132,7 +132,7 @@ class State:
             bundle.write_json(self._path, self._values)
 
 
-class Isolated:
+class BackgroundTracker:
     """A tracker behind a bounded queue and a circuit breaker, on a thread of its own.
 
     After `FAILURES` in a row (the first, where it can't even be opened) nothing is tried for `PAUSE_S`. What doesn't
@@ -219,21 +219,21 @@ class Trackers:
 
     Args:
       names: of `TRACKERS`.
-      facts: of the run.
+      info: of the run.
       make: opens a tracker; tests pass their own.
     """
 
     def __init__(
         self,
         names: Sequence[str],
-        facts: Facts,
-        make: Callable[[str, Facts, Handle | None], Tracker] = open_tracker,
+        info: RunInfo,
+        make: Callable[[str, RunInfo, Handle | None], Tracker] = open_tracker,
     ):
         assert set(names) <= set(TRACKERS), "config.py has checked the names"
         self.status = FAILED  # until the run says otherwise
-        state = State(facts.workdir)
+        state = State(info.workdir)
         self._trackers = [
-            Isolated(name, lambda handle, name=name: make(name, facts, handle), state)  # type: ignore[misc]
+            BackgroundTracker(name, lambda handle, name=name: make(name, info, handle), state)  # type: ignore[misc]
             for name in names
         ]
 
@@ -242,7 +242,7 @@ class Trackers:
         self._put(lambda tracker: tracker.write(step, values))
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Add facts that weren't known at the start, as the model's digest."""
+        """Add tags that weren't known at the start, such as the model's digest."""
         self._put(lambda tracker: tracker.tag(tags))
 
     def log_folder(self, name: str, folder: Path) -> None:

@@ -18,7 +18,7 @@ import wandb
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
-from clip_har_jax.mlops.tracking import FINISHED, Facts, Handle, Metrics
+from clip_har_jax.mlops.tracking import FINISHED, Handle, Metrics, RunInfo
 
 PROJECT = "clip_har_jax"
 INIT_TIMEOUT_S = 30.0  # then the run is written offline
@@ -27,17 +27,17 @@ INIT_TIMEOUT_S = 30.0  # then the run is written offline
 class Wandb:
     """One W&B run, new or continued under the same id."""
 
-    def __init__(self, facts: Facts, handle: Handle | None):
+    def __init__(self, info: RunInfo, handle: Handle | None):
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         try:
-            self._run = self._init(facts, mode)
+            self._run = self._init(info, mode)
         except Exception as error:  # nothing of the run is lost: it goes to the disk instead
             if mode == "offline":
                 raise
             print(f"warning: wandb: {str(error).strip().splitlines()[0]}; going on offline", file=sys.stderr)
             wandb.teardown()
             mode = "offline"
-            self._run = self._init(facts, mode)
+            self._run = self._init(info, mode)
         self._run.define_metric("*", step_metric="step")
         folders = list((handle or {}).get("folders", []))
         if mode == "offline":
@@ -45,15 +45,15 @@ class Wandb:
         self.handle: Handle = {"id": self._run.id, "folders": folders}
 
     @staticmethod
-    def _init(facts: Facts, mode: str) -> Any:
-        local = bundle.is_local(facts.workdir)
+    def _init(info: RunInfo, mode: str) -> Any:
+        local = bundle.is_local(info.workdir)
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=facts.run_id,
-            name=facts.name,
+            id=info.run_id,
+            name=info.name,
             resume="allow" if mode == "online" else None,
-            config=facts.params | {"run": facts.tags},
-            dir=os.fspath(facts.workdir) if local else None,
+            config=info.params | {"run": info.tags},
+            dir=os.fspath(info.workdir) if local else None,
             mode=mode,  # type: ignore[arg-type]  # WANDB_MODE is checked by W&B itself
             settings=wandb.Settings(
                 console="off",
@@ -93,13 +93,13 @@ def _has_key() -> bool:
         return False
 
 
-def open_tracker(facts: Facts, handle: Handle | None) -> Wandb:
+def open_tracker(info: RunInfo, handle: Handle | None) -> Wandb:
     """Return a run under the run's own id, so that a continued one is the same run."""
-    return Wandb(facts, handle)
+    return Wandb(info, handle)
 
 
 def sync(
-    facts: Facts, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
+    info: RunInfo, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
 ) -> tuple[str, Handle]:
     """Upload what was written offline, by W&B's own `wandb sync`; each folder once.
 
@@ -113,9 +113,9 @@ def sync(
     if not _has_key():
         raise UserError("wandb: no key; set WANDB_API_KEY, or run `wandb login`")
     for path in left:
-        command = [sys.executable, "-m", "wandb", "sync", "--id", facts.run_id, str(path)]
+        command = [sys.executable, "-m", "wandb", "sync", "--id", info.run_id, str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not list(path.glob("*.synced")):
             said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
             raise UserError(f"wandb: {path.name} wasn't uploaded: {said[-1]}")
-    return f"{len(left)} offline folders uploaded to run {facts.run_id}", handle or {}
+    return f"{len(left)} offline folders uploaded to run {info.run_id}", handle or {}

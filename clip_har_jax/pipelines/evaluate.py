@@ -14,9 +14,11 @@ from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
 from clip_har_jax.data.sources import Example, Source, make_source, manifest_of
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
+from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.history import read_history
+from clip_har_jax.evaluation.output import write_result
 from clip_har_jax.evaluation.report import HEADLINES, Details
+from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.text import phrase
 

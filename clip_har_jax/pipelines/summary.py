@@ -3,12 +3,10 @@
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment
 
-if TYPE_CHECKING:
-    from clip_har_jax.pipelines.auto import Step
+from clip_har_jax.pipelines.steps import Step
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -45,7 +43,7 @@ PAGE = """<!doctype html>
 """
 
 
-def make_summary(config: str, outcome: str, steps: Sequence["Step"], workdir: Path) -> str:
+def make_summary(config: str, outcome: str, steps: Sequence[Step], workdir: Path) -> str:
     """Return the page, with links to what lies beside it."""
     links = [
         name for name in ("test/report.html", "data/report.html", "run/model/README.md") if (workdir / name).exists()

@@ -13,9 +13,10 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.data.sources import Source, are_clips, manifest_of
 from clip_har_jax.evaluation.calibration import Calibration
-from clip_har_jax.evaluation.evaluator import EvalResult, write_result
 from clip_har_jax.evaluation.history import read_history
+from clip_har_jax.evaluation.output import write_result
 from clip_har_jax.evaluation.report import Details
+from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.models.heads import write_head
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed, sharding

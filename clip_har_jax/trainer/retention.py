@@ -121,7 +121,7 @@ def choose_wise_ft(run: "Run", state: TrainState, retention: Retention | None, q
     if distributed.is_main():
         bundle.write_json(run.workdir / "wise_ft.json", {"curve": points, "chosen": best["alpha"]})
         if retention:
-            from clip_har_jax.evaluation.tradeoffs import draw_wise_ft
+            from clip_har_jax.evaluation.retention_plots import draw_wise_ft
 
             (run.workdir / "wise_ft.png").write_bytes(draw_wise_ft(points, best["alpha"]))
     return run.with_weights(state, interpolate(start, end, best["alpha"]))

@@ -14,7 +14,8 @@ from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.evaluator import EvalResult, evaluate
+from clip_har_jax.evaluation.evaluator import evaluate
+from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.models.factory import Start, start_params
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed, sharding

@@ -19,7 +19,7 @@ from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import calibrate
 from clip_har_jax.lock import FolderLock
-from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_facts
+from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_run_info
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
 from clip_har_jax.trainer.artifacts import (
@@ -115,7 +115,7 @@ def train(
         write_record(run, goodput, changes)
         if not quiet:
             _warn_of_dirty_code(folder)
-        trackers = Trackers(config.trackers, read_facts(folder)) if distributed.is_main() else None
+        trackers = Trackers(config.trackers, read_run_info(folder)) if distributed.is_main() else None
         all_sinks = _make_sinks(run, goodput, lock, [*sinks, *([trackers] if trackers else [])], quiet)
         for sink in all_sinks:
             stack.callback(sink.close)

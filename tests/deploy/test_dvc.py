@@ -96,7 +96,7 @@ def test_one_digest_goes_through(project, tmp_path, monkeypatch):
     from fastapi.testclient import TestClient
 
     from clip_har_jax.mlops.card import make_card
-    from clip_har_jax.mlops.registry import open_registry
+    from clip_har_jax.mlops.model_registry import open_registry
     from serving.app import make_app
     from serving.settings import Settings
 

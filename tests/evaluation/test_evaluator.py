@@ -24,10 +24,12 @@ from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import split_conformal_sets
 from clip_har_jax.evaluation.charts import draw_lines
-from clip_har_jax.evaluation.evaluator import EvalResult, evaluate, write_result
+from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.history import History, read_history
+from clip_har_jax.evaluation.output import write_result
 from clip_har_jax.evaluation.plots import draw_confusion
 from clip_har_jax.evaluation.report import Details, make_report, worst_confusions
+from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.evaluation.significance import bootstrap_intervals
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.factory import load

@@ -19,7 +19,7 @@ from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.mlops import tracking
 from clip_har_jax.mlops.sync import sync
-from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Facts, Isolated, State, Trackers
+from clip_har_jax.mlops.tracking import FINISHED, STOPPED, BackgroundTracker, RunInfo, State, Trackers
 from clip_har_jax.trainer.train import train
 from tests.support.model_folders import write_images, write_model
 
@@ -86,7 +86,7 @@ def tracked(environment, folders):
 
     config, workdir = config_for(folders, ("tensorboard", "mlflow", "wandb")), environment / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Isolated, "STOPPED_S", 300.0)  # a busy machine may take longer to import a tracker
+        patch.setattr(BackgroundTracker, "STOPPED_S", 300.0)  # a busy machine may take longer to import a tracker
         first = train(config, workdir, sinks=[StopAt()], quiet=True)
     assert first.exit_code == 143
     return train(config, workdir, quiet=True)
@@ -152,7 +152,7 @@ def test_nothing_is_handed_in_twice(tracked):
 def test_training_imports_no_tensorflow_for_its_trackers(folders, tmp_path):
     code = (
         "import sys; from pathlib import Path; from clip_har_jax.mlops import tracking;"
-        "facts = tracking.Facts(__import__('etils.epath').epath.Path(sys.argv[1]), 'id', {}, {});"
+        "facts = tracking.RunInfo(__import__('etils.epath').epath.Path(sys.argv[1]), 'id', {}, {});"
         "[tracking.open_tracker(name, facts, None) for name in ('tensorboard',)];"
         "import clip_har_jax.mlops.mlflow, clip_har_jax.mlops.wandb;"
         "sys.exit('tensorflow' in sys.modules)"
@@ -230,7 +230,7 @@ def test_wrong_credentials_stop_nothing(environment, folders, tmp_path, monkeypa
 
 
 def facts_of(tmp_path):
-    return Facts(epath.Path(tmp_path), "id", {}, {})
+    return RunInfo(epath.Path(tmp_path), "id", {}, {})
 
 
 class Recorder:
@@ -278,8 +278,8 @@ def test_a_disk_that_is_full_costs_only_that_tracker(tmp_path, capsys):
 
 
 def test_a_tracker_that_hangs_is_never_waited_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Isolated, "QUEUE", 5)
-    monkeypatch.setattr(Isolated, "STOPPED_S", 0.3)
+    monkeypatch.setattr(BackgroundTracker, "QUEUE", 5)
+    monkeypatch.setattr(BackgroundTracker, "STOPPED_S", 0.3)
     hang = threading.Event()
 
     class Hanging(Recorder):
@@ -298,7 +298,7 @@ def test_a_tracker_that_hangs_is_never_waited_for(tmp_path, monkeypatch, capsys)
 
 
 def test_the_circuit_opens_after_failures_and_closes_after_the_pause(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Isolated, "PAUSE_S", 0.2)
+    monkeypatch.setattr(BackgroundTracker, "PAUSE_S", 0.2)
     tried, seen = [], []
 
     class Flaky(Recorder):

@@ -101,7 +101,7 @@ def test_a_server_follows_the_alias_back_under_load(start):
     """A second version is let through, and rolled back while clients ask: no request fails, the first one answers."""
     from PIL import Image
 
-    from clip_har_jax.mlops.registry import open_registry
+    from clip_har_jax.mlops.model_registry import open_registry
 
     assert run(start, "--config.optim.learning_rate=1e-9", "--min_gain=-1").returncode == 0
     with pytest.MonkeyPatch.context() as patch:

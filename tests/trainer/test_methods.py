@@ -23,7 +23,7 @@ from clip_har_jax.models.adapters import merge_lora
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import HEAD_FILE, Features, HeadSize, head_logits, head_shapes, init_head
 from clip_har_jax.models.params import flat_params
-from clip_har_jax.pipelines.compare import measure
+from clip_har_jax.pipelines.method_comparison import evaluate_on
 from clip_har_jax.trainer.retention import interpolate
 from clip_har_jax.trainer.run_data import select_classes
 from clip_har_jax.trainer.train import EXIT_RETENTION, train
@@ -112,7 +112,7 @@ def test_each_method_beats_zero_shot_and_changes_what_it_says(name, start, zero_
         elif not key.endswith("attention.key.bias"):  # it shifts all scores of a query alike: its gradient is 0
             assert not np.array_equal(value, after[key]), key
     assert bundle.read_actions(Path(result.model)).head == head
-    assert measure(config_for(start, name), Path(result.model), "synthetic?split=val")["top1"] == pytest.approx(
+    assert evaluate_on(config_for(start, name), Path(result.model), "synthetic?split=val")["top1"] == pytest.approx(
         result.metrics["top1"], abs=0.01
     )  # what training measured is what the folder answers
 
@@ -180,7 +180,7 @@ def test_a_folder_of_images_becomes_a_model_in_one_line(start, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "preset 'small': 288 training images, under 10,000 (72 to 72 a class)" in done.stdout
     assert "optim.learning_rate=0.002 (as you set it)" in done.stdout
-    found = measure(config_for(start, "lora"), tmp_path / "run" / "model", "synthetic?split=test")
+    found = evaluate_on(config_for(start, "lora"), tmp_path / "run" / "model", "synthetic?split=test")
     assert found["num_examples"] == 4 * 40
     assert found["top1"] > 0.4  # chance is 0.25
 

@@ -28,7 +28,7 @@ class Evaluation:
     probs: Float[np.ndarray, "n c"]
 
 
-def read_evaluation(folder: str) -> Evaluation:
+def read_predictions(folder: str) -> Evaluation:
     """Read the predictions of an evaluation.
 
     Raises:
@@ -71,7 +71,7 @@ def check_pair(first: Evaluation, other: Evaluation) -> None:
             )
 
 
-def compare(folders: Sequence[str], output: str | Path) -> dict[str, Any]:
+def compare_evaluations(folders: Sequence[str], output: str | Path) -> dict[str, Any]:
     """Compare evaluations with the first of them, and write comparison.json and comparison.html.
 
     Args:
@@ -85,7 +85,7 @@ def compare(folders: Sequence[str], output: str | Path) -> dict[str, Any]:
         raise UserError(
             "--compare: name two folders or more, divided by commas, e.g. --compare=runs/a/test,runs/b/test"
         )
-    evaluations = [read_evaluation(folder) for folder in folders]
+    evaluations = [read_predictions(folder) for folder in folders]
     first, everything = evaluations[0], np.arange(len(evaluations[0].label))
     runs: list[dict[str, Any]] = []
     for one in evaluations:

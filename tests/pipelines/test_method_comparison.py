@@ -12,7 +12,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.pipelines import tuning
-from clip_har_jax.pipelines.compare import compare, default_test
+from clip_har_jax.pipelines.method_comparison import compare_methods, default_test
 from clip_har_jax.pipelines.presets import choose_preset
 from clip_har_jax.pipelines.tuning import Needs, Space, search, weigh_method, with_method
 from clip_har_jax.trainer.run_data import validates_on_test
@@ -53,7 +53,7 @@ def test_a_comparison_is_searched_resumed_and_tabulated(folders, tmp_path, monke
     space = Space((1.0, 100.0), (0.0,))
     tmp_path = tmp_path / "output"
     arguments = (config, ["zero_shot", "linear_probe", "lora"], [0, 1], tmp_path, test, space)
-    rows = compare(*arguments, soups=True)
+    rows = compare_methods(*arguments, soups=True)
     assert [row["method"] for row in rows] == ["zero_shot", "linear_probe", "lora", "lora, soup"]
     table = (tmp_path / "compare.md").read_text()
     assert table.count("\n| `") == 4
@@ -74,9 +74,9 @@ def test_a_comparison_is_searched_resumed_and_tabulated(folders, tmp_path, monke
         raise AssertionError("a finished run was run again")
 
     monkeypatch.setattr(tuning, "train", fail)
-    assert compare(*arguments) == rows[:3]
+    assert compare_methods(*arguments) == rows[:3]
     with pytest.raises(UserError, match="another config"):
-        compare(config, ["lora"], [0], tmp_path, "synthetic", space)
+        compare_methods(config, ["lora"], [0], tmp_path, "synthetic", space)
 
 
 def test_the_search_looks_at_validation_alone(folders, tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_what_chooses_a_model_is_no_test(folders, tmp_path):
     validated = replace(config, data=replace(config.data, val=other))
     for test, key in ((same, "train"), (other, "val")):
         with pytest.raises(UserError, match=f"the same images as config.data.{key}"):
-            compare(validated, ["full"], [0], tmp_path / "output", test, Space((1.0,), ()))
+            compare_methods(validated, ["full"], [0], tmp_path / "output", test, Space((1.0,), ()))
     assert not (tmp_path / "output").exists()
 
 
@@ -165,7 +165,7 @@ def test_what_chooses_a_model_is_no_test(folders, tmp_path):
 )
 def test_mistakes_are_refused(folders, tmp_path, methods, seeds, message):
     with pytest.raises(UserError) as error:
-        compare(config_for(folders), methods, seeds, tmp_path, "synthetic", Space((1.0,), ()))
+        compare_methods(config_for(folders), methods, seeds, tmp_path, "synthetic", Space((1.0,), ()))
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())
 

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.mlops.gates import RETENTION, Check, Gates, check_evaluation, check_gates, read_evaluation
+from clip_har_jax.mlops.gates import RETENTION, Check, Gates, check_evaluation, check_gates, read_metrics
 from clip_har_jax.mlops.mlflow import find_experiment
 
 NAME = "har"
@@ -29,7 +29,7 @@ REPLACED = "replaced_version"  # the version that had the alias before, for the 
 
 
 @dataclass(frozen=True)
-class Version:
+class RegisteredVersion:
     """A registered version.
 
     Attributes:
@@ -47,7 +47,7 @@ class Version:
     source: str
 
 
-def open_registry(name: str = NAME) -> "Registry":
+def open_registry(name: str = NAME) -> "ModelRegistry":
     """Return the registry that MLFLOW_TRACKING_URI names, else mlflow.db in this folder.
 
     Raises:
@@ -58,16 +58,16 @@ def open_registry(name: str = NAME) -> "Registry":
         client.search_registered_models(max_results=1)
     except MlflowException as error:
         raise UserError(f"MLflow at {client.tracking_uri} can't be reached: {_line(error)}") from error
-    return Registry(name, client)
+    return ModelRegistry(name, client)
 
 
-class Registry:
+class ModelRegistry:
     """The versions of one registered model."""
 
     def __init__(self, name: str, client: MlflowClient):
         self.name, self._client = name, client
 
-    def register(self, model: Path, export: Path | None, evaluation: Path | None) -> Version:
+    def register(self, model: Path, export: Path | None, evaluation: Path | None) -> RegisteredVersion:
         """Upload folders as a new version; the same digest again gives the version that is there.
 
         Args:
@@ -85,7 +85,7 @@ class Registry:
         if export is not None:
             tags |= {"export_digest": _verify_export(export, digest)}
         if evaluation is not None:
-            metrics = read_evaluation(evaluation, digest)
+            metrics = read_metrics(evaluation, digest)
             tags |= {key: f"{metrics[key]:.4f}" for key in ("top1", "macro_f1", "ece") if key in metrics}
         for version in self.versions():
             if version.digest == digest and version.tags.get("export_digest") == tags.get("export_digest"):
@@ -94,7 +94,9 @@ class Registry:
         given = {name: folder for name, folder in folders.items() if folder is not None}
         return self._create(digest, given, model.parent / RETENTION, tags)
 
-    def _create(self, digest: str, folders: Mapping[str, Path], retention: Path, tags: Mapping[str, str]) -> Version:
+    def _create(
+        self, digest: str, folders: Mapping[str, Path], retention: Path, tags: Mapping[str, str]
+    ) -> RegisteredVersion:
         run_id = self._find_run(tags.get("run_id")) or self._make_run(digest, tags)
         place = f"versions/{digest[:12]}-{tags.get('export_digest', 'model')[:12]}"
         for name, folder in folders.items():
@@ -124,14 +126,14 @@ class Registry:
         self._client.set_terminated(run.info.run_id)
         return run.info.run_id
 
-    def versions(self) -> list[Version]:
+    def versions(self) -> list[RegisteredVersion]:
         """All versions, the newest first."""
         found = self._client.search_model_versions(f"name = '{self.name}'")
         return sorted((self._read(item) for item in found), key=lambda version: -version.number)
 
-    def _read(self, item: ModelVersion) -> Version:
+    def _read(self, item: ModelVersion) -> RegisteredVersion:
         aliases = [alias for alias, version in self._aliases().items() if version == int(item.version)]
-        return Version(
+        return RegisteredVersion(
             self.name,
             int(item.version),
             item.tags.get("digest", ""),
@@ -149,7 +151,7 @@ class Registry:
             raise
         return {alias: int(version) for alias, version in aliases.items()}
 
-    def find(self, reference: str) -> Version:
+    def find(self, reference: str) -> RegisteredVersion:
         """Return a version by alias or number.
 
         Raises:
@@ -201,16 +203,16 @@ class Registry:
                 champion = self._download(self.find(alias), Path(scratch) / "champion") / "evaluation"
             return check_evaluation(gates, evaluation, champion, model.parent / RETENTION)
 
-    def point(self, alias: str, version: Version) -> None:
+    def point(self, alias: str, version: RegisteredVersion) -> None:
         """Points an alias to a version without asking anything, as at a challenger."""
         self._client.set_registered_model_alias(self.name, alias, str(version.number))
 
-    def _point(self, alias: str, version: Version, before: int | None) -> None:
+    def _point(self, alias: str, version: RegisteredVersion, before: int | None) -> None:
         if before is not None:
             self._client.set_model_version_tag(self.name, str(version.number), f"{REPLACED}.{alias}", str(before))
         self.point(alias, version)
 
-    def rollback(self, alias: str) -> Version:
+    def rollback(self, alias: str) -> RegisteredVersion:
         """Points an alias back to the version that had it before; that one passed its gates when it was promoted.
 
         Raises:
@@ -223,7 +225,7 @@ class Registry:
         self._client.set_registered_model_alias(self.name, alias, before)
         return self.find(before)
 
-    def pull(self, reference: str, part: str, output: Path) -> Version:
+    def pull(self, reference: str, part: str, output: Path) -> RegisteredVersion:
         """Write a version's model/, export/ or evaluation/ folder to `output`; the old one stays until it is whole.
 
         Raises:
@@ -242,7 +244,7 @@ class Registry:
             bundle.replace_folder(output, fill)
         return version
 
-    def _download(self, version: Version, target: Path) -> Path:
+    def _download(self, version: RegisteredVersion, target: Path) -> Path:
         """Fetch a version's folders and check them."""
         try:
             target.mkdir(parents=True)

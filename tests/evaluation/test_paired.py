@@ -11,8 +11,9 @@ from scipy.stats import binom
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.compare import compare
-from clip_har_jax.evaluation.evaluator import evaluate, write_predictions
+from clip_har_jax.evaluation.evaluator import evaluate
+from clip_har_jax.evaluation.output import write_predictions
+from clip_har_jax.evaluation.paired import compare_evaluations
 from clip_har_jax.evaluation.significance import holm, mcnemar, paired_differences
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def test_a_better_model_is_told_from_chance(tmp_path: Path) -> None:
     same, other, better = (
         write(tmp_path / name, seed, skill) for name, seed, skill in (("a", 0, 1.0), ("b", 1, 1.0), ("c", 2, 3.0))
     )
-    result = compare([same, other, better], tmp_path / "out")
+    result = compare_evaluations([same, other, better], tmp_path / "out")
     chance, sure = result["runs"][1:]
     assert chance["p_corrected"] > 0.05 and "could be chance" in chance["verdict"]
     assert sure["p_corrected"] < 0.001 and sure["verdict"].startswith(f"{better} is better than {same}")
@@ -81,15 +82,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     }
     for what, folder in others.items():
         with pytest.raises(UserError, match=f"on the same {what}"):
-            compare([good, folder], tmp_path / "out")
+            compare_evaluations([good, folder], tmp_path / "out")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "predictions.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match="not the predictions"):
-        compare([good, str(tmp_path / "damaged")], tmp_path / "out")
+        compare_evaluations([good, str(tmp_path / "damaged")], tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
-        compare([good, str(tmp_path / "none")], tmp_path / "out")
+        compare_evaluations([good, str(tmp_path / "none")], tmp_path / "out")
     with pytest.raises(UserError, match="two folders or more"):
-        compare([good], tmp_path / "out")
+        compare_evaluations([good], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -35,7 +35,7 @@ SOUP_FILES = (
 )
 
 
-def compare(
+def compare_methods(
     config: RunConfig,
     methods: Sequence[str],
     seeds: Sequence[int],
@@ -77,7 +77,7 @@ def compare(
     bundle.write_json(output / "compare.json", facts)
     (output / "compare.md").write_text(make_table(rows, describe_search(config, methods, len(seeds), space)))
     if all(row["retained"] for row in rows):
-        from clip_har_jax.evaluation.tradeoffs import draw_comparison
+        from clip_har_jax.evaluation.retention_plots import draw_comparison
 
         (output / "compare.png").write_bytes(draw_comparison(rows))
     return rows
@@ -115,7 +115,7 @@ def run_cell(config: RunConfig, output: Path, test: str) -> dict[str, Any]:
     if known := finished(done, config, test=test):
         return known
     result = run_training(config, folder / "run")
-    metrics = measure(config, folder / "run/model", test)
+    metrics = evaluate_on(config, folder / "run/model", test)
     record = json.loads((folder / "run" / "run.json").read_text())
     retention = folder / "run" / "retention.json"
     makes_steps = METHODS[config.method.name].learns_from == "steps"
@@ -167,7 +167,7 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
         bundle.seal(folder)
 
     soup = bundle.replace_folder(output / "soups" / method, fill)
-    metrics, retention = measure(config, soup, test), load_retention(config)
+    metrics, retention = evaluate_on(config, soup, test), load_retention(config)
     retained = None
     if retention is not None:
         backend = JaxBackend(soup, retention.labels, batch_size=config.eval.batch_size)
@@ -176,7 +176,7 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
     return {**cells[0], "top1": metrics["top1"], "ece": metrics["ece"], "retained": retained, "seconds": seconds}
 
 
-def measure(config: RunConfig, model: Path, test: str) -> dict[str, Any]:
+def evaluate_on(config: RunConfig, model: Path, test: str) -> dict[str, Any]:
     """Return the metrics of a model folder on the test data."""
     backend = JaxBackend(model, batch_size=config.eval.batch_size)
     source = make_source(test, "test")

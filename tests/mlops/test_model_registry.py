@@ -18,7 +18,7 @@ from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.mlops.card import check_card, make_card
 from clip_har_jax.mlops.gates import Gates, paired_interval
-from clip_har_jax.mlops.registry import open_registry
+from clip_har_jax.mlops.model_registry import open_registry
 from tests.support.model_folders import write_model
 
 ROOT = Path(__file__).parents[2]
