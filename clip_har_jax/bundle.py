@@ -1,9 +1,6 @@
 """The model folder: actions.json, and the manifest that seals it so that a changed byte is refused."""
 
-import hashlib
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.files import read_object, sha256, sha256_file, write_json
 from clip_har_jax.signing import SIGNATURE_FILE
 
 FORMAT_VERSION = 1
@@ -43,48 +41,6 @@ class Actions:
     thresholds: dict[str, float] = field(default_factory=dict)
     preprocess_version: int | None = None
     video: dict[str, Any] = field(default_factory=dict)
-
-
-def is_local(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is on a mounted file system rather than an object store."""
-    return "://" not in os.fspath(path)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON atomically: whoever reads `path` sees the old contents or the new, never a part."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if not is_local(path):  # such stores replace whole objects, and renaming one means copying it
-        from etils import epath
-
-        epath.Path(path).write_text(text)
-        return
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      UserError: it isn't there, or isn't one.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is needed, not a {type(value).__name__}")
-    return value
 
 
 def write_actions(folder: str | Path, actions: Actions) -> None:
@@ -185,14 +141,13 @@ def _sealed_files(folder: Path) -> list[Path]:
 def _hashes(folder: Path) -> dict[str, str]:
     hashes = {}
     for path in _sealed_files(folder):
-        with path.open("rb") as file:
-            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[path.relative_to(folder).as_posix()] = sha256_file(path)
     return hashes
 
 
 def _digest(hashes: dict[str, str]) -> str:
     listing = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
-    return hashlib.sha256(listing.encode()).hexdigest()
+    return sha256(listing)
 
 
 def seal(folder: str | Path, source: str | None = None) -> str:

@@ -5,7 +5,6 @@ A config file gives `get_config()`, an `ml_collections.ConfigDict` with only wha
 """
 
 import dataclasses
-import hashlib
 import json
 import runpy
 import traceback
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.files import sha256
 from clip_har_jax.text import DEFAULT_TEMPLATES
 
 
@@ -174,7 +174,7 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """SHA-256 of the values, independent of the file that gave them."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(self.to_dict(), sort_keys=True))
 
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder, on disks, network file systems and object stores alike."""
+"""One writer at a time in a folder, on a disk or an object store, and the name of the one that is there."""
 
 import json
 import os
@@ -6,36 +6,47 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import is_local, write_json
+
+NAME = "lock.json"
 
 
 class FolderLock:
-    """Keep a second writer out of a folder; a context manager.
+    """Keeps a second writer out of a folder; a context manager.
 
-    A file `lock.json` names the process that writes the folder, which renews the file every few seconds; no clocks are
-    compared. A killed writer stops renewing: its own host sees that at once, another one after `patience_s` of
-    watching.
+    A file names the process that writes the folder, which renews it every few seconds. That works on disks, network
+    file systems and object stores alike, and compares no clocks. A killed process stops renewing: on its own host
+    that is seen at once, from another after `patience_s` of watching.
 
     Args:
-      folder: exists already.
-      flag: the command line's name for the folder, which an error tells the person to change.
-      renew_s: seconds between two renewals.
-      patience_s: how long a writer on another host may stay silent before it counts as dead.
+      folder: the folder that is written.
+      flag: the flag that names the folder, for the message.
+      file: the lock's own file; by default lock.json in the folder. A folder that is replaced as a whole has it beside
+        itself, see `beside`.
 
     Raises:
-      UserError: another process writes there; names its host, process and start time.
+      UserError: another process writes there; names its host, number and start time.
     """
 
-    def __init__(self, folder: epath.Path, flag: str = "--workdir", renew_s: float = 3.0, patience_s: float = 15.0):
-        self._path, self._flag, self._renew_s, self._patience_s = folder / "lock.json", flag, renew_s, patience_s
+    def __init__(
+        self,
+        folder: Any,
+        flag: str = "--workdir",
+        file: Any = None,
+        renew_s: float = 3.0,
+        patience_s: float = 15.0,
+    ):
+        self._folder, self._flag, self._path = folder, flag, file or folder / NAME
+        self._renew_s, self._patience_s = renew_s, patience_s
         self._mine = {
             "host": socket.gethostname(),
+            "pid_namespace": _pid_namespace(),
             "process": os.getpid(),
             "process_started": _process_started(os.getpid()),
             "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -47,18 +58,23 @@ class FolderLock:
         self.lost_to: dict[str, Any] | None = None
 
     def __enter__(self) -> "FolderLock":
-        holder = self._read()
-        if holder is not None and self._is_alive(holder):
-            raise UserError(
-                f"{self._path.parent}: {_describe(holder)} is writing here; stop it, or use another {self._flag}"
-            )
-        self._write()
-        time.sleep(0.2)  # of two that start together, the one whose file stays goes on
-        holder = self._read()
-        if holder is None or holder["token"] != self._mine["token"]:
-            raise UserError(
-                f"{self._path.parent}: {_describe(holder or {})} started here too; use another {self._flag}"
-            )
+        while True:
+            holder = self._read()
+            if holder is not None and self._is_alive(holder):
+                raise UserError(
+                    f"{self._folder}: {_describe(holder)} is writing here; wait for it or stop it, or use another "
+                    f"{self._flag}"
+                )
+            with _one_claim_at_a_time(self._path.parent) as alone:
+                if _token(self._read()) != _token(holder):
+                    continue  # someone else was faster
+                self._write()
+            break
+        if not alone:
+            time.sleep(0.2)  # of two that start together, the one whose file stays goes on
+            holder = self._read()
+            if _token(holder) != self._mine["token"]:
+                raise UserError(f"{self._folder}: {_describe(holder or {})} started here too; use another {self._flag}")
         self._thread.start()
         return self
 
@@ -70,13 +86,13 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Check that the folder is still this writer's; cheap, to be called now and then.
+        """Raise if the folder is no longer this process's; call it now and then.
 
         Raises:
           UserError: another process took the folder while this one was suspended.
         """
         if self.lost_to is not None:
-            raise UserError(f"{self._path.parent}: taken over by {_describe(self.lost_to)}; this run stops writing")
+            raise UserError(f"{self._folder}: taken over by {_describe(self.lost_to)}; this process stops writing")
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -87,66 +103,100 @@ class FolderLock:
 
     def _write(self) -> None:
         self._count += 1
-        text = json.dumps({**self._mine, "renewed": self._count}, indent=2) + "\n"
-        if "://" in os.fspath(self._path):  # an object store replaces whole objects
-            self._path.write_text(text)
-            return
-        partial = self._path.with_name(f".{self._path.name}.{self._mine['token']}.partial")
-        try:
-            partial.write_text(text)
-            partial.replace(self._path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(self._path, {**self._mine, "renewed": self._count})
 
     def _is_alive(self, holder: Mapping[str, Any]) -> bool:
-        if holder.get("host") == self._mine["host"]:
-            # The start time tells a reused number, such as that of a container's only process.
+        where = ("host", "pid_namespace")  # containers of one host name number their processes alike
+        if all(holder.get(name, self._mine[name]) == self._mine[name] for name in where):
+            # The start time tells a reused number, as that of a container's only process.
             process = holder.get("process")
             return isinstance(process, int) and _process_started(process) == holder.get("process_started")
         end = time.monotonic() + self._patience_s
         while time.monotonic() < end:
             time.sleep(0.5)
-            if (now := self._read()) is None:
+            if (seen := self._read()) is None:
                 return False
-            if now.get("renewed") != holder.get("renewed") or now.get("token") != holder.get("token"):
+            if seen.get("renewed") != holder.get("renewed") or _token(seen) != _token(holder):
                 return True
         return False
 
     def _keep_renewing(self) -> None:
         while not self._end.wait(self._renew_s):
             holder = self._read()
-            if holder is not None and holder.get("token") != self._mine["token"]:
+            if holder is not None and _token(holder) != self._mine["token"]:
                 self.lost_to = holder
                 return
             try:
                 self._write()
-            except OSError:  # a full disk: the writer itself will report it
+            except OSError:  # a full disk: the writer itself will say so
                 continue
+
+
+def beside(folder: Path, flag: str = "--output") -> FolderLock:
+    """Return the lock of a folder that is replaced as a whole: its file stands beside the folder."""
+    return FolderLock(folder, flag, folder.with_name(f".{folder.name}.{NAME}"))
+
+
+@contextmanager
+def _one_claim_at_a_time(folder: Any) -> Iterator[bool]:
+    """Exclude this machine's other processes from claiming; give whether that was possible.
+
+    The kernel's lock on the folder ends with its process. Object stores, Windows and some network file systems have
+    none.
+    """
+    try:
+        import fcntl
+
+        number = os.open(folder, os.O_RDONLY) if is_local(folder) else -1
+    except (ImportError, OSError):
+        number = -1
+    if number < 0:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(number, fcntl.LOCK_UN)  # closing isn't enough: a child forked meanwhile has the file open too
+    finally:
+        os.close(number)
+
+
+def _token(holder: Mapping[str, Any] | None) -> Any:
+    return holder.get("token") if holder is not None else None
 
 
 def _describe(holder: Mapping[str, Any]) -> str:
     return (
-        f"the run on host {holder.get('host', '?')}, process {holder.get('process', '?')}, started "
-        f"{holder.get('started', '?')},"
+        f"process {holder.get('process', '?')} on host {holder.get('host', '?')}, started {holder.get('started', '?')},"
     )
 
 
-def _process_started(pid: int) -> str | None:
-    """Return the boot and the time since it when a process of this machine began, in the kernel's units.
+def _pid_namespace() -> str | None:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        return None
 
-    None: there is no such process.
-    """
+
+def _process_started(pid: int) -> str | None:
+    """Return when a process of this machine began, and in which boot, in the system's units; None: there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return _process_exists(pid)
     fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else f"{boot}:{fields[19]}"  # a zombie was killed, and its parent didn't wait
+    return None if fields[0] == "Z" else f"{boot}:{fields[19]}"  # a zombie was killed and not waited for
 
 
 def _process_exists(pid: int) -> str | None:
-    """Return "alive" where there is such a process, for systems without /proc; None: there is none."""
+    """Return "alive" if there is such a process, on systems without /proc; else None."""
     if pid <= 0 or Path("/proc/self/stat").exists():
         return None
     try:

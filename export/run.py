@@ -23,6 +23,7 @@ from clip_har_jax import bundle
 from clip_har_jax.data import synthetic
 from clip_har_jax.data.sources import are_clips, make_source
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.files import write_json
 from clip_har_jax.inference import golden
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
@@ -261,7 +262,7 @@ def export_model(
         for name, way in ways.items():
             parity[name] = _write_and_prove(model, name, way, folder, cases, expected, true)
         if any(entry["passed"] for entry in parity.values()):
-            bundle.write_json(folder / "parity.json", parity)
+            write_json(folder / "parity.json", parity)
             bundle.seal(folder, model.digest)
             if signing_key is not None:
                 sign(folder, Path(signing_key))
@@ -341,4 +342,4 @@ def write_contract(model: Model, folder: Path) -> None:
         graph.name: {"inputs": graph.inputs, "outputs": graph.outputs, "params": sorted(graph.params)}
         for graph in model.graphs
     }
-    bundle.write_json(folder / SIGNATURE, {"logit_scale": model.logit_scale, "graphs": json.loads(json.dumps(graphs))})
+    write_json(folder / SIGNATURE, {"logit_scale": model.logit_scale, "graphs": json.loads(json.dumps(graphs))})

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from clip_har_jax.bundle import write_json
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import write_json
 from clip_har_jax.text import make_prompts, phrase
 from serving.problems import Problem
 from serving.telemetry import log

@@ -82,7 +82,7 @@ def test_a_run_that_lost_its_folder_stops(tmp_path):
     with lock_on(tmp_path, renew_s=0.1) as lock:
         (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 7, "token": "t"}))
         time.sleep(0.5)
-        with pytest.raises(UserError, match="taken over by the run on host elsewhere, process 7"):
+        with pytest.raises(UserError, match="taken over by process 7 on host elsewhere"):
             lock.check()
     assert (tmp_path / "lock.json").exists()  # it is the other's
 
@@ -92,3 +92,40 @@ def test_a_damaged_lock_is_nobodys(tmp_path, text):
     (tmp_path / "lock.json").write_text(text.replace("HOST", socket.gethostname()))
     with lock_on(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from clip_har_jax.errors import UserError
+from clip_har_jax.lock import FolderLock
+while time.time() < float(sys.argv[2]):
+    pass
+try:
+    with FolderLock(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(3)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_of_many_that_start_together_one_writes(tmp_path):
+    """Two that both find no lock must not both go on."""
+    go = str(time.time() + 2)
+    claims = [
+        subprocess.Popen([sys.executable, "-c", CLAIM, str(tmp_path), go], stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    said = [process.communicate()[0] for process in claims]
+    assert sum(line == "held\n" for line in said) == 1
+    assert sum("is writing here" in line for line in said) == 5
+
+
+def test_the_same_number_in_another_container_is_another_process(tmp_path):
+    """Containers of one host name number their processes alike."""
+    holder = {"host": socket.gethostname(), "pid_namespace": "pid:[1]", "process": os.getpid(), "token": "t"}
+    (tmp_path / "lock.json").write_text(json.dumps(holder))
+    begin = time.monotonic()
+    with lock_on(tmp_path, patience_s=1.0):
+        assert time.monotonic() - begin >= 1.0  # its renewals were waited for

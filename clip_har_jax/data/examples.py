@@ -1,9 +1,10 @@
 """What sources give: an example, and the protocol of whatever holds them."""
 
-import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from clip_har_jax.files import sha256
 
 
 class ClipFile(NamedTuple):
@@ -36,7 +37,5 @@ class Source(Protocol):
 
 
 def fingerprint_of(*parts: object) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(part).encode() + b"\0")
-    return digest.hexdigest()
+    """Return one digest of values, by how Python writes them."""
+    return sha256(repr(part) + "\0" for part in parts)

@@ -1,6 +1,5 @@
 """Split manifests: which file is in which split, with checksums, so that a run can name it and no change is unseen."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import atomic, sha256
 from clip_har_jax.specs import Spec, find_split
 
 FORMAT = 1
@@ -51,10 +51,8 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 over what the manifest promises: each file, its content, label, group and split."""
-        digest = hashlib.sha256()
-        for row in zip(*(self.table.column(name).to_pylist() for name in PROMISED), strict=True):
-            digest.update(json.dumps(row).encode() + b"\n")
-        return digest.hexdigest()
+        rows = zip(*(self.table.column(name).to_pylist() for name in PROMISED), strict=True)
+        return sha256(json.dumps(row) + "\n" for row in rows)
 
     @property
     def clips(self) -> bool:
@@ -72,9 +70,8 @@ def make_manifest(rows: Sequence[Mapping[str, Any]], root: Path, about: Mapping[
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a manifest; whole or not at all."""
     about = {"format": FORMAT, "digest": manifest.digest, "root": str(manifest.root), "about": dict(manifest.about)}
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(manifest.table.replace_schema_metadata({"manifest": json.dumps(about)}), partial)
-    partial.replace(path)
+    with atomic(path) as partial:
+        pq.write_table(manifest.table.replace_schema_metadata({"manifest": json.dumps(about)}), partial)
 
 
 def read_manifest(path: Path, root: Path | None = None) -> Manifest:

@@ -1,6 +1,5 @@
 """What is kept of each image or clip of a data set when it is read through: checksum, measures, signatures; groups."""
 
-import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from clip_har_jax.data.examples import ClipFile, Source
 from clip_har_jax.data.quality import Facts, measure
 from clip_har_jax.data.sources import FileSource
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import sha256, sha256_file
 from clip_har_jax.preprocess import BadImage, decode
 from clip_har_jax.specs import label_ids
 from clip_har_jax.video.clips import FrameSampling, read_clip
@@ -81,7 +81,7 @@ def scan(source: Pooled, i: int) -> Scanned | tuple[str, str]:
         if isinstance(data, ClipFile):
             return _scan_clip(data.path)
         image = decode(data, DataConfig.max_megapixels)
-        return Scanned(hashlib.sha256(data).hexdigest(), len(data), measure(image), (make_signature(image),))
+        return Scanned(sha256(data), len(data), measure(image), (make_signature(image),))
     except BadImage as error:
         return name, str(error)
     except OSError as error:
@@ -92,10 +92,10 @@ def _scan_clip(path: str) -> Scanned:
     frames = read_clip(path, FrameSampling(FRAMES), max_megapixels=DataConfig.max_megapixels).frames
     facts = [measure(frame) for frame in frames]
     signatures = tuple(make_signature(frame) for frame in frames)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     means = (float(np.mean([getattr(one, name) for one in facts])) for name in ("brightness", "contrast"))
-    return Scanned(digest, Path(path).stat().st_size, Facts(facts[0].width, facts[0].height, *means), signatures)
+    return Scanned(
+        sha256_file(path), Path(path).stat().st_size, Facts(facts[0].width, facts[0].height, *means), signatures
+    )
 
 
 def find_duplicates(scanned: Sequence[Scanned], clips: bool) -> list[tuple[int, int, float]]:

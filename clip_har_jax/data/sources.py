@@ -3,7 +3,6 @@
 A source holds names and labels, and reads an image only when it is asked for; it can be sent to worker processes.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from clip_har_jax.data.examples import ClipFile, Example, Source, fingerprint_of
 from clip_har_jax.data.manifest import read_split
 from clip_har_jax.data.tables import hf_source, tfds_source
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.files import sha256
 from clip_har_jax.preprocess import BadImage
 from clip_har_jax.specs import Spec, label_ids, list_files, parse_spec
 from clip_har_jax.video.datasets import list_videos
@@ -70,7 +70,7 @@ class ManifestSource(FileSource):
             return Example(self.records[i], int(self.label_ids[i]), self.paths[i])
         example = super().__getitem__(i)
         assert isinstance(example.data, bytes)
-        if hashlib.sha256(example.data).hexdigest() != self.sha256[i]:
+        if sha256(example.data) != self.sha256[i]:
             raise BadImage("changed since its manifest was written")
         return example._replace(data=ClipFile(self.paths[i])) if self.clips else example
 

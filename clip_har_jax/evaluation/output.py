@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clip_har_jax.bundle import write_json
 from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.files import write_json
 
 if TYPE_CHECKING:
     from clip_har_jax.evaluation.report import Details

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from clip_har_jax.bundle import write_json
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.report import HEADLINES, templates
 from clip_har_jax.evaluation.significance import bootstrap_intervals, holm, mcnemar, measures, paired_differences
+from clip_har_jax.files import write_json
 
 ALPHA = 0.05
 

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import write_json
 from clip_har_jax.inference.predictor import Predictor
 from clip_har_jax.specs import find_images
 
@@ -260,7 +260,7 @@ def _check_same_run(path: Path, about: dict[str, Any]) -> None:
                     f"{str(value)[:80]!r}); name another --output"
                 )
     else:
-        bundle.write_json(path, about)
+        write_json(path, about)
 
 
 def _finished_parts(folder: Path) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Float32, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.files import read_object
 from clip_har_jax.inference.backends import (
     Backend,
     JaxBackend,
@@ -183,7 +184,7 @@ class ExportedBackend:
             raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
         self.path, self.batch_size = folder, batch_size
         self.digest = bundle.verify(folder)
-        self.model_digest = bundle.read_object(folder / bundle.MANIFEST).get("source") if self.digest else None
+        self.model_digest = read_object(folder / bundle.MANIFEST).get("source") if self.digest else None
         actions = choose_actions(folder, classes)
         version = bundle.read_actions(folder).preprocess_version
         if version not in (None, PREPROCESS_VERSION):

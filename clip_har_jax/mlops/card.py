@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import read_object
 
 LICENSE = "apache-2.0"
 SECTIONS = ("## Results", "## Data", "## Limits", "## Use", "## Where it comes from")
@@ -35,7 +36,7 @@ def make_card(model: Path, metrics: Mapping[str, Any] | None, name: str, license
     if metrics is not None and metrics.get("model_digest") != digest:
         raise UserError(f"the metrics are of the model {str(metrics.get('model_digest'))[:12]}, not of {digest[:12]}")
     actions = bundle.read_actions(model)
-    record = bundle.read_object(model / "run.json") if (model / "run.json").is_file() else {}
+    record = read_object(model / "run.json") if (model / "run.json").is_file() else {}
     data = ModelCardData(
         license=license,
         library_name="clip_har_jax",

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import read_object
 
 RESAMPLES = 2000
 RETENTION = "retention.json"  # what a training writes beside its model/
@@ -46,7 +46,7 @@ def read_metrics(folder: Path, digest: str) -> dict[str, Any]:
     Raises:
       UserError: no evaluation, or one of another model.
     """
-    metrics = bundle.read_object(folder / "metrics.json")
+    metrics = read_object(folder / "metrics.json")
     if metrics.get("model_digest") != digest:
         raise UserError(
             f"{folder / 'metrics.json'}: of the model {str(metrics.get('model_digest'))[:12]}, not of {digest[:12]}; "
@@ -74,7 +74,7 @@ def check_evaluation(gates: Gates, candidate: Path, champion: Path | None, reten
 
 
 def _check_parity(export: Path) -> Check:
-    parity = bundle.read_object(export / "parity.json")
+    parity = read_object(export / "parity.json")
     failed = sorted(name for name, entry in parity.items() if not entry["passed"])
     return Check("parity", not failed, f"{', '.join(failed)} failed" if failed else f"{', '.join(parity)} passed")
 
@@ -83,7 +83,7 @@ def _check_gain(least: float, candidate: Path, champion: Path) -> Check:
     for folder, who in ((candidate, "the candidate"), (champion, "the champion")):
         if not (folder / "metrics.json").is_file():
             return Check("gain", False, f"{who} was registered without its evaluation")
-    data = [bundle.read_object(folder / "metrics.json").get("data_fingerprint") for folder in (candidate, champion)]
+    data = [read_object(folder / "metrics.json").get("data_fingerprint") for folder in (candidate, champion)]
     if None in data or data[0] != data[1]:
         return Check(
             "gain", False, f"evaluated on other data ({str(data[0])[:12]}) than the champion ({str(data[1])[:12]})"
@@ -123,7 +123,7 @@ def paired_interval(gains: np.ndarray) -> tuple[float, float]:
 def _check_retention(least: float, file: Path) -> Check:
     if not file.is_file():
         return Check("retention", False, "the training measured none; set config.retention.data")
-    measured = bundle.read_object(file)
+    measured = read_object(file)
     before, after = float(measured["before"]), float(measured.get("after", 0.0))
     share = after / before if before else 1.0
     detail = f"zero-shot top-1 {before:.3f} before, {after:.3f} after: {share:.3f} is left, at least {least:.3f}?"

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.files import read_object
 from clip_har_jax.mlops.gates import RETENTION, Check, Gates, check_evaluation, check_gates, read_metrics
 from clip_har_jax.mlops.mlflow import find_experiment
 
@@ -274,7 +275,7 @@ def _run_tags(model: Path) -> dict[str, str]:
     """What the model's run.json says of where it comes from."""
     if not (model / "run.json").is_file():
         return {}
-    record = bundle.read_object(model / "run.json")
+    record = read_object(model / "run.json")
     keys = ("run_id", "git_sha", "git_dirty", "config_hash", "lock_hash")
     return {key: str(record[key]) for key in keys if record.get(key) is not None}
 
@@ -283,7 +284,7 @@ def _verify_export(export: Path, digest: str) -> str:
     own = bundle.verify(export)
     if own is None:
         raise UserError(f"--export={export}: not sealed; register what `python -m export` wrote")
-    source = bundle.read_object(export / bundle.MANIFEST).get("source")
+    source = read_object(export / bundle.MANIFEST).get("source")
     if source != digest:
         raise UserError(f"--export={export}: made from the model {str(source)[:12]}, --model is {digest[:12]}")
     return own

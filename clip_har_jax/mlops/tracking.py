@@ -18,9 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
-from clip_har_jax import bundle
 from clip_har_jax.config import TRACKERS
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import is_local, write_json
 
 STATE = "trackers.json"  # in the work folder: by which names the trackers know the run, and what they missed
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -109,7 +109,7 @@ def check_trackers(names: Sequence[str], workdir: epath.PathLike) -> None:
     for name in names:
         if find_spec(name) is None:
             raise UserError(f"config.trackers: {name} isn't installed; pip install -e '.[tracking]'")
-        if name == "tensorboard" and not bundle.is_local(workdir):
+        if name == "tensorboard" and not is_local(workdir):
             raise UserError(f"config.trackers: tensorboard appends to files, which {workdir} can't; leave it out")
 
 
@@ -129,7 +129,7 @@ class State:
     def update(self, name: str, **values: Any) -> None:
         with self._lock:
             self._values[name] = self.get(name) | values
-            bundle.write_json(self._path, self._values)
+            write_json(self._path, self._values)
 
 
 class BackgroundTracker:

@@ -16,8 +16,8 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 import wandb
 
-from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import is_local
 from clip_har_jax.mlops.tracking import FINISHED, Handle, Metrics, RunInfo
 
 PROJECT = "clip_har_jax"
@@ -46,7 +46,7 @@ class Wandb:
 
     @staticmethod
     def _init(info: RunInfo, mode: str) -> Any:
-        local = bundle.is_local(info.workdir)
+        local = is_local(info.workdir)
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=info.run_id,

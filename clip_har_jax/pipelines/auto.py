@@ -4,7 +4,6 @@ Each step is a script of the project in a process of its own, and can be killed 
 it stopped, the others write aside and rename. auto.json remembers what each finished step was made from.
 """
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.sources import make_source
+from clip_har_jax.files import read_object, sha256
 from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.gates import Check, Gates
 from clip_har_jax.pipelines.steps import StepFailedError, Steps
@@ -132,7 +132,7 @@ class Auto:
                 *given,
             ]
             self.steps.call("train", ROOT / "scripts/train.py", *call)
-            return {"digest": bundle.verify(run / "model"), "run_id": bundle.read_object(run / "run.json")["run_id"]}
+            return {"digest": bundle.verify(run / "model"), "run_id": read_object(run / "run.json")["run_id"]}
 
         fingerprints = [self._fingerprint(data[split], split) for split in ("train", "val")]
         inputs = [self.settings.config.digest, fingerprints, code_digest()]
@@ -144,7 +144,7 @@ class Auto:
         def evaluate() -> dict[str, Any]:
             call = [f"--model={self.workdir / 'run/model'}", f"--data={spec}", f"--output={output}"]
             self.steps.call("evaluate", ROOT / "scripts/evaluate.py", *call)
-            metrics = bundle.read_object(output / "metrics.json")
+            metrics = read_object(output / "metrics.json")
             return {name: metrics[name] for name in ("num_examples", "top1", "top5", "macro_f1", "nll", "ece")}
 
         inputs = [digest, spec, self._fingerprint(spec, "test")]
@@ -177,10 +177,10 @@ class Auto:
         path = self.workdir / "run/model/README.md"  # outside the seal
 
         def write() -> dict[str, Any]:
-            card = make_card(path.parent, bundle.read_object(self.workdir / "test/metrics.json"), self.settings.name)
+            card = make_card(path.parent, read_object(self.workdir / "test/metrics.json"), self.settings.name)
             check_card(card)
             path.write_text(card, encoding="utf-8")
-            return {"file": str(path), "sha256": hashlib.sha256(card.encode()).hexdigest()}
+            return {"file": str(path), "sha256": sha256(card)}
 
         return self.steps.run("card", [digest, test], [path], write)
 
@@ -223,7 +223,5 @@ class Auto:
 
 def code_digest() -> str:
     """SHA-256 over the package's own code, so that a changed program trains again."""
-    sha = hashlib.sha256()
-    for path in sorted((ROOT / "clip_har_jax").rglob("*.py")):
-        sha.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return sha.hexdigest()
+    files = sorted((ROOT / "clip_har_jax").rglob("*.py"))
+    return sha256(path.relative_to(ROOT).as_posix().encode() + path.read_bytes() for path in files)

@@ -10,6 +10,7 @@ from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import Calibration, calibrate
+from clip_har_jax.files import write_json
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.pipelines.evaluate import ClassedSource, run_backend
 
@@ -55,7 +56,7 @@ def calibrate_model(
                 shutil.copyfile(path, folder / name)
         bundle.write_actions(folder, actions)
         about = {"data": data, "fingerprint": source.fingerprint, "calibrated_from": backend.digest}
-        bundle.write_json(folder / "calibration.json", found.report | about)
+        write_json(folder / "calibration.json", found.report | about)
         bundle.seal(folder, backend.digest)
 
     try:

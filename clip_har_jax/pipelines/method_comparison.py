@@ -16,6 +16,7 @@ from clip_har_jax.data.sources import Source, make_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.method_table import make_table, summarize
+from clip_har_jax.files import write_json
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
@@ -74,7 +75,7 @@ def compare_methods(
             soup = cook_soup(config, [cell for cell in cells if cell["method"] == method], output, test)
             rows.append(summarize(method, [soup]) | {"method": f"{method}, soup"})
     facts = {"test": test, "space": dataclasses.asdict(space), "rows": rows, "cells": cells, "search": searched}
-    bundle.write_json(output / "compare.json", facts)
+    write_json(output / "compare.json", facts)
     (output / "compare.md").write_text(make_table(rows, describe_search(config, methods, len(seeds), space)))
     if all(row["retained"] for row in rows):
         from clip_har_jax.evaluation.retention_plots import draw_comparison
@@ -136,7 +137,7 @@ def run_cell(config: RunConfig, output: Path, test: str) -> dict[str, Any]:
         "seconds": result.seconds,
     }
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # the model is kept
-    bundle.write_json(done, cell)
+    write_json(done, cell)
     return cell
 
 

@@ -22,6 +22,7 @@ from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import MIN_FOR_WORKERS, map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.data_report import make_data_report, read_picture
+from clip_har_jax.files import write_json
 
 MIN_CLIPS_FOR_WORKERS = 30  # fewer are read before workers have started
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "MPO": ".jpg"}
@@ -159,12 +160,12 @@ def _make_rows(
 
 def _write_findings(prepared: Prepared, reference: Manifest | None, output: Path) -> None:
     """duplicates.json, report.html and, last, prepare.json."""
-    bundle.write_json(output / "duplicates.json", prepared.duplicates)
+    write_json(output / "duplicates.json", prepared.duplicates)
     page = make_data_report(
         prepared.manifest, prepared.summary, prepared.duplicates, prepared.suspects, prepared.bad, reference
     )
     (output / "report.html").write_text(page, encoding="utf-8")
-    bundle.write_json(output / "prepare.json", prepared.summary)
+    write_json(output / "prepare.json", prepared.summary)
 
 
 def _make_folder(path: Path) -> None:

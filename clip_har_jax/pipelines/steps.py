@@ -1,7 +1,6 @@
 """The steps of a pipeline: each runs once on the same inputs, as a process that takes the pipeline's signals."""
 
 import ctypes
-import hashlib
 import json
 import os
 import signal
@@ -17,10 +16,9 @@ from typing import Any
 
 from etils import epath
 
-from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import read_json, sha256, write_json
 from clip_har_jax.trainer.provenance import ROOT
-from clip_har_jax.trainer.workdir import read_json
 
 
 class StepFailedError(UserError):
@@ -85,7 +83,7 @@ class Steps:
         Raises:
           StepFailedError: a signal was received meanwhile.
         """
-        digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        digest = sha256(json.dumps(inputs, sort_keys=True))
         state = read_json(epath.Path(self._state)) or {}
         known = state.get(name, {})
         skipped = known.get("inputs") == digest and all(path.exists() for path in outputs)
@@ -95,7 +93,7 @@ class Steps:
         if self.stopped:
             raise StepFailedError(name, 128 + self.stopped)
         if not skipped:
-            bundle.write_json(self._state, state | {name: {"inputs": digest, "result": result}})
+            write_json(self._state, state | {name: {"inputs": digest, "result": result}})
         self.add(name, result, time.monotonic() - begin, skipped)
         return result
 

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clip_har_jax import bundle
 from clip_har_jax.config import RetentionConfig, RunConfig
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import write_json
 from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.planning.cost import Job, Variant, find_machine, make_program, step_memory
 from clip_har_jax.trainer.run_data import load_data
@@ -110,7 +110,7 @@ def try_setting(config: RunConfig, rate: float, decay: float, output: Path) -> d
         "seconds": result.seconds,
     }
     shutil.rmtree(folder / "run")
-    bundle.write_json(done, tried)
+    write_json(done, tried)
     print(f"      {config.method.name}, {setting_name(config)}: validation top-1 {tried['val_top1']:.3f}", flush=True)
     return tried
 

@@ -17,13 +17,13 @@ from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import write_result
 from clip_har_jax.evaluation.report import Details
 from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.files import is_local, read_json, write_json
 from clip_har_jax.models.heads import write_head
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.parallel.mesh import AXES
 from clip_har_jax.trainer.initial_params import describe_method
 from clip_har_jax.trainer.provenance import make_record
-from clip_har_jax.trainer.workdir import read_json
 from clip_har_jax.training.goodput import Goodput
 from clip_har_jax.training.state import TrainState
 
@@ -65,7 +65,7 @@ def write_record(run: "Run", goodput: Goodput, changes: Sequence[Mapping[str, An
         "last_step": run.first_step,
         "goodput": goodput.seconds(),
     }
-    bundle.write_json(run.workdir / "run.json", make_record(run.config, facts, old))
+    write_json(run.workdir / "run.json", make_record(run.config, facts, old))
 
 
 def record_goodput(run: "Run", goodput: Goodput, step: int, finished: bool = False) -> dict[str, float]:
@@ -73,9 +73,7 @@ def record_goodput(run: "Run", goodput: Goodput, step: int, finished: bool = Fal
     seconds = goodput.seconds()
     if distributed.is_main():
         record = read_json(run.workdir / "run.json") or {}
-        bundle.write_json(
-            run.workdir / "run.json", {**record, "last_step": step, "finished": finished, "goodput": seconds}
-        )
+        write_json(run.workdir / "run.json", {**record, "last_step": step, "finished": finished, "goodput": seconds})
     return seconds
 
 
@@ -116,7 +114,7 @@ def write_examples(run: "Run", examples: Mapping[int, Sequence[int]]) -> str:
     process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
     path = run.workdir / f"nonfinite_examples{process}.json"
     source = run.data.train
-    bundle.write_json(
+    write_json(
         path,
         [
             {"step": step, "examples": [{"index": index, "input": _name(source, index)} for index in indices]}
@@ -132,7 +130,7 @@ def write_report(run: "Run", step: int, result: EvalResult) -> epath.Path:
     if distributed.is_main():
         about = {"run": str(run.workdir), "step": str(step), "data": run.config.data.val or "held out"}
         names = [_name(run.data.val, int(i)) for i in result.predictions.index]
-        if bundle.is_local(folder):
+        if is_local(folder):
             details = Details(history=read_history(Path(run.workdir / "model")))
             write_result(result, Path(folder), names, about, details)
         else:
@@ -164,11 +162,11 @@ def write_model(run: "Run", state: TrainState, calibration: Calibration) -> epat
         if are_clips(run.data.train):
             actions = replace(actions, video=asdict(run.config.data.video))
         bundle.write_actions(folder, actions)
-        bundle.write_json(folder / "calibration.json", calibration.report)
+        write_json(folder / "calibration.json", calibration.report)
         (folder / "run.json").write_text((run.workdir / "run.json").read_text())
         bundle.seal(folder)
 
-    if bundle.is_local(target):
+    if is_local(target):
         bundle.replace_folder(Path(target), fill)
     else:
         _upload_folder(fill, target)

@@ -1,9 +1,7 @@
 """Image embeddings, computed once and kept on disk by what the images, the model and the way between them are."""
 
-import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax.data.sources import ClipFile, Source
+from clip_har_jax.files import atomic, sha256, sha256_file
 from clip_har_jax.parallel import distributed
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage
 from clip_har_jax.training.probe import Embedded
@@ -25,35 +24,26 @@ def cache_folder() -> Path:
 def content_digest(source: Source) -> str:
     """SHA-256 over the examples' bytes and labels; of drawn ones over what they are drawn from."""
 
-    def read(i: int) -> Any:
+    def one(i: int) -> str | None:
         try:
             data = source[i].data
-            if not isinstance(data, ClipFile):
-                return data
-            with open(data.path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
+            if isinstance(data, np.ndarray):
+                return None
+            return sha256_file(data.path) if isinstance(data, ClipFile) else sha256(data)
         except (OSError, BadImage) as error:  # it will be reported when it is to be read for good
-            return str(error).encode()
+            return sha256(str(error))
 
-    def one(i: int) -> bytes:
-        return hashlib.sha256(read(i)).digest()
-
-    if not len(source) or isinstance(read(0), np.ndarray):
+    if not len(source) or one(0) is None:
         return source.fingerprint
-    digest = hashlib.sha256(np.ascontiguousarray(source.label_ids).tobytes())
     with ThreadPoolExecutor(8) as pool:
-        for part in pool.map(one, range(len(source))):
-            digest.update(part)
-    return digest.hexdigest()
+        parts = pool.map(one, range(len(source)))
+        return sha256((np.ascontiguousarray(source.label_ids).tobytes(), *map(str, parts)))
 
 
 def image_tower_digest(params: Mapping[str, Any]) -> str:
     """SHA-256 over the weights that image embeddings depend on."""
-    digest = hashlib.sha256()
-    for name in sorted(name for name in params if name.startswith("vis")):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(params[name]).tobytes())
-    return digest.hexdigest()
+    names = sorted(name for name in params if name.startswith("vis"))
+    return sha256(part for name in names for part in (name, np.ascontiguousarray(params[name]).tobytes()))
 
 
 def cached_features(
@@ -69,7 +59,7 @@ def cached_features(
       compute: reads and embeds each image once; all processes together.
     """
     key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, dict(way)])
-    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    path = cache_folder() / f"{sha256(key)}.safetensors"
     kept = _read(path, len(source))
     if distributed.agree(kept is not None):
         assert kept is not None
@@ -92,13 +82,9 @@ def _read(path: Path, count: int) -> Embedded | None:
 
 
 def _write(path: Path, embedded: Embedded) -> None:
-    """Under a name of its own first, since others may write the same at the same time."""
+    """Write the file whole or not at all, since others may write the same at the same time."""
     from safetensors.numpy import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with atomic(path) as partial:
         save_file({name: np.ascontiguousarray(value) for name, value in embedded._asdict().items()}, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """run.json: what identifies a run, so that a model can be traced to its code, config, data and environment."""
 
 import datetime
-import hashlib
 import os
 import secrets
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 
 from clip_har_jax.config import RunConfig
+from clip_har_jax.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 GIT_SHA = "CLIP_HAR_JAX_GIT_SHA"  # set where the code came without its history, as in an image
@@ -30,7 +30,7 @@ def _git(*arguments: str) -> str | None:
 def environment_hash() -> str:
     """SHA-256 over the names and versions of all installed distributions."""
     names = sorted({f"{item.metadata['Name']}=={item.version}" for item in metadata.distributions()})
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return sha256("\n".join(names))
 
 
 def make_record(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:

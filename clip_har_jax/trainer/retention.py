@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
+from clip_har_jax.files import read_json, write_json
 from clip_har_jax.models.adapters import A as LORA_A
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed
 from clip_har_jax.trainer.run_data import RetentionData
-from clip_har_jax.trainer.workdir import read_json
 from clip_har_jax.training.state import TrainState
 from clip_har_jax.training.steps import make_text_step
 
@@ -77,7 +76,7 @@ class Retention:
         if distributed.is_main():
             about: dict[str, Any] = {"data": self.run.config.retention.data, "num_examples": len(self.data.source)}
             about["classes"] = list(self.data.labels)
-            bundle.write_json(self.run.workdir / "retention.json", {**about, **facts})
+            write_json(self.run.workdir / "retention.json", {**about, **facts})
 
 
 def interpolate(start: Mapping[str, Any], end: Mapping[str, Any], alpha: float) -> Params:
@@ -119,7 +118,7 @@ def choose_wise_ft(run: "Run", state: TrainState, retention: Retention | None, q
     if not quiet:
         print(f"wise-ft alpha {best['alpha']:g} chosen; {', '.join(map(_describe, points))}")
     if distributed.is_main():
-        bundle.write_json(run.workdir / "wise_ft.json", {"curve": points, "chosen": best["alpha"]})
+        write_json(run.workdir / "wise_ft.json", {"curve": points, "chosen": best["alpha"]})
         if retention:
             from clip_har_jax.evaluation.retention_plots import draw_wise_ft
 

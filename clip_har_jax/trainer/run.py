@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
@@ -16,6 +15,7 @@ from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.files import is_local, write_json
 from clip_har_jax.models.factory import Start, start_params
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed, sharding
@@ -124,7 +124,7 @@ class Run:
             raise UserError(
                 f"--profile_steps={begin}:{end}: this start makes steps {self.first_step + 1} to {self.num_steps}"
             )
-        if not bundle.is_local(self.workdir):
+        if not is_local(self.workdir):
             raise UserError(f"--profile_steps: a trace is written to a disk only, not to {self.workdir}")
 
     def weights(self, state: TrainState) -> Params:
@@ -205,7 +205,7 @@ class Run:
         if distributed.is_main():
             folder = self.workdir / "eval" / str(int(state.step))
             folder.mkdir(parents=True, exist_ok=True)
-            bundle.write_json(folder / "metrics.json", result.metrics)
+            write_json(folder / "metrics.json", result.metrics)
         return {f"val/{name}": result.metrics[name] for name in ("top1", "top5", "macro_f1", "nll", "ece")}
 
     def evaluate(self, state: TrainState) -> EvalResult:

@@ -1,6 +1,5 @@
 """What a run learns from and is judged by: its data, classes and prompts."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from clip_har_jax.config import RunConfig
 from clip_har_jax.data.sources import Example, Source, SubsetSource, make_source
 from clip_har_jax.data.splits import hold_out, take_shots
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.files import sha256
 from clip_har_jax.specs import parse_spec
 from clip_har_jax.text import make_prompts
 
@@ -100,7 +100,7 @@ class ClassSource(SubsetSource):
         places = np.full(len(source.labels), -1, np.int32)
         places[ids] = np.arange(len(ids))
         self.labels, self.label_ids = tuple(source.labels[i] for i in ids), places[self.label_ids]
-        self.fingerprint = hashlib.sha256(f"{self.fingerprint} {self.labels}".encode()).hexdigest()
+        self.fingerprint = sha256(f"{self.fingerprint} {self.labels}")
 
     def __getitem__(self, i: int) -> Example:
         return super().__getitem__(i)._replace(label=int(self.label_ids[i]))

@@ -18,6 +18,7 @@ from clip_har_jax import bundle, cli
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import calibrate
+from clip_har_jax.files import is_local, read_json
 from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_run_info
 from clip_har_jax.models.factory import make_start
@@ -39,7 +40,6 @@ from clip_har_jax.trainer.workdir import (
     clear_other_run,
     disk_faults,
     make_workdir,
-    read_json,
 )
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput, productive_share
@@ -181,7 +181,7 @@ def hand_over(trackers: Trackers, model: epath.Path, report: epath.Path) -> None
 
 def local_copy(folder: epath.Path) -> Path:
     """Return a folder itself, or a copy of one on an object store, which the trackers' libraries don't read."""
-    if bundle.is_local(folder):
+    if is_local(folder):
         return Path(folder)
     copy = Path(tempfile.mkdtemp())
     for path in folder.iterdir():
@@ -224,7 +224,7 @@ def _is_done(record: Mapping[str, Any], changes: Sequence[Any], model: epath.Pat
     """
     if not record.get("finished") or changes:
         return False
-    if not bundle.is_local(model):
+    if not is_local(model):
         return (model / bundle.MANIFEST).exists()
     try:
         return bundle.verify(Path(model)) is not None

@@ -10,9 +10,9 @@ from typing import Any
 
 from etils import epath
 
-from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig, leaves
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import is_local, read_json, write_json
 from clip_har_jax.training.sealing import probe, was_saved
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
@@ -62,20 +62,6 @@ class Change:
     policy: str
 
 
-def read_json(path: epath.Path) -> dict[str, Any] | None:
-    """Return the contents of a JSON file; None where there is none.
-
-    Raises:
-      UserError: not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); mend or remove it") from error
-
-
 @contextmanager
 def disk_faults(workdir: epath.Path) -> Iterator[None]:
     """Make one line of what a full, read-only or broken disk raises wherever a run writes.
@@ -102,7 +88,7 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
     if not os.fspath(workdir):
         raise UserError("--workdir is empty; name a folder, e.g. --workdir=runs/demo")
     path = epath.Path(workdir)
-    if bundle.is_local(path) and path.exists() and not path.is_dir():
+    if is_local(path) and path.exists() and not path.is_dir():
         raise UserError(f"--workdir={workdir}: a file, not a folder; name another")
     try:
         probe(path)
@@ -159,7 +145,7 @@ def claim_config(workdir: epath.Path, config: RunConfig) -> list[Change]:
                 f"{workdir} holds a run with {change.key}={change.old!r}, this one says {change.new!r}; use another "
                 f"--workdir, or --config.{change.key}={change.old}{_way_out(change)}"
             )
-    bundle.write_json(path, config.to_dict())
+    write_json(path, config.to_dict())
     return changes
 
 

@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from clip_har_jax import bundle
 from clip_har_jax.config import CheckpointConfig
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import is_local
 from clip_har_jax.parallel import distributed
 from clip_har_jax.training import sealing
 from clip_har_jax.training.state import TrainState, abstract_state
@@ -41,7 +41,7 @@ class Checkpointer:
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig):
         path = epath.Path(folder)
-        self._folder, self._config = path.absolute() if bundle.is_local(path) else path, config
+        self._folder, self._config = path.absolute() if is_local(path) else path, config
         self._saving: int | None = None
         try:
             sealing.probe(self._folder)

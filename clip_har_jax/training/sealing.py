@@ -3,7 +3,6 @@
 Beside each checkpoint stands `<step>.manifest.json` with the SHA-256 of its files.
 """
 
-import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import is_local, sha256_file, write_json
 
 LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax writes last, after it calls back
-_READ_BYTES = 1 << 22
 
 
 def probe(folder: epath.Path) -> None:
@@ -52,14 +50,14 @@ def manifest_path(folder: epath.Path, step: int) -> epath.Path:
 
 
 def write_manifest(folder: epath.Path, step: int, files: Mapping[str, str]) -> None:
-    bundle.write_json(manifest_path(folder, step), {"step": step, "files": dict(files)})
+    write_json(manifest_path(folder, step), {"step": step, "files": dict(files)})
 
 
 def seal_late(folder: epath.Path, step: int) -> None:
     """Add to a checkpoint's manifest what is written last, and remove the manifests of deleted checkpoints."""
     files = json.loads(manifest_path(folder, step).read_text())["files"]
     late = [name for name in LATE if (folder / str(step) / name).exists()]
-    write_manifest(folder, step, files | {name: sha256(folder / str(step) / name) for name in late})
+    write_manifest(folder, step, files | {name: sha256_file(folder / str(step) / name) for name in late})
     for manifest in folder.glob("*.manifest.json"):
         if not (folder / manifest.name.partition(".")[0]).exists():
             manifest.unlink(missing_ok=True)
@@ -106,7 +104,7 @@ def hashes(folder: epath.Path, leave_out: Sequence[str]) -> dict[str, str]:
     assert folder.exists(), folder
     files = {name: path for name, path in _files(folder, "") if name not in leave_out}
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(files, pool.map(sha256, files.values()), strict=True))
+        return dict(zip(files, pool.map(sha256_file, files.values()), strict=True))
 
 
 def _files(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
@@ -120,17 +118,9 @@ def _files(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-    if bundle.is_local(source):
+    if is_local(source):
         source.rename(target)
         return
     for name, path in _files(source, ""):  # object stores have neither folders nor renaming
         path.copy(target / name, overwrite=True)
     source.rmtree()
-
-
-def sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from clip_har_jax import bundle
+from clip_har_jax.files import is_local
 
 Metrics = Mapping[str, float | None]
 
@@ -39,7 +39,7 @@ class JsonlSink:
     def __init__(self, path: epath.PathLike, resume_step: int = 0):
         path = epath.Path(path)
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
-        self._remote: epath.Path | None = None if bundle.is_local(path) else path
+        self._remote: epath.Path | None = None if is_local(path) else path
         self._local = epath.Path(tempfile.mkdtemp()) / path.name if self._remote is not None else path
         self._uploaded = time.monotonic()
         partial = self._local.with_name(f".{path.name}.partial")

@@ -31,6 +31,7 @@ from clip_har_jax.evaluation.plots import draw_confusion
 from clip_har_jax.evaluation.report import Details, make_report, worst_confusions
 from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.evaluation.significance import bootstrap_intervals
+from clip_har_jax.files import write_json
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.factory import load
 from clip_har_jax.pipelines.evaluate import evaluate_model
@@ -199,12 +200,12 @@ def write_history(root: Path) -> History:
     (root / "model").mkdir()
     record = {"run_id": "r1", "goodput": {"productive": 3.0, "start": 1.0}, "command": ["train.py"]}
     record["data"] = {"val": {"spec": "folder:x", "num_examples": 5, "fingerprint": "abc"}}
-    bundle.write_json(root / "run.json", record)
-    bundle.write_json(root / "model" / "run.json", {"run_id": "r1"})
-    bundle.write_json(root / "config.json", make_config({"train": {"num_steps": 7}}).to_dict())
-    bundle.write_json(root / "retention.json", {"data": "folder:other", "before": 0.5, "after": 0.4})
+    write_json(root / "run.json", record)
+    write_json(root / "model" / "run.json", {"run_id": "r1"})
+    write_json(root / "config.json", make_config({"train": {"num_steps": 7}}).to_dict())
+    write_json(root / "retention.json", {"data": "folder:other", "before": 0.5, "after": 0.4})
     points = [{"alpha": alpha, "target_top1": alpha, "retained_top1": 1 - alpha} for alpha in (0.0, 0.5, 1.0)]
-    bundle.write_json(root / "wise_ft.json", {"curve": points, "chosen": 0.5})
+    write_json(root / "wise_ft.json", {"curve": points, "chosen": 0.5})
     lines = [json.dumps({"step": i, "train/loss": 3.0 - i, "train/learning_rate": 0.1 * i}) for i in range(3)]
     (root / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "train/lo']))
     return read_history(root / "model")
@@ -214,7 +215,7 @@ def test_a_history_is_of_its_own_run_alone(tmp_path: Path) -> None:
     history = write_history(tmp_path)
     assert history.series("train/loss") == ([0, 1, 2], [3.0, 2.0, 1.0])
     assert history.changed == {"train.num_steps": (None, 7)}
-    bundle.write_json(tmp_path / "run.json", {"run_id": "another"})
+    write_json(tmp_path / "run.json", {"run_id": "another"})
     assert read_history(tmp_path / "model").rows == ()
 
 

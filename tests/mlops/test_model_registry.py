@@ -16,6 +16,7 @@ import pytest
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import write_json
 from clip_har_jax.mlops.card import check_card, make_card
 from clip_har_jax.mlops.gates import Gates, paired_interval
 from clip_har_jax.mlops.model_registry import open_registry
@@ -48,7 +49,7 @@ def make_version(root, temperature, right, fingerprint="abc", parity=True, num_e
     export = root / "export"
     export.mkdir()
     (export / "actions.json").write_text((model / "actions.json").read_text())
-    bundle.write_json(export / "parity.json", {"onnx": {"passed": parity}})
+    write_json(export / "parity.json", {"onnx": {"passed": parity}})
     bundle.seal(export, digest)
     evaluation = root / "evaluation"
     evaluation.mkdir()
@@ -57,7 +58,7 @@ def make_version(root, temperature, right, fingerprint="abc", parity=True, num_e
     table = pa.table({"input": names, "label": [LABELS[0]] * num_examples, "predicted": predicted})
     pq.write_table(table, evaluation / "predictions.parquet")
     metrics = {"top1": right / num_examples, "model_digest": digest, "data_fingerprint": fingerprint}
-    bundle.write_json(evaluation / "metrics.json", metrics)
+    write_json(evaluation / "metrics.json", metrics)
     return {"model": model, "export": export, "evaluation": evaluation}
 
 
@@ -118,7 +119,7 @@ def test_gates_refuse(registry, good, better, tmp_path):
         registry.promote("1", "champion", Gates())
 
     kept = make_version(tmp_path / "kept", 5.0, right=190)
-    bundle.write_json(tmp_path / "kept" / "retention.json", {"before": 0.8, "after": 0.72})
+    write_json(tmp_path / "kept" / "retention.json", {"before": 0.8, "after": 0.72})
     registry.register(**kept)
     assert "0.900 is left" in refused("5", Gates(min_retention=0.95))["retention"]
     assert not refused("5", Gates(min_retention=0.85))

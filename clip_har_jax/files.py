@@ -1,0 +1,114 @@
+"""Files as every part reads and writes them: JSON, digests, and files that are written whole or not at all."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from clip_har_jax.errors import UserError
+
+
+@runtime_checkable
+class TextFile(Protocol):
+    """A path of a disk (`pathlib.Path`) or of an object store (`epath.Path`)."""
+
+    def read_text(self, encoding: Any = None) -> str:
+        """Return the file's text."""
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is on a mounted file system rather than an object store."""
+    return "://" not in os.fspath(path)
+
+
+def sha256(data: bytes | str | Iterable[bytes | str]) -> str:
+    """Return the SHA-256, as hex digits, of bytes or text (UTF-8), or of several parts as if they were one."""
+    digest = hashlib.sha256()
+    for part in (data,) if isinstance(data, bytes | str) else data:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def sha256_file(path: Any) -> str:
+    """Return the SHA-256, as hex digits, of a file's contents; a path of a disk or of an object store.
+
+    Raises:
+      OSError: the file can't be read.
+    """
+    with open(path, "rb") if isinstance(path, str) else path.open("rb") as file:
+        if hasattr(file, "readinto"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(iter(lambda: file.read(1 << 20), b""))  # clients of some object stores only read
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a scratch path in the same folder; what is written there takes the place of `path` at the end.
+
+    Readers see the old contents or the new, never a part. Each call has a scratch file of its own, so that two
+    writers don't meet in it; an error removes it and leaves the old contents.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically, see `atomic`; on an object store, which replaces whole objects, directly."""
+    if not is_local(path):
+        from etils import epath
+
+        epath.Path(path).write_text(text)
+        return
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON atomically, see `write_text`.
+
+    Raises:
+      ValueError: `value` holds a number that JSON lacks (infinite, or not a number); the old file stays.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: TextFile) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None where there is no such file.
+
+    Raises:
+      UserError: the file can't be read, or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path}: not JSON ({error}); mend or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is needed, not a {type(value).__name__}")
+    return value
+
+
+def read_object(path: TextFile) -> dict[str, Any]:
+    """Return the object in a JSON file that must be there.
+
+    Raises:
+      UserError: the file is missing, can't be read, or holds no JSON object.
+    """
+    value = read_json(path)
+    if value is None:
+        raise UserError(f"{path}: no such file")
+    return value
