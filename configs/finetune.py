@@ -8,10 +8,12 @@ Starts from OpenAI's ViT-B/32; --config.model.name names another, or a folder. A
 Hardware: a GPU for thousands of images; a few hundred do on CPU cores. Expected result: depends on the images.
 """
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
-from clip_har_jax.pipelines.presets import complete  # noqa: F401 (called once the command line is known)
+from clip_har_jax.pipelines.presets import choose_values
 
 
-def get_config() -> ConfigDict:
-    return ConfigDict({"model": {"name": "openai/clip-vit-base-patch32"}})
+def get_config(overrides: Sequence[str] = ()) -> ConfigDict:
+    return ConfigDict(choose_values({"model": {"name": "openai/clip-vit-base-patch32"}}, overrides))

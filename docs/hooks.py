@@ -1,4 +1,4 @@
-"""Pages that are made when the site is built: what each command's --help says, and every config key."""
+"""Pages generated when the site is built: the --help text of each command, and every config key."""
 
 import os
 import re
@@ -8,6 +8,9 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from clip_har_jax.config import RunConfig
+from clip_har_jax.settings import leaves, settings_of
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("export", "serving")  # run by python -m
@@ -22,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def commands() -> str:
-    """Each command's own help."""
+    """Return the page with the help text of each command."""
     calls = [[f"scripts/{path.name}"] for path in sorted((ROOT / "scripts").glob("*.py"))]
     calls += [["-m", name] for name in MODULES if (ROOT / name / "__main__.py").is_file()]
     parts = ["# Commands", "What each command says to `--help`. All exit 0 when done and 2 on a mistake."]
@@ -36,32 +39,38 @@ def commands() -> str:
 
 
 def config_keys() -> str:
-    """RunConfig's keys with their defaults and comments, from the source, which holds them once."""
-    source = (ROOT / "clip_har_jax" / "config.py").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^    (\w+): (\w+Config) = field", source, re.M))
-    parts = ["# Config keys", "Each is set by `--config.KEY=VALUE`, or in a config file.", "## Top level"]
-    classes = dict(re.findall(r"^class (\w+Config):\n((?:    .*\n|\n)+)", source, re.M))
-    parts.append(_table("", classes["RunConfig"]))
-    for section, name in sections.items():
-        if name in classes and section in classes["RunConfig"]:
-            parts += [f"## {section}", _table(f"{section}.", classes[name])]
-            for inner, inner_name in re.findall(r"^    (\w+): (\w+Config) = field", classes[name], re.M):
-                parts.append(_table(f"{section}.{inner}.", classes[inner_name]))
+    """Return RunConfig's keys with default, accepted values, policy at resume and the comments of the source."""
+    parts = ["# Config keys", "Each is set by `--config.KEY=VALUE`, or in a config file."]
+    parts.append("At resume: free, warned of, or refused ([What may change at resume](../reliability.md)).")
+    comments = _comments((ROOT / "clip_har_jax" / "config.py").read_text(encoding="utf-8"))
+    defaults = dict(leaves(RunConfig()))
+    sections: dict[str, list[str]] = {}
+    for key, hint, found in settings_of(RunConfig):
+        head = ["| key | default | accepted | at resume | meaning |", "|---|---|---|---|---|"]
+        rows = sections.setdefault(key.rpartition(".")[0].partition(".")[0] or "Top level", head)
+        accepted = str(found.accepted) or re.sub(r"<class '(\w+)'>", r"\1", str(hint))
+        cells = (f"`{key}`", f"`{defaults[key]!r}`", accepted, found.at_resume, comments[key])
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for section, rows in sorted(sections.items(), key=lambda item: item[0] != "Top level"):
+        parts += [f"## {section}", "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(prefix: str, body: str) -> str:
-    rows = ["| key | default | what |", "|---|---|---|"]
-    for name, hint, default, comment in re.findall(r"^    (\w+): ([^=\n]+) = (.+?)(?:  # (.*))?$", body, re.M):
-        if not hint.strip().endswith("Config"):
-            rows.append(f"| `{prefix}{name}` | `{_cell(_default(default))}` | {_cell(comment)} |")
-    return "\n".join(rows) if len(rows) > 2 else ""
+def _comments(source: str) -> dict[str, str]:
+    """Return the comment of each key: that on its line, or the lines above it."""
+    classes = dict(re.findall(r"^class (\w+Config):\n((?:    .*\n|\n)+)", source, re.M))
 
+    def read(name: str, prefix: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        above: list[str] = []
+        for line in classes[name].splitlines():
+            if line.strip().startswith("#"):
+                above.append(line.strip().removeprefix("# "))
+            elif section := re.match(r"    (\w+): (\w+Config) = field", line):
+                found |= read(section[2], f"{prefix}{section[1]}.")
+            elif field := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+                found[prefix + field[1]] = " ".join(above) or field[2] or ""
+                above = []
+        return found
 
-def _default(text: str) -> str:
-    made = re.fullmatch(r"field\(default_factory=(\w+)\)", text)
-    return {"dict": "{}"}.get(made[1], made[1]) if made else text
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return read("RunConfig", "")

@@ -65,7 +65,8 @@ def test_every_command_of_the_documentation_is_one_that_there_is():
 
 
 def test_every_config_key_of_the_documentation_is_one_that_there_is():
-    from clip_har_jax.config import RunConfig, leaves
+    from clip_har_jax.config import RunConfig
+    from clip_har_jax.settings import leaves
 
     known = {key for key, _ in leaves(RunConfig())}
     for page in PAGES:

@@ -1,13 +1,14 @@
-"""Settings by the size of the data: what `configs/finetune.py` chooses, and why."""
+"""Settings by the size of the data, printed with their reasons: the values of `configs/finetune.py`."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from clip_har_jax.config import RunConfig, leaves, merge_values
+from clip_har_jax.config import make_config
+from clip_har_jax.settings import leaves, merge_values, override_key
 from clip_har_jax.text import phrase
 from clip_har_jax.trainer.run_data import Data, load_data
 
@@ -40,7 +41,7 @@ METHOD_REASONS = {
     "small": "enough to train both towers, not to forget the start: lower layers move less",
     "large": "enough to train both towers; a moving average of the weights is kept",
 }
-# What is printed together, and why it is there.
+# Name, keys and reason of each line that is printed.
 GROUPS = (
     ("learning", ("method.name", "optim."), ""),
     (
@@ -56,16 +57,18 @@ GROUPS = (
 )
 
 
-def complete(config: RunConfig, given: Set[str]) -> dict[str, Any]:
-    """Return the settings for the data that a config names; prints them with the reasons.
+def choose_values(start: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the config values for the data that the command line names, and print them with the reasons.
 
     Args:
-      config: with what the command line says.
-      given: keys that the command line sets, e.g. `train.patience`; they stay as they are.
+      start: nested values that hold for every size of the data, e.g. the model's name.
+      overrides: `--config.KEY=VALUE` of the command line. The text says that these keys stay as they were set.
 
     Raises:
-      UserError: as `load_data`.
+      UserError: the data can't be read, as in `load_data`, or an override is wrong.
     """
+    config = make_config(start, overrides)
+    given = {override_key(override) for override in overrides}
     by_hand = {key: value for key, value in leaves(config) if key in given}
     data = load_data(config)
     name = choose_preset(len(data.train), float(np.median(_class_counts(data))))
@@ -99,7 +102,7 @@ def complete(config: RunConfig, given: Set[str]) -> dict[str, Any]:
     examples = ", ".join(f'{label} as "{config.text.phrases.get(label, phrase(label))}"' for label in data.labels[:3])
     print(f"        {'prompts:':<13} {examples} ... (by their names; text.phrases of a config says them otherwise)")
     print("        each stays as you set it by --config.KEY=VALUE, e.g. --config.method.name=linear_probe", flush=True)
-    return values
+    return merge_values(start, values)
 
 
 def _class_counts(data: Data) -> Int[np.ndarray, " c"]:
@@ -107,9 +110,7 @@ def _class_counts(data: Data) -> Int[np.ndarray, " c"]:
 
 
 def _describe(values: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """Return the settings under these keys as they will be: the preset's, but for those that the command line
-    changed.
-    """
+    """Return the settings under these keys as text, with the command line's values in place of the preset's."""
     return ", ".join(
         f"{key}={given[key]} (as you set it)" if key in given else f"{key}={value}"
         for key, value in _flat(values)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from clip_har_jax.config import CHOICES, MeshConfig, RunConfig
+from clip_har_jax.config import REMAT, MeshConfig, RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import known_config
 from clip_har_jax.parallel.mesh import AXES, mesh_shape
@@ -142,7 +142,7 @@ class Search:
         """Change the rematerialisation of the best mesh, then the parts of the best settings."""
         if (best := self._best()) is None:
             return
-        others = [remat for remat in CHOICES["model.remat"] if remat != best.variant.remat]
+        others = [remat for remat in REMAT if remat != best.variant.remat]
         list(pool.map(lambda remat: self._climb(best.variant.mesh, remat), others))
         while more_parts := self._with_more_parts():
             if None in pool.map(self._try, more_parts):

@@ -23,6 +23,7 @@ from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.tracking import FINISHED, STOPPED, Trackers, check_trackers, read_run_info
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.parallel import distributed
+from clip_har_jax.settings import WARNED
 from clip_har_jax.trainer.artifacts import (
     data_record,
     print_overview,
@@ -35,7 +36,6 @@ from clip_har_jax.trainer.retention import Retention, choose_wise_ft
 from clip_har_jax.trainer.run import Run
 from clip_har_jax.trainer.run_data import load_data, load_retention, validates_on_test
 from clip_har_jax.trainer.workdir import (
-    WARNED,
     claim_config,
     clear_other_run,
     disk_faults,

@@ -10,9 +10,10 @@ from typing import Any
 
 from etils import epath
 
-from clip_har_jax.config import RunConfig, leaves
+from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local, read_json, write_json
+from clip_har_jax.settings import FREE, REFUSED, WARNED, leaves, settings_of
 from clip_har_jax.training.sealing import probe, was_saved
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
@@ -20,36 +21,6 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read t
 _FAULTS_OF_DISKS = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()
 }  # not of programs
-
-# What a changed key means when a run continues; the first prefix that fits counts, and anything else is refused:
-# another model, other data or another order of them isn't the same run.
-FREE = "free"
-WARNED = "warned"
-REFUSED = "refused"
-AT_RESUME = (
-    ("checkpoint.", FREE),
-    ("eval.", FREE),
-    ("trackers", FREE),
-    ("retention.max_drop", FREE),
-    ("retention.fail", FREE),
-    ("method.wise_ft", FREE),
-    ("train.patience", FREE),
-    ("mesh.", FREE),
-    ("data.max_", FREE),
-    ("data.num_", FREE),
-    ("data.prefetch", FREE),
-    ("model.attention", FREE),
-    ("model.remat", FREE),
-    ("train.log_every_steps", FREE),
-    ("train.accumulation_steps", FREE),
-    ("train.max_skipped_steps", FREE),
-    ("optim.ema_decay", REFUSED),  # an average that wasn't kept can't be continued
-    ("optim.", WARNED),
-    ("train.num_", WARNED),
-    ("data.augment.", WARNED),
-    ("method.label_smoothing", WARNED),
-    ("model.compute_dtype", WARNED),
-)
 
 
 @dataclass(frozen=True)
@@ -151,19 +122,16 @@ def claim_config(workdir: epath.Path, config: RunConfig) -> list[Change]:
 
 def _changes(old: Mapping[str, Any], config: RunConfig) -> Iterator[Change]:
     defaults = dict(leaves(RunConfig()))
+    at_resume = {key: found.at_resume for key, _, found in settings_of(RunConfig) if found is not None}
+    if config.checkpoint.allow_new_batch_size:
+        at_resume["train.global_batch_size"] = WARNED
     for key, value in leaves(config):
         node: Any = old
         for name in key.split("."):  # a key that came with a newer version stood at its default
             node = node.get(name, defaults[key]) if isinstance(node, dict) else defaults[key]
         before, new = (json.loads(json.dumps(side)) for side in (node, value))
         if new != before:
-            yield Change(key, before, new, _policy(key, config))
-
-
-def _policy(key: str, config: RunConfig) -> str:
-    if key == "train.global_batch_size" and config.checkpoint.allow_new_batch_size:
-        return WARNED
-    return next((policy for prefix, policy in AT_RESUME if key.startswith(prefix)), REFUSED)
+            yield Change(key, before, new, at_resume[key])
 
 
 def _way_out(change: Change) -> str:
