@@ -88,9 +88,9 @@ def measure(
     from clip_har_jax.data.pipeline import BadInputs, prefetch_to_mesh, train_batches
     from clip_har_jax.models.params import init_params
     from clip_har_jax.parallel.mesh import make_mesh, peak_flops
-    from clip_har_jax.parallel.sharding import batch_sharding, place
+    from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
     from clip_har_jax.preprocess import Preprocess
-    from clip_har_jax.training.methods import Classes
+    from clip_har_jax.training.methods import ClassInputs
     from clip_har_jax.training.program import Program
 
     config = make_config(
@@ -107,7 +107,7 @@ def measure(
     ids = np.random.default_rng(0).integers(1, clip.text.vocab_size - 2, (NUM_PROMPTS, clip.text.context_length))
     ids[:, -1] = clip.text.eos_token_id
     prompts = program.place_prompts(ids.astype(np.int32), [i % len(source.labels) for i in range(NUM_PROMPTS)])
-    classes = Classes(*prompts, None)
+    classes = ClassInputs(*prompts, None)
 
     def train_step(state: Any, batch: "Batch") -> Any:
         return program.train_step(state, frozen, classes, batch)
@@ -121,7 +121,7 @@ def measure(
         global_batch_size=batch_size,
         bad_inputs=BadInputs(source, config.data.max_bad_fraction),
     ) as read:
-        batches = prefetch_to_mesh(read, lambda batch: place(batch, rows))
+        batches = prefetch_to_mesh(read, lambda batch: put_local_rows(batch, rows))
         resident = itertools.repeat(next(batches))
         state, compile_s, _ = run_steps(train_step, state, resident, 1)
         state, _, _ = run_steps(train_step, state, resident, WARM_UPS)

@@ -28,9 +28,9 @@ def make_side(method: str, arguments: Any) -> tuple[Any, list[Any], dict[str, in
     from clip_har_jax.models.factory import NAMED_SIZES
     from clip_har_jax.models.params import init_params
     from clip_har_jax.parallel.mesh import make_mesh
-    from clip_har_jax.parallel.sharding import batch_sharding, bytes_per_device, place
+    from clip_har_jax.parallel.sharding import batch_sharding, bytes_per_device, put_local_rows
     from clip_har_jax.preprocess import Preprocess
-    from clip_har_jax.training.methods import Classes
+    from clip_har_jax.training.methods import ClassInputs
     from clip_har_jax.training.program import Program
 
     config = make_config(
@@ -43,18 +43,18 @@ def make_side(method: str, arguments: Any) -> tuple[Any, list[Any], dict[str, in
     clip = NAMED_SIZES["ViT-B/16"]
     program = Program(config, clip, Preprocess(224), NUM_CLASSES, 1000, make_mesh(config.mesh, jax.devices()[:1]))
     params = {name: np.asarray(value) for name, value in init_params(clip, 0).items()}
-    state, frozen = program.place(params | program.method.init_own(params, program.shapes, None, None, 0))
+    state, frozen = program.place(params | program.method.init_extra(params, program.shapes, None, None, 0))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 49406, (NUM_PROMPTS, 77)).astype(np.int32)
     ids[:, -1] = 49407
     prompts = program.place_prompts(ids, list(range(NUM_PROMPTS)))
-    classes = Classes(*prompts, None)
+    classes = ClassInputs(*prompts, None)
     if not program.trains_text:
-        classes = Classes(None, None, program.class_step(state.params | frozen, classes))
+        classes = ClassInputs(None, None, program.class_step(state.params | frozen, classes))
     rows = arguments.batch_size
     images = rng.integers(0, 256, (rows, 224, 224, 3), dtype=np.uint8)
     label = np.arange(rows, dtype=np.int32) % NUM_CLASSES
-    batch = place(Batch(images, label, np.ones(rows, np.float32), label), batch_sharding(program.mesh))
+    batch = put_local_rows(Batch(images, label, np.ones(rows, np.float32), label), batch_sharding(program.mesh))
     sizes = {
         "optimizer_bytes": bytes_per_device(state.opt_state),
         "trainable_parameters": sum(value.size for value in state.params.values()),

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig, check_config
-from clip_har_jax.models.layers import Drop, Runtime, TowerConfig, apply_layers, layer_norm, linear, make_layers
+from clip_har_jax.models.layers import DropPath, Runtime, TowerConfig, apply_layers, layer_norm, linear, make_layers
 
 
 class VisionTransformer(nnx.Module):
@@ -48,11 +48,11 @@ class VisionTransformer(nnx.Module):
         x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(x.dtype)[None]
         return self.pre_norm(x)
 
-    def tokens(self, images: Float[Array, "b h w 3"], drop: Drop | None = None) -> Float[Array, "b n d"]:
+    def tokens(self, images: Float[Array, "b h w 3"], drop: DropPath | None = None) -> Float[Array, "b n d"]:
         """Return the last layer's tokens, class token first, before the last norm."""
         return apply_layers(self.layers, self.embed_patches(images), self.runtime, drop=drop)
 
-    def __call__(self, images: Float[Array, "b h w 3"], drop: Drop | None = None) -> Float[Array, "b d"]:
+    def __call__(self, images: Float[Array, "b h w 3"], drop: DropPath | None = None) -> Float[Array, "b d"]:
         if not isinstance(self.layers, Sequence):
             return self.post_norm(self.tokens(images, drop)[:, 0])
         # Of the last layer one token is needed: a fifteenth less to compute in ViT-B/32.
@@ -128,7 +128,7 @@ def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def mean_by_class(
+def mean_class_embeddings(
     embeddings: Float[Array, "p d"], class_of_prompt: Int[Array, " p"], num_classes: int
 ) -> Float[Array, "c d"]:
     """Return the mean of each class's normalised prompt embeddings, normalised again; classes beyond the last don't
@@ -196,7 +196,7 @@ class FlaxCLIPModel(nnx.Module):
         """L2-normalised text embeddings in float32."""
         return l2_normalize(self.get_text_features(input_ids))
 
-    def encode_image(self, images: Float[Array, "b *t h w 3"], drop: Drop | None = None) -> Float[Array, "b d"]:
+    def encode_image(self, images: Float[Array, "b *t h w 3"], drop: DropPath | None = None) -> Float[Array, "b d"]:
         """L2-normalised embeddings in float32 of normalised images, channels last; of clips their frames' mean's."""
         if images.ndim == 5:
             return l2_normalize(self.encode_frames(images, drop).mean(axis=1))
@@ -206,7 +206,7 @@ class FlaxCLIPModel(nnx.Module):
         """As `encode_text`, with learned vectors after each text's begin token."""
         return l2_normalize(self.text_projection(self.text(input_ids, context=context)))
 
-    def encode_frames(self, clips: Float[Array, "b t h w 3"], drop: Drop | None = None) -> Float[Array, "b t d"]:
+    def encode_frames(self, clips: Float[Array, "b t h w 3"], drop: DropPath | None = None) -> Float[Array, "b t d"]:
         """L2-normalised embeddings of each frame of normalised clips."""
         frames = self.encode_image(clips.reshape(-1, *clips.shape[2:]), drop)
         return frames.reshape(*clips.shape[:2], -1)
@@ -215,7 +215,7 @@ class FlaxCLIPModel(nnx.Module):
         self, input_ids: Int[Array, "p t"], class_of_prompt: Int[Array, " p"], num_classes: int
     ) -> Float[Array, "c d"]:
         """Class embeddings: the mean of each class's normalised prompt embeddings, normalised again."""
-        return mean_by_class(self.encode_text(input_ids), class_of_prompt, num_classes)
+        return mean_class_embeddings(self.encode_text(input_ids), class_of_prompt, num_classes)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, runtime: Runtime = Runtime()) -> "FlaxCLIPModel":

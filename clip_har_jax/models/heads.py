@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import FlaxCLIPModel, l2_normalize
-from clip_har_jax.models.layers import Drop, Runtime, linear
+from clip_har_jax.models.layers import DropPath, Runtime, linear
 from clip_har_jax.models.params import Params, axis_names, flat_params, unflatten, write_tensors
 
 HEAD_FILE = "head.safetensors"
@@ -273,7 +273,7 @@ def head_logits(name: str, params: Mapping[str, Any], features: Features) -> Flo
 
 
 def image_features(
-    model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], with_patches: bool, drop: Drop | None = None
+    model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], with_patches: bool, drop: DropPath | None = None
 ) -> Features:
     """What heads see of normalised images."""
     if images.ndim == 5:
@@ -286,7 +286,7 @@ def image_features(
 
 
 def _clip_features(
-    model: FlaxCLIPModel, clips: Float[Array, "b t h w 3"], with_patches: bool, drop: Drop | None
+    model: FlaxCLIPModel, clips: Float[Array, "b t h w 3"], with_patches: bool, drop: DropPath | None
 ) -> Features:
     """As `image_features`, of clips; their patches are those of all frames."""
     count, length = clips.shape[:2]

@@ -175,7 +175,7 @@ def unstack(layers: Block) -> list[Block]:
     return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count)]
 
 
-class Drop(NamedTuple):
+class DropPath(NamedTuple):
     """Stochastic depth (Huang et al. 2016): rows pass by a layer at random, by the last one with this probability.
 
     It grows linearly from 0 at the first layer (as in DeiT, Touvron et al. 2021; the paper's equation 4 has the 0 one
@@ -187,7 +187,7 @@ class Drop(NamedTuple):
     rate: float
 
 
-def _drop_rows(old: jax.Array, new: jax.Array, key: jax.Array, rate: jax.Array) -> jax.Array:
+def _drop_path(old: jax.Array, new: jax.Array, key: jax.Array, rate: jax.Array) -> jax.Array:
     kept = jax.random.bernoulli(key, 1 - rate, (old.shape[0], 1, 1))
     return jnp.where(kept, old + (new - old) / (1 - rate).astype(old.dtype), old)
 
@@ -199,7 +199,7 @@ def apply_layers(
     *,
     mask: Bool[Array, "b 1 1 n"] | None = None,
     is_causal: bool = False,
-    drop: Drop | None = None,
+    drop: DropPath | None = None,
 ) -> Float[Array, "b n d"]:
     """Run the blocks, stacked or as `unstack` gives them, one after the other.
 
@@ -221,7 +221,7 @@ def apply_layers(
         # Without this the compiler may spread the width over the axis that the weights are sharded on.
         x = x if runtime.activations is None else jax.lax.with_sharding_constraint(x, runtime.activations)
         new = nnx.merge(graphdef, params)(x, mask, is_causal)
-        return (new if dropping is None else _drop_rows(x, new, *dropping)), None
+        return (new if dropping is None else _drop_path(x, new, *dropping)), None
 
     if runtime.remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[runtime.remat], prevent_cse=False)

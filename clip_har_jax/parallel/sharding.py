@@ -98,12 +98,12 @@ def process_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     return min(starts) // size, batch_size // size
 
 
-def place(tree: Tree, sharding: NamedSharding) -> Tree:
+def put_local_rows(tree: Tree, sharding: NamedSharding) -> Tree:
     """Put this process's rows of host arrays on the mesh as global arrays."""
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), tree)
 
 
-def put(tree: Tree, shardings: Any) -> Tree:
+def put_global(tree: Tree, shardings: Any) -> Tree:
     """Put whole host arrays, the same on every process, on the mesh; each device takes only its shard."""
 
     def one(value: Any, sharding: NamedSharding) -> jax.Array:

@@ -20,7 +20,15 @@ from clip_har_jax.files import write_json
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
-from clip_har_jax.pipelines.tuning import Space, finished, run_training, search, setting_name, weigh_method, with_method
+from clip_har_jax.pipelines.tuning import (
+    Space,
+    finished,
+    run_training,
+    search,
+    setting_name,
+    training_needs,
+    with_method,
+)
 from clip_har_jax.specs import parse_spec
 from clip_har_jax.trainer.run_data import load_data, load_retention, select_classes
 from clip_har_jax.training.methods import METHODS
@@ -61,7 +69,7 @@ def compare_methods(
     check_comparison(config, methods, seeds)
     check_test(config, test)
     clip = make_start(config.model.name, load_data(config).texts, config.model.image_size_px).config
-    needs = {method: weigh_method(with_method(config, method, seeds[0]), clip) for method in methods}
+    needs = {method: training_needs(with_method(config, method, seeds[0]), clip) for method in methods}
     cells, searched = [], {}
     for i, method in enumerate(methods):
         chosen, searched[method] = search(with_method(config, method, seeds[0]), needs[method], output, space)

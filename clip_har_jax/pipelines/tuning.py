@@ -54,7 +54,7 @@ def with_method(
     )
 
 
-def weigh_method(config: RunConfig, clip: CLIPConfig) -> Needs:
+def training_needs(config: RunConfig, clip: CLIPConfig) -> Needs:
     """Compiles a method's step for a model of these sizes.
 
     Raises:

@@ -134,7 +134,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class VariantCost:
     """What is known of a variant."""
 
     variant: Variant
@@ -175,7 +175,7 @@ def make_program(job: Job, machine: Machine, variant: Variant) -> Program:
     return Program(config, job.clip, preprocess, job.num_classes, config.train.num_steps or 1000, mesh)
 
 
-def weigh(job: Job, machine: Machine, variant: Variant, give_up_s: float = float("inf")) -> Outcome:
+def compile_variant(job: Job, machine: Machine, variant: Variant, give_up_s: float = float("inf")) -> VariantCost:
     """Compiles a variant's training step for the machine.
 
     Args:
@@ -184,13 +184,13 @@ def weigh(job: Job, machine: Machine, variant: Variant, give_up_s: float = float
     try:
         program = make_program(job, machine, variant)
     except UserError as error:
-        return Outcome(variant, "refused", str(error))
+        return VariantCost(variant, "refused", str(error))
     train_step: Any = program.train_step
     traced = train_step.trace(*program.abstract_arguments(job.num_prompts))
     flops = matmul_flops(traced.jaxpr) // len(machine.devices)
     if machine.chip and flops / machine.chip.peak_flops >= give_up_s:
         reason = f"its matrix products alone take {flops / machine.chip.peak_flops:.2f} s"
-        return Outcome(variant, "slower", reason, flops_per_device=flops)
+        return VariantCost(variant, "slower", reason, flops_per_device=flops)
     begin = time.monotonic()
     try:
         with _nothing_kept():
@@ -198,7 +198,7 @@ def weigh(job: Job, machine: Machine, variant: Variant, give_up_s: float = float
     except jax.errors.JaxRuntimeError as error:
         needed, reason = refused_bytes(str(error)), str(error).strip().split("\n")[0]
         status = "refused" if needed is None else "too large"
-        return Outcome(variant, status, reason, needed, None, flops, compile_s=time.monotonic() - begin)
+        return VariantCost(variant, status, reason, needed, None, flops, compile_s=time.monotonic() - begin)
     memory = read_memory(compiled)
     traffic = read_traffic(compiled.as_text(), len(machine.devices))
     model_flops = program.flops_per_step(job.num_prompts) / len(machine.devices)
@@ -209,7 +209,7 @@ def weigh(job: Job, machine: Machine, variant: Variant, give_up_s: float = float
     needed = memory.peak_bytes if is_tpu else memory.total_bytes
     too_large = not is_tpu and machine.memory_bytes is not None and needed > machine.memory_bytes
     status = "too large" if too_large else "fits"
-    return Outcome(variant, status, "", needed, memory, flops, traffic, times, compile_s)
+    return VariantCost(variant, status, "", needed, memory, flops, traffic, times, compile_s)
 
 
 def step_memory(program: Program, num_prompts: int) -> Memory | None:

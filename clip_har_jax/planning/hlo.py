@@ -39,12 +39,12 @@ class Instruction:
     @property
     def arrays(self) -> list[int]:
         """Bytes of each array of the result that lies in main memory; 0 for one in on-chip memory."""
-        return [0 if _is_on_chip(layout) else _array_bytes(kind, dims) for kind, dims, layout in _parts(self.shape)]
+        return [0 if _is_on_chip(layout) else _array_bytes(kind, dims) for kind, dims, layout in _arrays_in(self.shape)]
 
     @property
     def size(self) -> int:
         """Bytes of the result, wherever it lies."""
-        return sum(_array_bytes(kind, dims) for kind, dims, _ in _parts(self.shape))
+        return sum(_array_bytes(kind, dims) for kind, dims, _ in _arrays_in(self.shape))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Computation:
         return sorted(found, key=lambda each: int(each.rest.split(")")[0]))
 
 
-def _parts(shape: str) -> list[tuple[str, str, str]]:
+def _arrays_in(shape: str) -> list[tuple[str, str, str]]:
     return [part for part in _ARRAY.findall(shape) if part[0] in _BITS]
 
 
@@ -132,18 +132,18 @@ class _Reader:
                 operands = tuple(re.findall(r"%([\w.\-]+)", rest.split(")")[0]))
                 current.instructions[name] = Instruction(name, opcode, shape, operands, rest, bool(root))
         assert entry is not None, "every HLO module has an entry"
-        self._run(entry, 1)
+        self._add_computation(entry, 1)
 
-    def _run(self, computation: Computation, times: int) -> None:
+    def _add_computation(self, computation: Computation, times: int) -> None:
         """Count what a computation does when it runs `times` times."""
         pieces: set[str] = set()  # of collectives that are spread over several fusions
         for each in computation.instructions.values():
             if each.opcode == "while":
-                self._run(self._called(each, "body"), times * self._trips(computation, each))
+                self._add_computation(self._called(each, "body"), times * self._trip_count(computation, each))
             elif each.opcode == "call":
-                self._run(self._called(each, "to_apply"), times)
+                self._add_computation(self._called(each, "to_apply"), times)
             else:
-                self.traffic.memory_bytes += times * self._moved(computation, each)
+                self.traffic.memory_bytes += times * self._bytes_accessed(computation, each)
                 expected = re.search(r'"estimated_cycles":"(\d+)"', each.rest)
                 self.traffic.cycles += times * int(expected[1]) if expected else 0
                 for owner, collective in self._collectives(computation, each):
@@ -151,14 +151,14 @@ class _Reader:
                     if owner is not computation and channel in pieces:
                         continue
                     pieces |= {channel} if owner is not computation else set()
-                    self._count(owner, collective, times)
+                    self._add_collective(owner, collective, times)
 
     def _called(self, instruction: Instruction, attribute: str) -> Computation:
         return self.computations[instruction.attribute(attribute) or ""]
 
     # --- loops -------------------------------------------------------------------------------------------------------
 
-    def _trips(self, computation: Computation, loop: Instruction) -> int:
+    def _trip_count(self, computation: Computation, loop: Instruction) -> int:
         """How often a loop's body runs: as XLA noted, or else read from its counter; 1 where neither tells."""
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(noted[1])
@@ -177,12 +177,12 @@ class _Reader:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def _moved(self, computation: Computation, each: Instruction) -> int:
+    def _bytes_accessed(self, computation: Computation, each: Instruction) -> int:
         """Bytes that an instruction reads from and writes to main memory."""
         if each.opcode in _NO_TRAFFIC or each.opcode.endswith("-done") or not each.operands:
             return 0
         if each.opcode == "fusion":
-            return self._moved_by_fusion(computation, each)
+            return self._fusion_bytes(computation, each)
         operands = [computation.instructions[name] for name in each.operands]
         if each.opcode.endswith("-start"):  # source and destination; of a slice only as much as is taken
             taken = min(size for _, size in zip(range(2), _sizes(each), strict=False))
@@ -193,43 +193,43 @@ class _Reader:
             return 2 * sum(operands[1].arrays)
         return sum(each.arrays) + sum(sum(operand.arrays) for operand in operands)
 
-    def _moved_by_fusion(self, computation: Computation, fusion: Instruction) -> int:
+    def _fusion_bytes(self, computation: Computation, fusion: Instruction) -> int:
         fused = self._called(fusion, "calls")
         total = 0
         for parameter, name in zip(fused.parameters, fusion.operands, strict=True):
             size = sum(computation.instructions[name].arrays)
-            total += min(size, self._read(fused, parameter.name, size)) if size else 0
+            total += min(size, self._bytes_read(fused, parameter.name, size)) if size else 0
         root = fused.root
         written = root.operands if root.opcode == "tuple" else (root.name,)
         if len(written) != len(fusion.arrays):  # a tuple made elsewhere
             return total + sum(fusion.arrays)
         return total + sum(
-            min(size, self._written(fused, name)) for size, name in zip(fusion.arrays, written, strict=True)
+            min(size, self._bytes_written(fused, name)) for size, name in zip(fusion.arrays, written, strict=True)
         )
 
-    def _read(self, fused: Computation, name: str, size: int) -> int:
+    def _bytes_read(self, fused: Computation, name: str, size: int) -> int:
         """Bytes read of an input of a fusion: a slice of it, where all that use it take slices."""
         total = 0
         for user in fused.users[name]:
             if user.opcode == "bitcast":
-                total += self._read(fused, user.name, size)
+                total += self._bytes_read(fused, user.name, size)
             elif user.opcode in _SLICES and user.operands[0] == name:
                 total += user.size
             elif user.opcode == "fusion":
                 inner = self._called(user, "calls")
-                total += self._read(inner, inner.parameters[user.operands.index(name)].name, size)
+                total += self._bytes_read(inner, inner.parameters[user.operands.index(name)].name, size)
             elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):  # that is done in place
                 return size
         return total
 
-    def _written(self, fused: Computation, name: str) -> int:
+    def _bytes_written(self, fused: Computation, name: str) -> int:
         """Bytes written of an output of a fusion: of an array updated in place only the update."""
         each = fused.instructions[name]
         if each.opcode == "bitcast":
-            return self._written(fused, each.operands[0])
+            return self._bytes_written(fused, each.operands[0])
         if each.opcode == "fusion":
             inner = self._called(each, "calls")
-            return self._written(inner, inner.root.name)
+            return self._bytes_written(inner, inner.root.name)
         return fused.instructions[each.operands[1]].size if each.opcode == "dynamic-update-slice" else each.size
 
     # --- collectives -------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class _Reader:
             for inner in fused.instructions.values():
                 yield from self._collectives(fused, inner)
 
-    def _count(self, owner: Computation, each: Instruction, times: int) -> None:
+    def _add_collective(self, owner: Computation, each: Instruction, times: int) -> None:
         kind = each.opcode.removesuffix("-start")
         size = sum(owner.instructions[name].size for name in each.operands)
         others = _group_size(each.rest, self.num_devices) - 1
@@ -259,7 +259,7 @@ class _Reader:
 
 
 def _sizes(each: Instruction) -> list[int]:
-    return [_array_bytes(kind, dims) for kind, dims, _ in _parts(each.shape)]
+    return [_array_bytes(kind, dims) for kind, dims, _ in _arrays_in(each.shape)]
 
 
 def _constant(computation: Computation, name: str) -> int | None:

@@ -14,7 +14,16 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import known_config
 from clip_har_jax.parallel.mesh import AXES, mesh_shape
 from clip_har_jax.parallel.topology import GIB
-from clip_har_jax.planning.cost import Job, Machine, Outcome, Variant, find_machine, make_program, mesh_name, weigh
+from clip_har_jax.planning.cost import (
+    Job,
+    Machine,
+    Variant,
+    VariantCost,
+    compile_variant,
+    find_machine,
+    make_program,
+    mesh_name,
+)
 
 DEFAULT_NUM_CLASSES = 15  # of the Human Action Recognition set
 STRATEGIES = ("fsdp", "dp", "fsdp_tp", "tp")
@@ -28,11 +37,11 @@ class Plan:
     machine: Machine
     model_flops: int  # of a step over all devices, without what rematerialisation repeats
     configured: Variant
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[VariantCost, ...]
     seconds: float
 
     @property
-    def recommended(self) -> Outcome | None:
+    def recommended(self) -> VariantCost | None:
         """The fastest that fits."""
         return min((each for each in self.outcomes if each.fits), key=lambda each: each.cost, default=None)
 
@@ -57,7 +66,7 @@ class Plan:
         }
 
 
-def _to_dict(outcome: Outcome, num_devices: int) -> dict[str, Any]:
+def _to_dict(outcome: VariantCost, num_devices: int) -> dict[str, Any]:
     variant, values = outcome.variant, dataclasses.asdict(outcome)
     del values["variant"]
     mesh = dict(zip(AXES, mesh_shape(variant.mesh, num_devices), strict=True))
@@ -117,10 +126,10 @@ class Search:
 
     def __init__(self, job: Job, machine: Machine, deadline: float, say: Callable[[str], object]):
         self.job, self.machine, self.deadline, self.say = job, machine, deadline, say
-        self.outcomes: dict[Variant, Outcome] = {}
+        self.outcomes: dict[Variant, VariantCost] = {}
         self.workers = min(4, os.cpu_count() or 1)  # a compilation keeps about one core busy
 
-    def run(self, configured: Variant, search: bool) -> list[Outcome]:
+    def run(self, configured: Variant, search: bool) -> list[VariantCost]:
         """Return the outcomes of all that was tried, the config's own settings first."""
         with ThreadPoolExecutor(self.workers) as pool:
             waiting = [pool.submit(self._begin, configured, search)]
@@ -148,7 +157,7 @@ class Search:
             if None in pool.map(self._try, more_parts):
                 break
 
-    def _best(self) -> Outcome | None:
+    def _best(self) -> VariantCost | None:
         fitting = [each for each in list(self.outcomes.values()) if each.fits]
         return min(fitting, key=lambda each: each.cost, default=None)
 
@@ -165,7 +174,7 @@ class Search:
             if whole := [count for count in heads if count % shape[2]]:
                 reason = f"{shape[2]} devices on the tensor axis don't divide {min(whole)} heads"
                 variant = Variant(mesh, 1, remat)
-                self.outcomes.setdefault(variant, Outcome(variant, "refused", reason))
+                self.outcomes.setdefault(variant, VariantCost(variant, "refused", reason))
             else:
                 found.setdefault(shape, mesh)
         return list(found.values())
@@ -182,7 +191,7 @@ class Search:
         if outcome is not None and outcome.status == "too large" and remat != "full":
             self._climb(mesh, "full")
 
-    def _climb(self, mesh: MeshConfig, remat: str) -> Outcome | None:
+    def _climb(self, mesh: MeshConfig, remat: str) -> VariantCost | None:
         """Return the outcome of the fewest parts that fit, or of the last tried; None: no time."""
         outcome, least = None, 1.0
         for parts in self._parts(mesh):
@@ -198,7 +207,7 @@ class Search:
 
     def _with_more_parts(self) -> list[Variant]:
         """Twice the parts, of those best settings that more parts haven't made slower yet."""
-        chains: dict[tuple[MeshConfig, str], list[Outcome]] = {}
+        chains: dict[tuple[MeshConfig, str], list[VariantCost]] = {}
         for each in self.outcomes.values():
             if each.fits:
                 chains.setdefault((each.variant.mesh, each.variant.remat), []).append(each)
@@ -211,7 +220,7 @@ class Search:
             each for each in doubled if each not in self.outcomes and each.accumulation_steps in self._parts(each.mesh)
         ]
 
-    def _try(self, variant: Variant) -> Outcome | None:
+    def _try(self, variant: Variant) -> VariantCost | None:
         """Weighs a variant, once; None: no time."""
         if variant in self.outcomes:
             return self.outcomes[variant]
@@ -222,13 +231,13 @@ class Search:
             return None
         best = self._best()
         give_up_s = best.times.estimate_s if best and best.times else float("inf")
-        outcome = self.outcomes[variant] = weigh(self.job, self.machine, variant, give_up_s)
+        outcome = self.outcomes[variant] = compile_variant(self.job, self.machine, variant, give_up_s)
         left = f"at most {max(0.0, self.deadline - time.monotonic()):.0f} s left"
         self.say(f"{variant}: {verdict(outcome, self.machine)} ({outcome.compile_s:.0f} s; {left})")
         return outcome
 
 
-def verdict(outcome: Outcome, machine: Machine) -> str:
+def verdict(outcome: VariantCost, machine: Machine) -> str:
     """One line on a variant: whether it fits, and by how much it doesn't."""
     if outcome.status in ("refused", "slower"):
         return f"{outcome.status}: {outcome.reason}"
@@ -276,7 +285,7 @@ def print_plan(result: Plan) -> None:
     print(f"Recommended: {' '.join(best.variant.overrides)}")
 
 
-def _row(outcome: Outcome, machine: Machine) -> list[str]:
+def _row(outcome: VariantCost, machine: Machine) -> list[str]:
     variant, times = outcome.variant, outcome.times
     row = [mesh_name(variant.mesh), variant.remat, str(variant.accumulation_steps)]
     row.append("" if outcome.needed_bytes is None else f"{outcome.needed_bytes / GIB:.2f}")

@@ -149,7 +149,7 @@ def write_model(run: "Run", state: TrainState, calibration: Calibration) -> epat
     target = run.workdir / "model"
     if not distributed.is_main():
         return target
-    clip, head, head_params = run.program.method.finish(params, embeddings)
+    clip, head, head_params = run.program.method.export_params(params, embeddings)
 
     def fill(folder: Path) -> None:
         write_params(folder, run.start.config, clip)

@@ -13,7 +13,7 @@ from clip_har_jax.data.sources import ClipFile, Source
 from clip_har_jax.files import atomic, sha256, sha256_file
 from clip_har_jax.parallel import distributed
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage
-from clip_har_jax.training.probe import Embedded
+from clip_har_jax.training.probe import LabeledFeatures
 
 
 def cache_folder() -> Path:
@@ -47,8 +47,8 @@ def image_tower_digest(params: Mapping[str, Any]) -> str:
 
 
 def cached_features(
-    source: Source, tower_digest: str, way: Mapping[str, Any], compute: Callable[[], Embedded]
-) -> Embedded:
+    source: Source, tower_digest: str, way: Mapping[str, Any], compute: Callable[[], LabeledFeatures]
+) -> LabeledFeatures:
     """Return the features of a source, read if they are kept, else computed and kept.
 
     Of several processes each has its own file or shares one; unless all find theirs, all compute.
@@ -69,19 +69,19 @@ def cached_features(
     return embedded
 
 
-def _read(path: Path, count: int) -> Embedded | None:
+def _read(path: Path, count: int) -> LabeledFeatures | None:
     """None: not there, damaged, or without the examples that couldn't be read, which each run is to say."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         tensors = load_file(str(path))
-        return Embedded(tensors["embeddings"], tensors["label"]) if len(tensors["label"]) == count else None
+        return LabeledFeatures(tensors["embeddings"], tensors["label"]) if len(tensors["label"]) == count else None
     except (OSError, SafetensorError, KeyError):
         return None
 
 
-def _write(path: Path, embedded: Embedded) -> None:
+def _write(path: Path, embedded: LabeledFeatures) -> None:
     """Write the file whole or not at all, since others may write the same at the same time."""
     from safetensors.numpy import save_file
 

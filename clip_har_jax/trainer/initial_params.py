@@ -15,8 +15,8 @@ from clip_har_jax.models.adapters import init_lora
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.trainer.features import cached_features, image_tower_digest
-from clip_har_jax.training.methods import CONTEXT, HEAD, Classes
-from clip_har_jax.training.probe import Embedded, Fit, choose_cache, fit_cache, fit_probe
+from clip_har_jax.training.methods import CONTEXT, HEAD, ClassInputs
+from clip_har_jax.training.probe import FittedHead, LabeledFeatures, choose_cache, fit_probe, make_tip_adapter
 
 if TYPE_CHECKING:
     from clip_har_jax.trainer.run import Run
@@ -27,15 +27,17 @@ def place_clip(run: "Run", clip: Mapping[str, Any]) -> Params:
     program = run.program
     params = {**clip, **init_lora(program.shapes, 0)}
     names = [name for name in program.shapes if not name.startswith((HEAD, CONTEXT))]
-    return sharding.put({name: params[name] for name in names}, {name: program.param_shardings[name] for name in names})
+    return sharding.put_global(
+        {name: params[name] for name in names}, {name: program.param_shardings[name] for name in names}
+    )
 
 
 def start_embeddings(run: "Run", clip: Mapping[str, Any]) -> Float32[np.ndarray, "c d"]:
     """Return the class embeddings of the start."""
-    return np.asarray(run.program.class_step(place_clip(run, clip), Classes(*run.prompts, None)))
+    return np.asarray(run.program.class_step(place_clip(run, clip), ClassInputs(*run.prompts, None)))
 
 
-def embed(run: "Run", params: Params, source: Source, bad_inputs: BadInputs) -> Embedded:
+def embed(run: "Run", params: Params, source: Source, bad_inputs: BadInputs) -> LabeledFeatures:
     """Return the image embeddings of a source, each image read once; those that can't be read are left out."""
 
     def step(batch: Batch) -> tuple[jax.Array, Batch]:
@@ -43,16 +45,16 @@ def embed(run: "Run", params: Params, source: Source, bad_inputs: BadInputs) -> 
 
     parts = [(b.image[b.mask > 0], b.label[b.mask > 0]) for b in run.computed(step, source, bad_inputs)]
     embeddings, label = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Embedded(embeddings.astype(np.float32), label.astype(np.int32))
+    return LabeledFeatures(embeddings.astype(np.float32), label.astype(np.int32))
 
 
-def fit_to_features(run: "Run", clip: Mapping[str, Any], embeddings: Float32[np.ndarray, "c d"]) -> Fit:
+def fit_to_features(run: "Run", clip: Mapping[str, Any], embeddings: Float32[np.ndarray, "c d"]) -> FittedHead:
     """Return the head of a linear probe or a Tip-Adapter, chosen on the validation images."""
     program, config = run.program, run.config
     params, tower = place_clip(run, clip), image_tower_digest(clip)
 
-    def features(name: str, source: Source) -> Embedded:
-        def compute() -> Embedded:
+    def features(name: str, source: Source) -> LabeledFeatures:
+        def compute() -> LabeledFeatures:
             return embed(run, params, source, run.bad_inputs[name])
 
         way = {
@@ -67,11 +69,11 @@ def fit_to_features(run: "Run", clip: Mapping[str, Any], embeddings: Float32[np.
     scale = float(np.exp(clip["logit_scale"]))
     if program.method.head == "tip_adapter":
         chosen = choose_cache(train.label, config.method.cache_per_class, config.seed)
-        fit = fit_cache(Embedded(*(part[chosen] for part in train)), val, embeddings, scale)
+        fit = make_tip_adapter(LabeledFeatures(*(part[chosen] for part in train)), val, embeddings, scale)
     else:
         solver, smoothing = config.method.solver, config.method.label_smoothing
         fit = fit_probe(train, val, embeddings, scale, solver, program.method.class_weights, smoothing)
-    return Fit(distributed.share(fit.params), distributed.broadcast(fit.about))
+    return FittedHead(distributed.share(fit.params), distributed.broadcast(fit.about))
 
 
 def describe_method(run: "Run") -> str:

@@ -27,7 +27,7 @@ from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput
 from clip_har_jax.training.guards import SkipGuard, StopSignal, TooManySkippedError
 from clip_har_jax.training.loop import Meter, Outcome, Schedule, fit
-from clip_har_jax.training.methods import HEAD, Classes
+from clip_har_jax.training.methods import HEAD, ClassInputs
 from clip_har_jax.training.program import Program
 from clip_har_jax.training.sinks import Sink
 from clip_har_jax.training.state import TrainState
@@ -71,7 +71,7 @@ class Run:
         self.prompts = self.place_texts(data.texts, data.class_of_prompt)
         self.fit_report: dict[str, float] = {}  # how a head was fitted to features
         self.state, self.frozen = self.program.place(self.start_params())
-        self._fixed_classes: Classes | None = None
+        self._fixed_classes: ClassInputs | None = None
 
     def watch(self, source: Source) -> BadInputs:
         """Count and log what can't be read of a source."""
@@ -94,7 +94,7 @@ class Run:
         if method.has_head and head is not None and (head.name, head.labels) == (method.head, self.data.labels):
             return clip | {HEAD + name: value for name, value in head.params.items()}
         embeddings = start_embeddings(self, clip) if method.has_head else None
-        own = method.init_own(clip, self.program.shapes, embeddings, self._context_ids(), self.config.seed)
+        own = method.init_extra(clip, self.program.shapes, embeddings, self._context_ids(), self.config.seed)
         if method.recipe.learns_from == "features" or method.recipe.probes_first:
             assert embeddings is not None
             fit = fit_to_features(self, clip, embeddings)
@@ -133,14 +133,16 @@ class Run:
 
     def with_weights(self, state: TrainState, params: Mapping[str, Any]) -> TrainState:
         """Return a state whose trainable parameters are these, from the host."""
-        placed = sharding.put(dict(params), self.program.shardings.params)
+        placed = sharding.put_global(dict(params), self.program.shardings.params)
         return state._replace(params=placed, ema=placed if state.ema else {})
 
-    def classes(self, params: Params) -> Classes:
+    def classes(self, params: Params) -> ClassInputs:
         """Return the classes with their embeddings; computed once where they never change."""
         if self._fixed_classes is not None:
             return self._fixed_classes
-        classes = Classes(None, None, self.program.class_step(params | self.frozen, Classes(*self.prompts, None)))
+        classes = ClassInputs(
+            None, None, self.program.class_step(params | self.frozen, ClassInputs(*self.prompts, None))
+        )
         if not self.program.trains_text:
             self._fixed_classes = classes
         return classes
@@ -157,7 +159,7 @@ class Run:
         shard, num_shards = sharding.process_shard(self.mesh, batch_size)
         rows = sharding.batch_sharding(self.mesh)
         # With a frozen text tower the class embeddings never change: they are computed once.
-        classes = Classes(*self.prompts, None) if self.program.trains_text else self.classes(state.params)
+        classes = ClassInputs(*self.prompts, None) if self.program.trains_text else self.classes(state.params)
         peak = peak_flops(jax.devices()[0])
         schedule = Schedule(
             self.num_steps,
@@ -185,7 +187,7 @@ class Run:
                 return fit(
                     state,
                     lambda state, batch: self.program.train_step(state, self.frozen, classes, batch),
-                    prefetch_to_mesh(batches, lambda batch: sharding.place(batch, rows)),
+                    prefetch_to_mesh(batches, lambda batch: sharding.put_local_rows(batch, rows)),
                     self.validate,
                     schedule,
                     checkpointer,
@@ -234,6 +236,6 @@ class Run:
             bad_inputs=bad_inputs,
         ) as batches:
             for batch in batches:
-                outputs, whole = step(sharding.place(batch, rows))
+                outputs, whole = step(sharding.put_local_rows(batch, rows))
                 label, mask, index = (np.asarray(part) for part in (whole.label, whole.mask, whole.index))
                 yield Batch(np.asarray(outputs), label, mask, index)

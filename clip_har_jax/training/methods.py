@@ -16,10 +16,10 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import MethodConfig
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.models.adapters import add_lora, init_lora, merge_lora
-from clip_har_jax.models.clip import FlaxCLIPModel, mean_by_class
+from clip_har_jax.models.clip import FlaxCLIPModel, mean_class_embeddings
 from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.heads import HEADS, HeadSize, head_shapes, image_features, init_head, make_head
-from clip_har_jax.models.layers import Drop
+from clip_har_jax.models.layers import DropPath
 from clip_har_jax.models.params import Params, unflatten
 from clip_har_jax.training.contrastive import contrastive_loss
 from clip_har_jax.training.losses import cross_entropy
@@ -73,7 +73,7 @@ METHODS = {
 }
 
 
-class Classes(NamedTuple):
+class ClassInputs(NamedTuple):
     """The classes as the model sees them: their prompts, or their embeddings where these never change."""
 
     input_ids: Any  # int32 [prompts, tokens], or None
@@ -125,7 +125,7 @@ class Method:
         """Tokens that learned vectors take of a prompt."""
         return self.config.prompt_length if self.config.name == "prompt" else 0
 
-    def own_parameters(self, cache_size: int = 0) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Any, ...]]]:
+    def extra_parameters(self, cache_size: int = 0) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Any, ...]]]:
         """Shapes and logical axis names of the parameters beside the model's: a head's, or a prompt's."""
         if self.context_length:
             stack = (self.num_classes,) if self.config.prompt_per_class else ()
@@ -136,7 +136,7 @@ class Method:
         shapes, axes = head_shapes(self.head, HeadSize(self.clip.projection_dim, self.num_classes, cache_size))
         return {HEAD + name: shape for name, shape in shapes.items()}, {HEAD + name: axes[name] for name in axes}
 
-    def init_own(
+    def init_extra(
         self,
         params: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
@@ -181,7 +181,7 @@ class Method:
         own = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
         return nnx.merge(self.graphdef, unflatten(own))
 
-    def class_embeddings(self, params: Params, classes: Classes) -> Float[Array, "k d"]:
+    def class_embeddings(self, params: Params, classes: ClassInputs) -> Float[Array, "k d"]:
         """What images are compared with: embeddings of classes, or of single prompts where the loss pairs images with
         texts. Computed unless they are known."""
         if classes.embeddings is not None:
@@ -198,14 +198,14 @@ class Method:
         else:
             context = jnp.broadcast_to(context, (count, *context.shape))
         embeddings = model.encode_prompts(classes.input_ids, context)
-        return mean_by_class(embeddings, classes.class_of_prompt, self.num_classes)
+        return mean_class_embeddings(embeddings, classes.class_of_prompt, self.num_classes)
 
     def logits(
         self,
         params: Params,
         images: Float[Array, "b *t h w 3"],
         embeddings: Float[Array, "c d"],
-        drop: Drop | None = None,
+        drop: DropPath | None = None,
     ) -> Float[Array, "b c"]:
         """Return the head's logits; with the cosine exp(logit_scale) * image . class."""
         features = image_features(self.model(params), images, self.needs_patches, drop)
@@ -221,14 +221,14 @@ class Method:
         params: Params,
         images: Float[Array, "b *t h w 3"],
         embeddings: Float[Array, "k d"],
-        classes: Classes,
+        classes: ClassInputs,
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Float[Array, " b"], Float[Array, "b c"]]:
         """Each row's loss and class logits; `embeddings` are of classes, or of prompts where the loss pairs."""
         config = self.config
         drop_key, mix_key, prompt_key = jax.random.split(key, 3)
-        drop = Drop(drop_key, config.drop_path) if config.drop_path else None
+        drop = DropPath(drop_key, config.drop_path) if config.drop_path else None
         if self.loss in PAIR_LOSSES:
             image = self.model(params).encode_image(images, drop)
             text = embeddings[_choose_prompts(prompt_key, batch.label, classes.class_of_prompt)]
@@ -243,7 +243,9 @@ class Method:
                 label=None if self.loss == "softmax" else batch.label,
                 logit_bias=_even_bias(image, text, scale, batch.mask) if self.loss == "sigmoid" else 0.0,
             )
-            return losses, scale * image @ mean_by_class(embeddings, classes.class_of_prompt, self.num_classes).T
+            return losses, scale * image @ mean_class_embeddings(
+                embeddings, classes.class_of_prompt, self.num_classes
+            ).T
         target = jax.nn.one_hot(batch.label, self.num_classes)
         if config.mixup or config.cutmix:
             images, target = mix(images, target, batch.mask, mix_key, config.mixup, config.cutmix)
@@ -257,7 +259,7 @@ class Method:
         )
         return losses, logits
 
-    def finish(self, params: Mapping[str, Any], class_embeddings: np.ndarray) -> tuple[Params, str, Params]:
+    def export_params(self, params: Mapping[str, Any], class_embeddings: np.ndarray) -> tuple[Params, str, Params]:
         """What a model folder holds: CLIP's parameters, the name of the head, and the head's parameters.
 
         Args:

@@ -21,7 +21,7 @@ MAX_ITERATIONS, TOLERANCE = 300, 1e-4  # of L-BFGS: at most, and the norm of the
 ADAMW_STEPS, ADAMW_RATE = 1000, 3e-2
 
 
-class Embedded(NamedTuple):
+class LabeledFeatures(NamedTuple):
     """Images as features."""
 
     embeddings: Float32[np.ndarray, "n d"]  # L2-normalised
@@ -29,7 +29,7 @@ class Embedded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedHead:
     """A fitted head and how it was chosen."""
 
     params: dict[str, np.ndarray]
@@ -37,15 +37,15 @@ class Fit:
 
 
 def fit_probe(
-    train: Embedded,
-    val: Embedded,
+    train: LabeledFeatures,
+    val: LabeledFeatures,
     classes: Float32[np.ndarray, "c d"],
     scale: float,
     solver: str,
     class_weights: Float[np.ndarray, " c"] | None = None,
     label_smoothing: float = 0.0,
     penalties: Sequence[float] = PENALTIES,
-) -> Fit:
+) -> FittedHead:
     """Return a linear head: the least cross-entropy plus a penalty on the squared distance from CLIP's own class
     embeddings.
 
@@ -79,7 +79,7 @@ def fit_probe(
     assert best is not None
     (top1, nll), penalty, params = best
     head = {"classes.kernel": np.asarray(scale * params["kernel"]), "classes.bias": np.asarray(params["bias"])}
-    return Fit(head, {"penalty": penalty, "val_top1": top1, "val_nll": -nll})
+    return FittedHead(head, {"penalty": penalty, "val_top1": top1, "val_nll": -nll})
 
 
 def _lbfgs(loss_fn: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array], Any]:
@@ -126,7 +126,9 @@ def choose_cache(label: Int32[np.ndarray, " n"], per_class: int, seed: int) -> n
     return np.sort(np.concatenate(chosen))
 
 
-def fit_cache(cache: Embedded, val: Embedded, classes: Float32[np.ndarray, "c d"], scale: float) -> Fit:
+def make_tip_adapter(
+    cache: LabeledFeatures, val: LabeledFeatures, classes: Float32[np.ndarray, "c d"], scale: float
+) -> FittedHead:
     """Return a Tip-Adapter (Zhang et al. 2022) without training; alpha and beta are searched for, as in the authors'
     code.
     """
@@ -143,7 +145,7 @@ def fit_cache(cache: Embedded, val: Embedded, classes: Float32[np.ndarray, "c d"
         "beta": np.float32(beta),
     }
     top1, nll = scores[alpha, beta]
-    return Fit(head, {"alpha": alpha, "beta": beta, "val_top1": top1, "val_nll": -nll})
+    return FittedHead(head, {"alpha": alpha, "beta": beta, "val_top1": top1, "val_nll": -nll})
 
 
 def _score(logits: np.ndarray, label: np.ndarray) -> tuple[float, float]:

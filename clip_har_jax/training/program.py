@@ -21,13 +21,13 @@ from clip_har_jax.parallel.sharding import (
     check_batch_size,
     num_row_shards,
     param_shardings,
-    put,
+    put_global,
     replicated,
 )
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.specs import parse_spec
 from clip_har_jax.training.losses import balanced_weights
-from clip_har_jax.training.methods import PAIR_LOSSES, Classes, Method
+from clip_har_jax.training.methods import PAIR_LOSSES, ClassInputs, Method
 from clip_har_jax.training.optim import freeze_masks, make_optimizer
 from clip_har_jax.training.state import TrainState, make_state, state_shardings
 from clip_har_jax.training.steps import make_class_step, make_eval_step, make_feature_step, make_train_step
@@ -75,7 +75,7 @@ class Program:
         balance = config.method.class_balance
         weights = balanced_weights(class_counts, balance) if balance and class_counts is not None else None
         self.method = Method(config.method, clip, num_classes, model, mesh, weights)
-        own_shapes, own_axes = self.method.own_parameters(cache_size)
+        own_shapes, own_axes = self.method.extra_parameters(cache_size)
         self.shapes = {name: value.shape for name, value in flat_params(model).items()} | own_shapes
         self.param_shardings = param_shardings(self.shapes, axis_names(model) | own_axes, mesh)
         masks = freeze_masks(self.shapes, config.method.freeze)
@@ -126,7 +126,7 @@ class Program:
         trainable = {name: params[name] for name in self.trainable}
         frozen = {name: value for name, value in params.items() if name not in trainable}
         state = make_state(trainable, self.optimizer, self.config.seed, self.shardings)
-        return state, put(frozen, {name: self.param_shardings[name] for name in frozen})
+        return state, put_global(frozen, {name: self.param_shardings[name] for name in frozen})
 
     def place_prompts(
         self, input_ids: Int[np.ndarray, "p t"], class_of_prompt: Sequence[int], num_classes: int | None = None
@@ -141,9 +141,9 @@ class Program:
         ids = np.concatenate([input_ids, np.repeat(input_ids[:1], missing, axis=0)])
         classes = np.asarray([*class_of_prompt, *[fill] * missing], np.int32)
         rows = batch_sharding(self.mesh)
-        return put((ids, classes), (rows, rows))
+        return put_global((ids, classes), (rows, rows))
 
-    def abstract_arguments(self, num_prompts: int) -> tuple[TrainState, Params, Classes, Batch]:
+    def abstract_arguments(self, num_prompts: int) -> tuple[TrainState, Params, ClassInputs, Batch]:
         """Shapes, types and shardings of the training step's arguments."""
         rows, whole, size = batch_sharding(self.mesh), replicated(self.mesh), self.preprocess.image_size_px
         batch_size = self.config.train.global_batch_size
@@ -164,9 +164,9 @@ class Program:
         if self.trains_text:
             count = num_prompts + -num_prompts % num_row_shards(self.mesh)
             ids = struct((count, self.clip.text.context_length - self.method.context_length), jnp.int32, rows)
-            classes = Classes(ids, struct((count,), jnp.int32, rows), None)
+            classes = ClassInputs(ids, struct((count,), jnp.int32, rows), None)
         else:
-            classes = Classes(None, None, struct((self.num_classes, self.clip.projection_dim), jnp.float32, whole))
+            classes = ClassInputs(None, None, struct((self.num_classes, self.clip.projection_dim), jnp.float32, whole))
         image = (batch_size, *([self.num_frames] if self.num_frames else []), size, size, 3)
         label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
         return state, frozen, classes, Batch(struct(image, jnp.uint8, rows), label, mask, label)

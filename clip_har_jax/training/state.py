@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from clip_har_jax.models.params import Params
-from clip_har_jax.parallel.sharding import put, replicated
+from clip_har_jax.parallel.sharding import put_global, replicated
 
 
 class TrainState(NamedTuple):
@@ -54,11 +54,11 @@ def state_shardings(
 def make_state(params: Params, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
     """Return the state before the first step, from host parameters; every process gives the same."""
     zero = np.zeros((), np.int32)
-    ema = put(params, shardings.ema) if shardings.ema else {}
-    params = put(params, shardings.params)
+    ema = put_global(params, shardings.ema) if shardings.ema else {}
+    params = put_global(params, shardings.params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     key = np.asarray(jax.random.PRNGKey(seed))
-    step, key, skipped, total = put((zero, key, zero, zero), (shardings.step,) * 4)
+    step, key, skipped, total = put_global((zero, key, zero, zero), (shardings.step,) * 4)
     return TrainState(step, params, ema, opt_state, key, skipped, total)
 
 

@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
-from clip_har_jax.models.clip import mean_by_class, normalize_images
+from clip_har_jax.models.clip import mean_class_embeddings, normalize_images
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel.sharding import batch_sharding, replicated
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import masked_mean
-from clip_har_jax.training.methods import PAIR_LOSSES, Classes, Method
+from clip_har_jax.training.methods import PAIR_LOSSES, ClassInputs, Method
 from clip_har_jax.training.optim import make_schedule
 from clip_har_jax.training.state import TrainState
 
@@ -51,7 +51,7 @@ def make_train_step(
     preprocess: Preprocess,
     shardings: TrainState,
     mesh: Mesh,
-) -> Callable[[TrainState, Params, Classes, Batch], tuple[TrainState, TrainMetrics, Int[Array, ""]]]:
+) -> Callable[[TrainState, Params, ClassInputs, Batch], tuple[TrainState, TrainMetrics, Int[Array, ""]]]:
     """Return the training step, jitted; it donates the state, so the caller keeps only what it returns.
 
     An update that isn't finite is left out and counted: the state stays finite whatever the batch. The third output is
@@ -61,7 +61,7 @@ def make_train_step(
     gradients = make_gradients(method, config, preprocess, shardings.params, mesh)
 
     def train_step(
-        state: TrainState, frozen: Params, classes: Classes, batch: Batch
+        state: TrainState, frozen: Params, classes: ClassInputs, batch: Batch
     ) -> tuple[TrainState, TrainMetrics, jax.Array]:
         key = jax.random.fold_in(state.key, state.step)
         grads, losses, correct = gradients(state.params, frozen, classes, batch, key)
@@ -103,7 +103,7 @@ def make_gradients(
     preprocess: Preprocess,
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
-) -> Callable[[Params, Params, Classes, Batch, jax.Array], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
+) -> Callable[[Params, Params, ClassInputs, Batch, jax.Array], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
     """Return the gradients of a batch's mean loss, each row's loss, and whether its class was found.
 
     With `config.train.accumulation_steps` the batch's parts go through the image tower one after the other. The class
@@ -114,7 +114,7 @@ def make_gradients(
     def loss_fn(
         weights: tuple[Params, jax.Array],
         frozen: Params,
-        classes: Classes,
+        classes: ClassInputs,
         batch: Batch,
         count: jax.Array,
         key: jax.Array,
@@ -125,7 +125,7 @@ def make_gradients(
         return jnp.sum(losses * batch.mask) / count, (losses, jnp.argmax(logits, -1) == batch.label)
 
     def gradients(
-        params: Params, frozen: Params, classes: Classes, batch: Batch, key: jax.Array
+        params: Params, frozen: Params, classes: ClassInputs, batch: Batch, key: jax.Array
     ) -> tuple[Params, Any, Any]:
         def class_embeddings(params: Params) -> jax.Array:
             return method.class_embeddings(params | frozen, classes)
@@ -166,12 +166,12 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 
 def make_eval_step(
     method: Method, preprocess: Preprocess, mesh: Mesh
-) -> Callable[[Params, Params, Classes, Batch], tuple[Float[Array, "b c"], Batch]]:
+) -> Callable[[Params, Params, ClassInputs, Batch], tuple[Float[Array, "b c"], Batch]]:
     """Return the class logits of a batch, jitted, and its labels, mask and index; every process gets those of all
     rows.
     """
 
-    def eval_step(params: Params, frozen: Params, classes: Classes, batch: Batch) -> tuple[jax.Array, Batch]:
+    def eval_step(params: Params, frozen: Params, classes: ClassInputs, batch: Batch) -> tuple[jax.Array, Batch]:
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
         return method.logits(params | frozen, images, classes.embeddings), batch._replace(image=None)
 
@@ -190,15 +190,15 @@ def make_feature_step(
     return jax.jit(feature_step, out_shardings=replicated(mesh))
 
 
-def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, Classes], Float[Array, "c d"]]:
+def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, ClassInputs], Float[Array, "c d"]]:
     """Return the embeddings of the run's classes, jitted: run once where they never change, else before each
     evaluation.
     """
 
-    def class_step(params: Params, classes: Classes) -> jax.Array:
+    def class_step(params: Params, classes: ClassInputs) -> jax.Array:
         embeddings = method.class_embeddings(params, classes)
         if method.loss in PAIR_LOSSES:
-            return mean_by_class(embeddings, classes.class_of_prompt, method.num_classes)
+            return mean_class_embeddings(embeddings, classes.class_of_prompt, method.num_classes)
         return embeddings
 
     return jax.jit(class_step, out_shardings=replicated(mesh))

@@ -11,7 +11,7 @@ from flax import nnx
 from clip_har_jax.config import load_config
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig, forward_flops
 from clip_har_jax.models.factory import NAMED_SIZES
-from clip_har_jax.models.layers import Drop, Runtime, TowerConfig, apply_layers, make_layers, unstack
+from clip_har_jax.models.layers import DropPath, Runtime, TowerConfig, apply_layers, make_layers, unstack
 from clip_har_jax.models.params import abstract_model, flat_params
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.preprocess import Preprocess
@@ -64,7 +64,7 @@ def test_rows_pass_by_layers_at_the_rate_of_the_formula():
     with nnx.use_eager_sharding(False):
         layers = make_layers(tower, runtime, nnx.Rngs(0))
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 2, 8)), (rows, 2, 8))
-    found = jax.jit(lambda x: apply_layers(layers, x, runtime, drop=Drop(jax.random.key(2), rate)))(x)
+    found = jax.jit(lambda x: apply_layers(layers, x, runtime, drop=DropPath(jax.random.key(2), rate)))(x)
     first, *rest = unstack(layers)
     call = nnx.jit(lambda layer, x: layer(x, None, False))
     ways = {(): call(first, x[:1])}  # by which layers after the first were kept

@@ -14,7 +14,7 @@ from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.pipelines import tuning
 from clip_har_jax.pipelines.method_comparison import compare_methods, default_test
 from clip_har_jax.pipelines.presets import choose_preset
-from clip_har_jax.pipelines.tuning import Needs, Space, search, weigh_method, with_method
+from clip_har_jax.pipelines.tuning import Needs, Space, search, training_needs, with_method
 from clip_har_jax.trainer.run_data import validates_on_test
 from clip_har_jax.trainer.train import Result, train
 from tests.support.model_folders import write_images, write_model
@@ -173,7 +173,8 @@ def test_mistakes_are_refused(folders, tmp_path, methods, seeds, message):
 def test_a_step_of_fewer_trained_parameters_takes_less_memory(folders):
     clip = read_config(folders[0])
     needs = {
-        name: weigh_method(with_method(config_for(folders), name, 0), clip) for name in ("full", "prompt", "zero_shot")
+        name: training_needs(with_method(config_for(folders), name, 0), clip)
+        for name in ("full", "prompt", "zero_shot")
     }
     assert needs["full"].step_bytes > needs["prompt"].step_bytes > 0
     assert [needs[name].has_decay for name in needs] == [True, False, False]

@@ -21,16 +21,16 @@ from clip_har_jax.models.factory import known_config
 from clip_har_jax.models.params import init_params
 from clip_har_jax.parallel import topology
 from clip_har_jax.parallel.mesh import make_mesh
-from clip_har_jax.parallel.sharding import batch_sharding, place
+from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
 from clip_har_jax.parallel.topology import CHIPS, GIB, find_chip, tpu_devices
 from clip_har_jax.planning import plan as planning
 from clip_har_jax.planning.cost import (
     LOCAL,
     Job,
     Machine,
-    Outcome,
     Times,
     Variant,
+    VariantCost,
     estimate,
     find_machine,
     make_program,
@@ -74,7 +74,7 @@ def make_arguments(program):
         [i % NUM_CLASSES for i in range(NUM_PROMPTS)],
     )
     classes, batch = program.abstract_arguments(NUM_PROMPTS)[2:]
-    batch = place(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), batch), batch_sharding(program.mesh))
+    batch = put_local_rows(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), batch), batch_sharding(program.mesh))
     return state, frozen, classes._replace(input_ids=prompts[0], class_of_prompt=prompts[1]), batch
 
 
@@ -322,10 +322,10 @@ def pretend(job, machine, variant, give_up_s=float("inf"), *, tried):
     weights = 9 if variant.mesh.strategy == "dp" else 1
     needed = round(GIB * (weights + activations / variant.accumulation_steps))
     if needed > machine.memory_bytes:
-        return Outcome(variant, "too large", "by XLA", needed, compile_s=1.0)
+        return VariantCost(variant, "too large", "by XLA", needed, compile_s=1.0)
     seconds = {"none": 3.0, "dots": 3.2, "full": 4.0}[variant.remat] + 0.1 * variant.accumulation_steps
     seconds += {"fsdp": 0.0, "dp": 0.5}.get(variant.mesh.strategy, 1.0)
-    return Outcome(
+    return VariantCost(
         variant, "fits", "", needed, times=Times(1.0, 1.0, 1.0, 1.0, "compute", seconds, "", 1.0, 1.0), compile_s=60.0
     )
 
@@ -342,7 +342,7 @@ def search(monkeypatch, remat="none", **arguments):
     )
     machine = Machine("pretended", tuple(jax.devices()), None, 16 * GIB)
     monkeypatch.setattr(planning, "find_machine", lambda topology: machine)
-    monkeypatch.setattr(planning, "weigh", partial(pretend, tried=tried))
+    monkeypatch.setattr(planning, "compile_variant", partial(pretend, tried=tried))
     return plan(config, "pretended", **arguments), tried
 
 
@@ -380,7 +380,7 @@ def test_nothing_fits(monkeypatch, capsys):
 
 def test_explicit_sizes_are_overridden_by_sizes(monkeypatch):
     tried = []
-    monkeypatch.setattr(planning, "weigh", partial(pretend, tried=tried))
+    monkeypatch.setattr(planning, "compile_variant", partial(pretend, tried=tried))
     config = make_config({"mesh": {"data": 2, "fsdp": 4}, "eval": {"batch_size": 8}})
     found = plan(config, LOCAL)
     assert ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.tensor=1"] in [

@@ -29,7 +29,7 @@ from clip_har_jax.trainer.run_data import select_classes
 from clip_har_jax.trainer.train import EXIT_RETENTION, train
 from clip_har_jax.training.losses import balanced_weights, cross_entropy
 from clip_har_jax.training.mixing import mix
-from clip_har_jax.training.probe import Embedded, fit_cache, fit_probe
+from clip_har_jax.training.probe import LabeledFeatures, fit_probe, make_tip_adapter
 from tests.support.model_folders import write_image, write_images
 
 KNOWN = ("cycling", "sitting", "sleeping", "using_laptop", "fighting", "running")  # what the start was trained on
@@ -233,7 +233,7 @@ def test_features_that_another_process_lacks_are_computed_by_all(tmp_path, monke
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = make_source(f"folder:{write_images(tmp_path / 'images', ('running', 'sleeping'), per_class=2)}", "train")
-    calls, found = [], Embedded(np.eye(4, dtype=np.float32), source.label_ids.astype(np.int32))
+    calls, found = [], LabeledFeatures(np.eye(4, dtype=np.float32), source.label_ids.astype(np.int32))
 
     def cached():
         return features.cached_features(source, "digest", {"dtype": "float32"}, lambda: calls.append(1) or found)
@@ -274,7 +274,9 @@ def test_tip_adapter_is_the_papers_formula():
         unit(rng.normal(size=(20, 8))),
     )
     label = np.array([0, 0, 1, 1, 2, 2], np.int32)
-    fit = fit_cache(Embedded(keys, label), Embedded(queries, rng.integers(0, 3, 20).astype(np.int32)), classes, 10.0)
+    fit = make_tip_adapter(
+        LabeledFeatures(keys, label), LabeledFeatures(queries, rng.integers(0, 3, 20).astype(np.int32)), classes, 10.0
+    )
     alpha, beta = fit.about["alpha"], fit.about["beta"]
     wanted = 10 * queries @ classes.T + alpha * np.exp(-beta * (1 - queries @ keys.T)) @ np.eye(3)[label]
     found = head_logits("tip_adapter", fit.params, Features(jnp.asarray(queries)))
@@ -287,7 +289,7 @@ def test_a_probe_is_at_its_optimum(solver):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 5)).astype(np.float32)
     label = (x @ rng.normal(size=(5, 3)) + rng.normal(size=(60, 3))).argmax(-1).astype(np.int32)
-    classes, data = rng.normal(size=(3, 5)).astype(np.float32), Embedded(x, label)
+    classes, data = rng.normal(size=(3, 5)).astype(np.float32), LabeledFeatures(x, label)
     fit = fit_probe(data, data, classes, 1.0, solver, penalties=[0.1])
     w, b = fit.params["classes.kernel"], fit.params["classes.bias"]
     probs = softmax(x @ w + b, axis=-1) - np.eye(3)[label]

@@ -10,7 +10,7 @@ import pytest
 
 from clip_har_jax.config import MeshConfig
 from clip_har_jax.parallel.mesh import make_mesh
-from clip_har_jax.parallel.sharding import batch_sharding, put, replicated
+from clip_har_jax.parallel.sharding import batch_sharding, put_global, replicated
 from clip_har_jax.training.contrastive import contrastive_loss, dense_contrastive_loss
 from clip_har_jax.training.losses import masked_mean
 
@@ -58,7 +58,7 @@ def over_mesh(shape, kind, communication):
     options = {"mesh": mesh, "kind": kind, "communication": communication, "chunk_size": 4}
     step = jax.jit(mean_and_rows(functools.partial(contrastive_loss, **options)))
     rows, whole = batch_sharding(mesh), replicated(mesh)
-    return lambda *inputs: step(*put(inputs, (rows, rows, whole, whole, rows, rows)))
+    return lambda *inputs: step(*put_global(inputs, (rows, rows, whole, whole, rows, rows)))
 
 
 def assert_equal(ours, theirs):

@@ -16,9 +16,9 @@ from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConf
 from clip_har_jax.models.factory import NAMED_SIZES
 from clip_har_jax.models.params import abstract_model, flat_params, init_params
 from clip_har_jax.parallel.mesh import make_mesh
-from clip_har_jax.parallel.sharding import batch_sharding, place
+from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
 from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.training.methods import Classes
+from clip_har_jax.training.methods import ClassInputs
 from clip_har_jax.training.optim import freeze_masks, layer_scales
 from clip_har_jax.training.program import Program
 from clip_har_jax.training.steps import make_gradients
@@ -59,7 +59,7 @@ def start_of(program):
     rng = np.random.default_rng(2)
     classes = rng.normal(size=(NUM_CLASSES, SIZE.projection_dim)).astype(np.float32)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
-    own = program.method.init_own(start(), program.shapes, classes, np.asarray([5, 6], np.int32), 0)
+    own = program.method.init_extra(start(), program.shapes, classes, np.asarray([5, 6], np.int32), 0)
     own = {
         name: np.asarray(value) + 0.1 * rng.normal(size=value.shape).astype(np.float32) for name, value in own.items()
     }
@@ -73,12 +73,12 @@ def make_batch(program):
     mask = np.ones(BATCH_SIZE, np.float32)
     mask[[3, 9]] = 0
     batch = Batch(images, labels, mask, np.arange(BATCH_SIZE, dtype=np.int32))
-    return place(batch, batch_sharding(program.mesh))
+    return put_local_rows(batch, batch_sharding(program.mesh))
 
 
 def arguments_of(program):
     state, frozen = program.place(start())
-    return state, frozen, Classes(*program.place_prompts(PROMPTS, CLASS_OF_PROMPT), None), make_batch(program)
+    return state, frozen, ClassInputs(*program.place_prompts(PROMPTS, CLASS_OF_PROMPT), None), make_batch(program)
 
 
 def gradients_of(program):
@@ -125,7 +125,7 @@ def trained(strategy, name):
     params, embeddings = start_of(program)
     state, frozen = program.place(params)
     prompts = (*program.place_prompts(PROMPTS[:, :6], CLASS_OF_PROMPT), None)
-    classes = Classes(*(prompts if program.trains_text else (None, None, jnp.asarray(embeddings))))
+    classes = ClassInputs(*(prompts if program.trains_text else (None, None, jnp.asarray(embeddings))))
     losses = []
     for _ in range(3):
         state, metrics, _ = program.train_step(state, frozen, classes, make_batch(program))
@@ -165,7 +165,7 @@ def test_rows_pass_by_layers_in_training_alone():
     for program in (drops, keeps):
         state, frozen, classes, batch = arguments_of(program)
         embeddings = program.class_step({**state.params, **frozen}, classes)
-        answers.append(program.eval_step(state.params, frozen, Classes(None, None, embeddings), batch)[0])
+        answers.append(program.eval_step(state.params, frozen, ClassInputs(None, None, embeddings), batch)[0])
     np.testing.assert_array_equal(*answers)
 
 
