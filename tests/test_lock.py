@@ -48,13 +48,13 @@ def test_a_second_run_is_stopped_by_name(holder, tmp_path):
         assert part in str(error.value)
 
 
+@pytest.mark.timeout(60)
 def test_a_killed_run_leaves_the_folder_free_at_once(holder, tmp_path):
+    """Nobody watches for `patience_s`, which only silent writers on other hosts need."""
     holder.send_signal(signal.SIGKILL)  # and it isn't waited for: what is left is a zombie of the same number
     time.sleep(0.3)
-    begin = time.monotonic()
-    with lock_on(tmp_path):
+    with lock_on(tmp_path, patience_s=3600.0):
         assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
-    assert time.monotonic() - begin < 2
     assert not (tmp_path / "lock.json").exists()
 
 

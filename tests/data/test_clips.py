@@ -10,7 +10,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_video import write_clip
 
 from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
@@ -26,6 +25,7 @@ from clip_har_jax.trainer.features import cache_folder
 from clip_har_jax.trainer.train import train
 from clip_har_jax.video.clips import FrameSampling, read_clip
 from tests.support.model_folders import write_model
+from tests.support.videos import write_clip
 
 LABELS = ("jump", "wave")
 PREPROCESS = Preprocess(16)

@@ -1,8 +1,6 @@
 """Sources: the same examples, labels and names from every kind of data, and refusals for data that can't serve."""
 
-import io
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,23 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from clip_har_jax.config import AugmentConfig
 from clip_har_jax.data import synthetic
 from clip_har_jax.data.augment import augment
-from clip_har_jax.data.sources import Source, SubsetSource, make_source
+from clip_har_jax.data.sources import SubsetSource, make_source
 from clip_har_jax.data.splits import hold_out
 from clip_har_jax.errors import UserError
-
-CLASSES = ("run", "sit")
-
-
-def encoded(value: int) -> bytes:
-    """Return a PNG whose pixels all hold `value`."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (10, 8), (value, value, value)).save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.support.sources import CLASSES, check_source, encoded
 
 
 def make_folder(root: Path, count: int = 3) -> None:
@@ -44,24 +33,6 @@ def refusal(make: Callable[[], object]) -> str:
         make()
     assert "\n" not in str(info.value)
     return str(info.value)
-
-
-def check_source(source: Source, labels: Sequence[str], ids: Sequence[int]) -> None:
-    """What holds of every source: labels known beforehand, examples that agree with them, a copy for a worker."""
-    assert source.labels == tuple(labels)
-    assert source.label_ids.dtype == np.int32
-    assert source.label_ids.tolist() == list(ids)
-    assert len(source) == len(ids)
-    source[0]  # opens what it reads from
-    copy = pickle.loads(pickle.dumps(source))
-    for i, label in enumerate(ids):
-        example = source[i]
-        assert example.label == label
-        assert isinstance(example.data, bytes)
-        assert example.name
-        assert copy[i] == example
-    assert len({source[i].name for i in range(len(source))}) == len(source)
-    assert len(source.fingerprint) == 64
 
 
 def test_folder_source(tmp_path: Path) -> None:
@@ -211,7 +182,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
-from test_sources import CLASSES, check_source, encoded
+from tests.support.sources import CLASSES, check_source, encoded
 
 root = sys.argv[1]
 

@@ -277,6 +277,7 @@ def test_a_disk_that_is_full_costs_only_that_tracker(tmp_path, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(60)  # a wait for it would never end
 def test_a_tracker_that_hangs_is_never_waited_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(BackgroundTracker, "QUEUE", 5)
     monkeypatch.setattr(BackgroundTracker, "STOPPED_S", 0.3)
@@ -287,12 +288,10 @@ def test_a_tracker_that_hangs_is_never_waited_for(tmp_path, monkeypatch, capsys)
             hang.wait()
 
     trackers = Trackers(("mlflow",), facts_of(tmp_path), lambda *_: Hanging([]))
-    begin = time.monotonic()
     for step in range(1000):
         trackers.write(step, {"train/loss": 1.0})
     trackers.status = STOPPED
     trackers.close()
-    assert time.monotonic() - begin < 30  # it would hang forever
     assert json.loads((tmp_path / "trackers.json").read_text())["mlflow"]["missed"] >= 995
     hang.set()
 

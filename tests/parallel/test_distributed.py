@@ -95,11 +95,9 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(number):
         pids |= {process: lines[0]["pid"] for process, lines in spoken("".join(said)).items()}
         if len(pids) == 2:
             break
-    begin = time.monotonic()
     os.kill(pids["1"], number)
     code, stdout, stderr = finish(launcher)
     assert code == 0, stderr
-    assert time.monotonic() - begin < 5
     stopped = {process: lines[-1] for process, lines in spoken("".join(said) + stdout).items()}
     assert stopped["0"]["stopped"] == stopped["1"]["stopped"] > 20
     assert [stopped[process]["signalled"] for process in "01"] == [False, True]
@@ -119,7 +117,6 @@ def failures():
             *(f"--num_processes={num_processes}", f"--process_id={process_id}", *flags),
         )
 
-    begin = time.monotonic()
     processes = {
         "unreachable": one(ports[0], 2, 1),
         "never joins": one(ports[1], 2, 0),
@@ -129,10 +126,7 @@ def failures():
         "told three": one(ports[3], 3, 1, "--join_timeout_s=20"),
         "mistake": start_launcher(WORKER, "mistake"),
     }
-    results = {}
-    for name, process in processes.items():
-        results[name] = (*finish(process), time.monotonic() - begin)
-    return results
+    return {name: finish(process) for name, process in processes.items()}
 
 
 def rendezvous_port():
@@ -152,16 +146,15 @@ def rendezvous_port():
         ("told three", r"the processes were told different numbers of processes: 2, 3"),
     ],
 )
-def test_who_cannot_join_says_why_in_one_line_and_in_time(failures, name, expected):
-    code, stdout, stderr, seconds = failures[name]
+def test_who_cannot_join_says_why_in_one_line(failures, name, expected):
+    code, stdout, stderr = failures[name]
     assert code == cli.EXIT_MISTAKE
     assert stdout == ""
     assert len(errors(stderr)) == 1 and re.fullmatch(f"error: {expected}", errors(stderr)[0]), stderr
-    assert seconds < 30  # seven processes share the machine; alone, 6 s after the start
 
 
 def test_a_mistake_that_all_make_is_one_line_each(failures):
-    code, _, stderr, _ = failures["mistake"]
+    code, _, stderr = failures["mistake"]
     assert code == cli.EXIT_MISTAKE
     lines = errors(stderr)
     assert sorted(line for line in lines if line.startswith("[")) == [
@@ -171,11 +164,9 @@ def test_a_mistake_that_all_make_is_one_line_each(failures):
 
 @pytest.mark.slow
 def test_a_bug_on_one_host_ends_the_others_within_the_heartbeat_timeout():
-    begin = time.monotonic()
-    flags = ("--processes=2", "--grace_s=60")
+    flags = ("--processes=2", "--grace_s=600")  # the launcher would wait longer than `finish` does
     code, _, stderr = finish(start_launcher(WORKER, "crash", "--heartbeat_timeout_s=5", flags=flags))
     assert code == 1
-    assert time.monotonic() - begin < 25  # starting, 3 s in which the others may fail too, the heartbeat
     assert "[1] ZeroDivisionError: a bug on one host" in stderr
     assert "another task died" in stderr
 
@@ -294,7 +285,7 @@ print("to stderr", file=sys.stderr, flush=True)
 if sys.argv[1] == "fail" and index == 1:
     sys.exit(3)
 if sys.argv[1] != "end":
-    time.sleep(60)
+    time.sleep(600)  # longer than `finish` waits
 """
 
 
@@ -317,13 +308,11 @@ def test_the_launcher_prefixes_both_streams(program):
 
 
 def test_the_launcher_gives_the_first_failing_code_and_ends_the_rest(program):
-    begin = time.monotonic()
     launcher = start_launcher(program, "fail", flags=("--processes=2", "--grace_s=0.5"))
     pids = read_pids(launcher)
     code, _, stderr = finish(launcher)
     assert code == 3
     assert "process 1 exited with 3; the rest have 0.5 s" in stderr
-    assert time.monotonic() - begin < 5
     assert not any(map(is_running, pids))
 
 

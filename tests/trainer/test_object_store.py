@@ -11,9 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from test_reliability import LABELS, environment, finish, start_run, write_config
 
 from tests.support.model_folders import write_images, write_model
+from tests.support.runs import LABELS, environment, finish, start_run, write_config
 
 WORKDIR = "gs://bucket/run"
 

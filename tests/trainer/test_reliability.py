@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +15,9 @@ import pytest
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.params import flat_params
 from tests.support.model_folders import write_images, write_model
+from tests.support.runs import LABELS, ROOT, TRAIN, environment, finish, start_run, write_config
 
-ROOT = Path(__file__).parents[2]
-TRAIN, INSTRUMENTED = ROOT / "scripts" / "train.py", ROOT / "tests" / "support" / "instrumented_train.py"
-LABELS = ("cycling", "running", "sleeping")
+INSTRUMENTED = ROOT / "tests" / "support" / "instrumented_train.py"
 
 
 @pytest.fixture(scope="module")
@@ -27,43 +25,6 @@ def start(tmp_path_factory):
     """Return a folder of weights and one of images."""
     root = tmp_path_factory.mktemp("start")
     return write_model(root / "model"), write_images(root / "images", LABELS, per_class=8)
-
-
-def write_config(folder, start, num_steps, save_every=1, learning_rate=1e-3):
-    path = folder / "config.py"
-    path.write_text(
-        f"""from ml_collections import ConfigDict
-
-
-def get_config():
-    return ConfigDict(
-        {{
-            "data": {{"train": "folder:{start[1]}", "val_fraction": 0.25}},
-            "model": {{"name": "{start[0]}"}},
-            "train": {{"num_steps": {num_steps}, "global_batch_size": 8, "log_every_steps": 1}},
-            "optim": {{"learning_rate": {learning_rate}}},
-            "eval": {{"every_steps": 100000, "batch_size": 8}},
-            "checkpoint": {{"every_steps": {save_every}}},
-        }}
-    )
-"""
-    )
-    return path
-
-
-def environment(devices=1, **more):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in more.items()}}
-
-
-def start_run(config, workdir, *more, script=TRAIN, env=None, before=(), stderr=subprocess.PIPE):
-    command = [*before, sys.executable, str(script), f"--config={config}", f"--workdir={workdir}", *more]
-    return subprocess.Popen(command, text=True, env=env or environment(), stdout=subprocess.PIPE, stderr=stderr)
-
-
-def finish(process, timeout_s=240):
-    stdout, stderr = process.communicate(timeout=timeout_s)
-    return process.returncode, stdout, stderr
 
 
 def steps_on_disk(workdir):

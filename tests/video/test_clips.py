@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,39 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_har_jax.video.clips import BadVideo, FrameSampling, TimedFrame, iter_frames, read_clip, sample_times
-
-SIZE = (64, 48)  # width, height
-
-
-def level(i: int, count: int) -> int:
-    return 40 + 160 * i // max(count - 1, 1)
-
-
-def write_clip(
-    path: Path | io.BytesIO,
-    count: int = 30,
-    rate: int = 10,
-    codec: str = "libx264",
-    rotation: int = 0,
-    times: list[float] | None = None,
-    format: str | None = None,
-) -> None:
-    """Frames whose grey level tells their number; the left half of each is darker by 30."""
-    with av.open(path, "w", format=format) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.codec_context.gop_size = 8
-        if rotation:
-            stream.set_display_rotation(rotation)
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for i in range(count):
-            image = np.full((SIZE[1], SIZE[0], 3), level(i, count), np.uint8)
-            image[:, : SIZE[0] // 2] -= 30
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.time_base = Fraction(1, 1000)
-            frame.pts = round(1000 * (times[i] if times else i / rate))
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+from tests.support.videos import SIZE, level, write_clip
 
 
 @pytest.fixture(scope="module")

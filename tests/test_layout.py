@@ -1,0 +1,70 @@
+"""The tests stand where the code does, and none depends on another or on the speed of the machine."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+# What the tests share, what golden files hold, and what stands at the root: images, manifests, the DVC pipeline.
+OF_NO_PACKAGE = {"support", "golden", "deploy"}
+FILES = sorted(TESTS.rglob("*.py"))
+CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time"}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Return the modules that a file imports, wherever in it, with the names taken from them."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def timed_assertions(tree: ast.AST) -> list[int]:
+    """Return the lines of assertions on how long something took: on a clock's reading less an earlier one."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+        for part in ast.walk(node.test)
+        if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Sub) and reads_a_clock(part)
+    ]
+
+
+def reads_a_clock(tree: ast.AST) -> bool:
+    return any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name) and name_of(node.func) in CLOCKS
+        for node in ast.walk(tree)
+    )
+
+
+def name_of(function: ast.Attribute | ast.Name) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else function.id
+
+
+def test_each_folder_is_of_a_package_of_the_same_name() -> None:
+    folders = {path.relative_to(TESTS).parts[0] for path in FILES if path.parent != TESTS} - OF_NO_PACKAGE
+    homeless = {name for name in folders if not any((home / name).is_dir() for home in (ROOT / "clip_har_jax", ROOT))}
+    assert folders and not homeless
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_imports_another_or_asserts_how_long_something_takes(path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text)
+    others = {name for name in imports(tree) if any(part.startswith("test_") for part in name.split("."))}
+    assert not others, "shared parts belong into tests/support or a conftest.py"
+    assert not re.search(r"^\s*(from|import) test_", text, re.MULTILINE), "in a program that a test runs"
+    assert not timed_assertions(tree), "speed is measured in benchmarks/, not asserted"
+
+
+def test_a_bound_on_a_duration_is_found() -> None:
+    found = "begin = time.monotonic()\nassert time.monotonic() - begin < 2"
+    assert timed_assertions(ast.parse(found)) == [2]
+    assert timed_assertions(ast.parse("assert perf_counter() - start < limit, 'slow'")) == [1]
+    assert timed_assertions(ast.parse("assert time.monotonic() < deadline, 'it never came true'")) == []
