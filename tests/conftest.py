@@ -18,8 +18,13 @@ install_import_hook("clip_har_jax", "beartype.beartype").__enter__()
 
 import jax
 import pytest
+from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# CI's slow step asks for more examples: HYPOTHESIS_PROFILE=thorough.
+settings.register_profile("quick", max_examples=15, deadline=None)
+settings.register_profile("thorough", max_examples=100, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """What a public repository needs: workflows, hooks, updates, and the files that people look for."""
 
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ def jobs() -> dict[str, dict]:
         ("citation-file-format", ROOT / "CITATION.cff"),
         ("compose-spec", ROOT / "docker-compose.yml"),
         ("github-issue-forms", ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"),
+        ("github-issue-forms", ROOT / ".github" / "ISSUE_TEMPLATE" / "feature.yml"),
         ("github-issue-config", ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
@@ -42,10 +45,14 @@ def test_workflows_have_no_known_weakness():
     tool("zizmor", "--offline", "--no-progress", "--format=plain", ".github")
 
 
+# What a release needs beyond reading: to publish without a password, and to write the release itself.
+PERMISSIONS = {"pypi": {"id-token": "write"}, "github": {"contents": "write"}}
+
+
 def test_workflows_are_bounded_closed_and_pinned():
     for name, job in jobs().items():
         assert job["timeout-minutes"] <= 120, name
-        assert job["permissions"] == {"contents": "read"}, name
+        assert job["permissions"] == PERMISSIONS.get(name, {"contents": "read"}), name
         for step in job["steps"]:
             if "uses" in step:
                 assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])
@@ -64,6 +71,35 @@ def test_ci_does_what_the_project_does_by_itself():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     entries = {hook["entry"].split()[0] for hook in hooks}
     assert {"ruff", "mypy", "lint-imports"} <= entries
+
+
+def test_the_task_runner_has_the_same_commands():
+    recipes = json.loads(tool("just", "--dump", "--dump-format=json"))["recipes"]
+    commands = {
+        name: ["".join(part for part in line if isinstance(part, str)).strip() for line in recipe["body"]]
+        for name, recipe in recipes.items()
+    }
+    steps = (ROOT / ".ci" / "run").read_text().splitlines()
+    for name in ("check", "test", "slow"):
+        assert commands[name] and set(commands[name]) <= set(steps), name
+    done = {line for job in jobs().values() for step in job["steps"] for line in step.get("run", "").splitlines()}
+    assert set(commands["docs"]) <= done and "just coverage" in done
+    assert commands["demo"][0] in (ROOT / "README.md").read_text()
+    assert commands["ci"] == [".ci/run"]
+
+
+def test_a_tag_is_released_with_its_section_of_the_changelog():
+    def notes(tag):
+        return subprocess.run([sys.executable, ".ci/release_notes.py", tag], cwd=ROOT, capture_output=True, text=True)
+
+    version = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    done = notes(f"v{version}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("### Added\n") and "## [" not in done.stdout
+    for tag in ("v9.9.9", version):
+        refused = notes(tag)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.startswith(f"error: the tag is {tag}, but pyproject.toml has version {version}")
 
 
 def test_ci_runs_on_what_the_readme_names():
@@ -104,6 +140,6 @@ def test_the_changelog_keeps_its_form():
     text = (ROOT / "CHANGELOG.md").read_text()
     assert text.startswith("# Changelog\n")
     versions = re.findall(r"^## \[([^\]]+)\]", text, flags=re.MULTILINE)
-    assert versions[0] == "Unreleased"
+    assert versions[0] == "Unreleased" and "0.1.0" in versions
     kinds = set(re.findall(r"^### (\w+)$", text, flags=re.MULTILINE))
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

@@ -73,7 +73,7 @@ def test_image_does_not_depend_on_the_batch_it_is_in() -> None:
     assert_equal(joined([small[:1], small[1:2], small[2:3]]), large[:1])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)  # each reads up to 14 times
 @given(st.integers(1, 23), st.sampled_from([1, 2, 3, 6]), st.integers(0, 9))
 def test_processes_share_the_batches_of_one(count: int, processes: int, start_step: int) -> None:
     source = ArraySource(count)

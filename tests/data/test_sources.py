@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_har_jax.config import AugmentConfig
@@ -234,7 +234,6 @@ def test_tfds_source_without_tensorflow(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-@settings(max_examples=50)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0.01, 1), st.integers(0, 2**40))
 def test_hold_out_is_stratified(ids: list[int], fraction: float, seed: int) -> None:
     label_ids = np.asarray(ids, np.int32)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
@@ -70,7 +70,6 @@ def test_equal_to_scikit_learn(num_classes: int, count: int) -> None:
         assert ours["per_class"][name] == pytest.approx(wanted, abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), count=st.integers(1, 40), batch_size=st.integers(1, 17), data=st.data())
 def test_padding_batches_and_merge_order_change_nothing(seed: int, count: int, batch_size: int, data: Any) -> None:
     logits, label = make_examples(seed, count, 6)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -96,7 +96,6 @@ def test_a_pair_is_found_whatever_the_order_and_flat_images_never(signatures: li
     assert MAX_BITS < 32 and MIN_CORRELATION > 0.5
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_groups_are_what_hangs_together(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 12))
@@ -111,7 +110,6 @@ def test_groups_are_what_hangs_together(data: st.DataObject) -> None:
     assert list(dict.fromkeys(groups.tolist())) == list(range(groups.max() + 1))
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), min_size=1, max_size=80), st.integers(0, 5))
 def test_splits_keep_groups_together_and_leave_conflicts_out(rows: list[tuple[int, int]], seed: int) -> None:
     ids, groups = (np.array(column, np.int32) for column in zip(*rows, strict=True))

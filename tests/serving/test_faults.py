@@ -105,7 +105,7 @@ def test_a_bad_image_is_refused(client: httpx.Client, name: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_images_never_break_it(client: httpx.Client, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP"]))
     image = bytearray(saved(Image.radial_gradient("L").resize((24, 24)).convert("RGB"), kind))

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_har_jax.video.clips import BadVideo, FrameSampling, TimedFrame, iter_frames, read_clip, sample_times
@@ -63,7 +63,6 @@ def test_sparse_frames_of_a_long_clip_are_sought(tmp_path: Path) -> None:
         assert [round(time_s * 2) for time_s in read.times_s] == expected
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     st.floats(0.01, 1e4),
     st.sampled_from(["uniform", "dense", "tsn"]),
