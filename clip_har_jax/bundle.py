@@ -1,8 +1,6 @@
 """The model folder: actions.json, and the manifest that seals it so that a changed byte is refused."""
 
 import math
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,26 +197,3 @@ def verify(folder: str | Path) -> str | None:
     if manifest.get("digest") != _digest(found):
         raise UserError(f"{path}: key 'digest' doesn't fit the files; copy the folder again")
     return _digest(found)
-
-
-def replace_folder(target: str | Path, fill: Callable[[Path], None]) -> Path:
-    """Put a folder written by `fill` in the place of `target`, whose old contents stay whole until the new are.
-
-    A kill at any moment leaves the old folder or the new one; what it leaves beside them goes at the next call.
-    """
-    target = Path(target)
-    partial, old = (target.with_name(f".{target.name}.{word}") for word in ("partial", "old"))
-    if old.exists() and not target.exists():  # killed between the two renames below
-        old.rename(target)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        fill(partial)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    return target

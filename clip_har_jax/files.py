@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 from clip_har_jax.errors import UserError
 
@@ -53,14 +54,40 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     writers don't meet in it; an error removes it and leaves the old contents.
     """
     path = Path(path)
+    _clear_leftovers(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
-        yield partial
+        with partial.open("xb") as file:
+            _claim(file)
+            yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove the scratch files that killed writers of `path` left."""
+    names = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.partial")
+    for leftover in [other for other in path.parent.iterdir() if names.fullmatch(other.name)]:
+        with suppress(OSError), leftover.open("rb") as file:
+            if _claim(file):
+                leftover.unlink()
+
+
+def _claim(file: IO[bytes]) -> bool:
+    """Return whether a scratch file is now this writer's: the kernel's lock on it ends with its process.
+
+    False also where there are no such locks, as on Windows.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -24,6 +24,7 @@ from clip_har_jax.data import synthetic
 from clip_har_jax.data.sources import are_clips, make_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import write_json
+from clip_har_jax.folders import replace_folder
 from clip_har_jax.inference import golden
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.inference.exported import RUNTIMES, SIGNATURE
@@ -270,7 +271,7 @@ def export_model(
             raise _NothingPassed
 
     try:
-        bundle.replace_folder(output, fill)
+        replace_folder(output, fill)
     except _NothingPassed:
         pass
     except Exception as error:

@@ -11,6 +11,7 @@ from clip_har_jax import bundle
 from clip_har_jax.bundle import Actions
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
+from clip_har_jax.folders import replace_folder
 
 ACTIONS = Actions(("running", "riding a bike"), {"running": ("a", "b"), "riding a bike": ("c",)}, 1.5)
 
@@ -153,20 +154,20 @@ def test_a_folder_is_sealed_once(folder: Path) -> None:
 def test_replace_folder(tmp_path: Path) -> None:
     target = tmp_path / "a" / "model"
     for text in ("first", "second"):
-        assert bundle.replace_folder(target, lambda folder, text=text: (folder / text).write_text(text)) == target
+        assert replace_folder(target, lambda folder, text=text: (folder / text).write_text(text)) == target
         assert [path.name for path in target.iterdir()] == [text]
     assert list(target.parent.iterdir()) == [target]
 
 
 def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path) -> None:
-    target = bundle.replace_folder(tmp_path / "model", lambda folder: (folder / "old").write_text(""))
+    target = replace_folder(tmp_path / "model", lambda folder: (folder / "old").write_text(""))
 
     def fail(folder: Path) -> None:
         (folder / "half").write_text("")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        bundle.replace_folder(target, fail)
+        replace_folder(target, fail)
     assert [path.name for path in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
 
@@ -181,5 +182,5 @@ def test_a_kill_between_the_renames_is_mended(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        bundle.replace_folder(target, fail)
+        replace_folder(target, fail)
     assert [path.name for path in target.iterdir()] == ["old"]

@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import read_object
+from clip_har_jax.folders import replace_folder
 from clip_har_jax.mlops.gates import RETENTION, Check, Gates, check_evaluation, check_gates, read_metrics
 from clip_har_jax.mlops.mlflow import find_experiment
 
@@ -242,7 +243,7 @@ class ModelRegistry:
             def fill(target: Path) -> None:
                 shutil.copytree(folder, target, dirs_exist_ok=True)
 
-            bundle.replace_folder(output, fill)
+            replace_folder(output, fill)
         return version
 
     def _download(self, version: RegisteredVersion, target: Path) -> Path:

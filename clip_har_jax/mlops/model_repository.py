@@ -12,6 +12,7 @@ from typing import Any
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.folders import replace_folder
 
 SIGNATURE = "signature.json"
 TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
@@ -57,7 +58,7 @@ def write_model_repository(export: Path, output: Path, name: str, format: str, m
             if graph == "classifier":
                 (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
 
-        bundle.replace_folder(output / model, fill)
+        replace_folder(output / model, fill)
         written.append(model)
     return written
 

@@ -11,6 +11,7 @@ from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import Calibration, calibrate
 from clip_har_jax.files import write_json
+from clip_har_jax.folders import replace_folder
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.pipelines.evaluate import ClassedSource, run_backend
 
@@ -60,7 +61,7 @@ def calibrate_model(
         bundle.seal(folder, backend.digest)
 
     try:
-        bundle.replace_folder(output, fill)
+        replace_folder(output, fill)
     except OSError as error:
         raise UserError(f"--output={output}: can't be written ({error.strerror}); nothing was left there") from error
     return found

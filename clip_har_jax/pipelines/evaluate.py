@@ -19,6 +19,7 @@ from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import write_result
 from clip_har_jax.evaluation.report import HEADLINES, Details
 from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.text import phrase
 
@@ -88,11 +89,23 @@ def evaluate_model(
     Raises:
       UserError: a mistake in the arguments, the model or the data.
     """
+    with output_folder(output) as folder:
+        return _evaluate_model(model, data, folder, classes, batch_size, max_bad_fraction, num_views)
+
+
+def _evaluate_model(
+    model: str,
+    data: str,
+    output: Path,
+    classes: Sequence[str],
+    batch_size: int,
+    max_bad_fraction: float,
+    num_views: int | None,
+) -> EvalResult:
     config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
     data_source = make_source(data, "test")
     backend = JaxBackend(model, classes, data_source.labels, batch_size)
     source = ClassedSource(data_source, backend.labels, data)
-    output = _make_output(output)
     result = run_backend(backend, source, config.data, output / "bad_inputs.jsonl", NUM_SHOWN, num_views)
     result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
     about = {
@@ -157,15 +170,6 @@ def _logits(backend: JaxBackend, images: np.ndarray) -> np.ndarray:
         return backend.logits(images)
     probs = [backend.predict(images[:, view]) for view in range(images.shape[1])]
     return np.log(np.maximum(np.mean(probs, axis=0), np.finfo(np.float32).tiny))
-
-
-def _make_output(output: str | Path) -> Path:
-    output = Path(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={output}: can't be made ({error.strerror})") from error
-    return output
 
 
 def _command(

@@ -17,6 +17,7 @@ from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.files import write_json
+from clip_har_jax.folders import replace_folder
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
@@ -175,7 +176,7 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
         bundle.write_actions(folder, bundle.Actions(actions.labels, actions.prompts))
         bundle.seal(folder)
 
-    soup = bundle.replace_folder(output / "soups" / method, fill)
+    soup = replace_folder(output / "soups" / method, fill)
     metrics, retention = evaluate_on(config, soup, test), load_retention(config)
     retained = None
     if retention is not None:

@@ -18,6 +18,7 @@ from clip_har_jax.evaluation.output import write_result
 from clip_har_jax.evaluation.report import Details
 from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.files import is_local, read_json, write_json
+from clip_har_jax.folders import replace_folder
 from clip_har_jax.models.heads import write_head
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed, sharding
@@ -167,7 +168,7 @@ def write_model(run: "Run", state: TrainState, calibration: Calibration) -> epat
         bundle.seal(folder)
 
     if is_local(target):
-        bundle.replace_folder(Path(target), fill)
+        replace_folder(Path(target), fill)
     else:
         _upload_folder(fill, target)
     return target

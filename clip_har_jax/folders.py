@@ -1,0 +1,74 @@
+"""Folders that one process at a time writes: in place, or aside and then put in the place of the old one."""
+
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.lock import FolderLock, beside
+
+
+@contextmanager
+def output_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
+    """Make a folder to write files into, and keep other writers out of it meanwhile.
+
+    Raises:
+      UserError: the folder can't be made or written, or another process writes there.
+    """
+    folder = Path(path)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FolderLock(folder, flag))
+        except OSError as error:
+            raise UserError(f"{flag}={path}: can't be made or written ({error.strerror})") from error
+        yield folder
+
+
+@contextmanager
+def replacing(target: str | Path, flag: str = "--output") -> Iterator[Path]:
+    """Give an empty scratch folder; what is written there takes the place of `target` at the end.
+
+    The old contents stay whole until the new ones are; an error removes the new ones. A kill at any moment leaves the
+    old folder or the new one, and what it leaves beside them goes at the next call.
+
+    Raises:
+      UserError: another process writes `target`.
+      OSError: the folder beside `target` can't be written.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with beside(target, flag):
+        _clear_leftovers(target)
+        token = secrets.token_hex(6)  # a writer that lost the lock while it was suspended doesn't meet the next one
+        partial, old = (target.with_name(f".{target.name}.{token}.{word}") for word in ("partial", "old"))
+        partial.mkdir()
+        try:
+            yield partial
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_folder(target: str | Path, fill: Callable[[Path], None], flag: str = "--output") -> Path:
+    """Put a folder written by `fill` in the place of `target`, see `replacing`."""
+    with replacing(target, flag) as folder:
+        fill(folder)
+    return Path(target)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed writers left; the caller holds the lock, so that no living one is among them."""
+    names = re.compile(rf"\.{re.escape(target.name)}(\.[0-9a-f]{{12}})?\.(partial|old)")
+    leftovers = [path for path in target.parent.iterdir() if names.fullmatch(path.name)]
+    for path in leftovers:
+        if path.suffix == ".old" and not target.exists():  # killed between the two renames
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
