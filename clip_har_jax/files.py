@@ -97,8 +97,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
         epath.Path(path).write_text(text)
         return
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file atomically, see `atomic`."""
     with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -50,19 +50,21 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from clip_har_jax.inference.backends import split_classes
-    from export.run import EXIT_PARITY, export_model
+    from export.run import EXIT_PARITY, Options, export_model
 
     parity = export_model(
         arguments.model,
         [name.strip() for name in arguments.formats.split(",") if name.strip()],
         arguments.output,
-        arguments.data,
-        arguments.num_examples,
-        split_classes(arguments.classes),
-        arguments.overwrite,
-        arguments.int8 == "static",
-        arguments.sign,
-        arguments.precision,
+        Options(
+            arguments.data,
+            arguments.num_examples,
+            split_classes(arguments.classes),
+            arguments.overwrite,
+            arguments.int8 == "static",
+            arguments.sign,
+            arguments.precision,
+        ),
     )
     for name, entry in parity.items():
         if entry["passed"]:

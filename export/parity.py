@@ -1,4 +1,4 @@
-"""Whether an exported format computes what the model does, on images that matter and on ones that break things."""
+"""The test that an exported format computes what the model does, on real images and on extreme ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,15 @@ RunGraph = Callable[..., Sequence[np.ndarray]]
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a format may differ by.
+    """How far a format may be from the model.
 
     Attributes:
       error: largest absolute error of probabilities, embeddings and heat maps; None: not bounded.
       agreement: smallest share of images with the same first class, where the model predicts half of its classes.
-      logits: largest error of a logit, over the largest; what the cosines of embeddings can't see is a wrong head.
-      cosine: smallest cosine of any embedding to the model's, where it doesn't; always of texts and hard images.
-      explainer: smallest cosine of what an image's patches add, of which heat maps are made.
+      logits: largest error of a logit, over the largest logit; finds a wrong head, which cosines of embeddings miss.
+      cosine: smallest cosine of an embedding to the model's; of images only where the model predicts fewer than half
+        of its classes, of texts and hard images always.
+      explainer: smallest cosine of the patches' contributions, which heat maps are made of.
     """
 
     error: float | None
@@ -43,21 +44,21 @@ INT8 = Bounds(None, 0.1, 0.99, 0.99, 0.95)
 
 
 def hard_images(size_px: int) -> UInt8[np.ndarray, "n h w 3"]:
-    """All black, all white, and noise."""
+    """Return an all black image, an all white one, and noise."""
     noise = np.random.default_rng(0).integers(0, 256, (2, size_px, size_px, 3), dtype=np.uint8)
     flat = [np.full((size_px, size_px, 3), value, np.uint8) for value in (0, 255)]
     return np.stack([*flat, *noise])
 
 
 def make_cases(images: UInt8[np.ndarray, "n h w 3"], ids: Int32[np.ndarray, "p t"], num_classes: int) -> Arrays:
-    """What each format is run on: the images with the hard ones behind them, prompts, and classes to explain."""
+    """Return the inputs of each format: the images with the hard ones behind them, prompts, and classes to explain."""
     images = np.concatenate([images, hard_images(images.shape[1])])
     weights = np.eye(num_classes, dtype=np.float32)[np.arange(min(EXPLAINED, len(images))) % num_classes]
     return {"image": images, "input_ids": ids[:64], "class_weights": weights}
 
 
 def run_cases(run: RunGraph, cases: Arrays) -> Arrays:
-    """All outputs on all cases: the images in full batches, the first also one by one and in an odd batch."""
+    """Return all outputs on all cases: the images in full batches, the first also one by one and in an odd batch."""
     images, weights = cases["image"], cases["class_weights"]
     probs, logits = _batches(run, "classifier", images, BATCH_SIZE)
     return {
@@ -76,43 +77,58 @@ def _batches(run: RunGraph, graph: str, rows: np.ndarray, size: int) -> list[np.
     return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
-def compare(
+def check_parity(
     ours: Arrays, theirs: Arrays, bounds: Bounds, labels: Sequence[str], true: Int32[np.ndarray, " n"]
 ) -> dict[str, Any]:
     """Return the entry of a format in parity.json.
 
     Args:
       ours, theirs: outputs of the model and of the format, as `run_cases` gives them.
-      bounds: what may differ.
+      bounds: how far they may differ.
       labels: the classes.
-      true: the class of each image that has one; those behind them have none.
+      true: the class of each image that has one; the images behind them have none.
     """
     broken = [name for name in ours if ours[name].shape != theirs[name].shape or not np.isfinite(theirs[name]).all()]
     if broken:
         failures = [f"{broken[0]} isn't finite, or of a shape that isn't {list(ours[broken[0]].shape)}"]
         return {"max_abs_error": None, "top1_agreement": None, "passed": False, "failures": failures}
+    result = _differences(ours, theirs, len(labels), true)
+    failures = _over_bounds(ours, theirs, result, bounds)
+    if failures:
+        result["failures"] = failures
+        worst = int(np.abs(ours["probs"] - theirs["probs"]).max(-1).argmax())
+        result["worst_example"] = {"number": worst} | {
+            who: {"label": labels[of["logits"][worst].argmax()], "score": float(of["probs"][worst].max())}
+            for who, of in (("model", ours), ("exported", theirs))
+        }
+    return {**result, "passed": not failures}
+
+
+def _differences(ours: Arrays, theirs: Arrays, num_classes: int, true: Int32[np.ndarray, " n"]) -> dict[str, Any]:
+    """Return the figures of parity.json: how far the outputs are from each other."""
     predicted, exported = (outputs["logits"].argmax(-1) for outputs in (ours, theirs))
     examples = slice(0, len(predicted) - NUM_HARD)  # on the others, which class comes first is a matter of chance
-    coverage = len(set(predicted[examples].tolist())) / len(labels)
-    weak = coverage < MIN_PREDICTED
-    scale = max(1.0, float(np.abs(ours["logits"]).max()))
-    result: dict[str, Any] = {
+    coverage = len(set(predicted[examples].tolist())) / num_classes
+    logits, embeddings = ("logits", "single_logits", "odd_logits"), ("image_embeds", "text_embeds", "patch_embeds")
+    patches = [of["patch_embeds"].reshape(len(of["heat_map"]), -1) for of in (ours, theirs)]
+    return {
         "max_abs_error": _error(ours, theirs, "probs"),
-        "max_logit_error": max(_error(ours, theirs, name) for name in ("logits", "single_logits", "odd_logits")),
-        "max_embedding_error": max(
-            _error(ours, theirs, name) for name in ("image_embeds", "text_embeds", "patch_embeds")
-        ),
+        "max_logit_error": max(_error(ours, theirs, name) for name in logits),
+        "max_embedding_error": max(_error(ours, theirs, name) for name in embeddings),
         "max_heat_map_error": _error(ours, theirs, "heat_map"),
         "min_cosine": min(_cosine(ours[name], theirs[name]) for name in ("image_embeds", "text_embeds")),
-        "min_explainer_cosine": _cosine(
-            *(of["patch_embeds"].reshape(len(of["heat_map"]), -1) for of in (ours, theirs))
-        ),
+        "min_explainer_cosine": _cosine(*patches),
         "top1_agreement": float((predicted == exported)[examples].mean()),
         "ece_drift": abs(_ece(theirs["probs"], true) - _ece(ours["probs"], true)),
         "classes_predicted": coverage,
-        "weak": weak,
+        "weak": coverage < MIN_PREDICTED,
     }
+
+
+def _over_bounds(ours: Arrays, theirs: Arrays, result: dict[str, Any], bounds: Bounds) -> list[str]:
+    """Return a sentence for each figure that is over its bound; a figure that isn't a number is over it too."""
     failures = []
+    scale = max(1.0, float(np.abs(ours["logits"]).max()))
     if not (error := result["max_logit_error"] / scale) <= bounds.logits:
         failures.append(f"logits, over the largest: error {error:.2g} above {bounds.logits:g}")
     if bounds.error is not None:
@@ -126,9 +142,11 @@ def compare(
             for name, value in errors.items()
             if not value <= bounds.error
         ]
+    weak = result["weak"]
     if not weak and result["top1_agreement"] < bounds.agreement and (bounds.error is None or failures):
         failures.append(f"top-1 agreement {result['top1_agreement']:.4f} below {bounds.agreement:g}")
-    # On a model that tells its classes apart, the agreement says more of its images than a cosine; of all else nothing.
+    # Of a model that tells its classes apart, the agreement is a stronger test of its images than a cosine. Texts and
+    # hard images have no agreement.
     hard = _cosine(ours["image_embeds"][-NUM_HARD:], theirs["image_embeds"][-NUM_HARD:])
     texts = _cosine(ours["text_embeds"], theirs["text_embeds"])
     cosine = result["min_cosine"] if weak or bounds.error is not None else min(hard, texts)
@@ -136,15 +154,7 @@ def compare(
         failures.append(f"cosine of an embedding {cosine:.6f} below {bounds.cosine:g}")
     if not result["min_explainer_cosine"] >= bounds.explainer:
         failures.append(f"cosine of the explainer {result['min_explainer_cosine']:.6f} below {bounds.explainer:g}")
-    worst = int(np.abs(ours["probs"] - theirs["probs"]).max(-1).argmax())
-    if failures:
-        result["failures"] = failures
-        result["worst_example"] = {
-            "number": worst,
-            "model": {"label": labels[predicted[worst]], "score": float(ours["probs"][worst].max())},
-            "exported": {"label": labels[exported[worst]], "score": float(theirs["probs"][worst].max())},
-        }
-    return {**result, "passed": not failures}
+    return failures
 
 
 def _error(ours: Arrays, theirs: Arrays, name: str) -> float:

@@ -47,25 +47,24 @@ def to_proto(graph: Graph, fuse: bool = True) -> Any:
 
 
 def attention_rules() -> Any:
-    """What makes one Attention of the operators that jax2onnx writes for `jax.nn.dot_product_attention`.
+    """Return the rules that make one Attention of what jax2onnx writes for `jax.nn.dot_product_attention`.
 
-    Their matrix products need transposed copies of queries, keys and values; ONNX Runtime's Attention doesn't.
+    Its matrix products need transposed copies of queries, keys and values; ONNX Runtime's Attention doesn't.
     """
-    from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
+    from onnxscript.rewriter.pattern import ANY_VALUE, RewriteRule, RewriteRuleSet
 
-    def attend(op: Any, x: Sequence[Any], heads: Sequence[Any], masked: Callable[[Any], Any], scale: Any) -> Any:
-        query = op.Transpose(op.Reshape(x[0], heads[0]), perm=[0, 2, 1, 3])
-        key = op.Transpose(op.Reshape(x[1], heads[1]), perm=[0, 2, 3, 1])
-        value = op.Transpose(op.Reshape(x[2], heads[1]), perm=[0, 2, 1, 3])
+    def attend(op: Any, x: Sequence[Any], heads: Any, masked: Callable[[Any], Any], scale: Any) -> Any:
+        query = op.Transpose(op.Reshape(x[0], heads), perm=[0, 2, 1, 3])
+        key = op.Transpose(op.Reshape(x[1], ANY_VALUE), perm=[0, 2, 3, 1])
+        value = op.Transpose(op.Reshape(x[2], ANY_VALUE), perm=[0, 2, 1, 3])
         weights = op.Softmax(masked(op.Mul(op.MatMul(query, key), scale)), axis=3)
-        return op.Transpose(op.MatMul(weights, value), perm=[0, 2, 1, 3])
+        return op.Reshape(op.Transpose(op.MatMul(weights, value), perm=[0, 2, 1, 3]), ANY_VALUE)
 
-    def plain(op, query, key, value, heads, key_heads, scale, shape):  # type: ignore[no-untyped-def]
-        return op.Reshape(attend(op, (query, key, value), (heads, key_heads), lambda scores: scores, scale), shape)
+    def plain(op, query, key, value, heads, scale):  # type: ignore[no-untyped-def]
+        return attend(op, (query, key, value), heads, lambda scores: scores, scale)
 
-    def causal(op, query, key, value, heads, key_heads, scale, mask, low, shape):  # type: ignore[no-untyped-def]
-        where = lambda scores: op.Where(mask, scores, low)  # noqa: E731
-        return op.Reshape(attend(op, (query, key, value), (heads, key_heads), where, scale), shape)
+    def causal(op, query, key, value, heads, scale, mask):  # type: ignore[no-untyped-def]
+        return attend(op, (query, key, value), heads, lambda scores: op.Where(mask, scores, ANY_VALUE), scale)
 
     def fused(op, query, key, value, heads, scale, mask=None, **others):  # type: ignore[no-untyped-def]
         count = int(heads.const_value.numpy()[2])
@@ -96,19 +95,19 @@ def save(proto: Any, path: Path) -> None:
 
 
 def write_onnx(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-    """float32."""
+    """Write each graph in float32."""
     for graph in graphs:
         save(to_proto(graph), folder / f"{graph.name}.onnx")
 
 
 def write_fp16(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-    """For GPUs."""
+    """Write each graph in float16, for GPUs."""
     for graph in graphs:
         save(to_float16(to_proto(graph)), folder / f"{graph.name}.onnx")
 
 
 def to_float16(proto: Any) -> Any:
-    """float16 inside, float32 outside."""
+    """Return the model in float16, its inputs and outputs in the types that they have."""
     import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -124,7 +123,7 @@ def to_float16(proto: Any) -> Any:
 def write_int8(
     graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"], static: bool = False
 ) -> None:
-    """Weights of matrix products in 8 bits; activations scaled as they come, or (`static`) as `images` had them.
+    """Write each graph with matrix products in 8 bits; activations are scaled as they come, or (`static`) by `images`.
 
     The text encoder is quantised dynamically in both cases: images calibrate nothing in it.
     """
@@ -141,7 +140,7 @@ def write_int8(
                 quantize_static(
                     source,
                     target,
-                    Calibration(graph, images),
+                    CalibrationFeeds(graph, images),
                     quant_format=QuantFormat.QDQ,
                     op_types_to_quantize=QUANTIZED,
                     per_channel=True,
@@ -162,7 +161,7 @@ def write_int8(
 
 
 def quiet_quantiser() -> None:
-    """Without its advice to prepare the graph, which is prepared."""
+    """Silence the quantiser's advice to prepare the graph; `to_proto` has prepared it."""
     logging.getLogger().addFilter(_is_news)
 
 
@@ -170,8 +169,8 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "pre-processing" not in record.getMessage()
 
 
-class Calibration:
-    """What `quantize_static` reads: one feed after the other, then None."""
+class CalibrationFeeds:
+    """The inputs that `quantize_static` reads: one feed after the other, then None."""
 
     def __init__(self, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]):
         classes = graph.inputs.get("class_weights")

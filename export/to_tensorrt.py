@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 from export.graphs import Graph
-from export.to_onnx import NUM_CALIBRATION, Calibration, quiet_quantiser, save, to_float16, to_proto
+from export.to_onnx import NUM_CALIBRATION, CalibrationFeeds, quiet_quantiser, save, to_float16, to_proto
 
 MAX_BATCH = 64
 OPTIMAL_BATCH = 8
@@ -84,7 +84,7 @@ def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> 
         quantize_static(
             source,
             target,
-            Calibration(graph, images),
+            CalibrationFeeds(graph, images),
             quant_format=QuantFormat.QDQ,
             nodes_to_quantize=[node.name for node in products[1:]],
             per_channel=True,
@@ -230,7 +230,7 @@ def main() -> int:
     add("--precision", choices=tuple(FLOATS), default="fp16", help="e.g. --precision=fp16 (default)")
     add("--data", default="synthetic", metavar="SPEC", help="images that scale int8, e.g. --data=folder:photos")
     arguments = parser.parse_args()
-    from export.run import open_model, read_images
+    from export.model import open_model, read_images
 
     output = Path(arguments.output)
     check_folder(output)

@@ -1,11 +1,11 @@
 """TorchScript, through the model folder's Hugging Face layout and `transformers.CLIPModel`.
 
-That is another implementation of the same weights, so its parity is evidence for both. torch is an extra, and nothing
-else here imports it.
+transformers implements the same weights on its own, so parity is evidence for both. torch is an extra, and nothing else
+here imports it.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +22,97 @@ def write_torchscript(
     temperature: float,
     folder: Path,
 ) -> None:
-    """One traced module a graph.
+    """Write one traced module for each graph.
 
     Args:
       model_folder: config.json and model.safetensors in the Hugging Face layout.
-      preprocess: whose normalisation the graphs do.
+      preprocess: the graphs do its normalisation.
       head: from image features to class logits, of `models.heads`.
       head_params: its parameters.
-      temperature: what its logits are divided by.
+      temperature: the divisor of its logits.
       folder: where to write.
 
     Raises:
       NotImplementedError: a head that isn't known here.
     """
     import torch
-    from transformers import CLIPModel
 
-    clip = CLIPModel.from_pretrained(model_folder, local_files_only=True, attn_implementation="eager").eval()
-    vision, size = clip.vision_model, preprocess.image_size_px
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (preprocess.mean, preprocess.std)
-    )
-    params = {name: torch.tensor(np.asarray(value)) for name, value in head_params.items()}
-    class_rows = params["classes.kernel"].T
+    class Module(torch.nn.Module):
+        def __init__(self, clip: Any, function: Any):
+            super().__init__()
+            self.clip, self.function = clip, function
 
-    def to_floats(image: Any) -> Any:
-        return (image.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        def forward(self, *inputs: Any) -> Any:
+            return self.function(*inputs)
 
-    def encode_image(image: Any) -> Any:
-        return (unit(clip.visual_projection(vision(pixel_values=to_floats(image)).pooler_output)),)
+    graphs = TorchGraphs(model_folder, preprocess, head, head_params, temperature)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # tracing warns of every shape that it keeps; the gate tries other batch sizes
+        for name, (function, inputs) in graphs.traced_with().items():
+            traced = torch.jit.trace(Module(graphs.clip, function), inputs, check_trace=False)
+            with (folder / f"{name}.pt").open("wb") as file:  # of Python, whose errors say what the disk lacks
+                torch.jit.save(torch.jit.freeze(traced.eval()), file)
 
-    def encode_text(input_ids: Any) -> Any:
-        return (unit(clip.text_projection(clip.text_model(input_ids=input_ids.long()).pooler_output)),)
 
-    def classify(image: Any) -> Any:
-        tokens = vision(pixel_values=to_floats(image)).last_hidden_state
-        embeds = unit(clip.visual_projection(vision.post_layernorm(tokens)))
-        logits = head_logits(head, params, embeds[:, 0], embeds[:, 1:]) / temperature
+class TorchGraphs:
+    """The graphs of `export.graphs`, in torch; arguments as those of `write_torchscript`."""
+
+    def __init__(
+        self,
+        model_folder: Path,
+        preprocess: Preprocess,
+        head: str,
+        head_params: Mapping[str, np.ndarray],
+        temperature: float,
+    ):
+        import torch
+        from transformers import CLIPModel
+
+        clip = CLIPModel.from_pretrained(model_folder, local_files_only=True, attn_implementation="eager").eval()
+        self.clip, self.vision, self.size = clip, clip.vision_model, preprocess.image_size_px
+        self.mean, self.std = (
+            torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (preprocess.mean, preprocess.std)
+        )
+        self.head, self.temperature = head, temperature
+        self.params = {name: torch.tensor(np.asarray(value)) for name, value in head_params.items()}
+        self.class_rows = self.params["classes.kernel"].T
+
+    def traced_with(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """Return each graph's function with inputs to trace it with."""
+        import torch
+
+        image = torch.zeros((2, self.size, self.size, 3), dtype=torch.uint8)
+        ids = torch.full((2, self.clip.config.text_config.max_position_embeddings), 3, dtype=torch.int32)
+        ids[:, -1] = self.clip.config.text_config.eos_token_id
+        weights = torch.eye(len(self.class_rows))[:2]
+        return {
+            "image_encoder": (self.encode_image, (image,)),
+            "text_encoder": (self.encode_text, (ids,)),
+            "classifier": (self.classify, (image,)),
+            "explainer": (self.explain, (image, weights)),
+        }
+
+    def to_floats(self, image: Any) -> Any:
+        return (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+
+    def encode_image(self, image: Any) -> Any:
+        return (unit(self.clip.visual_projection(self.vision(pixel_values=self.to_floats(image)).pooler_output)),)
+
+    def encode_text(self, input_ids: Any) -> Any:
+        return (unit(self.clip.text_projection(self.clip.text_model(input_ids=input_ids.long()).pooler_output)),)
+
+    def classify(self, image: Any) -> Any:
+        tokens = self.vision(pixel_values=self.to_floats(image)).last_hidden_state
+        embeds = unit(self.clip.visual_projection(self.vision.post_layernorm(tokens)))
+        logits = head_logits(self.head, self.params, embeds[:, 0], embeds[:, 1:]) / self.temperature
         return logits.softmax(-1), logits
 
-    def explain(image: Any, class_weights: Any) -> Any:
-        """As `clip_har_jax.models.explain`."""
-        entering = vision(pixel_values=to_floats(image), output_hidden_states=True).hidden_states[-2]
-        last = vision.encoder.layers[-1]
+    def explain(self, image: Any, class_weights: Any) -> Any:
+        """Return heat maps and patch embeddings, as `clip_har_jax.models.explain` defines them."""
+        import torch
+
+        entering = self.vision(pixel_values=self.to_floats(image), output_hidden_states=True).hidden_states[-2]
+        last = self.vision.encoder.layers[-1]
         attention, x = last.self_attn, last.layer_norm1(entering)
         heads = attention.num_heads
         query, key, value = (
@@ -74,45 +122,21 @@ def write_torchscript(
         scores = torch.einsum("bhd,bnhd->bhn", query[:, 0], key) * (x.shape[-1] // heads) ** -0.5
         moved = (scores.softmax(-1).transpose(1, 2)[..., None] * value).flatten(-2)
         added = moved @ attention.out_proj.weight.T
-        added = (added - added.mean(-1, keepdim=True)) * vision.post_layernorm.weight
-        patches = clip.visual_projection(added)[:, 1:]
-        relevance = torch.einsum("bnd,bd->bn", patches, class_weights @ class_rows).relu()
+        added = (added - added.mean(-1, keepdim=True)) * self.vision.post_layernorm.weight
+        patches = self.clip.visual_projection(added)[:, 1:]
+        relevance = torch.einsum("bnd,bd->bn", patches, class_weights @ self.class_rows).relu()
         heat = relevance / relevance.amax(1, keepdim=True).clamp_min(1e-12)
-        grid = vision.config.image_size // vision.config.patch_size
+        grid = self.vision.config.image_size // self.vision.config.patch_size
         return heat.unflatten(1, (grid, grid)), patches
-
-    class Module(torch.nn.Module):
-        def __init__(self, function: Any):
-            super().__init__()
-            self.clip, self.function = clip, function
-
-        def forward(self, *inputs: Any) -> Any:
-            return self.function(*inputs)
-
-    image = torch.zeros((2, size, size, 3), dtype=torch.uint8)
-    ids = torch.full((2, clip.config.text_config.max_position_embeddings), 3, dtype=torch.int32)
-    ids[:, -1] = clip.config.text_config.eos_token_id
-    weights = torch.eye(len(class_rows))[:2]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing warns of every shape that it keeps; the gate tries other batch sizes
-        for name, function, inputs in (
-            ("image_encoder", encode_image, (image,)),
-            ("text_encoder", encode_text, (ids,)),
-            ("classifier", classify, (image,)),
-            ("explainer", explain, (image, weights)),
-        ):
-            traced = torch.jit.trace(Module(function), inputs, check_trace=False)
-            with (folder / f"{name}.pt").open("wb") as file:  # of Python, whose errors say what the disk lacks
-                torch.jit.save(torch.jit.freeze(traced.eval()), file)
 
 
 def unit(x: Any) -> Any:
-    """Unit length along the last dim."""
+    """Return `x` scaled to length 1 along its last dim."""
     return x / x.norm(dim=-1, keepdim=True)
 
 
 def head_logits(head: str, params: Mapping[str, Any], image: Any, patches: Any) -> Any:
-    """What the heads of `models.heads` compute, in torch.
+    """Return the logits of a head of `models.heads`, in torch.
 
     Args:
       head: its name.

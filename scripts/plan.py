@@ -9,7 +9,6 @@ recommends the fastest that fits. Neither data nor weights are read. Any key of 
 --config.KEY=VALUE. Exits 0 when something fits, 1 when nothing does, 2 on a mistake.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from clip_har_jax import cli
 from clip_har_jax.config import load_config
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import write_json
 
 
 def main() -> int:
@@ -58,7 +58,7 @@ def main() -> int:
         say=lambda line: sys.stderr.write(f"{line}\n"),
     )
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        write_json(arguments.json, result.to_dict())
     print_plan(result)
     return 0 if result.recommended else 1
 

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import tensorflow_datasets as tfds
 from clip_har_jax.data.manifest import Manifest
 from clip_har_jax.data.synthetic import LABELS  # the same 15 actions
 from clip_har_jax.errors import UserError
+from clip_har_jax.folders import output_folder
 
 NAME = "har15"
 
@@ -71,5 +73,8 @@ def build_har15(manifest: Manifest, data_dir: str | os.PathLike[str]) -> Path:
     if folder.exists():
         raise UserError(f"--tfds_dir={data_dir}: {folder} is there already; remove it, or name another folder")
     tfds.display_progress_bar(False)
-    builder.download_and_prepare()
+    with output_folder(folder.parent, "--tfds_dir"):
+        for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of a killed writer, as TFDS names them
+            shutil.rmtree(leftover)
+        builder.download_and_prepare()
     return folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_har_jax.evaluation.result import EvalResult
-from clip_har_jax.files import write_json
+from clip_har_jax.files import atomic, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from clip_har_jax.evaluation.report import Details
@@ -35,8 +35,8 @@ def write_result(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     write_predictions(output / "predictions.parquet", result, names)
-    (output / "confusion_matrix.png").write_bytes(draw_confusion(result.confusion, result.labels))
-    (output / "report.html").write_text(make_report(result, names, about, details), encoding="utf-8")
+    write_bytes(output / "confusion_matrix.png", draw_confusion(result.confusion, result.labels))
+    write_text(output / "report.html", make_report(result, names, about, details))
     write_json(output / "metrics.json", result.metrics)
 
 
@@ -56,4 +56,5 @@ def write_predictions(path: Path, result: EvalResult, names: Sequence[str]) -> N
         ),
     }
     table = pa.table(columns).replace_schema_metadata({"labels": json.dumps(result.labels)})
-    pq.write_table(table, path)
+    with atomic(path) as partial:
+        pq.write_table(table, partial)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.report import HEADLINES, templates
 from clip_har_jax.evaluation.significance import bootstrap_intervals, holm, mcnemar, measures, paired_differences
-from clip_har_jax.files import write_json
+from clip_har_jax.files import write_json, write_text
 
 ALPHA = 0.05
 
@@ -108,7 +108,7 @@ def compare_evaluations(folders: Sequence[str], output: str | Path) -> dict[str,
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         page = templates().get_template("compare.html").render(headlines=HEADLINES, **result)
-        (Path(output) / "comparison.html").write_text(page, encoding="utf-8")
+        write_text(Path(output) / "comparison.html", page)
         write_json(Path(output) / "comparison.json", result)
     except OSError as error:
         raise UserError(f"--output={output}: can't be written ({error.strerror})") from error

@@ -7,8 +7,8 @@ and appears whole or not at all, so the number of parts says where to go on.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.files import write_json
+from clip_har_jax.files import atomic, write_json
+from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.predictor import Predictor
 from clip_har_jax.specs import find_images
 
+Row = tuple[str, str | np.ndarray]  # an input, and its probabilities or what is wrong with it
 PATH_COLUMNS = ("path", "filename", "file", "input")
 CSV_ENCODING = "utf-8-sig"  # spreadsheets put a mark in front
 
@@ -119,7 +121,7 @@ def predict_bulk(
     workers: int = os.cpu_count() or 1,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Predicts a shard of the inputs, from where an earlier start was ended.
+    """Predict a shard of the inputs, from where an earlier start ended.
 
     Writes `predictions-III-of-NNN/PPPPPP.parquet` (input, label, score, probs) and, where files couldn't be read,
     `bad_inputs-III-of-NNN/PPPPPP.parquet` (input, error).
@@ -134,7 +136,7 @@ def predict_bulk(
       report: called after each batch.
 
     Raises:
-      UserError: the folder holds the predictions of another model or other inputs.
+      UserError: the folder holds the predictions of another model or other inputs, or another process writes it.
     """
     index, count = shard
     if not 0 <= index < count:
@@ -143,46 +145,68 @@ def predict_bulk(
         raise UserError(f"--part_size={part_size}, --workers={workers}: 1 or more is needed")
     read = open_inputs(source)
     name = f"{index:05d}-of-{count:05d}"
-    folder, bad_folder = output / f"predictions-{name}", output / f"bad_inputs-{name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    bad_folder = output / f"bad_inputs-{name}"
+    with output_folder(output / f"predictions-{name}") as folder:
         bad_folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={output}: can't be made ({error.strerror})") from error
-    about = {
+        _check_same_run(folder / "about.json", _about(predictor, source, part_size))
+        parts = _finished_parts(folder)
+        inputs = islice(read(), index, None, count)
+        done = _skip(inputs, parts, part_size, folder)
+        failed = _count_failed(bad_folder, parts)
+        if parts and done < parts * part_size:  # the last part was the end
+            if next(inputs, None) is not None:
+                raise UserError(f"{folder}: more inputs have come behind the last part; name another --output for them")
+            return Progress(done, failed, done, 0.0)
+        meter = _Meter(done, failed, report)
+        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as counter:
+            meter.total = counter.submit(lambda: len(range(index, sum(1 for _ in read()), count)))
+            while chunk := list(islice(inputs, part_size)):
+                rows = list(meter.watch(_predict(predictor, chunk, pool)))
+                _write_part(rows, folder, bad_folder, parts, predictor.labels)
+                parts += 1
+    if not meter.done and shard == (0, 1):
+        raise UserError(f"--inputs={source}: names no images")
+    return meter.progress(meter.done)
+
+
+def _about(predictor: Predictor, source: str, part_size: int) -> dict[str, Any]:
+    """Return the contents of about.json: what another start must have in common with this one."""
+    graphs = getattr(predictor.backend, "graphs", None)
+    return {
         "model": str(predictor.backend.path),
         "digest": predictor.backend.digest,
         "labels": list(predictor.labels),
-        "format": graphs.format if (graphs := getattr(predictor.backend, "graphs", None)) else None,
+        "format": graphs.format if graphs else None,
         "inputs": str(Path(source).resolve()),
         "part_size": part_size,
     }
-    _check_same_run(folder / "about.json", about)
-    parts = _finished_parts(folder)
-    inputs = islice(read(), index, None, count)
-    skipped = _skip(inputs, parts, part_size, folder)
-    bad_parts = [path for path in bad_folder.glob("*.parquet") if int(path.stem) < parts]  # none is unfinished
-    failed = sum(pq.read_metadata(path).num_rows for path in bad_parts)
-    if parts and skipped < parts * part_size:  # the last part was the end
-        if next(inputs, None) is not None:
-            raise UserError(f"{folder}: more inputs have come behind the last part; name another --output for them")
-        return Progress(skipped, failed, skipped, 0.0)
-    done, start = skipped, time.perf_counter()
-    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as counter:
-        counted = counter.submit(lambda: len(range(index, sum(1 for _ in read()), count)))
-        while chunk := list(islice(inputs, part_size)):
-            rows: list[tuple[str, str | np.ndarray]] = []
-            for names, outcomes in _predict(predictor, chunk, pool):
-                rows += zip(names, outcomes, strict=True)
-                failed += sum(isinstance(outcome, str) for outcome in outcomes)
-                done += len(names)
-                total = counted.result() if counted.done() and not counted.exception() else None
-                report(Progress(done, failed, total, (done - skipped) / (time.perf_counter() - start)))
-            _write_part(rows, folder, bad_folder, parts, predictor.labels)
-            parts += 1
-    if not done and shard == (0, 1):
-        raise UserError(f"--inputs={source}: names no images")
-    return Progress(done, failed, done, (done - skipped) / max(time.perf_counter() - start, 1e-9))
+
+
+def _count_failed(bad_folder: Path, parts: int) -> int:
+    """Return the number of unreadable inputs in the finished parts."""
+    finished = [path for path in bad_folder.glob("*.parquet") if int(path.stem) < parts]
+    return sum(pq.read_metadata(path).num_rows for path in finished)
+
+
+class _Meter:
+    """Count inputs and report progress after each batch."""
+
+    def __init__(self, done: int, failed: int, report: Callable[[Progress], None]):
+        self.done, self.failed, self.total = done, failed, Future[int]()
+        self._before, self._start, self._report = done, time.perf_counter(), report
+
+    def watch(self, batches: Iterable[tuple[list[str], list[str | np.ndarray]]]) -> Iterator[Row]:
+        """Give the rows of the batches of `_predict`."""
+        for names, outcomes in batches:
+            self.done += len(names)
+            self.failed += sum(isinstance(outcome, str) for outcome in outcomes)
+            counted = self.total.done() and not self.total.exception()
+            self._report(self.progress(self.total.result() if counted else None))
+            yield from zip(names, outcomes, strict=True)
+
+    def progress(self, total: int | None) -> Progress:
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return Progress(self.done, self.failed, total, (self.done - self._before) / seconds)
 
 
 def _predict(
@@ -202,10 +226,8 @@ def _predict(
         loading = ahead
 
 
-def _write_part(
-    rows: list[tuple[str, str | np.ndarray]], folder: Path, bad_folder: Path, part: int, labels: tuple[str, ...]
-) -> None:
-    """Return the bad inputs first: the predictions' file is what says that the part is done."""
+def _write_part(rows: list[Row], folder: Path, bad_folder: Path, part: int, labels: tuple[str, ...]) -> None:
+    """Write a part's files, the bad inputs first: the predictions' file says that the part is done."""
     bad = [(_text(name), outcome) for name, outcome in rows if isinstance(outcome, str)]
     good = [(_text(name), outcome) for name, outcome in rows if not isinstance(outcome, str)]
     if bad:
@@ -231,7 +253,6 @@ def _text(name: str) -> str:
 
 
 def _write_table(path: Path, columns: dict[str, Any], about: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     table = pa.table(
         {
             name: pa.array(values, pa.string()) if name in ("input", "label", "error") else values
@@ -239,14 +260,10 @@ def _write_table(path: Path, columns: dict[str, Any], about: dict[str, str]) -> 
         }
     )
     try:
-        pq.write_table(table.replace_schema_metadata(about), partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic(path) as partial:
+            pq.write_table(table.replace_schema_metadata(about), partial)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror or error}); earlier parts are whole") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_same_run(path: Path, about: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.folders import replacing
 from clip_har_jax.mlops.card import check_card, make_card
 
 
@@ -32,10 +33,11 @@ def write_hub_folder(model: Path, metrics: Path | None, repository: str, license
     values = json.loads(metrics.read_text(encoding="utf-8")) if metrics is not None else None
     card = make_card(model, values, repository, license)
     check_card(card)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output}: not empty; name another folder")
-    shutil.copytree(model, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-    (output / "README.md").write_text(card, encoding="utf-8")
+    with replacing(output, "--dry_run") as folder:
+        if output.exists() and any(output.iterdir()):
+            raise UserError(f"{output}: not empty; name another folder")
+        shutil.copytree(model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        (folder / "README.md").write_text(card, encoding="utf-8")
     digest = bundle.verify(output)
     assert digest is not None, "make_card refuses what isn't sealed"
     return digest

@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import read_object
-from clip_har_jax.folders import replace_folder
+from clip_har_jax.folders import replacing
 from clip_har_jax.mlops.gates import RETENTION, Check, Gates, check_evaluation, check_gates, read_metrics
 from clip_har_jax.mlops.mlflow import find_experiment
 
@@ -234,16 +234,11 @@ class ModelRegistry:
           UserError: no such version or part, or one that isn't what was registered.
         """
         version = self.find(reference)
-        with tempfile.TemporaryDirectory() as scratch:
+        with replacing(output) as target, tempfile.TemporaryDirectory() as scratch:
             folder = self._download(version, Path(scratch) / "version") / part
             if not folder.is_dir():
                 raise UserError(f"version {version.number} of {self.name!r} was registered without its {part}")
-            output.parent.mkdir(parents=True, exist_ok=True)
-
-            def fill(target: Path) -> None:
-                shutil.copytree(folder, target, dirs_exist_ok=True)
-
-            replace_folder(output, fill)
+            shutil.copytree(folder, target, dirs_exist_ok=True)
         return version
 
     def _download(self, version: RegisteredVersion, target: Path) -> Path:

@@ -38,8 +38,7 @@ def calibrate_model(
       UserError: a mistake in the arguments, the model or the data.
     """
     output = Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"--output={output}: something is there; name a new folder, a sealed model is never changed")
+    _check_output(output)
     config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
     source = make_source(data, "val")
     backend = JaxBackend(model, (), source.labels, batch_size)
@@ -50,6 +49,7 @@ def calibrate_model(
     actions = replace(backend.actions, temperature=found.temperature, thresholds=found.thresholds)
 
     def fill(folder: Path) -> None:
+        _check_output(output)  # again, since another may have written it meanwhile
         for path in backend.path.rglob("*"):
             name = path.relative_to(backend.path)
             if path.is_file() and str(name) not in REWRITTEN and not any(part.startswith(".") for part in name.parts):
@@ -65,6 +65,11 @@ def calibrate_model(
     except OSError as error:
         raise UserError(f"--output={output}: can't be written ({error.strerror}); nothing was left there") from error
     return found
+
+
+def _check_output(output: Path) -> None:
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UserError(f"--output={output}: something is there; name a new folder, a sealed model is never changed")
 
 
 def print_result(found: Calibration, output: str | Path) -> None:

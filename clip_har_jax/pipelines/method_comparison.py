@@ -17,7 +17,7 @@ from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.files import write_json
-from clip_har_jax.folders import replace_folder
+from clip_har_jax.folders import output_folder, replace_folder
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.models.factory import make_start
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
@@ -69,28 +69,29 @@ def compare_methods(
     """
     check_comparison(config, methods, seeds)
     check_test(config, test)
-    clip = make_start(config.model.name, load_data(config).texts, config.model.image_size_px).config
-    needs = {method: training_needs(with_method(config, method, seeds[0]), clip) for method in methods}
-    cells, searched = [], {}
-    for i, method in enumerate(methods):
-        chosen, searched[method] = search(with_method(config, method, seeds[0]), needs[method], output, space)
-        for seed in seeds:
-            tuned = with_method(config, method, seed, *chosen)
-            cells.append(run_cell(tuned, output, test) | {"step_bytes": needs[method].step_bytes})
-            print(f"[{i + 1}/{len(methods)}] {_describe(cells[-1])}", flush=True)
-    rows = [summarize(method, [cell for cell in cells if cell["method"] == method]) for method in methods]
-    for method in methods if soups else ():
-        if METHODS[method].learns_from == "steps" and METHODS[method].heads[0] == "cosine" and method != "prompt":
-            soup = cook_soup(config, [cell for cell in cells if cell["method"] == method], output, test)
-            rows.append(summarize(method, [soup]) | {"method": f"{method}, soup"})
-    facts = {"test": test, "space": dataclasses.asdict(space), "rows": rows, "cells": cells, "search": searched}
-    write_json(output / "compare.json", facts)
-    (output / "compare.md").write_text(make_table(rows, describe_search(config, methods, len(seeds), space)))
-    if all(row["retained"] for row in rows):
-        from clip_har_jax.evaluation.retention_plots import draw_comparison
+    with output_folder(output):
+        clip = make_start(config.model.name, load_data(config).texts, config.model.image_size_px).config
+        needs = {method: training_needs(with_method(config, method, seeds[0]), clip) for method in methods}
+        cells, searched = [], {}
+        for i, method in enumerate(methods):
+            chosen, searched[method] = search(with_method(config, method, seeds[0]), needs[method], output, space)
+            for seed in seeds:
+                tuned = with_method(config, method, seed, *chosen)
+                cells.append(run_cell(tuned, output, test) | {"step_bytes": needs[method].step_bytes})
+                print(f"[{i + 1}/{len(methods)}] {_describe(cells[-1])}", flush=True)
+        rows = [summarize(method, [cell for cell in cells if cell["method"] == method]) for method in methods]
+        for method in methods if soups else ():
+            if METHODS[method].learns_from == "steps" and METHODS[method].heads[0] == "cosine" and method != "prompt":
+                soup = cook_soup(config, [cell for cell in cells if cell["method"] == method], output, test)
+                rows.append(summarize(method, [soup]) | {"method": f"{method}, soup"})
+        facts = {"test": test, "space": dataclasses.asdict(space), "rows": rows, "cells": cells, "search": searched}
+        write_json(output / "compare.json", facts)
+        (output / "compare.md").write_text(make_table(rows, describe_search(config, methods, len(seeds), space)))
+        if all(row["retained"] for row in rows):
+            from clip_har_jax.evaluation.retention_plots import draw_comparison
 
-        (output / "compare.png").write_bytes(draw_comparison(rows))
-    return rows
+            (output / "compare.png").write_bytes(draw_comparison(rows))
+        return rows
 
 
 def check_comparison(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> None:

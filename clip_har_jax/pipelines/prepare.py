@@ -22,7 +22,8 @@ from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import MIN_FOR_WORKERS, map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.data_report import make_data_report, read_picture
-from clip_har_jax.files import write_json
+from clip_har_jax.files import write_json, write_text
+from clip_har_jax.folders import output_folder
 
 MIN_CLIPS_FOR_WORKERS = 30  # fewer are read before workers have started
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "MPO": ".jpg"}
@@ -95,39 +96,45 @@ def prepare(
     source = _open(data, test)
     if source.clips:
         _refuse_for_clips(cache_px, tfds_dir)
-    _make_folder(output)
-    worth = MIN_CLIPS_FOR_WORKERS if source.clips else MIN_FOR_WORKERS
-    outcomes = list(map_in_workers(scan, source, len(source), num_workers, "reading", worth))
-    kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]
-    scanned = [outcome for outcome in outcomes if isinstance(outcome, Scanned)]
-    bad = [outcome for outcome in outcomes if not isinstance(outcome, Scanned)]
-    noun = "clips" if source.clips else "images"
-    _write_bad(output / "bad_inputs.jsonl", bad, len(source), max_bad_fraction, noun)
-    ids = source.label_ids[kept]
-    names = [source.labels[i] for i in ids]
-    pairs = find_duplicates(scanned, source.clips)
-    cut_from = [recording_of(source.path(i) or "", name) for i, name in zip(kept, names, strict=True)]
-    copies, groups = find_groups(pairs, ids, cut_from if source.clips else [])
-    splits = assign_splits(ids, groups, Shares(shares.val, 0.0 if test else shares.test), seed)
-    if test:
-        splits = _keep_test(splits, groups, source.given[kept] == len(data))
-    paths, root = _place(source, kept, scanned, output)
-    rows = _make_rows(paths, scanned, names, copies, groups, splits)
-    about = {"data": list(data), "test": test, "seed": seed, "val_fraction": shares.val, "test_fraction": shares.test}
-    about |= {"clips": True} if source.clips else {}
-    manifest = make_manifest(rows, root, about)
-    duplicates = _list_duplicates(rows, copies, pairs, [[*data, test][i] for i in source.given[kept]])
-    suspects = _find_suspects(model, rows, root, ids, groups, source.labels) if model else []
-    prepared = Prepared(manifest, bad, duplicates, suspects)
-    write_manifest(manifest, output / "manifest.parquet")
-    if cache_px:
-        write_cache(manifest, output / f"cache_{cache_px}px", cache_px, num_workers)
-    if tfds_dir:
-        from clip_har_jax.data.har15 import build_har15
+    with output_folder(output):
+        worth = MIN_CLIPS_FOR_WORKERS if source.clips else MIN_FOR_WORKERS
+        outcomes = list(map_in_workers(scan, source, len(source), num_workers, "reading", worth))
+        kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]
+        scanned = [outcome for outcome in outcomes if isinstance(outcome, Scanned)]
+        bad = [outcome for outcome in outcomes if not isinstance(outcome, Scanned)]
+        noun = "clips" if source.clips else "images"
+        _write_bad(output / "bad_inputs.jsonl", bad, len(source), max_bad_fraction, noun)
+        ids = source.label_ids[kept]
+        names = [source.labels[i] for i in ids]
+        pairs = find_duplicates(scanned, source.clips)
+        cut_from = [recording_of(source.path(i) or "", name) for i, name in zip(kept, names, strict=True)]
+        copies, groups = find_groups(pairs, ids, cut_from if source.clips else [])
+        splits = assign_splits(ids, groups, Shares(shares.val, 0.0 if test else shares.test), seed)
+        if test:
+            splits = _keep_test(splits, groups, source.given[kept] == len(data))
+        paths, root = _place(source, kept, scanned, output)
+        rows = _make_rows(paths, scanned, names, copies, groups, splits)
+        about = {
+            "data": list(data),
+            "test": test,
+            "seed": seed,
+            "val_fraction": shares.val,
+            "test_fraction": shares.test,
+        }
+        about |= {"clips": True} if source.clips else {}
+        manifest = make_manifest(rows, root, about)
+        duplicates = _list_duplicates(rows, copies, pairs, [[*data, test][i] for i in source.given[kept]])
+        suspects = _find_suspects(model, rows, root, ids, groups, source.labels) if model else []
+        prepared = Prepared(manifest, bad, duplicates, suspects)
+        write_manifest(manifest, output / "manifest.parquet")
+        if cache_px:
+            write_cache(manifest, output / f"cache_{cache_px}px", cache_px, num_workers)
+        if tfds_dir:
+            from clip_har_jax.data.har15 import build_har15
 
-        build_har15(manifest, tfds_dir)
-    _write_findings(prepared, earlier, output)
-    return prepared
+            build_har15(manifest, tfds_dir)
+        _write_findings(prepared, earlier, output)
+        return prepared
 
 
 def _open(data: Sequence[str], test: str) -> Pooled:
@@ -164,15 +171,8 @@ def _write_findings(prepared: Prepared, reference: Manifest | None, output: Path
     page = make_data_report(
         prepared.manifest, prepared.summary, prepared.duplicates, prepared.suspects, prepared.bad, reference
     )
-    (output / "report.html").write_text(page, encoding="utf-8")
+    write_text(output / "report.html", page)
     write_json(output / "prepare.json", prepared.summary)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={path}: can't be made ({error.strerror})") from error
 
 
 def _write_bad(path: Path, bad: Sequence[tuple[str, str]], count: int, max_fraction: float, noun: str) -> None:

@@ -22,10 +22,11 @@ from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import read_config, write_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION
 from clip_har_jax.signing import sign, verify_signature
-from export import run as export_run
+from export import formats
 from export.graphs import make_graphs
-from export.parity import FLOAT16, FLOAT32, INT8, compare, make_cases
-from export.run import Model, export_model, open_model, prove, reference
+from export.model import OpenedModel, open_model, read_images, write_contract
+from export.parity import FLOAT16, FLOAT32, INT8, check_parity, make_cases
+from export.run import Options, export_model, prove, reference
 from export.to_onnx import write_fp16, write_int8, write_onnx
 from export.to_xla import write_saved_model, write_stablehlo
 from tests.support.export_folders import HEAD_FAULTS, LABELS
@@ -41,6 +42,8 @@ WRITERS: dict[str, Callable[..., None]] = {
 }
 BOUNDS = {"onnx_fp16": FLOAT16, "onnx_int8": INT8}  # of the others: FLOAT32
 
+OPTIONS = {field.name for field in dataclasses.fields(Options)}
+
 # tensorflow and onnx_ir warn of their own dependencies while being imported
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -49,7 +52,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def output(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All formats that run in this environment."""
     output = tmp_path_factory.mktemp("exported") / "out"
-    parity = export_model(str(folder), FORMATS, output, f"folder:{photos}", num_examples=20)
+    parity = export_model(str(folder), FORMATS, output, Options(f"folder:{photos}", num_examples=20))
     assert {name: entry["passed"] for name, entry in parity.items()} == dict.fromkeys(FORMATS, True), parity
     return output
 
@@ -160,7 +163,7 @@ def test_a_signature_is_of_its_key_and_its_files(output: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="no private key"):
         sign(copy, tmp_path / "private.pub")
     with pytest.raises(UserError, match=r"none.pem: no private key .*No such file"):  # before anything is computed
-        export_model("unused", ["onnx"], tmp_path / "out", signing_key=str(tmp_path / "none.pem"))
+        export_model("unused", ["onnx"], tmp_path / "out", Options(signing_key=str(tmp_path / "none.pem")))
     # Whoever changes a file can write a manifest that fits, but no signature.
     (copy / "actions.json").write_text((copy / "actions.json").read_text().replace("1.7", "1.6"))
     (copy / "manifest.json").unlink()
@@ -199,28 +202,28 @@ def test_a_format_that_is_not_there_is_refused(output: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def proof(folder: Path, photos: Path) -> tuple[Model, dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+def proof(folder: Path, photos: Path) -> tuple[OpenedModel, dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
     """Return the model, what formats are run on, what the model gives, and the true classes."""
     model = open_model(str(folder))
-    images, true = export_run.read_images(model, f"folder:{photos}", 20)
+    images, true = read_images(model, f"folder:{photos}", 20)
     prompts = [text for label in LABELS for text in model.actions.prompts[label]]
     cases = make_cases(images, model.backend.tokenize(prompts), len(LABELS))
     return model, cases, reference(model, cases), true
 
 
-def changed_mean(model: Model, folder: Path) -> Any:
+def changed_mean(model: OpenedModel, folder: Path) -> Any:
     mean = (0.0, 0.0, 0.0)
     return graphs_of(model, dataclasses.replace(model.backend.preprocess, mean=mean), folder)
 
 
-def swapped_channel(model: Model, folder: Path) -> Any:
+def swapped_channel(model: OpenedModel, folder: Path) -> Any:
     preprocess = model.backend.preprocess
     return graphs_of(
         model, dataclasses.replace(preprocess, mean=preprocess.mean[::-1], std=preprocess.std[::-1]), folder
     )
 
 
-def dropped_bias(model: Model, folder: Path) -> Any:
+def dropped_bias(model: OpenedModel, folder: Path) -> Any:
     """Of the image tower's last norm."""
     graphs = graphs_of(model, model.backend.preprocess, folder)
     name = "vision.post_norm.bias"
@@ -232,7 +235,7 @@ def dropped_bias(model: Model, folder: Path) -> Any:
     )
 
 
-def graphs_of(model: Model, preprocess: Any, folder: Path) -> Any:
+def graphs_of(model: OpenedModel, preprocess: Any, folder: Path) -> Any:
     head = make_head(model.head, model.head_params)
     return make_graphs(load(str(model.folder)).model, preprocess, head, model.temperature)
 
@@ -251,11 +254,11 @@ def test_every_head_is_in_the_graph_and_a_fault_in_it_is_caught(
     head_folders: dict[str, Path], photos: Path, tmp_path: Path, head: str, name: str
 ) -> None:
     model = open_model(str(head_folders[head]))
-    images, true = export_run.read_images(model, f"folder:{photos}", 12)
+    images, true = read_images(model, f"folder:{photos}", 12)
     ids = model.backend.tokenize([text for label in LABELS for text in model.actions.prompts[label]])
     cases = make_cases(images, ids, len(LABELS))
     expected, bounds = reference(model, cases), BOUNDS.get(name, FLOAT32)
-    export_run.write_contract(model, tmp_path)
+    write_contract(model, tmp_path)
     factor = -20 if name == "onnx_int8" else -2  # eight bits of random weights err by more than a small fault does
     for faulty in (False, True):
         graphs, lost = model.graphs, f"head.{HEAD_FAULTS[head]}"
@@ -269,7 +272,7 @@ def test_every_head_is_in_the_graph_and_a_fault_in_it_is_caught(
         shutil.rmtree(tmp_path / name, ignore_errors=True)
         (tmp_path / name).mkdir()
         WRITERS[name](graphs, tmp_path / name, cases["image"])
-        entry = compare(expected, prove(tmp_path, name, cases), bounds, LABELS, true)
+        entry = check_parity(expected, prove(tmp_path, name, cases), bounds, LABELS, true)
         assert entry["passed"] != faulty, entry
 
 
@@ -282,7 +285,7 @@ def test_a_head_of_clips_is_refused(head_folders: dict[str, Path], tmp_path: Pat
 
 
 def test_an_exported_head_takes_no_new_classes(head_folders: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    parity = export_model(str(head_folders["linear"]), ["onnx"], tmp_path / "out", f"folder:{photos}", 4)
+    parity = export_model(str(head_folders["linear"]), ["onnx"], tmp_path / "out", Options(f"folder:{photos}", 4))
     assert parity["onnx"]["passed"]
     with pytest.raises(UserError, match=r"'linear' head of .* knows only its own 5 actions"):
         Predictor(tmp_path / "out", ["juggling", "climbing a wall"])
@@ -291,12 +294,12 @@ def test_an_exported_head_takes_no_new_classes(head_folders: dict[str, Path], ph
 def test_a_head_that_a_format_cannot_express_is_one_line(
     folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(model: Model, target: Path, images: np.ndarray) -> None:
+    def write(model: OpenedModel, target: Path, images: np.ndarray) -> None:
         raise NotImplementedError("the 'new' head isn't written in torch")
 
-    monkeypatch.setitem(export_run.FORMATS, "onnx", (write, FLOAT32, ()))
+    monkeypatch.setitem(formats.FORMATS, "onnx", formats.Format(write, FLOAT32, ()))
     with pytest.raises(UserError, match="--formats=onnx: can't express this model with its 'linear' head"):
-        export_model(str(folder), ["onnx"], tmp_path / "out", f"folder:{photos}", num_examples=2)
+        export_model(str(folder), ["onnx"], tmp_path / "out", Options(f"folder:{photos}", num_examples=2))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,7 +313,7 @@ def test_the_gate_catches_a_fault(proof: Any, output: Path, tmp_path: Path, name
     shutil.copy(output / "signature.json", tmp_path)
     (tmp_path / name).mkdir()
     WRITERS[name](FAULTS[fault](model, tmp_path), tmp_path / name, cases["image"])
-    entry = compare(expected, prove(tmp_path, name, cases), BOUNDS.get(name, FLOAT32), LABELS, true)
+    entry = check_parity(expected, prove(tmp_path, name, cases), BOUNDS.get(name, FLOAT32), LABELS, true)
     assert not entry["passed"]
     assert any(word in failure for failure in entry["failures"] for word in ("above 0.0001", "below 0.99"))
     assert entry["worst_example"]["model"]["label"] in LABELS
@@ -319,10 +322,10 @@ def test_the_gate_catches_a_fault(proof: Any, output: Path, tmp_path: Path, name
 def test_a_failure_leaves_no_artefact_and_exits_3(
     folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_faulty(model: Model, target: Path, images: np.ndarray) -> None:
+    def write_faulty(model: OpenedModel, target: Path, images: np.ndarray) -> None:
         write_onnx(dropped_bias(model, target), target, images)
 
-    monkeypatch.setitem(export_run.FORMATS, "onnx", (write_faulty, FLOAT32, ()))
+    monkeypatch.setitem(formats.FORMATS, "onnx", formats.Format(write_faulty, FLOAT32, ()))
     from export.__main__ import main
 
     argv = ["export", f"--model={folder}", "--formats=onnx,stablehlo", f"--output={tmp_path / 'out'}"]
@@ -347,30 +350,30 @@ def outputs(**changes: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_bounds() -> None:
     true = np.zeros(200, np.int32)
-    assert compare(outputs(), outputs(), FLOAT32, "abcd", true)["passed"]
+    assert check_parity(outputs(), outputs(), FLOAT32, "abcd", true)["passed"]
     close, flipped = outputs()["logits"].copy(), outputs()["logits"].copy()
     close[0], flipped[0] = (0.01, 0, -1, -1), (0, 0.005, -1, -1)  # 0.51% of the 196 that aren't hard
-    assert compare(outputs(logits=close), outputs(logits=flipped), INT8, "abcd", true)["passed"]
-    assert not compare(outputs(logits=close), outputs(logits=flipped), FLOAT16, "abcd", true)["passed"]
+    assert check_parity(outputs(logits=close), outputs(logits=flipped), INT8, "abcd", true)["passed"]
+    assert not check_parity(outputs(logits=close), outputs(logits=flipped), FLOAT16, "abcd", true)["passed"]
     nan = outputs()["heat_map"] * np.nan
-    entry = compare(outputs(), outputs(heat_map=nan), INT8, "abcd", true)
+    entry = check_parity(outputs(), outputs(heat_map=nan), INT8, "abcd", true)
     assert not entry["passed"] and "heat_map" in entry["failures"][0]
     # A model that predicts one class of four: agreement says nothing, so the embeddings count.
     one = outputs(logits=outputs()["logits"] + np.asarray([9, 0, 0, 0], np.float32))
-    assert compare(one, one, INT8, "abcd", true)["weak"]
+    assert check_parity(one, one, INT8, "abcd", true)["weak"]
     wrong_head = one | {"logits": one["logits"] + np.asarray([0, 2, 0, 0], np.float32)}
-    assert not compare(one, wrong_head, INT8, "abcd", true)["passed"]
+    assert not check_parity(one, wrong_head, INT8, "abcd", true)["passed"]
     turned = outputs()["image_embeds"] + np.asarray([1, 0, 0, 0, 0, 0, 0, 0], np.float32)
-    assert not compare(one, one | {"image_embeds": turned}, INT8, "abcd", true)["passed"]
-    assert not compare(outputs(), outputs(image_embeds=turned), INT8, "abcd", true)["passed"]  # of the hard images
+    assert not check_parity(one, one | {"image_embeds": turned}, INT8, "abcd", true)["passed"]
+    assert not check_parity(outputs(), outputs(image_embeds=turned), INT8, "abcd", true)["passed"]  # of the hard images
     turned[-4:] = outputs()["image_embeds"][-4:]
-    assert compare(outputs(), outputs(image_embeds=turned), INT8, "abcd", true)["passed"]
+    assert check_parity(outputs(), outputs(image_embeds=turned), INT8, "abcd", true)["passed"]
     # What the classifier doesn't use is bounded too, of every model.
     words = outputs()["text_embeds"] + np.asarray([1, 0, 0, 0, 0, 0, 0, 0], np.float32)
-    entry = compare(outputs(), outputs(text_embeds=words), INT8, "abcd", true)
+    entry = check_parity(outputs(), outputs(text_embeds=words), INT8, "abcd", true)
     assert not entry["passed"] and "cosine of an embedding" in entry["failures"][0]
-    assert not compare(outputs(), outputs(text_embeds=0 * words), INT8, "abcd", true)["passed"]
-    entry = compare(outputs(), outputs(patch_embeds=outputs()["patch_embeds"][::-1]), INT8, "abcd", true)
+    assert not check_parity(outputs(), outputs(text_embeds=0 * words), INT8, "abcd", true)["passed"]
+    entry = check_parity(outputs(), outputs(patch_embeds=outputs()["patch_embeds"][::-1]), INT8, "abcd", true)
     assert not entry["passed"] and "explainer" in entry["failures"][0]
 
 
@@ -395,7 +398,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     monkeypatch.setattr("export.to_onnx.MAX_PROTOBUF_BYTES", 0)
     model = open_model(str(folder))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    export_run.write_contract(model, tmp_path)
+    write_contract(model, tmp_path)
     (tmp_path / "onnx").mkdir()
     write_onnx(model.graphs[:1], tmp_path / "onnx", images)
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"image_encoder.onnx", "image_encoder.onnx.data"}
@@ -427,9 +430,10 @@ def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
 
 def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> None:
     def refused(pattern: str, **changes: Any) -> None:
-        arguments = {"path": str(folder), "formats": ["onnx"], "output": tmp_path / "out", "data": f"folder:{photos}"}
+        arguments = {"path": str(folder), "formats": ["onnx"], "output": tmp_path / "out"} | changes
+        options = {"data": f"folder:{photos}"} | {key: arguments.pop(key) for key in changes if key in OPTIONS}
         with pytest.raises(UserError, match=pattern):
-            export_model(**(arguments | changes))
+            export_model(**arguments, options=Options(**options))
 
     refused("'onxn' is unknown; did you mean 'onnx'", formats=["onxn"])
     refused("named twice", formats=["onnx", "onnx"])
@@ -482,11 +486,11 @@ def test_a_disk_that_fills_in_the_middle_leaves_nothing(folder: Path, photos: Pa
 def test_a_full_disk_leaves_nothing(
     folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_half(model: Model, target: Path, images: np.ndarray) -> None:
+    def write_half(model: OpenedModel, target: Path, images: np.ndarray) -> None:
         (target / "classifier.onnx").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(export_run.FORMATS, "onnx", (write_half, FLOAT32, ()))
+    monkeypatch.setitem(formats.FORMATS, "onnx", formats.Format(write_half, FLOAT32, ()))
     with pytest.raises(UserError, match="No space left on device"):
-        export_model(str(folder), ["onnx"], tmp_path / "out", f"folder:{photos}", num_examples=2)
+        export_model(str(folder), ["onnx"], tmp_path / "out", Options(f"folder:{photos}", num_examples=2))
     assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,11 @@ from onnx import TensorProto, numpy_helper
 
 from clip_har_jax import UserError
 from clip_har_jax.models.pretrained import read_config
-from export import run as export_run
-from export.parity import Arrays, compare, make_cases, run_cases
-from export.run import TENSORRT_BOUNDS, Model, check_formats, open_model, reference
-from export.to_onnx import Calibration
+from export.formats import TENSORRT_BOUNDS, choose_formats
+from export.model import OpenedModel, open_model, read_images
+from export.parity import Arrays, check_parity, make_cases, run_cases
+from export.run import reference
+from export.to_onnx import CalibrationFeeds
 from export.to_tensorrt import FLOATS, missing_for_tensorrt, typed_proto, unsupported, write_for_trtexec
 from tests.support.export_folders import HEAD_FAULTS, LABELS
 
@@ -23,16 +24,16 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(scope="module")
-def proof(folder: Path, photos: Path) -> tuple[Model, Arrays, Arrays, np.ndarray]:
+def proof(folder: Path, photos: Path) -> tuple[OpenedModel, Arrays, Arrays, np.ndarray]:
     """Return the model, what its graphs are run on, what the model gives, and the true classes."""
     model = open_model(str(folder))
-    images, true = export_run.read_images(model, f"folder:{photos}", 20)
+    images, true = read_images(model, f"folder:{photos}", 20)
     prompts = [text for label in LABELS for text in model.actions.prompts[label]]
     cases = make_cases(images, model.backend.tokenize(prompts), len(LABELS))
     return model, cases, reference(model, cases), true
 
 
-def run_protos(protos: dict[str, Any], model: Model, cases: Arrays, precision: str) -> Arrays:
+def run_protos(protos: dict[str, Any], model: OpenedModel, cases: Arrays, precision: str) -> Arrays:
     """ONNX Runtime has no bfloat16 on CPUs; ONNX's evaluator has, slowly."""
     if precision == "bf16":
         from onnx.reference import ReferenceEvaluator
@@ -63,14 +64,16 @@ def test_the_graphs_of_each_precision_compute_what_the_model_does(proof: Any, pr
         assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
         assert {value.type.tensor_type.elem_type for value in proto.graph.output} == {TensorProto.FLOAT}
         assert unsupported(proto, precision) == []
-    entry = compare(expected, run_protos(protos, model, cases, precision), TENSORRT_BOUNDS[precision], LABELS, true)
+    entry = check_parity(
+        expected, run_protos(protos, model, cases, precision), TENSORRT_BOUNDS[precision], LABELS, true
+    )
     assert entry["passed"], entry
     lost = {name: typed_proto(graph, precision, cases["image"]) for name, graph in faulty(model).items()}
-    entry = compare(expected, run_protos(lost, model, cases, precision), TENSORRT_BOUNDS[precision], LABELS, true)
+    entry = check_parity(expected, run_protos(lost, model, cases, precision), TENSORRT_BOUNDS[precision], LABELS, true)
     assert not entry["passed"]
 
 
-def faulty(model: Model) -> dict[str, Any]:
+def faulty(model: OpenedModel) -> dict[str, Any]:
     """Return the graphs without the bias of the image tower's last norm."""
     import dataclasses
 
@@ -118,7 +121,7 @@ def test_eight_bits_are_as_tensorrt_takes_them(proof: Any) -> None:
     outputs = {name for node in products for name in node.output}
     assert not [node for node in quantised if node.input[0] in outputs]
     assert not [node for node in typed_proto(model.graphs[1], "int8", cases["image"]).graph.node if node in quantised]
-    assert len(list(iter(Calibration(model.graphs[2], cases["image"][:3]).get_next, None))) == 3
+    assert len(list(iter(CalibrationFeeds(model.graphs[2], cases["image"][:3]).get_next, None))) == 3
 
 
 def test_an_operator_that_is_not_on_the_list_is_told(proof: Any) -> None:
@@ -147,4 +150,4 @@ def test_the_commands_that_build_engines_are_written(proof: Any, tmp_path: Path,
 @pytest.mark.skipif(missing_for_tensorrt() is None, reason="TensorRT is here")
 def test_tensorrt_says_what_is_missing() -> None:
     with pytest.raises(UserError, match="tensorrt"):
-        check_formats(["tensorrt"])
+        choose_formats(["tensorrt"])

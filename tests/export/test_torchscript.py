@@ -15,16 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.filterwar
 SIDE = """
 import dataclasses, json, sys
 from pathlib import Path
-from export import run
-from export.parity import FLOAT32, compare, make_cases
+from export.model import open_model, write_contract
+from export.run import make_proof, prove
+from export.parity import FLOAT32, check_parity
 from export.to_torch import write_torchscript
 
 folder, photos, lost, scratch = sys.argv[1:]
-model = run.open_model(folder)
-images, true = run.read_images(model, f"folder:{photos}", 8)
-prompts = [text for label in model.actions.labels for text in model.actions.prompts[label]]
-cases = make_cases(images, model.backend.tokenize(prompts), len(model.actions.labels))
-expected = run.reference(model, cases)
+model = open_model(folder)
+proof = make_proof(model, f"folder:{photos}", 8)
 preprocess, params = model.backend.preprocess, model.head_params
 backwards = {"mean": preprocess.mean[::-1], "std": preprocess.std[::-1]}
 made_of = {
@@ -37,10 +35,10 @@ passed = {}
 for i, (fault, (settings, head_params)) in enumerate(made_of.items()):
     target = Path(scratch) / str(i)
     (target / "torchscript").mkdir(parents=True)
-    run.write_contract(model, target)
+    write_contract(model, target)
     write_torchscript(model.folder, settings, model.head, head_params, model.temperature, target / "torchscript")
-    outputs = run.prove(target, "torchscript", cases)
-    passed[fault] = compare(expected, outputs, FLOAT32, model.actions.labels, true)["passed"]
+    outputs = prove(target, "torchscript", proof.cases)
+    passed[fault] = check_parity(proof.expected, outputs, FLOAT32, model.actions.labels, proof.true)["passed"]
 print(json.dumps(passed))
 """
 

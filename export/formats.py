@@ -1,0 +1,96 @@
+"""The formats: how each is written, how far it may be from the model, and which packages it needs.
+
+A new format is one file `to_*.py` that writes it, a row here, and a row in `clip_har_jax.inference.exported.RUNTIMES`,
+which opens it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.inference.exported import RUNTIMES
+from export.model import OpenedModel
+from export.parity import BFLOAT16, FLOAT16, FLOAT32, INT8, Bounds
+from export.to_onnx import write_fp16, write_int8, write_onnx
+from export.to_tensorrt import missing_for_tensorrt, write_tensorrt
+from export.to_torch import write_torchscript
+from export.to_xla import write_saved_model, write_stablehlo
+
+Write = Callable[[OpenedModel, Path, UInt8[np.ndarray, "n h w 3"]], None]
+
+
+class Format(NamedTuple):
+    """One format.
+
+    Attributes:
+      write: writes a model into an empty folder; the images scale the activations of int8.
+      bounds: how far the format may be from the model.
+      packages: what is needed to write it.
+    """
+
+    write: Write
+    bounds: Bounds
+    packages: tuple[str, ...]
+
+
+def _from_graphs(write: Callable[..., None]) -> Write:
+    return lambda model, folder, images: write(model.graphs, folder, images)
+
+
+def _torchscript(model: OpenedModel, folder: Path, images: np.ndarray) -> None:
+    head = model.head, model.head_params, model.temperature
+    write_torchscript(model.folder, model.backend.preprocess, *head, folder)
+
+
+ONNX = ("jax2onnx", "onnx", "onnxscript")
+FORMATS = {
+    "onnx": Format(_from_graphs(write_onnx), FLOAT32, ONNX),
+    "onnx_fp16": Format(_from_graphs(write_fp16), FLOAT16, ONNX),
+    "onnx_int8": Format(_from_graphs(write_int8), INT8, ONNX),
+    "saved_model": Format(_from_graphs(write_saved_model), FLOAT32, ("tensorflow",)),
+    "stablehlo": Format(_from_graphs(write_stablehlo), FLOAT32, ()),
+    "torchscript": Format(_torchscript, FLOAT32, ("torch", "transformers")),
+    "tensorrt": Format(_from_graphs(write_tensorrt), FLOAT16, ONNX),
+}
+TENSORRT_BOUNDS = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16, "int8": INT8}
+
+
+def choose_formats(names: Sequence[str], static_int8: bool = False, precision: str = "fp16") -> dict[str, Format]:
+    """Return the formats of these names; refuse what can't be written and proven here, before anything is computed.
+
+    Args:
+      names: of `FORMATS`.
+      static_int8: scale int8's activations by the first of the images, instead of as they come.
+      precision: what TensorRT's engines compute in, of `TENSORRT_BOUNDS`.
+
+    Raises:
+      UserError: an unknown format, one named twice, or one whose packages or machine are missing.
+    """
+    if not names:
+        raise UserError(f"--formats: name one or more of {', '.join(FORMATS)}")
+    for name in names:
+        if name not in FORMATS:
+            raise UserError(f"--formats: {name!r} is unknown; {nearest(name, list(FORMATS))}")
+        if names.count(name) > 1:
+            raise UserError(f"--formats: {name!r} is named twice")
+        if name == "tensorrt" and (lacking := missing_for_tensorrt()):
+            raise UserError(f"--formats=tensorrt: {lacking}")
+        needed = dict.fromkeys(FORMATS[name].packages + RUNTIMES[name][0])
+        if missing := [package for package in needed if find_spec(package) is None]:
+            extra = "torch" if name == "torchscript" else "export"
+            raise UserError(
+                f"--formats={name}: needs {', '.join(missing)}, which isn't installed; pip install -e '.[{extra}]'"
+            )
+    chosen = {name: FORMATS[name] for name in names}
+    if static_int8 and "onnx_int8" in chosen:
+        chosen["onnx_int8"] = chosen["onnx_int8"]._replace(write=_from_graphs(partial(write_int8, static=True)))
+    if "tensorrt" in chosen:
+        write = _from_graphs(partial(write_tensorrt, precision=precision))
+        chosen["tensorrt"] = chosen["tensorrt"]._replace(write=write, bounds=TENSORRT_BOUNDS[precision])
+    return chosen
