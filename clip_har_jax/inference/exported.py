@@ -5,7 +5,6 @@ give), `actions.json`, the tokenizer and the image settings.
 """
 
 import copy
-import json
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -31,6 +30,7 @@ from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
 from clip_har_jax.text import Tokenizer
 
 SIGNATURE = "signature.json"
+GRAPHS = ("image_encoder", "text_encoder", "classifier", "explainer")
 PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "OpenVINOExecutionProvider", "CPUExecutionProvider")
 
 # Runs a graph on its inputs in the order of the signature; gives its outputs in that order.
@@ -135,7 +135,7 @@ class Graphs:
         if missing := [name for name in packages if find_spec(name) is None]:
             raise UserError(f"{folder / format}: needs {', '.join(missing)}, which isn't installed here")
         self.folder, self.format, self._threads = folder / format, format, threads
-        self.signatures = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))["graphs"]
+        self.signatures = read_signature(folder)["graphs"]
         self._opened: dict[str, Run] = {}
 
     def run(self, graph: str, *inputs: np.ndarray) -> Sequence[np.ndarray]:
@@ -151,6 +151,22 @@ class Graphs:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise UserError(f"{self.folder}: {graph} can't be opened ({reason})") from error
         return self._opened[graph](*inputs)
+
+
+def read_signature(folder: Path) -> dict[str, Any]:
+    """Read signature.json.
+
+    Raises:
+      UserError: it isn't as this version writes it.
+    """
+    signature = read_object(folder / SIGNATURE)
+    graphs = signature.get("graphs")
+    there = isinstance(graphs, dict) and all({"inputs", "outputs"} <= set(graphs.get(name, ())) for name in GRAPHS)
+    if not there or not isinstance(signature.get("logit_scale"), float):
+        raise UserError(
+            f"{folder / SIGNATURE}: written by another version of clip_har_jax, or damaged; export the model again"
+        )
+    return signature
 
 
 def formats_in(folder: Path) -> list[str]:
@@ -194,7 +210,7 @@ class ExportedBackend:
             )
         self.graphs = Graphs(folder, format or _first_that_runs(folder), threads)
         self.actions, self.labels = actions, actions.labels
-        signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
+        signature = read_signature(folder)
         self.preprocess = Preprocess.from_folder(folder, signature["graphs"]["classifier"]["inputs"]["image"][1][1])
         self.logit_scale = signature["logit_scale"]
         self._context_length = signature["graphs"]["text_encoder"]["inputs"]["input_ids"][1][1]

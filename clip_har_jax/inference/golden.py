@@ -1,7 +1,7 @@
-"""Golden outputs: drawn pictures with what the model itself gives for them, kept in the folder that it is exported to.
+"""Golden outputs: drawn pictures with the model's own outputs for them, kept in the exported folder.
 
-Whoever loads the export computes them again. Another answer means other weights, or a runtime, image library or
-tokenizer that doesn't do what the one of the export did; a manifest can't tell that.
+Every load computes them again. Another answer means other weights, or a runtime, image library or tokenizer that
+computes differently from the one of the export; a manifest can't tell that.
 """
 
 import zipfile
@@ -24,29 +24,31 @@ SEVERAL = 4  # images of a batch, where there are no golden ones
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What rounding may change; wider than what an export must pass, since another processor rounds otherwise.
+    """How much rounding may change; wider than an export's own bounds, since another processor rounds differently.
 
     Attributes:
       logits: largest error of a logit, over the largest logit.
       cosine: smallest cosine of an embedding to the golden one.
+      heat: smallest cosine of a heat map to the golden one.
       probs: largest difference of probabilities between two ways to the same answer.
     """
 
     logits: float
     cosine: float
+    heat: float
     probs: float
 
 
-FULL = Tolerance(2e-3, 0.9999, 2e-3)
+FULL = Tolerance(2e-3, 0.9999, 0.999, 2e-3)
 TOLERANCES = {
-    "onnx_fp16": Tolerance(0.02, 0.998, 0.03),
-    "tensorrt": Tolerance(0.02, 0.998, 0.03),
-    "onnx_int8": Tolerance(0.2, 0.97, 0.25),
+    "onnx_fp16": Tolerance(0.02, 0.998, 0.97, 0.03),
+    "tensorrt": Tolerance(0.02, 0.998, 0.97, 0.03),
+    "onnx_int8": Tolerance(0.2, 0.97, 0.7, 0.25),
 }
 
 
 def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBackend) -> None:
-    """Write the pictures and what `model` gives for them, before the folder is sealed."""
+    """Write the pictures and the outputs of `model` for them, before the folder is sealed."""
     images = np.stack([evaluation_transform(picture, model.preprocess) for picture in pictures])
     texts = [text for label in model.labels for text in model.actions.prompts[label]][:TEXTS]
     logits, _, image_embeds = model.outputs(images)
@@ -57,11 +59,17 @@ def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBacken
         image_embeds=image_embeds,
         texts=np.asarray(texts, np.str_),
         text_embeds=model.embed_texts(model.tokenize(texts)),
+        heat_maps=model.explain(images, _explained(len(images), len(model.labels))),
     )
 
 
+def _explained(count: int, num_classes: int) -> list[int]:
+    """Return a class to explain for each picture."""
+    return [i % num_classes for i in range(count)]
+
+
 def check(backend: ExportedBackend) -> bool:
-    """Run every graph and compare with the golden outputs; gives whether there are any.
+    """Run every graph and compare with the golden outputs; return whether there are any.
 
     Without them, as in folders of older exports, the graphs are compared with one another.
 
@@ -86,9 +94,11 @@ def _compare_with(path: Path, backend: ExportedBackend) -> None:
         raise UserError(f"{path}: damaged ({error}); export it again") from error
     images = np.stack([evaluation_transform(picture, backend.preprocess) for picture in pictures])
     limit = TOLERANCES.get(backend.graphs.format, FULL)
-    heat = backend.explain(images[:1], [0])
+    heat = backend.explain(images, _explained(len(images), len(backend.actions.labels)))
     if not np.isfinite(heat).all():
         raise UserError(f"{backend.path}: the model gives NaN or infinity; export it again")
+    if "heat_maps" in golden:  # exports of earlier versions have none
+        _compare_heat(backend, heat, golden["heat_maps"], limit.heat)
     _compare_logits(backend, backend.logits(images), golden["logits"], limit.logits, "in a batch")
     _compare_logits(backend, backend.logits(images[:1]), golden["logits"][:1], limit.logits, "alone")
     _compare_cosines(backend, backend.embed(images), golden["image_embeds"], limit.cosine, "images")
@@ -118,6 +128,22 @@ def _compare_cosines(
         raise UserError(
             f"{backend.path}: embeddings of {what} aren't those of the exported model (cosine {cosine:.4f}, not "
             f"1 within {1 - limit:g}); export it again, or use the versions that it was exported with"
+        )
+
+
+def _compare_heat(
+    backend: Backend, ours: Float32[np.ndarray, "n g g"], golden: Float32[np.ndarray, "n g g"], limit: float
+) -> None:
+    cosine = 0.0
+    if ours.shape == golden.shape:
+        a, b = (maps.reshape(len(maps), -1) for maps in (ours, golden))
+        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        empty = (a == 0).all(axis=-1) & (b == 0).all(axis=-1)  # no patch speaks for the class
+        cosine = float(np.where(empty, 1.0, (a * b).sum(axis=-1) / np.maximum(lengths, 1e-30)).min())
+    if not cosine >= limit:
+        raise UserError(
+            f"{backend.path}: heat maps aren't those of the exported model (cosine {cosine:.4f}, under {limit:g}); "
+            "export it again, or use the versions that it was exported with"
         )
 
 

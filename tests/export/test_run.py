@@ -428,6 +428,16 @@ def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
     assert len({np.asarray(one).tobytes() for one in maps}) > 1 and len(model.actions.labels) == len(maps)
 
 
+def test_a_signature_of_another_version_is_one_line(output: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(output, tmp_path / "old"))
+    (old / "manifest.json").unlink()
+    signature = json.loads((old / exported.SIGNATURE).read_text())
+    for change in ({"graphs": {"classifier": {}}}, {"logit_scale": None}, {"graphs": []}):
+        (old / exported.SIGNATURE).write_text(json.dumps(signature | change))
+        with pytest.raises(UserError, match=r"signature\.json: written by another version .* export the model again"):
+            Predictor(old)
+
+
 def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> None:
     def refused(pattern: str, **changes: Any) -> None:
         arguments = {"path": str(folder), "formats": ["onnx"], "output": tmp_path / "out"} | changes

@@ -234,6 +234,7 @@ def another_model(target: Path, graph: str, shape: list[int]) -> None:
         ("classifier", [16, 4], "logits of images in a batch aren't those of the exported model"),
         ("image_encoder", [32, 16], "embeddings of images aren't those"),
         ("text_encoder", [32, 16], "embeddings of texts aren't those"),
+        ("explainer", [32, 16], "heat maps aren't those"),
     ],
 )
 def test_another_model_under_a_good_manifest_is_refused(
@@ -262,15 +263,18 @@ def test_golden_outputs_that_are_damaged_or_missing(
     client: httpx.Client, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Folders of older exports have none: they load, with a note, if their graphs agree with one another."""
-    broken, old, mixed = (
-        Path(shutil.copytree(folder, folder.parent / name)) for name in ("broken-golden", "old-export", "old-mixed")
+    broken, old, mixed, earlier = (
+        Path(shutil.copytree(folder, folder.parent / name))
+        for name in ("broken-golden", "old-export", "old-mixed", "without-heat-maps")
     )
+    with np.load(earlier / "golden.npz") as golden:
+        np.savez_compressed(earlier / "golden.npz", **{name: golden[name] for name in golden if name != "heat_maps"})
     with zipfile.ZipFile(broken / "golden.npz", "w") as archive, archive.open("pictures.npy", "w") as file:
         np.lib.format.write_array(file, np.asarray([{"a": 1}], object), allow_pickle=True)
     for copy in (old, mixed):
         (copy / "golden.npz").unlink()
     another_model(mixed, "classifier", [16, 4])
-    for copy in (broken, old, mixed):
+    for copy in (broken, old, mixed, earlier):
         reseal(copy)
     refuses(client, broken.name, "golden.npz: damaged (Object arrays cannot be loaded")
     for content in (b"PK", b"PK\x03\x04 and no more", b""):
@@ -287,6 +291,7 @@ def test_golden_outputs_that_are_damaged_or_missing(
         logger.removeHandler(caplog.handler)
         logger.setLevel("ERROR")
     assert "no golden outputs" in caplog.text
+    client.post("/v1/models/har/load", json={"folder": earlier.name}).raise_for_status()
     client.post("/v1/models/har/load", json={"folder": folder.name}).raise_for_status()
 
 
