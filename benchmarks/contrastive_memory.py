@@ -1,9 +1,9 @@
-"""Memory of the contrastive loss and its gradients on 8 simulated devices: whole similarity matrix, gather and ring.
+"""Memory of the contrastive loss and its gradients on 8 simulated devices: whole similarity matrix and ring.
 
-    python -m benchmarks.contrastive_memory [--kind=softmax] [--dim=512] [--chunk_size=512]
+    python -m benchmarks.contrastive_memory [--kind=softmax] [--dim=512]
 
 Nothing is run: the figures are the compiled programs' own memory analyses, the bytes that one device needs beside its
-arguments and results. All forms get the same sharded rows; the dense one is cut up by the compiler. "ratio" is the
+arguments and results. Both forms get the same sharded rows; the dense one is cut up by the compiler. "ratio" is the
 ring's bytes over the dense form's at the largest batch, "growth" by how much each form grows at the last doubling.
 """
 
@@ -15,19 +15,20 @@ from clip_har_jax import cli
 
 NUM_DEVICES = 8
 BATCH_SIZES = tuple(1024 * 2**i for i in range(6))
-FORMS = ("dense", "gather", "ring")
+FORMS = ("dense", "ring")
 
 
-def temp_bytes(form: str, batch_size: int, kind: str, dim: int, chunk_size: int) -> int:
-    """What one device needs for the loss of a global batch and its gradients."""
+def temp_bytes(form: str, batch_size: int, kind: str, dim: int) -> int:
+    """Return the bytes that one device needs for the loss of a global batch and its gradients."""
     import jax
     import jax.numpy as jnp
 
     from clip_har_jax.config import MeshConfig
     from clip_har_jax.parallel.mesh import make_mesh
     from clip_har_jax.parallel.sharding import batch_sharding, replicated
-    from clip_har_jax.training.contrastive import contrastive_loss, dense_contrastive_loss
+    from clip_har_jax.training.contrastive import contrastive_loss
     from clip_har_jax.training.losses import masked_mean
+    from tests.support.dense_contrastive import dense_contrastive_loss
 
     mesh = make_mesh(MeshConfig(strategy="dp"))
     rows = batch_sharding(mesh)
@@ -39,8 +40,7 @@ def temp_bytes(form: str, batch_size: int, kind: str, dim: int, chunk_size: int)
         if form == "dense":
             losses = dense_contrastive_loss(image, text, scale, mask, **inputs)
         else:
-            inputs |= {"mesh": mesh, "communication": form, "chunk_size": chunk_size}
-            losses = contrastive_loss(image, text, scale, mask, **inputs)
+            losses = contrastive_loss(image, text, scale, mask, mesh=mesh, **inputs)
         return masked_mean(losses, mask)
 
     side = jax.ShapeDtypeStruct((batch_size, dim), jnp.float32, sharding=rows)
@@ -56,7 +56,6 @@ def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--kind", choices=("softmax", "sigmoid"), default="softmax", help="loss, as --kind=sigmoid")
     parser.add_argument("--dim", type=int, default=512, help="of the embeddings, as --dim=768")
-    parser.add_argument("--chunk_size", type=int, default=512, help="columns at once, as --chunk_size=256")
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"

@@ -1,10 +1,12 @@
-"""Contrastive losses over the global batch, of which no device ever holds the similarity matrix.
+"""Contrastive losses over the global batch; no device ever holds the similarity matrix.
 
-Each is made of row losses: what the anchors of one side lose against all columns, the rows of the other side. A row's
-loss comes from a few sums over the columns, and so does its gradient once these are known, so both passes visit the
-columns in chunks: `gather` brings all of them to every device, `ring` passes the devices' shares round. The backward
-pass computes logits again rather than keep them (as Dao et al. 2022 do for attention), and the gradients of the columns
-go home the way the columns came.
+The rows of a batch are sharded over the devices. One side's rows are the anchors, the other side's are the columns. A
+row's loss needs only a few sums over all columns, and so does its gradient, once these sums are known. Both passes
+therefore visit the columns in chunks, and the devices pass their shares of the columns round a ring. The backward pass
+computes the logits again instead of keeping them, as FlashAttention does (Dao et al. 2022); the gradients of the
+columns travel round the ring with them.
+
+`benchmarks/contrastive_memory.py` measures the memory against that of the whole matrix.
 """
 
 import functools
@@ -14,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -22,11 +23,11 @@ from jaxtyping import Array, Bool, Float, Int
 from clip_har_jax.parallel.sharding import BATCH_AXES, num_row_shards
 
 Kind = Literal["softmax", "sigmoid"]
-Communication = Literal["ring", "gather"]
 Embeddings = Float[Array, "b d"]
 Scalar = Float[Array, ""]
 
-EXCLUDED = -1e30  # the logit of a column that doesn't count: nothing after exp(), and unlike -inf it can be subtracted
+CHUNK_SIZE = 512  # columns that a device compares with all its rows at once
+EXCLUDED = -1e30  # the logit of a masked column: exp() makes it 0, and a difference of two isn't NaN as with -inf
 
 
 def contrastive_loss(
@@ -39,65 +40,46 @@ def contrastive_loss(
     kind: Kind = "softmax",
     label: Int[Array, " b"] | None = None,
     logit_bias: Scalar | float = 0.0,
-    communication: Communication = "ring",
-    chunk_size: int = 512,
 ) -> Float[Array, " b"]:
-    """Each pair's contrastive loss in nats; their `masked_mean` is the batch's.
+    """Return the contrastive loss of each pair, in nats; their `masked_mean` is the loss of the batch.
 
-    softmax: cross-entropy over the global batch, the mean of image -> text and text -> image, with targets uniform over
-      an anchor's positives. Without labels only a pair's own image and text are positives of one another: CLIP's loss
-      (Radford et al. 2021, figure 3). With labels all images and texts of one action are: UniCL's (Yang et al. 2022),
-      which takes the mean over positives outside the logarithm as L_out of Khosla et al. 2020 (eq. 2).
-    sigmoid: binary cross-entropy of each image with each text, summed over texts: SigLIP's (Zhai et al. 2023, section
-      3.2). Positives are as above.
+    softmax: cross-entropy over the global batch, the mean of both directions (image to text, text to image). The target
+      is uniform over an anchor's positives. Without labels, the only positive is the other half of the pair: the loss
+      of CLIP (Radford et al. 2021, figure 3). With labels, all pairs of the same class are positives: the loss of UniCL
+      (Yang et al. 2022), with the mean over positives outside the logarithm, as in L_out of Khosla et al. 2020 (eq. 2).
+    sigmoid: binary cross-entropy of each image with each text, summed over the texts: the loss of SigLIP (Zhai et al.
+      2023, section 3.2). Positives as above.
 
     Args:
-      image: the images' embeddings, normalised, rows sharded over `BATCH_AXES`; all arithmetic on them is float32.
-      text: the texts' embeddings, in the images' order.
-      logit_scale: what the cosines are multiplied with: the exponential of CLIP's parameter of this name.
-      mask: 0 for pairs that count nowhere, neither as anchors nor as negatives; their losses are 0.
+      image: L2-normalised image embeddings, rows sharded over `BATCH_AXES`. All arithmetic is float32.
+      text: L2-normalised text embeddings, in the same order.
+      logit_scale: factor of the cosines, exp() of CLIP's parameter of this name.
+      mask: 0 for padding. Such pairs are neither anchors nor negatives, and their losses are 0.
       mesh: with the axes data, fsdp and tensor.
-      kind: which loss.
-      label: the pairs' actions.
-      logit_bias: added to the logits; softmax doesn't change by it.
-      communication: 'gather' holds all embeddings of one side at once, 'ring' no more than a device's share.
-      chunk_size: columns that a device compares with all its rows at once.
+      kind: the loss.
+      label: class of each pair.
+      logit_bias: added to the logits; it doesn't change the softmax loss.
     """
-    row_losses = functools.partial(_row_losses, _Sweep(mesh, kind, communication, chunk_size))
-    return _pair_losses(row_losses, image, text, logit_scale, mask, kind, label, logit_bias)
-
-
-def dense_contrastive_loss(
-    image: Embeddings,
-    text: Embeddings,
-    logit_scale: Scalar,
-    mask: Float[Array, " b"],
-    *,
-    kind: Kind = "softmax",
-    label: Int[Array, " b"] | None = None,
-    logit_bias: Scalar | float = 0.0,
-) -> Float[Array, " b"]:
-    """`contrastive_loss` by way of the whole similarity matrix: the plain form that it must equal."""
-
-    def row_losses(inputs: _Inputs) -> jax.Array:
-        block = inputs.against(_Rows(inputs.columns, inputs.label, inputs.mask))
-        if kind == "sigmoid":
-            return jnp.sum(optax.sigmoid_binary_cross_entropy(block.logits, block.positive), axis=1, where=block.valid)
-        targets = block.positive / jnp.maximum(jnp.sum(block.positive, axis=1, keepdims=True), 1)
-        return optax.softmax_cross_entropy(jnp.where(block.valid, block.logits, EXCLUDED), targets)
-
-    return _pair_losses(row_losses, image, text, logit_scale, mask, kind, label, logit_bias)
+    # In float32, so that the gradients of both directions are summed in it; 0 where masked, since 0 * NaN is NaN.
+    image, text = (jnp.where(mask[:, None] > 0, side.astype(jnp.float32), 0) for side in (image, text))
+    label = jnp.arange(len(mask)) if label is None else label
+    scale, bias = jnp.asarray(logit_scale, jnp.float32), jnp.asarray(logit_bias, jnp.float32)
+    ring = _Ring(mesh, kind, CHUNK_SIZE)
+    losses = _row_losses(ring, _Inputs(image, text, label, mask, scale, bias))
+    if kind == "softmax":  # the sums of the sigmoid loss are the same in both directions
+        losses = (losses + _row_losses(ring, _Inputs(text, image, label, mask, scale, bias))) / 2
+    return losses * mask
 
 
 class _Rows(NamedTuple):
-    """Rows of one side."""
+    """Rows of one side of the pairs."""
 
     embedding: Float[Array, "... b d"]
     label: Int[Array, "... b"]
     mask: Float[Array, "... b"]
 
     def in_chunks(self, size: int) -> "_Rows":
-        """As few chunks [k c ...] of at most `size` rows as can be, filled up with rows that don't count."""
+        """Return the rows as the fewest chunks [k, c, ...] of at most `size` rows, padded with rows of mask 0."""
         count = -(-len(self.mask) // size)
         missing = -len(self.mask) % count
 
@@ -108,7 +90,7 @@ class _Rows(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Anchors against some columns."""
+    """The comparison of all anchors of a device with one chunk of columns."""
 
     similarity: Float[Array, "r c"]
     logits: Float[Array, "r c"]
@@ -117,7 +99,7 @@ class _Block(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Of a row loss: the rows of both sides, which have labels and mask in common, and what makes logits of them."""
+    """The inputs of the row losses in one direction; anchors and columns share labels and mask."""
 
     anchors: Embeddings
     columns: Embeddings
@@ -133,29 +115,8 @@ class _Inputs(NamedTuple):
         return _Block(similarity, self.scale * similarity + self.bias, positive, valid)
 
 
-def _pair_losses(
-    row_losses: Callable[[_Inputs], jax.Array],
-    image: Embeddings,
-    text: Embeddings,
-    logit_scale: Scalar,
-    mask: Float[Array, " b"],
-    kind: Kind,
-    label: Int[Array, " b"] | None,
-    logit_bias: Scalar | float,
-) -> Float[Array, " b"]:
-    """From the row losses of both directions; the sigmoid's sum is the same in either."""
-    # In float32, so that the directions' gradients add up in it; 0 where masked, since 0 * NaN is NaN.
-    image, text = (jnp.where(mask[:, None] > 0, side.astype(jnp.float32), 0) for side in (image, text))
-    label = jnp.arange(len(mask)) if label is None else label
-    scale, bias = jnp.asarray(logit_scale, jnp.float32), jnp.asarray(logit_bias, jnp.float32)
-    losses = row_losses(_Inputs(image, text, label, mask, scale, bias))
-    if kind == "softmax":
-        losses = (losses + row_losses(_Inputs(text, image, label, mask, scale, bias))) / 2
-    return losses * mask
-
-
 class _SoftmaxSums(NamedTuple):
-    """What rows' cross-entropies need: sums [r] over the columns so far."""
+    """Running sums [r] over the columns, from which the rows' cross-entropies follow."""
 
     log_normalizer: jax.Array
     positive_logits: jax.Array
@@ -166,7 +127,7 @@ class _SoftmaxSums(NamedTuple):
         return cls(zeros + EXCLUDED, zeros, zeros)
 
     def add(self, block: _Block) -> "_SoftmaxSums":
-        """With the columns of one more block."""
+        """Return the sums with one more block of columns."""
         log_normalizer = jax.nn.logsumexp(jnp.where(block.valid, block.logits, EXCLUDED), axis=1)
         return self._replace(
             log_normalizer=jnp.logaddexp(self.log_normalizer, log_normalizer),
@@ -175,17 +136,17 @@ class _SoftmaxSums(NamedTuple):
         )
 
     def losses(self) -> jax.Array:
-        """Return the rows' losses [r], once all columns are in."""
+        """Return the rows' losses [r]; the sums must be over all columns."""
         return self.log_normalizer - self.positive_logits / jnp.maximum(self.num_positives, 1)
 
-    def slopes(self, block: _Block) -> jax.Array:
-        """Return the derivatives [r c] of `losses` with respect to a block's logits."""
+    def logit_gradients(self, block: _Block) -> jax.Array:
+        """Return the derivatives [r, c] of `losses` with respect to a block's logits."""
         probabilities = jnp.exp(jnp.where(block.valid, block.logits, EXCLUDED) - self.log_normalizer[:, None])
         return probabilities - block.positive / jnp.maximum(self.num_positives, 1)[:, None]
 
 
 class _SigmoidSums(NamedTuple):
-    """What rows' sums of binary cross-entropies need; the methods are `_SoftmaxSums`'s."""
+    """Running sums [r] of the rows' binary cross-entropies; the same methods as `_SoftmaxSums`."""
 
     total: jax.Array
 
@@ -200,7 +161,7 @@ class _SigmoidSums(NamedTuple):
     def losses(self) -> jax.Array:
         return self.total
 
-    def slopes(self, block: _Block) -> jax.Array:
+    def logit_gradients(self, block: _Block) -> jax.Array:
         return jnp.where(block.valid, jax.nn.sigmoid(block.logits) - block.positive, 0)
 
 
@@ -208,41 +169,37 @@ SUMS: dict[Kind, type[_SoftmaxSums] | type[_SigmoidSums]] = {"softmax": _Softmax
 
 
 @dataclass(frozen=True)
-class _Sweep:
-    """One pass of every device's anchors over all columns."""
+class _Ring:
+    """The devices of a mesh in a ring, round which the chunks of columns are passed."""
 
     mesh: Mesh
     kind: Kind
-    communication: Communication
     chunk_size: int
 
-    def __call__(self, visit: Callable[[Any, _Rows], tuple[Any, Any]], state: Any, columns: _Rows, sums: Any) -> Any:
-        """Run `visit(state, chunk) -> (state, what to add to the chunk's sums)` over the chunks of all devices.
+    def scan(self, visit: Callable[[Any, _Rows], tuple[Any, Any]], state: Any, columns: _Rows, sums: Any) -> Any:
+        """Run `visit` on this device over the chunks of all devices; called inside `shard_map`.
 
         Args:
-          visit: a scan's body.
-          state: the device's first state.
-          columns: the device's own, in chunks [k c ...].
-          sums: zeros [k c ...] for these chunks, or an empty tuple.
+          visit: a scan's body, `visit(state, chunk) -> (state, addition to the chunk's sums)`.
+          state: the first state of this device.
+          columns: the chunks [k, c, ...] of this device.
+          sums: zeros [k, c, ...], one for each of these columns, or an empty tuple.
 
         Returns:
-          The device's last state, and the sums of its own columns over the visits of all devices.
+          The last state of this device, and the sums of its own columns over the visits of all devices.
         """
-        # They begin alike on all devices; a scan wants the type that they have after its first step.
+        # Equal on all devices at first; a scan needs the type of the carry to be that after the first step.
         state, sums = jax.lax.pcast((state, sums), BATCH_AXES, to="varying")
-        if self.communication == "gather":
-            state, additions = jax.lax.scan(visit, state, jax.lax.all_gather(columns, BATCH_AXES, tiled=True))
-            return state, jax.lax.psum_scatter(additions, BATCH_AXES, tiled=True)
         size = num_row_shards(self.mesh)
-        ring = [(device, (device + 1) % size) for device in range(size)]
+        neighbours = [(device, (device + 1) % size) for device in range(size)]
 
-        def stop(carry: Any, _: None) -> tuple[Any, None]:
+        def visit_and_pass_on(carry: Any, _: None) -> tuple[Any, None]:
             state, columns, sums = carry
             state, additions = jax.lax.scan(visit, state, columns)
             sums = jax.tree.map(jnp.add, sums, additions)
-            return (state, *jax.lax.ppermute((columns, sums), BATCH_AXES, ring)), None
+            return (state, *jax.lax.ppermute((columns, sums), BATCH_AXES, neighbours)), None
 
-        (state, _, sums), _ = jax.lax.scan(stop, (state, columns, sums), length=size)
+        (state, _, sums), _ = jax.lax.scan(visit_and_pass_on, (state, columns, sums), length=size)
         return state, sums
 
 
@@ -252,39 +209,39 @@ SPECS = _Inputs(*[ROWS] * 4, *[WHOLE] * 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row_losses(sweep: _Sweep, inputs: _Inputs) -> Float[Array, " b"]:
-    return _forward(sweep, inputs)[0]
+def _row_losses(ring: _Ring, inputs: _Inputs) -> Float[Array, " b"]:
+    return _forward(ring, inputs)[0]
 
 
-def _forward(sweep: _Sweep, inputs: _Inputs) -> tuple[jax.Array, Any]:
+def _forward(ring: _Ring, inputs: _Inputs) -> tuple[jax.Array, Any]:
     def on_device(inputs: _Inputs) -> Any:
-        start = SUMS[sweep.kind].start(jnp.zeros(inputs.mask.shape))
-        chunks = _Rows(inputs.columns, inputs.label, inputs.mask).in_chunks(sweep.chunk_size)
-        return sweep(lambda sums, chunk: (sums.add(inputs.against(chunk)), ()), start, chunks, ())[0]
+        start = SUMS[ring.kind].start(jnp.zeros(inputs.mask.shape))
+        chunks = _Rows(inputs.columns, inputs.label, inputs.mask).in_chunks(ring.chunk_size)
+        return ring.scan(lambda sums, chunk: (sums.add(inputs.against(chunk)), ()), start, chunks, ())[0]
 
-    sums = jax.shard_map(on_device, mesh=sweep.mesh, in_specs=(SPECS,), out_specs=ROWS)(inputs)
+    sums = jax.shard_map(on_device, mesh=ring.mesh, in_specs=(SPECS,), out_specs=ROWS)(inputs)
     return sums.losses(), (inputs, sums)
 
 
-def _backward(sweep: _Sweep, saved: Any, cotangent: jax.Array) -> tuple[_Inputs]:
+def _backward(ring: _Ring, saved: Any, cotangent: jax.Array) -> tuple[_Inputs]:
     def on_device(inputs: _Inputs, sums: Any, cotangent: jax.Array) -> tuple[Any, ...]:
         anchors, columns, label, mask, scale, _ = inputs
 
         def visit(grads: Any, chunk: _Rows) -> tuple[Any, jax.Array]:
             block = inputs.against(chunk)
-            slopes = cotangent[:, None] * sums.slopes(block)
-            additions = (slopes @ chunk.embedding, jnp.sum(slopes * block.similarity), jnp.sum(slopes))
-            return jax.tree.map(jnp.add, grads, additions), slopes.T @ anchors
+            gradients = cotangent[:, None] * sums.logit_gradients(block)
+            additions = (gradients @ chunk.embedding, jnp.sum(gradients * block.similarity), jnp.sum(gradients))
+            return jax.tree.map(jnp.add, grads, additions), gradients.T @ anchors
 
-        chunks = _Rows(columns, label, mask).in_chunks(sweep.chunk_size)
+        chunks = _Rows(columns, label, mask).in_chunks(ring.chunk_size)
         zeros = (jnp.zeros(anchors.shape), jnp.zeros(()), jnp.zeros(()))
-        (of_anchors, *of_scalars), of_chunks = sweep(visit, zeros, chunks, jnp.zeros(chunks.embedding.shape))
+        (of_anchors, *of_scalars), of_chunks = ring.scan(visit, zeros, chunks, jnp.zeros(chunks.embedding.shape))
         of_columns = of_chunks.reshape(-1, columns.shape[1])[: len(columns)]
         return scale * of_anchors, scale * of_columns, None, None, *jax.lax.psum(of_scalars, BATCH_AXES)
 
     inputs, sums = saved
     out_specs = (ROWS, ROWS, None, None, WHOLE, WHOLE)
-    over_mesh = jax.shard_map(on_device, mesh=sweep.mesh, in_specs=(SPECS, ROWS, ROWS), out_specs=out_specs)
+    over_mesh = jax.shard_map(on_device, mesh=ring.mesh, in_specs=(SPECS, ROWS, ROWS), out_specs=out_specs)
     return (_Inputs(*over_mesh(inputs, sums, cotangent)),)
 
 
