@@ -87,8 +87,9 @@ def measure(
     from clip_har_jax.config import make_config
     from clip_har_jax.data.pipeline import BadInputs, prefetch_to_mesh, train_batches
     from clip_har_jax.models.params import init_params
-    from clip_har_jax.parallel.mesh import make_mesh, peak_flops
+    from clip_har_jax.parallel.mesh import make_mesh
     from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
+    from clip_har_jax.parallel.topology import find_chip
     from clip_har_jax.preprocess import Preprocess
     from clip_har_jax.training.methods import ClassInputs
     from clip_har_jax.training.program import Program
@@ -128,7 +129,8 @@ def measure(
         state, resident_s, _ = run_steps(train_step, state, resident, steps)
         state, _, _ = run_steps(train_step, state, batches, WARM_UPS)
         state, fed_s, waited_s = run_steps(train_step, state, batches, steps)
-    peak = peak_flops(device)
+    chip = find_chip(device)
+    peak = chip.peak_flops if chip else None
     flops = steps * program.flops_per_step(NUM_PROMPTS)
     stats = device.memory_stats() or {}
     return {

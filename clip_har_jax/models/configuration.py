@@ -1,4 +1,4 @@
-"""CLIPConfig: the sizes of a CLIP, as Hugging Face's config.json says them, and what a forward pass costs."""
+"""CLIPConfig: the sizes of a CLIP, from and to Hugging Face's config.json."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,16 +133,3 @@ def check_config(config: CLIPConfig) -> None:
             raise UserError(f"{name} tower: activation {tower.hidden_act!r} is unknown; {hint}")
     if not 0 < config.vision.patch_size <= config.vision.image_size:
         raise UserError(f"an image of {config.vision.image_size} px holds no patch of {config.vision.patch_size} px")
-
-
-def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
-    """Floating-point operations of one image's or text's forward pass: matrix products, 2 for each multiply-add."""
-    dim = tower.hidden_size
-    if isinstance(tower, VisionConfig):
-        tokens = tower.num_patches + 1
-        embedding = 2 * tower.num_patches * 3 * tower.patch_size**2 * dim
-    else:
-        tokens, embedding = tower.context_length, 0
-    linear_layers = 2 * tokens * (4 * dim * dim + 2 * dim * tower.intermediate_size)
-    attention = 2 * 2 * tokens * tokens * dim
-    return embedding + tower.num_layers * (linear_layers + attention) + 2 * dim * projection_dim

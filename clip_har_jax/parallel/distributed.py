@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
-from clip_har_jax.parallel import rendezvous
+from clip_har_jax.parallel import jax_private, rendezvous, xla_flags
+from clip_har_jax.parallel.jax_private import coordination_client
 
 # Watched by JAX's preemption service (XLA's preemption_sync_manager.cc), which sets it itself at SIGTERM.
 _PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
@@ -66,6 +66,7 @@ def join(
       UserError: contradictory arguments or environment; the coordinator can't be reached in time. Where the processes
         don't come in time or don't fit together, the same line is printed and the process exits with status 2.
     """
+    xla_flags.apply()
     group = rendezvous.find_group(coordinator_address, num_processes, process_id, join_timeout_s)
     if group is None:
         yield
@@ -83,7 +84,7 @@ def join(
 
 def is_main() -> bool:
     """Return whether this is process 0, which alone prints and writes what is common to all."""
-    return global_state.process_id == 0
+    return jax_private.process_id() == 0
 
 
 def barrier(name: str, timeout_s: float | None = None) -> None:
@@ -92,11 +93,11 @@ def barrier(name: str, timeout_s: float | None = None) -> None:
     Raises:
       RuntimeError: they aren't within `timeout_s` (default: `join`'s); names those missing.
     """
-    if global_state.client is None:
+    if (client := coordination_client()) is None:
         return
     timeout_s = timeout_s or _joined.barrier_timeout_s
     try:
-        global_state.client.wait_at_barrier(name, round(1000 * timeout_s))
+        client.wait_at_barrier(name, round(1000 * timeout_s))
     except jax.errors.JaxRuntimeError as error:
         late = re.search(r"timed out task names:\s*((?:\d+\s+)+)", str(error))
         who = f"process {', '.join(late[1].split())}" if late else "not every process"
@@ -109,15 +110,15 @@ def broadcast(value: Any) -> Any:
     Raises:
       RuntimeError: process 0 doesn't say within `join`'s barrier timeout.
     """
-    if global_state.client is None:
+    if (client := coordination_client()) is None:
         return value
     _joined.num_broadcasts += 1
     key = f"clip_har_jax/broadcast/{_joined.num_broadcasts}"
     if is_main():
-        global_state.client.key_value_set(key, json.dumps(value))
+        client.key_value_set(key, json.dumps(value))
         return value
     try:
-        return json.loads(global_state.client.blocking_key_value_get(key, round(1000 * _joined.barrier_timeout_s)))
+        return json.loads(client.blocking_key_value_get(key, round(1000 * _joined.barrier_timeout_s)))
     except jax.errors.JaxRuntimeError:
         raise RuntimeError(f"process 0 said nothing within {_joined.barrier_timeout_s:g} s; see its log") from None
 
@@ -138,12 +139,14 @@ def fetch(tree: Any) -> Any:
 
 def agree(yes: bool) -> bool:
     """Return whether all processes say yes. All call it in the same order."""
-    return yes if global_state.client is None else bool(multihost_utils.process_allgather(np.asarray(yes)).all())
+    return yes if coordination_client() is None else bool(multihost_utils.process_allgather(np.asarray(yes)).all())
 
 
 def share(tree: Any) -> Any:
-    """Process 0's host arrays on all processes: what each computes for itself may differ in its rounding."""
-    return tree if global_state.client is None else jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+    """Return process 0's host arrays on all processes; results computed on each may differ in their rounding."""
+    if coordination_client() is None:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def agree_to_stop(step: int, requested: bool) -> bool:
@@ -155,18 +158,18 @@ def agree_to_stop(step: int, requested: bool) -> bool:
     Args:
       requested: this process was asked to stop, now or earlier.
     """
-    if global_state.client is None:
+    if (client := coordination_client()) is None:
         return requested
     if requested and not _joined.asked_to_stop:
         _joined.asked_to_stop = True
         now = datetime.now(UTC).isoformat()
-        global_state.client.key_value_set(_PREEMPTION_NOTICE, now, allow_overwrite=True)
+        client.key_value_set(_PREEMPTION_NOTICE, now, allow_overwrite=True)
     return multihost_utils.reached_preemption_sync_point(step)
 
 
 def _check_count(group: rendezvous.Group) -> None:
     """Refuses processes that were told different numbers of processes, on all of them; JAX doesn't notice."""
-    client, folder = global_state.client, "clip_har_jax/num_processes/"
+    client, folder = coordination_client(), "clip_har_jax/num_processes/"
     assert client is not None
     client.key_value_set(f"{folder}{group.process_id}", str(group.num_processes))
     barrier("counted")

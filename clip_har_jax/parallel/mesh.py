@@ -7,7 +7,6 @@ from jax.sharding import AxisType, Mesh
 
 from clip_har_jax.config import MeshConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.parallel.topology import find_chip
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -46,8 +45,3 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = mesh_shape(config, len(devices or jax.devices()))
     auto = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Return the chip's nominal dense bfloat16 FLOP/s; None where it isn't known."""
-    return chip.peak_flops if (chip := find_chip(device)) else None

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import jax
-from jax._src import cloud_tpu_init
-from jax._src.clusters import ClusterEnv
 
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
+from clip_har_jax.parallel import jax_private
 
 _CLIENT_SLACK_S = 5  # JAX's client waits this much longer than it was told
 
@@ -136,19 +135,18 @@ def _jax_knows_the_cluster() -> bool:
     return (
         "SLURM_STEP_NODELIST" in os.environ
         or "OMPI_MCA_orte_hnp_uri" in os.environ
-        or cloud_tpu_init.running_in_cloud_tpu_vm
+        or jax_private.is_cloud_tpu()
         or (many_pods and package is not None and package.origin is not None)  # else our own folder of that name
     )
 
 
 def _detect(address: str | None, timeout_s: int) -> tuple[str | None, int | None, int | None, tuple[int, ...] | None]:
     """What JAX's cluster detection finds: coordinator's address, number of processes, process id, local device ids."""
-    ask = ClusterEnv.auto_detect_unset_distributed_params
     try:
         # First without the address: finding it may take a while, and a single process doesn't need it.
-        _, count, index, local = ask(address or "unknown", None, None, None, None, timeout_s)
+        _, count, index, local = jax_private.detect_cluster(address or "unknown", None, None, None, timeout_s)
         if address is None and count is not None and count > 1:
-            address, *_ = ask(None, count, index, local, None, timeout_s)
+            address, *_ = jax_private.detect_cluster(None, count, index, local, timeout_s)
     except (RuntimeError, ValueError, LookupError, OSError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"JAX's cluster detection: {message} (JAX_NUM_PROCESSES=1 for one process)") from error

@@ -17,9 +17,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from clip_har_jax.config import MeshConfig, RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.flops import matmul_flops
 from clip_har_jax.parallel.mesh import AXES, make_mesh
 from clip_har_jax.parallel.topology import Chip, find_chip, memory_bytes, tpu_devices
-from clip_har_jax.planning.flops import matmul_flops
 from clip_har_jax.planning.hlo import Traffic, read_traffic
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.program import Program

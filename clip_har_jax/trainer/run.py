@@ -19,7 +19,8 @@ from clip_har_jax.files import is_local, write_json
 from clip_har_jax.models.factory import Start, start_params
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed, sharding
-from clip_har_jax.parallel.mesh import make_mesh, peak_flops
+from clip_har_jax.parallel.mesh import make_mesh
+from clip_har_jax.parallel.topology import find_chip
 from clip_har_jax.trainer.artifacts import write_examples
 from clip_har_jax.trainer.initial_params import fit_to_features, start_embeddings
 from clip_har_jax.trainer.run_data import Data
@@ -160,7 +161,8 @@ class Run:
         rows = sharding.batch_sharding(self.mesh)
         # With a frozen text tower the class embeddings never change: they are computed once.
         classes = ClassInputs(*self.prompts, None) if self.program.trains_text else self.classes(state.params)
-        peak = peak_flops(jax.devices()[0])
+        chip = find_chip(jax.devices()[0])
+        peak = chip.peak_flops * jax.device_count() if chip else None
         schedule = Schedule(
             self.num_steps,
             config.train.log_every_steps,
@@ -192,7 +194,7 @@ class Run:
                     schedule,
                     checkpointer,
                     sinks,
-                    Meter(self.program.flops_per_step(len(self.data.texts)), peak and peak * jax.device_count()),
+                    Meter(self.program.flops_per_step(len(self.data.texts)), peak),
                     goodput,
                     SkipGuard(config.train.max_skipped_steps),
                     stop,

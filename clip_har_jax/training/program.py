@@ -13,7 +13,8 @@ from jaxtyping import Int
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.configuration import CLIPConfig, forward_flops
+from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.flops import step_flops
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, axis_names, flat_params
 from clip_har_jax.parallel.sharding import (
@@ -172,16 +173,15 @@ class Program:
         return state, frozen, classes, Batch(struct(image, jnp.uint8, rows), label, mask, label)
 
     def flops_per_step(self, num_prompts: int) -> int:
-        """Of one step's matrix products over all devices: forward, and twice that backward where a tower's kernels are.
-
-        What rematerialisation computes again doesn't count, as is usual for model FLOPs (Chowdhery et al. 2022, B).
-        """
-        kernels = any(name.endswith(".kernel") and not name.startswith("head.") for name in self.trainable)
-        trained = 3 if kernels else 2  # the backward pass has no products for weights that don't change
-        image = forward_flops(self.clip.vision, self.clip.projection_dim) * (trained if self.trains_image else 1)
-        image *= self.num_frames or 1
-        text = trained * forward_flops(self.clip.text, self.clip.projection_dim) if self.trains_text else 0
-        return self.config.train.global_batch_size * image + num_prompts * text
+        """Return the model FLOPs of one training step over all devices, as `step_flops` counts them."""
+        return step_flops(
+            self.clip,
+            self.config.train.global_batch_size * (self.num_frames or 1),
+            num_prompts,
+            trains_image=self.trains_image,
+            trains_text=self.trains_text,
+            trains_kernels=any(name.endswith(".kernel") and not name.startswith("head.") for name in self.trainable),
+        )
 
 
 def _check_accumulation(config: RunConfig, mesh: Mesh) -> None:

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from clip_har_jax.config import MeshConfig, make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.configuration import forward_flops
 from clip_har_jax.models.factory import known_config
+from clip_har_jax.models.flops import forward_flops, matmul_flops
 from clip_har_jax.models.params import init_params
 from clip_har_jax.parallel import topology
 from clip_har_jax.parallel.mesh import make_mesh
@@ -37,7 +37,6 @@ from clip_har_jax.planning.cost import (
     read_memory,
     refused_bytes,
 )
-from clip_har_jax.planning.flops import matmul_flops
 from clip_har_jax.planning.hlo import Collective, Traffic, read_traffic
 from clip_har_jax.planning.plan import plan, print_plan
 from tests.support.model_folders import write_model

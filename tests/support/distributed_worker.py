@@ -6,17 +6,15 @@ import time
 
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
-from clip_har_jax.parallel import distributed
+from clip_har_jax.parallel import distributed, jax_private
 from clip_har_jax.training.guards import StopSignal
 
 
 def alone():
     """Return a single process: nothing to join, and no device was asked for."""
-    from jax._src import xla_bridge
-
     distributed.barrier("alone", 1)
     seen = {"value": distributed.broadcast([1]), "stop": [distributed.agree_to_stop(i, bool(i)) for i in range(2)]}
-    return seen | {"is_main": distributed.is_main(), "touched_devices": xla_bridge.backends_are_initialized()}
+    return seen | {"is_main": distributed.is_main(), "touched_devices": jax_private.devices_are_initialized()}
 
 
 def talk():

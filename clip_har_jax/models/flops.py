@@ -1,0 +1,84 @@
+"""Floating-point operations (FLOPs) of matrix products, in the two ways that the field counts them.
+
+Model FLOPs follow from the sizes of the model and leave out what rematerialisation computes again (Chowdhery et al.
+2022, appendix B); the MFU is defined by them. The FLOPs of a program are counted in its jaxpr and include
+rematerialisation; the time of a step follows from them. XLA's `cost_analysis` counts the body of a scan only once.
+Everywhere a multiply-add counts as 2, and only matrix products count.
+"""
+
+import math
+from typing import Any
+
+from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+
+
+def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
+    """Return the model FLOPs of the forward pass of one image or text."""
+    dim = tower.hidden_size
+    if isinstance(tower, VisionConfig):
+        tokens = tower.num_patches + 1
+        embedding = 2 * tower.num_patches * 3 * tower.patch_size**2 * dim
+    else:
+        tokens, embedding = tower.context_length, 0
+    linear_layers = 2 * tokens * (4 * dim * dim + 2 * dim * tower.intermediate_size)
+    attention = 2 * 2 * tokens * tokens * dim
+    return embedding + tower.num_layers * (linear_layers + attention) + 2 * dim * projection_dim
+
+
+def step_flops(
+    clip: CLIPConfig,
+    num_images: int,
+    num_prompts: int,
+    *,
+    trains_image: bool,
+    trains_text: bool,
+    trains_kernels: bool,
+) -> int:
+    """Return the model FLOPs of one training step over all devices.
+
+    A backward pass takes twice the forward pass where the kernels of a tower are trained, and as much as the forward
+    pass where only its other parameters are: then there are no products for the gradients of kernels.
+
+    Args:
+      clip: the sizes of the model.
+      num_images: of the global batch; of clips, all their frames.
+      num_prompts: texts that the step encodes.
+      trains_image: some of the image tower is trained; otherwise it only runs forward.
+      trains_text: some of the text tower is trained; otherwise no texts are encoded in the step.
+      trains_kernels: some of what is trained are kernels of a tower.
+    """
+    passes = 3 if trains_kernels else 2
+    image = forward_flops(clip.vision, clip.projection_dim) * (passes if trains_image else 1)
+    text = forward_flops(clip.text, clip.projection_dim) * passes if trains_text else 0
+    return num_images * image + num_prompts * text
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """Return the FLOPs of one run of a program over all devices, rematerialisation included.
+
+    Of a conditional the most expensive branch counts; the body of a loop of unknown length counts once.
+
+    Args:
+      jaxpr: a `ClosedJaxpr` or `Jaxpr`, from `jax.make_jaxpr(f)(x)` or `jax.jit(f).trace(x).jaxpr`.
+    """
+    total = 0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[dim] for dim in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        elif name == "cond":
+            total += max(matmul_flops(branch) for branch in params["branches"])
+        else:
+            times = params["length"] if name == "scan" else 1
+            if name == "shard_map":  # its body is the program of one device
+                axes = next(value for key, value in params.items() if key.endswith("manual_axes"))
+                times = math.prod(params["mesh"].shape[axis] for axis in axes)
+            total += times * sum(matmul_flops(inner) for inner in _inner_jaxprs(params))
+    return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+    """Return the jaxprs among the parameters of an equation."""
+    return [value for value in params.values() if hasattr(getattr(value, "jaxpr", value), "eqns")]
