@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from clip_har_jax import heatmap
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from serving.problems import Problem
 from serving.telemetry import Metrics, log
@@ -77,12 +78,8 @@ def _warm() -> None:
 
 def overlay(pixels: np.ndarray, heat: np.ndarray) -> bytes:
     """Return a PNG of the image, dark where nothing speaks for the class and reddish where much does."""
-    height, width = pixels.shape[:2]
-    smooth = Image.fromarray(heat).resize((width, height), Image.Resampling.BICUBIC)
-    weight = np.clip(np.asarray(smooth), 0, 1)[..., None]
-    dark, warm = 0.35 * pixels, 0.6 * pixels + 0.4 * np.asarray([255, 70, 30])
     buffer = io.BytesIO()
-    Image.fromarray((dark + weight * (warm - dark)).astype(np.uint8)).save(buffer, "PNG")
+    Image.fromarray(heatmap.overlay(pixels, heat)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

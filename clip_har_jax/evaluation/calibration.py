@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
-from clip_har_jax.evaluation.metrics import NUM_BINS, log_softmax
+from clip_har_jax.evaluation.metrics import NUM_BINS, confidence_bins, log_softmax, softmax
 
 COVERAGE = 0.9  # of the conformal sets
 WITHHELD = 0.5  # share of the validation mistakes that abstaining keeps back ...
@@ -34,11 +34,6 @@ class Calibration:
     report: dict[str, Any]
 
 
-def softmax(logits: Float[np.ndarray, "n c"]) -> Float64[np.ndarray, "n c"]:
-    """Probabilities in float64."""
-    return np.exp(log_softmax(logits))
-
-
 def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
     """Return the temperature of the least negative log-likelihood (Guo et al. 2017, section 4.2), within
     `TEMPERATURES`.
@@ -60,39 +55,42 @@ def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n
 
 
 def calibration_error(
-    probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], adaptive: bool = False, num_bins: int = NUM_BINS
+    confidence: Float[np.ndarray, " n"],
+    right: Bool[np.ndarray, " n"],
+    adaptive: bool = False,
+    num_bins: int = NUM_BINS,
 ) -> float:
     """Return the expected calibration error of the top class.
 
     Args:
-      probs: class probabilities.
-      label: the true classes.
-      adaptive: bins of as many examples each (Nguyen and O'Connor 2015) rather than of equal width.
-      num_bins: how many.
+      confidence: probability of the predicted class.
+      right: whether the prediction is true.
+      adaptive: use bins of equal counts (Nguyen and O'Connor 2015) instead of equal width.
+      num_bins: number of bins.
     """
-    confidence, right = probs.max(axis=-1), probs.argmax(axis=-1) == label
     if adaptive:
         parts = np.array_split(np.argsort(confidence, kind="stable"), num_bins)
         gaps = [abs(float((right[part] - confidence[part]).sum())) for part in parts]
-        return sum(gaps) / len(label)
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    return float(np.abs(np.bincount(bins, right - confidence, num_bins)).sum() / len(label))
+        return sum(gaps) / len(right)
+    bins = confidence_bins(confidence, num_bins)
+    return float(np.abs(np.bincount(bins, right - confidence, num_bins)).sum() / len(right))
 
 
-def brier_score(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
-    """Squared distance of the probabilities from the truth, summed over classes (Brier 1950): 0 to 2."""
-    truth = np.eye(probs.shape[1])[label]
-    return float(((probs - truth) ** 2).sum(axis=-1).mean())
+def brier_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """Return each example's squared distance from the truth, summed over classes (Brier 1950): 0 to 2."""
+    own = probs[np.arange(len(label)), label].astype(np.float64)
+    return (probs.astype(np.float64) ** 2).sum(axis=-1) - 2 * own + 1
 
 
 def fit_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> dict[str, float]:
-    """How well probabilities fit the truth, by four measures; lower is better."""
+    """Return four measures of how well probabilities fit the truth; lower is better."""
     own = probs[np.arange(len(label)), label].astype(np.float64)
+    confidence, right = probs.max(axis=-1), probs.argmax(axis=-1) == label
     return {
         "nll": float(-np.log(np.maximum(own, np.finfo(np.float64).tiny)).mean()),
-        "ece": calibration_error(probs, label),
-        "ece_adaptive": calibration_error(probs, label, adaptive=True),
-        "brier": brier_score(probs, label),
+        "ece": calibration_error(confidence, right),
+        "ece_adaptive": calibration_error(confidence, right, adaptive=True),
+        "brier": float(brier_scores(probs, label).mean()),
     }
 
 

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from clip_har_jax.evaluation.calibration import calibration_error
-from clip_har_jax.evaluation.metrics import NUM_BINS
+from clip_har_jax.evaluation.report_sums import ReliabilityBins
 
 # What is drawn in the colour on the left becomes the page's variable of that name.
 COLORS = {
@@ -29,6 +28,7 @@ COLORS = {
 }
 SERIES = ("bar", "second", "third", "soft")
 SIZE_IN = (4.6, 3.0)
+MOST_POINTS = 1000  # of a curve over the examples
 MIN_LOG_RATIO = 10  # of the largest value to the smallest
 
 Points = tuple[Sequence[int | float], Sequence[float]]  # x and y
@@ -81,7 +81,7 @@ def _legend(axes: Axes, **options: Any) -> Legend:
 def draw_lines(
     series: Mapping[str, Points], x: str, y: str, description: str, log_y: bool = False, markers: bool = False
 ) -> Markup:
-    """Lines over a common axis; with `log_y` a logarithmic one where the values differ tenfold."""
+    """Draw lines over a common axis; with `log_y` a logarithmic one where the values differ tenfold."""
     figure, axes = chart()
     for (name, (xs, ys)), color in zip(series.items(), SERIES * len(series), strict=False):
         marker = "o" if markers or len(xs) < 12 else None
@@ -101,27 +101,20 @@ def draw_lines(
     return to_svg(figure, description)
 
 
-def draw_reliability(
-    before: Float[np.ndarray, "n c"] | None, after: Float[np.ndarray, "n c"], right: Bool[np.ndarray, " n"]
-) -> Markup:
-    """How often answers of each confidence are right, with temperature and, where it is known, without."""
+def draw_reliability(before: ReliabilityBins | None, after: ReliabilityBins) -> Markup:
+    """Draw how often answers of each confidence are right, with temperature and, if given, without."""
     figure, axes = chart((4.8, 4.2))
     axes.set_position((0.13, 0.12, 0.84, 0.74))
     axes.plot([0, 1], [0, 1], color=COLORS["soft"], linewidth=1, linestyle=(0, (4, 4)))
-    label = np.where(right, after.argmax(axis=-1), -1)
     told = []
-    for name, probs, color in (("without temperature", before, "second"), ("as the model answers", after, "bar")):
-        if probs is None:
+    for name, bins, color in (("without temperature", before, "second"), ("as the model answers", after, "bar")):
+        if bins is None:
             continue
-        confidence = probs.max(axis=-1)
-        bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
-        counts = np.bincount(bins, minlength=NUM_BINS)
-        seen = counts > 0
-        xs, ys = (np.bincount(bins, values, NUM_BINS)[seen] / counts[seen] for values in (confidence, right))
-        ece = calibration_error(probs, label)
-        told.append(f"{name} ECE {ece:.3f}")
-        sizes = 12 + 240 * counts[seen] / counts.sum()
-        axes.scatter(xs, ys, s=sizes, color=COLORS[color], label=f"{name}: ECE {ece:.3f}", alpha=0.8, zorder=3)
+        seen = bins.count > 0
+        xs, ys = (values[seen] / bins.count[seen] for values in (bins.confidence, bins.correct))
+        told.append(f"{name} ECE {bins.ece:.3f}")
+        sizes = 12 + 240 * bins.count[seen] / bins.count.sum()
+        axes.scatter(xs, ys, s=sizes, color=COLORS[color], label=f"{name}: ECE {bins.ece:.3f}", alpha=0.8, zorder=3)
     axes.set(xlabel="how sure the model is", ylabel="how often it is right", xlim=(0, 1.03), ylim=(0, 1.03))
     legend = _legend(axes, loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.2)
     for handle in legend.legend_handles:
@@ -130,13 +123,14 @@ def draw_reliability(
 
 
 def draw_coverage(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"], abstain: float | None) -> Markup:
-    """Accuracy of the answers when only the surest part is given."""
+    """Draw the accuracy of the answers when only the surest part is given."""
     order = np.argsort(-confidence, kind="stable")
     answered = np.arange(1, len(order) + 1)
     accuracy = np.cumsum(right[order]) / answered
     start = min(len(order) - 1, max(0, len(order) // 50 - 1))  # of a handful of answers the line is noise
     figure, axes = chart()
-    axes.plot(answered[start:] / len(order), accuracy[start:], color=COLORS["bar"], linewidth=1.8)
+    points = np.unique(np.linspace(start, len(order) - 1, MOST_POINTS).astype(int))
+    axes.plot(answered[points] / len(order), accuracy[points], color=COLORS["bar"], linewidth=1.8)
     description = f"Accuracy against the share of images answered: {accuracy[-1]:.3f} when all are"
     if abstain is not None and (given := int((confidence >= abstain).sum())):
         axes.plot([given / len(order)], [accuracy[given - 1]], "o", color=COLORS["second"], markersize=8)
@@ -155,7 +149,7 @@ def draw_coverage(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, "
 
 
 def draw_bars(values: Mapping[str, float], x: str, description: str, unit: str = "") -> Markup:
-    """Horizontal bars, each with its value."""
+    """Draw horizontal bars, each with its value."""
     figure = Figure(figsize=(4.6, 0.4 + 0.36 * len(values)))
     axes = figure.add_axes((0.28, 0.3 / (0.4 + 0.36 * len(values)), 0.58, 0.97 - 0.3 / (0.4 + 0.36 * len(values))))
     axes.spines[:].set_visible(False)

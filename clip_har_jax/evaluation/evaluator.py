@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax.batch import Batch
-from clip_har_jax.evaluation.calibration import fit_scores
+from clip_har_jax.evaluation.baselines import accuracy_interval, baselines_of
+from clip_har_jax.evaluation.calibration import brier_scores, calibration_error
 from clip_har_jax.evaluation.metrics import ClassificationState
-from clip_har_jax.evaluation.result import EvalResult, Predictions, Shown
+from clip_har_jax.evaluation.result import EvalResult, Predictions, Scores, Shown
 
 
 def evaluate(
-    logits_fn: Callable[[Batch], np.ndarray], batches: Iterable[Batch], labels: Sequence[str], num_shown: int = 0
+    logits_fn: Callable[[Batch], np.ndarray],
+    batches: Iterable[Batch],
+    labels: Sequence[str],
+    num_shown: int = 0,
+    sinks: Sequence[Callable[[Predictions], None]] = (),
 ) -> EvalResult:
     """Evaluate in one pass.
 
@@ -22,14 +27,17 @@ def evaluate(
       batches: each example in one row of mask 1; rows of mask 0 (padding, unreadable images) count nowhere.
       labels: the names of the c classes.
       num_shown: how many confident mistakes, uncertain hits and random examples each to keep with their images.
+      sinks: take each batch's predictions. With a sink no logits are kept: memory grows by 28 bytes an example.
 
     Raises:
       UserError: no example could be read, or logits that aren't finite.
     """
     state = ClassificationState.empty(len(labels))
-    parts: list[Predictions] = []
+    kept: list[Predictions] = []
+    sinks = sinks or (kept.append,)
+    scores: list[Scores] = []
     shown: dict[str, list[Shown]] = {name: [] for name in KEPT}
-    unreadable = 0
+    unreadable, brier = 0, 0.0
     for batch in batches:
         label, mask, index = (np.asarray(values) for values in (batch.label, batch.mask, batch.index))
         logits = np.asarray(logits_fn(batch))
@@ -37,16 +45,22 @@ def evaluate(
         state = state.update(logits, label, mask)
         unreadable += int(((mask == 0) & (index >= 0)).sum())
         part, rows = _predictions(logits, label, index, mask > 0)
-        parts.append(part)
+        scores.append(part.scores)
+        brier += float(brier_scores(part.probs, part.label).sum())
+        for sink in sinks:
+            sink(part)
         if num_shown:
             for name, (wanted, order) in KEPT.items():
                 shown[name] = sorted([*shown[name], *_shown(part, batch.image, rows, wanted)], key=order)[:num_shown]
-    metrics = state.compute(labels) | {"num_unreadable": unreadable}
-    predictions = _join(parts)
-    for name in ("ece_adaptive", "brier"):
-        metrics[name] = fit_scores(predictions.probs, predictions.label)[name]
-    kept = {name: tuple(examples) for name, examples in shown.items()}
-    return EvalResult(tuple(labels), metrics, state.confusion, predictions, **kept)
+    metrics = state.compute(labels) | {"num_unreadable": unreadable, "baselines": baselines_of(state)}
+    correct = round(metrics["top1"] * metrics["num_examples"])
+    metrics["top1_interval"] = list(accuracy_interval(correct, metrics["num_examples"]))
+    joined = Scores.join(scores)
+    metrics["ece_adaptive"] = calibration_error(joined.score, joined.rank == 0, adaptive=True)
+    metrics["brier"] = brier / metrics["num_examples"]
+    examples = {name: tuple(found) for name, found in shown.items()}
+    predictions = Predictions.join(kept) if kept else None
+    return EvalResult(tuple(labels), metrics, state.confusion, joined, predictions, **examples)
 
 
 def _predictions(
@@ -90,9 +104,3 @@ KEPT: dict[str, tuple[Callable[[Predictions], np.ndarray], Callable[[Shown], Any
     "unsure": (lambda part: part.predicted == part.label, lambda example: (example.score, example.index)),
     "sample": (lambda part: part.index >= 0, _lot),
 }
-
-
-def _join(parts: Sequence[Predictions]) -> Predictions:
-    order = np.argsort(np.concatenate([part.index for part in parts]), kind="stable")
-    fields = ("index", "label", "predicted", "logits")
-    return Predictions(*(np.concatenate([getattr(part, name) for part in parts])[order] for name in fields))

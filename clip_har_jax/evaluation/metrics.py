@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int32, Int64
+from scipy.sparse import coo_array, csr_array
 
 from clip_har_jax.errors import UserError
 
@@ -18,18 +19,35 @@ def log_softmax(logits: Float[np.ndarray, "b c"]) -> Float64[np.ndarray, "b c"]:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def softmax(logits: Float[np.ndarray, "b c"]) -> Float64[np.ndarray, "b c"]:
+    """Return probabilities in float64."""
+    return np.exp(log_softmax(logits))
+
+
+def rank_of_label(values: Float[np.ndarray, "b c"], label: Int[np.ndarray, " b"]) -> Int32[np.ndarray, " b"]:
+    """Return the position of the true class by falling logit or probability; of equal ones, the first class leads."""
+    own = values[np.arange(len(label)), label][:, None]
+    earlier = np.arange(values.shape[1]) < label[:, None]
+    return ((values > own) | ((values == own) & earlier)).sum(axis=-1).astype(np.int32)
+
+
+def confidence_bins(confidence: Float[np.ndarray, " b"], num_bins: int = NUM_BINS) -> Int64[np.ndarray, " b"]:
+    """Return the bin of equal width in which each confidence lies; a bin holds its upper bound."""
+    return np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+
+
 @dataclass(frozen=True)
 class ClassificationState:
     """Sums from which the metrics follow; those of two sets of examples add up to those of both.
 
     Attributes:
-      confusion: number of examples by true class (row) and predicted class (column).
+      confusion: number of examples by true class (row) and predicted class (column), [c, c]; sparse.
       in_top5: number of examples whose class is among the 5 most probable.
       nll: sum of the negative log-likelihoods, in nats.
       bin_count, bin_correct, bin_confidence: examples, right ones and summed confidence in each calibration bin.
     """
 
-    confusion: Int64[np.ndarray, "c c"]
+    confusion: csr_array
     in_top5: int
     nll: float
     bin_count: Int64[np.ndarray, " bins"]
@@ -40,7 +58,7 @@ class ClassificationState:
     def empty(cls, num_classes: int) -> "ClassificationState":
         """Return the state of no examples."""
         counts = np.zeros(NUM_BINS, np.int64)
-        return cls(np.zeros((num_classes, num_classes), np.int64), 0, 0.0, counts, counts, np.zeros(NUM_BINS))
+        return cls(csr_array((num_classes, num_classes), dtype=np.int64), 0, 0.0, counts, counts, np.zeros(NUM_BINS))
 
     @property
     def num_examples(self) -> int:
@@ -59,16 +77,13 @@ class ClassificationState:
         if not np.isfinite(logits).all():
             raise UserError("the model's logits hold NaN or infinity: its weights are damaged, or training diverged")
         log_probs, rows = log_softmax(logits), np.arange(len(label))
-        predicted, own = logits.argmax(axis=-1), logits[rows, label][:, None]
-        earlier = np.arange(logits.shape[1]) < label[:, None]
-        rank = ((logits > own) | ((logits == own) & earlier)).sum(axis=-1)
+        predicted = logits.argmax(axis=-1)
         confidence = np.exp(log_probs[rows, predicted])
-        bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
-        confusion = np.zeros_like(self.confusion)
-        np.add.at(confusion, (label, predicted), 1)
+        bins = confidence_bins(confidence)
+        ones = np.ones(len(label), np.int64)
         batch = ClassificationState(
-            confusion,
-            int((rank < 5).sum()),
+            coo_array((ones, (label, predicted)), self.confusion.shape).tocsr(),
+            int((rank_of_label(logits, label) < 5).sum()),
             float(-log_probs[rows, label].sum()),
             np.bincount(bins, minlength=NUM_BINS),
             np.bincount(bins[predicted == label], minlength=NUM_BINS),
@@ -100,7 +115,7 @@ class ClassificationState:
         if total == 0:
             raise UserError("no examples to evaluate on: none could be read")
         support, predicted = self.confusion.sum(axis=1), self.confusion.sum(axis=0)
-        correct = np.diag(self.confusion)
+        correct = self.confusion.diagonal()
         precision, recall = correct / np.maximum(predicted, 1), correct / np.maximum(support, 1)
         f1 = 2 * correct / np.maximum(support + predicted, 1)
         columns = zip(labels, precision, recall, f1, support, strict=True)

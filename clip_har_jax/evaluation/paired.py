@@ -2,16 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.report import HEADLINES, templates
-from clip_har_jax.evaluation.significance import bootstrap_intervals, holm, mcnemar, measures, paired_differences
+from clip_har_jax.evaluation.output import GROUP_VALUES
+from clip_har_jax.evaluation.pages import templates
+from clip_har_jax.evaluation.report import HEADLINES
+from clip_har_jax.evaluation.result import Scores
+from clip_har_jax.evaluation.significance import (
+    bootstrap_intervals,
+    headline_metrics,
+    holm,
+    mcnemar,
+    paired_differences,
+)
 from clip_har_jax.files import write_json, write_text
 
 ALPHA = 0.05
@@ -19,13 +27,12 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation wrote to its predictions.parquet, in the order of the inputs' names."""
+    """The contents of a predictions.parquet, in the order of the inputs' names."""
 
     name: str
     labels: tuple[str, ...]
     inputs: tuple[str, ...]
-    label: Int[np.ndarray, " n"]
-    probs: Float[np.ndarray, "n c"]
+    scores: Scores
 
 
 def read_predictions(folder: str) -> Evaluation:
@@ -39,18 +46,23 @@ def read_predictions(folder: str) -> Evaluation:
 
     path = Path(folder) / "predictions.parquet"
     try:
-        table = pq.read_table(path)
-        labels = tuple(json.loads(table.schema.metadata[b"labels"]))
+        file = pq.ParquetFile(path)
+        labels = tuple(json.loads(file.schema_arrow.metadata[b"labels"]))
         index = {label: i for i, label in enumerate(labels)}
-        inputs = table["input"].to_pylist()
-        label = np.asarray([index[name] for name in table["label"].to_pylist()], np.int64)
-        probs = np.asarray(table["probs"].combine_chunks().flatten(), np.float32).reshape(len(label), len(labels))
+        inputs: list[str] = []
+        parts: list[Scores] = []
+        for rows in file.iter_batches(max(1, GROUP_VALUES // len(labels))):
+            label = np.asarray([index[name] for name in rows["label"].to_pylist()], np.int64)
+            probs = np.asarray(rows["probs"].flatten(), np.float32).reshape(len(label), len(labels))
+            parts.append(Scores.of_probs(label, probs))
+            inputs += rows["input"].to_pylist()
     except FileNotFoundError as error:
         raise UserError(f"--compare: {path}: no such file; write it with --model, --data and --output") from error
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         raise UserError(f"--compare: {path}: not the predictions of an evaluation; write them again") from error
-    order = sorted(range(len(inputs)), key=inputs.__getitem__)
-    return Evaluation(folder, labels, tuple(inputs[i] for i in order), label[order], probs[order])
+    order = np.asarray(sorted(range(len(inputs)), key=inputs.__getitem__))
+    columns = (np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Scores))
+    return Evaluation(folder, labels, tuple(inputs[i] for i in order), Scores(*columns))
 
 
 def check_pair(first: Evaluation, other: Evaluation) -> None:
@@ -62,7 +74,7 @@ def check_pair(first: Evaluation, other: Evaluation) -> None:
     for what, a, b in (
         ("actions", first.labels, other.labels),
         ("images", first.inputs, other.inputs),
-        ("true actions", tuple(first.label), tuple(other.label)),
+        ("true actions", tuple(first.scores.label), tuple(other.scores.label)),
     ):
         if a != b:
             raise UserError(
@@ -86,25 +98,29 @@ def compare_evaluations(folders: Sequence[str], output: str | Path) -> dict[str,
             "--compare: name two folders or more, divided by commas, e.g. --compare=runs/a/test,runs/b/test"
         )
     evaluations = [read_predictions(folder) for folder in folders]
-    first, everything = evaluations[0], np.arange(len(evaluations[0].label))
+    first, count = evaluations[0], len(evaluations[0].labels)
+    everything = np.arange(len(first.inputs))
     runs: list[dict[str, Any]] = []
     for one in evaluations:
         check_pair(first, one)
         found: dict[str, Any] = {
             "name": one.name,
-            "metrics": measures(one.probs, one.label)(everything),
-            "intervals": bootstrap_intervals(one.probs, one.label),
+            "metrics": {
+                name: float(value)
+                for (name, _, _), value in zip(HEADLINES, headline_metrics(one.scores, count)(everything), strict=True)
+            },
+            "intervals": bootstrap_intervals(one.scores, count),
         }
         if one is not first:
-            right = [part.probs.argmax(axis=-1) == part.label for part in (first, one)]
+            right = [part.scores.rank == 0 for part in (first, one)]
             found["only_first"], found["only_this"], found["p_value"] = mcnemar(*right)
-            found["differences"] = paired_differences(first.probs, one.probs, one.label)
+            found["differences"] = paired_differences(first.scores, one.scores, count)
         runs.append(found)
     corrected = holm({str(i): run["p_value"] for i, run in enumerate(runs[1:], 1)})
     for i, run in enumerate(runs[1:], 1):
         run["p_corrected"] = corrected[str(i)]
         run["verdict"] = _verdict(run, runs[0])
-    result = {"num_examples": len(first.label), "runs": runs}
+    result = {"num_examples": len(first.inputs), "runs": runs}
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         page = templates().get_template("compare.html").render(headlines=HEADLINES, **result)
@@ -116,7 +132,7 @@ def compare_evaluations(folders: Sequence[str], output: str | Path) -> dict[str,
 
 
 def _verdict(run: dict[str, Any], first: dict[str, Any]) -> str:
-    """What the test says, in words."""
+    """Say in words what the test found."""
     difference = run["differences"]["top1"][0]
     if run["p_corrected"] >= ALPHA:
         return (
@@ -128,7 +144,7 @@ def _verdict(run: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def print_result(result: dict[str, Any], output: str | Path) -> None:
-    """Return a short table of all, and what the tests say."""
+    """Print a short table of all, and what the tests found."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

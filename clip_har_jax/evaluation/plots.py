@@ -12,11 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
+from scipy.sparse import csr_array
 
 LIGHT = {"page": "#ffffff", "ink": "#1c2430", "low": "#f2f5f9", "high": "#0b4f9c", "on_high": "#ffffff"}
 DARK = {"page": "#161b22", "ink": "#e2e8f0", "low": "#1f2630", "high": "#7cc0ff", "on_high": "#0b1117"}
 MAX_COUNTED_CLASSES = 40  # above, the cells are too small for numbers
 MAX_NAMED_CLASSES = 150  # above, no name could be read
+MAX_DRAWN_CLASSES = 2000  # above, each point stands for several
 MAX_SIDE_IN = 24.0
 PAGE_IN = 10.0  # what is larger is made smaller to fit a page
 MAX_LABEL_LENGTH = 28
@@ -29,19 +31,31 @@ FALLBACK_FONTS = (  # of scripts that matplotlib's own font lacks
 )
 
 
-def draw_confusion(
-    confusion: Int[np.ndarray, "c c"], labels: Sequence[str], dark: bool = False, normalized: bool = False
-) -> bytes:
-    """Return a confusion matrix as a PNG: colour is the share of the true class, numbers are examples or percent of
-    it.
+def draw_confusion(confusion: csr_array, labels: Sequence[str], dark: bool = False, normalized: bool = False) -> bytes:
+    """Return a confusion matrix as a PNG: colour is the share of the true class, numbers are examples or percent of it.
+
+    Args:
+      confusion: number of examples by true (row) and predicted (column) class, [c, c].
+      labels: of the classes.
+      dark: for a dark page.
+      normalized: numbers are percent of the row.
     """
     installed = {font.name for font in fontManager.ttflist}
     with rc_context({"font.family": ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]}):
-        return _draw_confusion(confusion, labels, DARK if dark else LIGHT, normalized)
+        return _draw_confusion(_summed(confusion), labels, DARK if dark else LIGHT, normalized)
+
+
+def _summed(confusion: csr_array) -> Int[np.ndarray, "s s"]:
+    """Return the matrix; of too many classes, the sums of blocks of neighbouring ones."""
+    cells, width = confusion.tocoo(), -(-confusion.shape[0] // MAX_DRAWN_CLASSES)
+    side = -(-confusion.shape[0] // width)
+    summed = np.zeros((side, side), np.int64)
+    np.add.at(summed, tuple(axis // width for axis in cells.coords), cells.data)
+    return summed
 
 
 def _draw_confusion(
-    confusion: Int[np.ndarray, "c c"], labels: Sequence[str], colors: dict[str, str], normalized: bool
+    confusion: Int[np.ndarray, "s s"], labels: Sequence[str], colors: dict[str, str], normalized: bool
 ) -> bytes:
     count = len(labels)
     side = min(count * (0.44 if count <= MAX_COUNTED_CLASSES else 0.17), MAX_SIDE_IN)

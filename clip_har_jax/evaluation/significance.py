@@ -1,66 +1,120 @@
-"""How sure a figure is, and whether one model is better than another, from the predictions on the same examples."""
+"""Intervals of figures and tests between models, from the predictions on the same examples."""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 
-from clip_har_jax.evaluation.calibration import calibration_error
+from clip_har_jax.evaluation.calibration import confidence_bins
+from clip_har_jax.evaluation.metrics import NUM_BINS
+from clip_har_jax.evaluation.result import Scores
 
 RESAMPLES = 1000
+LEVEL = 0.95
+MOST_DRAWN = 10_000_000  # indices held at once
 HEADLINES = ("top1", "top5", "macro_f1", "nll", "ece")
+ECE = HEADLINES.index("ece")
 
-Measures = dict[str, float]
 
+def headline_metrics(scores: Scores, num_classes: int) -> Callable[[Int[np.ndarray, " n"]], Float64[np.ndarray, " 5"]]:
+    """Return a function from rows, which may repeat, to the metrics in `HEADLINES` of those examples."""
+    right = scores.rank == 0
+    columns = right, scores.rank < 5, scores.nll, confidence_bins(scores.score), right - scores.score.astype(np.float64)
+    label, predicted = scores.label, scores.predicted
 
-def measures(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> Callable[[np.ndarray], Measures]:
-    """Return a function from rows, which may repeat, to the headline metrics of those examples."""
-    count, classes = probs.shape
-    own = probs[np.arange(count), label]
-    earlier = np.arange(classes) < label[:, None]
-    rank = ((probs > own[:, None]) | ((probs == own[:, None]) & earlier)).sum(axis=-1)
-    predicted = probs.argmax(axis=-1)
-    nll, pair = -np.log(np.maximum(own.astype(np.float64), 1e-300)), label * classes + predicted
-    confidence = probs.max(axis=-1)[:, None]  # the calibration error looks at the top class alone
-    top = np.concatenate([confidence, np.zeros_like(confidence)], axis=1)
-    wrong = (rank > 0).astype(np.int64)
-
-    def compute(rows: np.ndarray) -> Measures:
-        confusion = np.bincount(pair[rows], minlength=classes * classes).reshape(classes, classes)
-        support, given = confusion.sum(axis=1), confusion.sum(axis=0)
-        f1 = 2 * np.diag(confusion) / np.maximum(support + given, 1)
-        return {
-            "top1": float((rank[rows] == 0).mean()),
-            "top5": float((rank[rows] < 5).mean()),
-            "macro_f1": float(f1[support + given > 0].mean()),
-            "nll": float(nll[rows].mean()),
-            "ece": calibration_error(top[rows], wrong[rows]),
-        }
+    def compute(rows: Int[np.ndarray, " n"]) -> Float64[np.ndarray, " 5"]:
+        first, among5, nll, bins, gap = (column[rows] for column in columns)
+        own = label[rows]
+        hits, support, given = (np.bincount(each, minlength=num_classes) for each in (own[first], own, predicted[rows]))
+        seen = support + given > 0
+        macro_f1 = (2 * hits[seen] / (support + given)[seen]).mean()
+        ece = np.abs(np.bincount(bins, gap, NUM_BINS)).sum() / len(rows)
+        return np.asarray([first.mean(), among5.mean(), macro_f1, nll.mean(dtype=np.float64), ece])
 
     return compute
 
 
-def bootstrap_intervals(
-    probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """95% percentile intervals of the headline metrics, by drawing the examples again (Efron 1979).
+def _bootstrap(
+    compute: Callable[[Int[np.ndarray, " n"]], Float64[np.ndarray, " 5"]], count: int, resamples: int, seed: int
+) -> Float64[np.ndarray, "5 r"]:
+    """Return the metrics of resamples of `count` examples, drawn with replacement (Efron 1979)."""
+    from scipy.stats import bootstrap
 
-    That of the calibration error is shifted back by the bootstrap's own bias: with bins, resampling adds to it.
+    def statistic(rows: np.ndarray, axis: int) -> np.ndarray:
+        flat = np.moveaxis(rows, axis, -1).reshape(-1, count)
+        return np.stack([compute(each) for each in flat], axis=-1).reshape(len(HEADLINES), *rows.shape[:-1])
+
+    found = bootstrap(
+        (np.arange(count),),
+        statistic,
+        n_resamples=resamples,
+        batch=max(1, MOST_DRAWN // count),
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return found.bootstrap_distribution
+
+
+def _interval(values: Float64[np.ndarray, " r"]) -> tuple[float, float]:
+    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return float(low), float(high)
+
+
+def bootstrap_intervals(
+    scores: Scores, num_classes: int, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Return 95% percentile intervals of the headline metrics.
+
+    The interval of the calibration error is shifted back by the bootstrap's own bias: resampling adds to an error that
+    is taken over bins.
     """
-    compute, rng, count = measures(probs, label), np.random.default_rng(seed), len(label)
-    draws = [compute(rng.integers(count, size=count)) for _ in range(resamples)]
-    intervals = {}
-    for name, value in compute(np.arange(count)).items():
-        values = np.asarray([draw[name] for draw in draws])
-        if name == "ece":
-            values = np.maximum(values - (values.mean() - value), 0)
-        low, high = np.quantile(values, (0.025, 0.975))
-        intervals[name] = (float(low), float(high))
-    return intervals
+    compute, count = headline_metrics(scores, num_classes), len(scores.label)
+    draws = _bootstrap(compute, count, resamples, seed)
+    draws[ECE] = np.maximum(draws[ECE] - (draws[ECE].mean() - compute(np.arange(count))[ECE]), 0)
+    return {name: _interval(values) for name, values in zip(HEADLINES, draws, strict=True)}
+
+
+def paired_differences(
+    a: Scores, b: Scores, num_classes: int, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """Return b less a in each headline metric with its 95% interval; each resample draws the same examples for both.
+
+    Args:
+      a: of one model.
+      b: of another, on the same examples in the same order.
+      num_classes: of both.
+    """
+    first, second, count = headline_metrics(a, num_classes), headline_metrics(b, num_classes), len(a.label)
+    values = second(np.arange(count)) - first(np.arange(count))
+    draws = _bootstrap(lambda rows: second(rows) - first(rows), count, resamples, seed)
+    return {
+        name: (float(value), *_interval(drawn)) for name, value, drawn in zip(HEADLINES, values, draws, strict=True)
+    }
+
+
+def mean_interval(values: Float[np.ndarray, " n"], resamples: int = 2000) -> tuple[float, float]:
+    """Return the 95% percentile interval of a mean, from a fixed seed; one value gives itself."""
+    from scipy.stats import bootstrap
+
+    if len(values) == 1 or (values == values[0]).all():
+        return float(values[0]), float(values[0])
+    found = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, MOST_DRAWN // len(values)),
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def mcnemar(right_a: Bool[np.ndarray, " n"], right_b: Bool[np.ndarray, " n"]) -> tuple[int, int, float]:
-    """Examples that only a has right, those that only b has, and the exact two-sided p-value (McNemar 1947)."""
+    """Return the examples that only a has right, those that only b has, and the exact two-sided p-value
+    (McNemar 1947).
+    """
     from scipy.stats import binomtest
 
     only_a, only_b = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
@@ -68,30 +122,11 @@ def mcnemar(right_a: Bool[np.ndarray, " n"], right_b: Bool[np.ndarray, " n"]) ->
     return only_a, only_b, float(p)
 
 
-def paired_differences(
-    a: Float[np.ndarray, "n c"], b: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], seed: int = 0
-) -> dict[str, tuple[float, float, float]]:
-    """b less a in each headline metric, and the 95% interval, drawing the same examples for both."""
-    first, second, rng, count = measures(a, label), measures(b, label), np.random.default_rng(seed), len(label)
-    draws = [_difference(first, second, rng.integers(count, size=count)) for _ in range(RESAMPLES)]
-    found = {}
-    for name, value in _difference(first, second, np.arange(count)).items():
-        low, high = np.quantile([draw[name] for draw in draws], (0.025, 0.975))
-        found[name] = (value, float(low), float(high))
-    return found
-
-
-def _difference(
-    first: Callable[[np.ndarray], Measures], second: Callable[[np.ndarray], Measures], rows: np.ndarray
-) -> Measures:
-    a = first(rows)
-    return {name: value - a[name] for name, value in second(rows).items()}
-
-
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values of several comparisons, corrected for their number (Holm 1979)."""
-    corrected, largest = {}, 0.0
-    for i, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
-        corrected[name] = largest
-    return {name: corrected[name] for name in p_values}
+    """Return the p-values of several comparisons, corrected for their number (Holm 1979)."""
+    from statsmodels.stats.multitest import multipletests
+
+    if not p_values:
+        return {}
+    corrected = multipletests(list(p_values.values()), method="holm")[1]
+    return {name: float(value) for name, value in zip(p_values, corrected, strict=True)}

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.significance import mean_interval
 from clip_har_jax.files import read_object
 
-RESAMPLES = 2000
 RETENTION = "retention.json"  # what a training writes beside its model/
 TIMED = 20  # predictions whose median is the latency
 
@@ -92,7 +92,7 @@ def _check_gain(least: float, candidate: Path, champion: Path) -> Check:
     if ours.keys() != theirs.keys():
         return Check("gain", False, "the two evaluations don't hold the same examples")
     gains = np.array([ours[name] - theirs[name] for name in ours], float)
-    low, high = paired_interval(gains)
+    low, high = mean_interval(gains)
     return Check(
         "gain",
         bool(low > least),
@@ -109,15 +109,6 @@ def _read_hits(folder: Path) -> dict[str, int]:
         name: int(label == predicted)
         for name, label, predicted in zip(table["input"], table["label"], table["predicted"], strict=True)
     }
-
-
-def paired_interval(gains: np.ndarray) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of the mean of paired differences, from a fixed seed."""
-    rng = np.random.default_rng(0)
-    values, counts = np.unique(gains, return_counts=True)  # -1, 0 and 1: a resample is a draw of their counts
-    means = rng.multinomial(len(gains), counts / len(gains), RESAMPLES) @ values / len(gains)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _check_retention(least: float, file: Path) -> Check:

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from clip_har_jax import bundle
+from clip_har_jax import bundle, remote
 from clip_har_jax.errors import UserError
 from clip_har_jax.folders import replacing
 from clip_har_jax.mlops.card import check_card, make_card
@@ -44,21 +44,24 @@ def write_hub_folder(model: Path, metrics: Path | None, repository: str, license
 
 
 def push_folder(folder: Path, repository: str, digest: str, private: bool) -> str:
-    """Pushes a folder in one commit; gives its address.
+    """Push a folder in one commit; return its address.
 
     Raises:
       UserError: the Hub refuses, or can't be reached.
     """
     api = HfApi()
-    try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message=f"Model {digest[:12]}", delete_patterns=["*"]
-        )
-    except HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        advice = "log in by `hf auth login`, or set HF_TOKEN" if status in (401, 403) else "try again"
-        raise UserError(f"--repository={repository}: the Hub refused ({status}); {advice}") from error
-    except Exception as error:  # each HTTP client has its own kinds for a network that isn't there
-        raise UserError(f"--repository={repository}: the Hub can't be reached ({type(error).__name__})") from error
+    service = remote.Service(
+        f"--repository={repository}: the Hub at {api.endpoint}",
+        remote.advise_login("HF_TOKEN", "hf auth login"),
+        is_race=lambda error: getattr(getattr(error, "response", None), "status_code", None) in (409, 412),
+    )
+    service.check_reachable(api.endpoint)
+    service.call(api.create_repo, repository, private=private, exist_ok=True)
+    commit = service.call(
+        api.upload_folder,
+        repo_id=repository,
+        folder_path=folder,
+        commit_message=f"Model {digest[:12]}",
+        delete_patterns=["*"],
+    )
     return str(commit.commit_url)

@@ -7,33 +7,114 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# A server that is down is noticed within seconds instead of four minutes.
+# A server that stops answering is noticed within a minute instead of ten; one that is down, by `check_reachable`.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 if not sys.stderr.isatty():
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-from mlflow import MlflowClient
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient, get_registry_uri, get_tracking_uri
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from clip_har_jax import remote
+from clip_har_jax.files import atomic
 from clip_har_jax.mlops.tracking import FAILED, FINISHED, STOPPED, Handle, Metrics, RunInfo
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # how its database is set up is nothing for a run's screen
 logging.getLogger("alembic").setLevel(logging.WARNING)
 EXPERIMENT = "clip_har_jax"
 BATCH = 100  # parameters that MLflow takes at once
+LOCK_S = 60.0
 LONGEST = 6000  # characters of a parameter's value
 STATUS = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
 
 
-def find_experiment(client: MlflowClient) -> str:
+def is_race(error: Exception) -> bool:
+    """Return whether another process caused the error, so that the same call succeeds later."""
+    text = str(error).lower()
+    return any(part in text for part in ("database is locked", "unique constraint", "duplicate key", "deadlock"))
+
+
+def _is_answer(error: Exception) -> bool:
+    """Return whether an error is the answer to a question: what was asked for is there already, or isn't there."""
+    return getattr(error, "error_code", "") in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+
+
+def _service(uri: str) -> remote.Service:
+    advice = "check MLFLOW_TRACKING_URI, and that the server or the file can be reached"
+    return remote.Service(f"MLflow at {uri}", advice, is_race, _is_answer)
+
+
+def open_client() -> Any:
+    """Return a client of the store that MLFLOW_TRACKING_URI names, whose calls go through `remote`.
+
+    Raises:
+      UserError: the store can't be reached, or isn't one.
+    """
+    uri = get_tracking_uri()
+    service = _service(uri)
+    service.check_reachable(f"{uri.rstrip('/')}/health")
+    for store in {uri, get_registry_uri()}:
+        service.call(_create_store, store)
+    client = service.call(MlflowClient)
+    return remote.Guarded(client, service)
+
+
+def _database(uri: str) -> Path | None:
+    """Return the file of a SQLite store; None: the store is a server, or no file."""
+    if not uri.startswith("sqlite:"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    name = make_url(uri).database
+    return Path(name).absolute() if name and name != ":memory:" else None
+
+
+@contextmanager
+def store_lock(uri: str) -> Iterator[None]:
+    """Keep other processes of this project from changing the same SQLite store; stores on servers need no lock here.
+
+    Raises:
+      UserError: another process holds it for too long.
+    """
+    database = _database(uri)
+    if database is None:
+        yield
+        return
+    try:
+        with FileLock(database.with_name(f".{database.name}.lock"), timeout=LOCK_S):
+            yield
+    except Timeout as error:
+        raise _service(uri).failed(TimeoutError(f"another process has used it for over {LOCK_S:g} s")) from error
+
+
+def _create_store(uri: str) -> None:
+    """Create a SQLite store that isn't there: aside, then renamed, since MLflow's set-up must neither meet a second
+    process nor be killed halfway.
+    """
+    database = _database(uri)
+    if database is None or database.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with store_lock(uri):
+        if database.exists():
+            return
+        with atomic(database) as partial:
+            store = SqlAlchemyStore(f"sqlite:///{partial}", "./mlruns")
+            store.engine.dispose()
+
+
+def find_experiment(client: Any) -> str:
     """Return the id of the experiment, which is made if need be."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     if (found := client.get_experiment_by_name(name)) is not None:
@@ -50,7 +131,7 @@ class Mlflow:
     """One MLflow run, new or continued."""
 
     def __init__(self, info: RunInfo, handle: Handle | None):
-        self.client = MlflowClient()
+        self.client = open_client()
         self.run_id = self._continue(handle) or self._begin(info)
         self.handle: Handle = {"run_id": self.run_id, "tracking_uri": self.client.tracking_uri}
 
@@ -97,14 +178,14 @@ def _entities(step: int, metrics: Metrics) -> list[Metric]:
 
 
 def open_tracker(info: RunInfo, handle: Handle | None) -> Mlflow:
-    """Continues the run of `handle` if the server still has it, else begins one."""
+    """Continue the run of `handle` if the server still has it, else begin one."""
     return Mlflow(info, handle)
 
 
 def sync(
     info: RunInfo, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
 ) -> tuple[str, Handle]:
-    """Hands in what MLflow hasn't got of a run's metrics and folders; says how much that was.
+    """Hand in what MLflow lacks of a run's metrics and folders; return how much that was, in words, and the handle.
 
     Args:
       lines: of metrics.jsonl.

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from clip_har_jax import bundle
+from clip_har_jax import bundle, remote
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import read_object
 from clip_har_jax.folders import replacing
 from clip_har_jax.mlops.gates import RETENTION, Check, Gates, check_evaluation, check_gates, read_metrics
-from clip_har_jax.mlops.mlflow import find_experiment
+from clip_har_jax.mlops.mlflow import find_experiment, open_client, store_lock
 
 NAME = "har"
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -55,18 +54,15 @@ def open_registry(name: str = NAME) -> "ModelRegistry":
     Raises:
       UserError: it can't be reached.
     """
-    client = MlflowClient()
-    try:
-        client.search_registered_models(max_results=1)
-    except MlflowException as error:
-        raise UserError(f"MLflow at {client.tracking_uri} can't be reached: {_line(error)}") from error
+    client = open_client()
+    client.search_registered_models(max_results=1)
     return ModelRegistry(name, client)
 
 
 class ModelRegistry:
     """The versions of one registered model."""
 
-    def __init__(self, name: str, client: MlflowClient):
+    def __init__(self, name: str, client: Any):
         self.name, self._client = name, client
 
     def register(self, model: Path, export: Path | None, evaluation: Path | None) -> RegisteredVersion:
@@ -89,12 +85,19 @@ class ModelRegistry:
         if evaluation is not None:
             metrics = read_metrics(evaluation, digest)
             tags |= {key: f"{metrics[key]:.4f}" for key in ("top1", "macro_f1", "ece") if key in metrics}
-        for version in self.versions():
-            if version.digest == digest and version.tags.get("export_digest") == tags.get("export_digest"):
-                return version
+        if (there := self._find_same(tags)) is not None:
+            return there
         folders = {"model": model, "export": export, "evaluation": evaluation}
         given = {name: folder for name, folder in folders.items() if folder is not None}
         return self._create(digest, given, model.parent / RETENTION, tags)
+
+    def _find_same(self, tags: Mapping[str, str]) -> RegisteredVersion | None:
+        """Return the version of the same model and export, if there is one."""
+        same = ("digest", "export_digest")
+        for version in self.versions():
+            if all(version.tags.get(key) == tags.get(key) for key in same):
+                return version
+        return None
 
     def _create(
         self, digest: str, folders: Mapping[str, Path], retention: Path, tags: Mapping[str, str]
@@ -106,13 +109,15 @@ class ModelRegistry:
         if retention.is_file():
             self._client.log_artifact(run_id, str(retention), place)
         source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
-        try:
-            self._client.create_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        made = self._client.create_model_version(self.name, source, run_id, tags=dict(tags))
-        return self._read(made)
+        with store_lock(self._client.tracking_uri):  # two processes that register the same model make one version
+            try:
+                self._client.create_registered_model(self.name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            if (there := self._find_same(tags)) is not None:
+                return there
+            return self._read(self._client.create_model_version(self.name, source, run_id, tags=dict(tags)))
 
     def _find_run(self, run_id: str | None) -> str | None:
         """Return the training's own run, where this store has it."""
@@ -129,7 +134,7 @@ class ModelRegistry:
         return run.info.run_id
 
     def versions(self) -> list[RegisteredVersion]:
-        """All versions, the newest first."""
+        """Return all versions, the newest first."""
         found = self._client.search_model_versions(f"name = '{self.name}'")
         return sorted((self._read(item) for item in found), key=lambda version: -version.number)
 
@@ -170,7 +175,9 @@ class ModelRegistry:
         raise UserError(f"{self.name!r} has no alias or version {reference!r}; {nearest(reference, there)}")
 
     def promote(self, reference: str, alias: str, gates: Gates) -> list[Check]:
-        """Points an alias to a version that passes the gates.
+        """Point an alias to a version that passes the gates.
+
+        Where another process moves the alias meanwhile, the version is checked again, against the new holder.
 
         Returns:
           What was checked. Where one failed, nothing was changed.
@@ -178,20 +185,28 @@ class ModelRegistry:
         Raises:
           UserError: no such version, or one that was tampered with.
         """
-        version, before = self.find(reference), self._aliases().get(alias)
-        if before == version.number:
-            raise UserError(f"version {version.number} of {self.name!r} is the {alias} already")
-        with tempfile.TemporaryDirectory() as scratch:
-            candidate = self._download(version, Path(scratch) / "candidate")
-            champion = None
-            if before is not None:
-                champion = self._download(self.find(str(before)), Path(scratch) / "champion")
-            checks = check_gates(gates, candidate, champion)
-        if all(check.passed for check in checks):
-            self._point(alias, version, before)
-        return checks
+        version = self.find(reference)
+        while True:
+            before = self._aliases().get(alias)
+            if before == version.number:
+                raise UserError(f"version {version.number} of {self.name!r} is the {alias} already")
+            checks = self._check(version, before, gates)
+            if not all(check.passed for check in checks):
+                return checks
+            with store_lock(self._client.tracking_uri):
+                if self._aliases().get(alias) == before:
+                    self._point(alias, version, before)
+                    return checks
 
-    def compare(self, model: Path, evaluation: Path, alias: str, gates: Gates) -> list[Check]:
+    def _check(self, version: RegisteredVersion, champion: int | None, gates: Gates) -> list[Check]:
+        """Check a version against the gates, and against the version with the number `champion` if there is one."""
+        with tempfile.TemporaryDirectory() as scratch:
+            candidate, holder = self._download(version, Path(scratch) / "candidate"), None
+            if champion is not None:
+                holder = self._download(self.find(str(champion)), Path(scratch) / "champion")
+            return check_gates(gates, candidate, holder)
+
+    def compare_with(self, model: Path, evaluation: Path, alias: str, gates: Gates) -> list[Check]:
         """Check a model that isn't registered yet against an alias's version, by what needs no export.
 
         Raises:
@@ -206,7 +221,7 @@ class ModelRegistry:
             return check_evaluation(gates, evaluation, champion, model.parent / RETENTION)
 
     def point(self, alias: str, version: RegisteredVersion) -> None:
-        """Points an alias to a version without asking anything, as at a challenger."""
+        """Point an alias to a version without a check, such as the challenger's."""
         self._client.set_registered_model_alias(self.name, alias, str(version.number))
 
     def _point(self, alias: str, version: RegisteredVersion, before: int | None) -> None:
@@ -215,7 +230,7 @@ class ModelRegistry:
         self.point(alias, version)
 
     def rollback(self, alias: str) -> RegisteredVersion:
-        """Points an alias back to the version that had it before; that one passed its gates when it was promoted.
+        """Point an alias back to the version that had it before; that one passed its gates when it was promoted.
 
         Raises:
           UserError: the alias points nowhere, or has no earlier version.
@@ -246,8 +261,10 @@ class ModelRegistry:
         try:
             target.mkdir(parents=True)
             folder = Path(download_artifacts(artifact_uri=version.source, dst_path=str(target)))
-        except (OSError, MlflowException) as error:
-            raise UserError(f"version {version.number} of {self.name!r} can't be fetched: {_line(error)}") from error
+        except Exception as error:
+            raise UserError(
+                f"version {version.number} of {self.name!r} can't be fetched: {remote.one_line(error)}"
+            ) from error
         for name, tag in (("model", "digest"), ("export", "export_digest")):
             if tag not in version.tags:
                 continue
@@ -263,12 +280,8 @@ class ModelRegistry:
         return folder
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _run_tags(model: Path) -> dict[str, str]:
-    """What the model's run.json says of where it comes from."""
+    """Return the tags that the model's run.json gives: where it comes from."""
     if not (model / "run.json").is_file():
         return {}
     record = read_object(model / "run.json")

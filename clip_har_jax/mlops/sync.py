@@ -1,4 +1,4 @@
-"""Handing in later what trackers missed: metrics.jsonl and the work folder hold all of it."""
+"""Hand in later what trackers missed: metrics.jsonl and the work folder hold all of it."""
 
 import importlib
 import json
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_har_jax import remote
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.mlops.tracking import STATE, State, check_trackers, read_run_info
 
@@ -14,7 +15,7 @@ SYNCED = ("mlflow", "wandb")  # TensorBoard's files lie in the work folder and m
 
 
 def sync(workdir: str | os.PathLike[str], names: Sequence[str] = ()) -> dict[str, str]:
-    """Brings trackers up to date with a work folder on this machine's disk.
+    """Bring trackers up to date with a work folder on this machine's disk.
 
     Args:
       workdir: of a run that isn't running now.
@@ -44,12 +45,8 @@ def sync(workdir: str | os.PathLike[str], names: Sequence[str] = ()) -> dict[str
     done = {}
     for name in names:
         module = importlib.import_module(f"clip_har_jax.mlops.{name}")
-        try:
-            done[name], handle = module.sync(info, state.get(name).get("handle"), lines, folders)
-        except UserError:
-            raise
-        except Exception as error:  # of a third party: whatever it is, it is said in one line
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{name}: {said[:200]}") from error
+        service = remote.Service(name, "metrics.jsonl keeps everything; run the same command again later")
+        handle = state.get(name).get("handle")
+        done[name], handle = service.call(module.sync, info, handle, lines, folders)
         state.update(name, handle=handle, missed=0)
     return done

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
+from pybreaker import CircuitBreaker, CircuitBreakerError
 
+from clip_har_jax import remote
 from clip_har_jax.config import TRACKERS
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local, write_json
@@ -135,8 +137,9 @@ class State:
 class BackgroundTracker:
     """A tracker behind a bounded queue and a circuit breaker, on a thread of its own.
 
-    After `FAILURES` in a row (the first, where it can't even be opened) nothing is tried for `PAUSE_S`. What doesn't
-    fit the queue, or comes meanwhile, is counted and dropped: metrics.jsonl has it.
+    After `FAILURES` in a row, or the first one where the tracker can't even be opened, nothing is tried for `PAUSE_S`;
+    then one call decides. Records that come meanwhile, or don't fit the queue, are counted and dropped: metrics.jsonl
+    has them.
     """
 
     QUEUE = 2000
@@ -150,7 +153,8 @@ class BackgroundTracker:
         self._make, self._state = make, state
         self._queue: queue.Queue[Callable[[Tracker], None] | str] = queue.Queue(self.QUEUE)
         self._tracker: Tracker | None = None
-        self._failures, self._paused_until, self._moved, self._abandoned = 0, 0.0, time.monotonic(), False
+        self._breaker = CircuitBreaker(self.FAILURES, self.PAUSE_S, throw_new_error_on_trip=False)
+        self._moved, self._abandoned = time.monotonic(), False
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
@@ -163,30 +167,34 @@ class BackgroundTracker:
 
     def _work(self) -> None:
         while not isinstance(call := self._queue.get(), str):
-            if self._abandoned or time.monotonic() < self._paused_until:
+            if self._abandoned:
                 self.missed += 1
             else:
                 self._try(call)
             self._moved = time.monotonic()
-        if self._tracker is not None:  # however it fared: it has files and connections to close
+        if self._tracker is not None:  # even behind an open breaker: it has files and connections to close
             status = call
+            self._breaker.close()
             self._try(lambda tracker: tracker.close(status))
 
     def _try(self, call: Callable[[Tracker], None]) -> None:
         try:
-            if self._tracker is None:
-                self._tracker = self._make(self._state.get(self.name).get("handle"))
-                self._state.update(self.name, handle=self._tracker.handle)
-            call(self._tracker)
-            self._failures = 0
-        except (Exception, SystemExit) as error:  # whatever it is, it is the tracker's own affair
+            self._breaker.call(self._call, call)
+        except CircuitBreakerError:  # open: nothing is tried
             self.missed += 1
-            self._failures += 1
-            if self._tracker is None or self._failures >= self.FAILURES:
-                self._paused_until = time.monotonic() + self.PAUSE_S
+        except (Exception, SystemExit) as error:  # no error of a tracker may end the run
+            self.missed += 1
+            if self._tracker is None:
+                self._breaker.open()
             if not self.error:
-                self.error = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                self.error = remote.one_line(error)
                 print(f"warning: {self.name}: {self.error}; the run goes on", file=sys.stderr, flush=True)
+
+    def _call(self, call: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            self._tracker = self._make(self._state.get(self.name).get("handle"))
+            self._state.update(self.name, handle=self._tracker.handle)
+        call(self._tracker)
 
     def close(self, status: str) -> None:
         """Wait for what is queued as long as it moves, end the tracker, and say what it missed."""

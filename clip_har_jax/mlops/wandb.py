@@ -16,12 +16,14 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 import wandb
 
+from clip_har_jax import remote
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local
 from clip_har_jax.mlops.tracking import FINISHED, Handle, Metrics, RunInfo
 
 PROJECT = "clip_har_jax"
 INIT_TIMEOUT_S = 30.0  # then the run is written offline
+SYNC_TIMEOUT_S = 600.0  # of a folder that was written offline
 
 
 class Wandb:
@@ -34,7 +36,7 @@ class Wandb:
         except Exception as error:  # nothing of the run is lost: it goes to the disk instead
             if mode == "offline":
                 raise
-            print(f"warning: wandb: {str(error).strip().splitlines()[0]}; going on offline", file=sys.stderr)
+            print(f"warning: wandb: {remote.one_line(error)}; going on offline", file=sys.stderr)
             wandb.teardown()
             mode = "offline"
             self._run = self._init(info, mode)
@@ -83,10 +85,14 @@ class Wandb:
         self._run.finish(exit_code=0 if status == FINISHED else 1)
 
 
+def _base_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    host = urlsplit(_base_url()).hostname
     try:
         return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):  # where `wandb login` would have left it
@@ -112,10 +118,14 @@ def sync(
         return "nothing is left offline", handle or {}
     if not _has_key():
         raise UserError("wandb: no key; set WANDB_API_KEY, or run `wandb login`")
+    remote.Service("wandb", "try again later").check_reachable(_base_url())
     for path in left:
         command = [sys.executable, "-m", "wandb", "sync", "--id", info.run_id, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SYNC_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"wandb: {path.name} wasn't uploaded within {SYNC_TIMEOUT_S:g} s; try again") from error
         if done.returncode or not list(path.glob("*.synced")):
             said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"wandb: {path.name} wasn't uploaded: {said[-1]}")
+            raise UserError(f"wandb: {path.name} wasn't uploaded: {remote.without_secrets(said[-1])}")
     return f"{len(left)} offline folders uploaded to run {info.run_id}", handle or {}

@@ -154,7 +154,7 @@ class Auto:
         """Return whether an export is worth its time: the model against the champion, as far as it needs no export."""
         from clip_har_jax.mlops.model_registry import CHAMPION, open_registry
 
-        checks = open_registry(self.settings.name).compare(
+        checks = open_registry(self.settings.name).compare_with(
             self.workdir / "run/model", self.workdir / "test", CHAMPION, self.settings.gates
         )
         result = {check.name: check.detail for check in checks} or {"champion": "none to compare with"}

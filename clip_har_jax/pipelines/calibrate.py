@@ -44,8 +44,8 @@ def calibrate_model(
     backend = JaxBackend(model, (), source.labels, batch_size)
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "bad_inputs.jsonl"
-        rows = run_backend(backend, ClassedSource(source, backend.labels, data), config.data, log).predictions
-    found = calibrate(rows.logits * backend.actions.temperature, rows.label)
+        predictions = run_backend(backend, ClassedSource(source, backend.labels, data), config.data, log).predictions
+    found = calibrate(predictions.logits * backend.actions.temperature, predictions.label)
     actions = replace(backend.actions, temperature=found.temperature, thresholds=found.thresholds)
 
     def fill(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
 from clip_har_jax.data.sources import Example, Source, make_source, manifest_of
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.evaluation.baselines import verdict
 from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.history import read_history
-from clip_har_jax.evaluation.output import write_result
+from clip_har_jax.evaluation.output import predictions_file, write_pages
 from clip_har_jax.evaluation.report import HEADLINES, Details
-from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.evaluation.report_sums import ReportSums
+from clip_har_jax.evaluation.result import EvalResult, Predictions
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.text import phrase
@@ -27,7 +29,7 @@ NUM_SHOWN = 8  # examples of a kind in the report
 
 
 class ClassedSource:
-    """A source under the classes of a model, which remembers the names of what was read.
+    """A source under the classes of a model, which remembers the names of what was read until they are taken.
 
     Raises:
       UserError: an example's label is none of the classes.
@@ -46,6 +48,14 @@ class ClassedSource:
         example = self.source[i]
         self.names[i] = example.name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
         return example._replace(label=int(self.label_ids[i]))
+
+    def take_name(self, i: int) -> str:
+        """Return the name of an example that was read, once: what is written down needn't be held."""
+        return self.names.pop(i)
+
+    def find_name(self, i: int) -> str:
+        """Return the name of an example, which is read again."""
+        return self[i].name.encode(errors="backslashreplace").decode()
 
 
 def _match_labels(source: Source, classes: Sequence[str], where: str) -> np.ndarray:
@@ -106,7 +116,10 @@ def _evaluate_model(
     data_source = make_source(data, "test")
     backend = JaxBackend(model, classes, data_source.labels, batch_size)
     source = ClassedSource(data_source, backend.labels, data)
-    result = run_backend(backend, source, config.data, output / "bad_inputs.jsonl", NUM_SHOWN, num_views)
+    sums = ReportSums(backend.actions.temperature, backend.actions.thresholds)
+    with predictions_file(output / "predictions.parquet", backend.labels, source.take_name) as file:
+        log = output / "bad_inputs.jsonl"
+        result = run_backend(backend, source, config.data, log, NUM_SHOWN, num_views, (file, sums))
     result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
     about = {
         "model": str(backend.path),
@@ -116,18 +129,13 @@ def _evaluate_model(
         "manifest SHA-256": manifest_of(data_source) or "none: the data is no manifest",
         "command": _command(model, data, output, classes, batch_size, max_bad_fraction, num_views),
     }
-    details = Details(
-        backend.actions.temperature,
-        backend.actions.thresholds,
-        _heat_maps(backend, result),
-        read_history(backend.path),
-    )
-    write_result(result, output, [source.names[i] for i in result.predictions.index.tolist()], about, details)
+    details = Details(sums, _heat_maps(backend, result), read_history(backend.path))
+    write_pages(result, output, source.find_name, about, details)
     return result
 
 
 def _heat_maps(backend: JaxBackend, result: EvalResult) -> dict[int, np.ndarray]:
-    """Where the model sees what it predicts, in each example that is shown."""
+    """Return where the model sees what it predicts, in each example that is shown."""
     shown = {one.index: one for one in (*result.mistakes, *result.unsure, *result.sample)}
     heat = backend.explain(np.stack([one.image for one in shown.values()]), [one.predicted for one in shown.values()])
     return dict(zip(shown, heat, strict=True))
@@ -140,8 +148,9 @@ def run_backend(
     log: Path,
     num_shown: int = 0,
     num_views: int | None = None,
+    sinks: Sequence[Callable[[Predictions], None]] = (),
 ) -> EvalResult:
-    """One pass of a model over labelled images, with progress on the terminal.
+    """Pass labelled images through a model, with progress on the terminal.
 
     Args:
       backend: the model.
@@ -150,6 +159,7 @@ def run_backend(
       log: where those are listed.
       num_shown: how many examples of a kind to keep with their images.
       num_views: how often a clip is sampled; None: as the model folder says.
+      sinks: take the predictions of each batch; without one they are kept in the result.
 
     Raises:
       UserError: too many unreadable images.
@@ -161,11 +171,11 @@ def run_backend(
     bad_inputs = BadInputs(source, config.max_bad_fraction, log)
     with eval_batches(source, config, backend.preprocess, batch_size=size, bad_inputs=bad_inputs) as batches:
         shown = _with_progress(batches, -(-len(source) // size))
-        return evaluate(lambda batch: _logits(backend, batch.image), shown, backend.labels, num_shown)
+        return evaluate(lambda batch: _logits(backend, batch.image), shown, backend.labels, num_shown, sinks)
 
 
 def _logits(backend: JaxBackend, images: np.ndarray) -> np.ndarray:
-    """Class logits; of several views of clips, [b, views, frames, ...], those of the mean of their probabilities."""
+    """Return class logits; of clips, [b, views, frames, ...], the logarithm of the views' mean probabilities."""
     if images.ndim < 6:
         return backend.logits(images)
     probs = [backend.predict(images[:, view]) for view in range(images.shape[1])]
@@ -181,7 +191,7 @@ def _command(
     max_bad_fraction: float,
     num_views: int | None,
 ) -> str:
-    """What to type to get the same result."""
+    """Return the command line that gives the same result."""
     flags = [f"--model={model}", f"--data={data}", f"--output={output}"]
     flags += [f"--classes={','.join(classes)}"] if classes else []
     flags += [f"--batch_size={batch_size}", f"--max_bad_fraction={max_bad_fraction:g}"]
@@ -190,7 +200,7 @@ def _command(
 
 
 def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-    """Return a bar on the terminal; nothing where there is none."""
+    """Yield the batches, with a progress bar where there is a terminal."""
     from rich.console import Console
     from rich.progress import track
 
@@ -199,10 +209,11 @@ def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
 
 
 def print_result(result: EvalResult, output: str | Path) -> None:
-    """Return the result and where things lie."""
+    """Print the result and where the files are."""
     metrics, output = result.metrics, Path(output)
     rows = [("images", str(metrics["num_examples"]))]
     if metrics["num_unreadable"]:
         rows.append(("unreadable", f"{metrics['num_unreadable']}, listed in {output / 'bad_inputs.jsonl'}"))
     rows += [(title, f"{metrics[name]:.3f}") for name, title, _ in HEADLINES]
     cli.print_rows([*rows, ("report", str(output / "report.html"))])
+    print(verdict(metrics))

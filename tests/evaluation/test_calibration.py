@@ -91,7 +91,8 @@ def test_the_calibration_error_is_that_of_the_reliability_curve(adaptive: bool, 
         counts = np.histogram(confidence, np.linspace(0, 1, 16))[0]
         weights = counts[counts > 0] / len(label)
     expected = float((weights * np.abs(accuracy - mean)).sum())
-    assert calibration.calibration_error(probs, label, adaptive) == pytest.approx(expected, abs=2e-4)
+    confidence, right = probs.max(axis=-1), probs.argmax(axis=-1) == label
+    assert calibration.calibration_error(confidence, right, adaptive) == pytest.approx(expected, abs=2e-4)
 
 
 def test_scaling_mends_an_overconfident_model() -> None:

@@ -63,7 +63,7 @@ def test_equal_to_scikit_learn(num_classes: int, count: int) -> None:
         assert ours["top5"] == pytest.approx(top5, abs=1e-12)
     else:
         assert ours["top5"] == 1.0
-    np.testing.assert_array_equal(state.confusion, sk.confusion_matrix(label, predicted, labels=all_classes))
+    np.testing.assert_array_equal(state.confusion.toarray(), sk.confusion_matrix(label, predicted, labels=all_classes))
     columns = sk.precision_recall_fscore_support(label, predicted, labels=all_classes, zero_division=0)
     for i, name in enumerate(names(num_classes)):
         wanted = dict(zip(("precision", "recall", "f1", "support"), (column[i] for column in columns), strict=True))

@@ -12,8 +12,9 @@ from scipy.stats import binom
 from clip_har_jax.batch import Batch
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.evaluator import evaluate
-from clip_har_jax.evaluation.output import write_predictions
+from clip_har_jax.evaluation.output import predictions_file
 from clip_har_jax.evaluation.paired import compare_evaluations
+from clip_har_jax.evaluation.result import Scores
 from clip_har_jax.evaluation.significance import holm, mcnemar, paired_differences
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,9 @@ def write(folder: Path, seed: int, skill: float, labels: tuple[str, ...] = LABEL
     batch = Batch(np.zeros((COUNT, 2, 2, 3), np.uint8), label, np.ones(COUNT, np.float32), index)
     result = evaluate(lambda _: logits, [batch], labels)
     folder.mkdir()
-    write_predictions(folder / "predictions.parquet", result, [first_name, *map(str, range(1, COUNT))])
+    names = [first_name, *map(str, range(1, COUNT))]
+    with predictions_file(folder / "predictions.parquet", labels, names.__getitem__) as sink:
+        sink(result.predictions)
     return str(folder)
 
 
@@ -55,7 +58,7 @@ def test_paired_intervals_are_narrower_than_unpaired_ones() -> None:
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     nearly = np.roll(probs, 0, axis=0).copy()
     nearly[:5] = nearly[:5, ::-1]
-    value, low, high = paired_differences(probs, nearly, label)["top1"]
+    value, low, high = paired_differences(*(Scores.of_probs(label, each) for each in (probs, nearly)), 3)["top1"]
     assert low <= value <= high
     assert high - low < 0.03
 

@@ -16,9 +16,10 @@ import pytest
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.significance import mean_interval
 from clip_har_jax.files import write_json
 from clip_har_jax.mlops.card import check_card, make_card
-from clip_har_jax.mlops.gates import Gates, paired_interval
+from clip_har_jax.mlops.gates import Gates
 from clip_har_jax.mlops.model_registry import open_registry
 from tests.support.model_folders import write_model
 
@@ -128,7 +129,7 @@ def test_gates_refuse(registry, good, better, tmp_path):
 def test_the_interval_of_a_gain():
     """Against the formula: mean and standard error of paired differences."""
     gains = np.array([1.0] * 30 + [-1.0] * 10 + [0.0] * 160)
-    low, high = paired_interval(gains)
+    low, high = mean_interval(gains)
     error = gains.std() / np.sqrt(len(gains))
     assert low == pytest.approx(gains.mean() - 1.96 * error, abs=0.01)
     assert high == pytest.approx(gains.mean() + 1.96 * error, abs=0.01)

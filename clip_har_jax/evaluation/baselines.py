@@ -1,0 +1,51 @@
+"""Top-1 accuracy beside what needs no training: chance, the majority class, and the start's zero-shot accuracy."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from clip_har_jax.evaluation.metrics import ClassificationState
+
+TOO_WIDE = 0.2  # a 95% interval wider than this tells little
+
+
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return the 95% interval of a share (Wilson 1927), which also holds for few examples and for shares of 0 or 1."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def baselines_of(state: ClassificationState) -> dict[str, float]:
+    """Return the accuracy of guessing (`chance`) and of always naming the most frequent class (`majority`)."""
+    support = state.confusion.sum(axis=1)
+    return {"chance": 1 / len(support), "majority": float(support.max() / support.sum())}
+
+
+def verdict(metrics: Mapping[str, Any], zero_shot: float | None = None) -> str:
+    """Say in a sentence or two how top-1 compares with the baselines.
+
+    Args:
+      metrics: of metrics.json, with `top1`, `top1_interval`, `baselines` and `num_examples`.
+      zero_shot: the accuracy of the start on the same images; None: not known.
+    """
+    top1, (low, high) = metrics["top1"], metrics["top1_interval"]
+    named = {"guessing": metrics["baselines"]["chance"], "the most frequent class": metrics["baselines"]["majority"]}
+    if zero_shot is not None:
+        named["the start without training"] = zero_shot
+    said = f"Top-1 is {top1:.3f}, with a 95% interval of {low:.3f} to {high:.3f} over {metrics['num_examples']} images."
+    worst = {name: value for name, value in named.items() if value >= low}
+    if not worst:
+        told = f"It is better than {_listed(named)}."
+    elif all(value > high for value in worst.values()):
+        told = f"It is worse than {_listed(worst)}."
+    else:
+        told = f"It isn't shown to be better than {_listed(worst)}."
+    if high - low > TOO_WIDE:
+        told += " There are too few images to tell small differences."
+    return f"{said} {told}"
+
+
+def _listed(named: Mapping[str, float]) -> str:
+    parts = [f"{name} ({value:.3f})" for name, value in named.items()]
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,58 @@
+"""Parts that all HTML pages share: templates, and pictures that the page itself holds."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from jaxtyping import UInt8
+from markupsafe import Markup
+from PIL import Image
+
+from clip_har_jax.text import phrase
+
+THUMBNAIL_PX = 224
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@cache
+def templates() -> jinja2.Environment:
+    """Return the templates of the pages, with the style and the script that all pages share."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    environment.globals |= {
+        "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # our own files
+        "script": Markup(script),
+        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    return environment
+
+
+def spoken(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return labels as people say them ("using_laptop": "using a laptop"); as they are, where two would be the same."""
+    phrases = tuple(phrase(label) for label in labels)
+    return phrases if len(set(phrases)) == len(labels) else tuple(labels)
+
+
+def thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> str:
+    """Return a small JPEG of an image as an address that holds it."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=82)
+    return data_uri(buffer.getvalue(), "jpeg")
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Return an image as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,142 @@
+"""The one door to services (MLflow, W&B, the Hub): an error is one line, races are retried, time is bounded."""
+
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from clip_har_jax.errors import UserError
+
+REACH_S = 5.0  # a service that doesn't answer a first request within this is down
+RACE_S = 10.0  # a call that loses a race is tried again for this long
+MAX_LENGTH = 200
+
+T = TypeVar("T")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind, without secrets that a URL may hold."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    text = re.sub(r"^\[Errno -?\d+\] ", "", lines[0]) if lines else type(error).__name__
+    return without_secrets(text)[:MAX_LENGTH]
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose URLs name no password, key or token."""
+    text = re.sub(r"(\w+://)[^/\s@]+@", r"\1", text)
+    return re.sub(r"(?i)\b(api_?key|token|password|secret)=[^&\s]+", r"\1=...", text)
+
+
+def within(timeout_s: float, function: Callable[[], T]) -> T:
+    """Call a function and wait for it that long; a call that hangs is left behind on a thread of its own.
+
+    Raises:
+      TimeoutError: it took longer.
+    """
+    outcome: list[tuple[bool, Any]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((True, function()))
+        except BaseException as error:  # raised in the caller's thread
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not outcome:
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    succeeded, value = outcome[0]
+    if not succeeded:
+        raise value
+    return value
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service as its errors name it.
+
+    Attributes:
+      name: what it is and where, as "MLflow at http://127.0.0.1:5000".
+      advice: what a person can do when it can't be used.
+      is_race: tells errors that another process caused, which vanish when the call is made again.
+      passes: tells errors that the caller handles itself; they are raised as they are.
+    """
+
+    name: str
+    advice: str
+    is_race: Callable[[Exception], bool] = lambda _: False
+    passes: Callable[[Exception], bool] = lambda _: False
+
+    def call(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call a function of the service's client.
+
+        Raises:
+          UserError: the service refused or failed; one line that ends with the advice.
+        """
+        end = time.monotonic() + RACE_S
+        while True:
+            try:
+                return function(*arguments, **named)
+            except UserError:
+                raise
+            except Exception as error:
+                if self.passes(error):
+                    raise
+                if not self.is_race(error) or time.monotonic() > end:
+                    raise self.failed(error) from error
+            time.sleep(random.uniform(0.05, 0.3))
+
+    def failed(self, error: BaseException) -> UserError:
+        """Return the error that a person is shown."""
+        return UserError(f"{without_secrets(self.name)}: {one_line(error)}; {self.advice}")
+
+    def check_reachable(self, url: str, timeout_s: float = REACH_S) -> None:
+        """Ask for a URL of the service; any HTTP answer will do. Other kinds of URLs aren't asked.
+
+        Raises:
+          UserError: no answer within the time.
+        """
+        if not url.startswith(("http://", "https://")):
+            return
+
+        def ask() -> None:
+            request = urllib.request.Request(url, headers={"User-Agent": "clip_har_jax"})
+            try:
+                with urllib.request.urlopen(request, timeout=timeout_s):
+                    pass
+            except urllib.error.HTTPError as answer:  # it is there, whatever it thinks of the question
+                answer.close()
+
+        try:
+            within(timeout_s, ask)
+        except OSError as error:  # URLError and TimeoutError are kinds of it
+            reason = getattr(error, "reason", error)
+            raise self.failed(reason if isinstance(reason, BaseException) else error) from error
+
+
+class Guarded:
+    """A client of which every call goes through its service's door."""
+
+    def __init__(self, client: Any, service: Service):
+        self._client, self._service = client, service
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        if not callable(value):
+            return value
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            return self._service.call(value, *arguments, **named)
+
+        return call
+
+
+def advise_login(variable: str, command: str) -> str:
+    """Return the advice for a service that wants a key."""
+    return f"check the network and the address, and log in: set {variable}, or run `{command}`"

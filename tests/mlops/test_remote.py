@@ -1,0 +1,138 @@
+"""Calls to services: an error is one line, a race is tried again, what doesn't answer is given up in bounded time.
+
+Real processes, a port that nobody listens on, and a server that accepts connections and never answers.
+"""
+
+import contextlib
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from clip_har_jax import remote
+from clip_har_jax.errors import UserError
+from tests.support.model_folders import write_model
+
+ROOT = Path(__file__).parents[2]
+LABELS = ("cycling", "running", "sleeping")
+SERVICE = remote.Service("the store", "try again", is_race=lambda error: "locked" in str(error))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return [write_model(root / str(i) / "model", LABELS, temperature) for i, temperature in enumerate((1.0, 2.0))]
+
+
+def start_register(model, uri, folder, *more):
+    command = [sys.executable, ROOT / "scripts" / "registry.py", "register", f"--model={model}", *more]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@contextlib.contextmanager
+def silent_server():
+    """Accept connections and never answer."""
+    held = []
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(listening.accept()[0])
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    for connection in held:
+        connection.close()
+
+
+def test_two_first_users_of_a_store_both_register(models, tmp_path):
+    uri = f"sqlite:///{tmp_path / 'new.db'}"
+    both = [start_register(model, uri, tmp_path) for model in models]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert {said.split(",")[0] for said, _ in outputs} == {"version 1 of har", "version 2 of har"}
+    assert not list(tmp_path.glob(".*.partial*"))
+
+
+def test_two_that_register_the_same_model_make_one_version(models, tmp_path):
+    uri = f"sqlite:///{tmp_path / 'new.db'}"
+    both = [start_register(models[0], uri, tmp_path) for _ in range(2)]
+    said = {process.communicate()[0].split(",")[0] for process in both}
+    assert said == {"version 1 of har"}
+
+
+def test_a_first_use_that_is_killed_leaves_no_half_store(models, tmp_path):
+    uri = f"sqlite:///{tmp_path / 'new.db'}"
+    first = start_register(models[0], uri, tmp_path)
+    while not list(tmp_path.glob(".new.db*partial")):
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    assert not (tmp_path / "new.db").exists()
+    second = start_register(models[0], uri, tmp_path)
+    assert second.communicate()[0].startswith("version 1 of har")
+    with contextlib.closing(sqlite3.connect(tmp_path / "new.db")) as store:
+        assert store.execute("select count(*) from model_versions").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("kind", ["dead", "silent"])
+def test_a_server_that_is_down_is_one_line_within_the_bound(kind, monkeypatch):
+    with contextlib.ExitStack() as stack:
+        if kind == "silent":
+            address = stack.enter_context(silent_server())
+        else:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(UserError, match=r"^the store: .*; try again$") as told:
+            SERVICE.check_reachable(f"{address}/health", timeout_s=1.0)
+        assert "\n" not in str(told.value)
+        assert time.monotonic() - begin < 60  # without the bound it would wait for good
+
+
+def test_a_store_that_is_no_store_is_one_line(models, tmp_path):
+    (tmp_path / "text.db").write_text("no database")
+    process = start_register(models[0], f"sqlite:///{tmp_path / 'text.db'}", tmp_path)
+    _, said = process.communicate()
+    assert process.returncode == 2
+    assert said.startswith("error: MLflow at sqlite:///") and said.count("\n") == 1
+
+
+def test_a_race_is_tried_again_and_other_errors_are_not():
+    calls = []
+
+    def flaky(error):
+        calls.append(error)
+        if len(calls) < 3:
+            raise RuntimeError(error)
+        return "done"
+
+    assert SERVICE.call(flaky, "database is locked") == "done"
+    calls.clear()
+    with pytest.raises(UserError, match=r"^the store: broken; try again$"):
+        SERVICE.call(flaky, "broken")
+    assert calls == ["broken"]
+
+
+def test_no_secret_of_an_address_is_told():
+    error = RuntimeError("GET https://me:hunter2@host/path?token=abc&x=1 failed\nsecond line")
+    assert remote.one_line(error) == "GET https://host/path?token=...&x=1 failed"
+    service = remote.Service("MLflow at postgresql://me:hunter2@host/db", "try again")
+    assert "hunter2" not in str(service.failed(error))
