@@ -9,6 +9,7 @@
 function here.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax._src import cloud_tpu_init, xla_bridge
@@ -40,9 +41,9 @@ def detect_cluster(
     address: str | None,
     num_processes: int | None,
     process_id: int | None,
-    local_device_ids: list[int] | None,
+    local_device_ids: Sequence[int] | None,
     timeout_s: int,
-) -> tuple[str | None, int | None, int | None, list[int] | None]:
+) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
     """Return (coordinator's address, number of processes, process id, local device ids), with unknown ones detected.
 
     Raises:
