@@ -2,21 +2,18 @@
 
 import asyncio
 import io
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import numpy as np
+from loky import ProcessPoolExecutor
 from PIL import Image
 
 from clip_har_jax import heatmap
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+from clip_har_jax.processes import Lifeline, follow_parent, make_pool
 from serving.problems import Problem
 from serving.telemetry import Metrics, log
 
@@ -47,20 +44,6 @@ def check_image(data: bytes) -> bytes:
     if media_type(data) is None:
         raise Problem("unsupported_media_type", f"not a {ACCEPTED} image by its first bytes; convert it")
     return data
-
-
-def _start_worker() -> None:
-    """In a decoding process: signals are for the parent to handle, and its end is this one's too."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _decode(data: bytes, preprocess: Preprocess, max_megapixels: float) -> np.ndarray:
@@ -95,6 +78,7 @@ class Decoder:
     def __init__(self, processes: int, max_megapixels: float, metrics: Metrics):
         self._processes, self._max_megapixels, self._metrics = processes, max_megapixels, metrics
         self._waiting, self._seconds, self._last_end = 0, 0.0, 0.0
+        self._lifeline = Lifeline()
         self._pool = self._make_pool()
 
     @property
@@ -103,8 +87,7 @@ class Decoder:
         return self._waiting * self._seconds
 
     def _make_pool(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the runtime's threads and locks
-        return ProcessPoolExecutor(self._processes, context, _start_worker)
+        return make_pool(self._processes, follow_parent, self._lifeline)
 
     async def warm(self) -> None:
         """Return when the processes have started."""
@@ -166,6 +149,5 @@ class Decoder:
 
     def close(self) -> None:
         """End the processes, whatever they are at: nobody waits for it any more."""
-        for process in list((self._pool._processes or {}).values()):
-            process.kill()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(kill_workers=True)
+        self._lifeline.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -11,12 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 
 from clip_har_jax.errors import UserError
+from clip_har_jax.processes import Lifeline, make_process
 from serving.app import make_app
 from serving.settings import Settings
 from serving.telemetry import MULTIPROCESS, configure_logging, log
@@ -97,11 +97,11 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="har-metrics-") as numbers:
         os.environ[MULTIPROCESS] = numbers  # before its client is imported, in the workers
-        context, stopping = multiprocessing.get_context("spawn"), False
-        workers: list[SpawnProcess] = []
+        stopping, lifeline = False, Lifeline()
+        workers: list[BaseProcess] = []
 
         def start() -> None:
-            worker = context.Process(target=_work, args=(settings, listener))
+            worker = make_process(_work, settings, listener, lifeline, name="serving-worker", daemon=False)
             worker.start()
             workers.append(worker)
 
@@ -131,15 +131,8 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
     return 0
 
 
-def _work(settings: Settings, listener: socket.socket) -> None:
-    """Return a serving process; it ends, in order, when its supervisor does."""
+def _work(settings: Settings, listener: socket.socket, lifeline: Lifeline) -> None:
+    """Serve in a process of its own, which ends in order when its supervisor has ended."""
     configure_logging(settings.log_level)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=follow, daemon=True).start()
+    lifeline.on_break(lambda: os.kill(os.getpid(), signal.SIGTERM))
     Server(make_config(settings)).run([listener])

@@ -6,11 +6,9 @@ fast as one, two processes 1.9 times (docs/performance.md). The memory has no na
 
 import atexit
 import math
-import multiprocessing
 import os
 import pickle
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,9 +16,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from clip_har_jax.data.batches import BatchSource, HostBatch
 from clip_har_jax.errors import UserError
+from clip_har_jax.processes import Lifeline, SharedMemory, follow_parent, make_pipe, make_process, serialize
 
 JOIN_LIMIT_S = 5.0  # for a process that was killed, or has closed its end of a pipe
 
@@ -37,10 +37,11 @@ class WorkerBatches:
     def __init__(self, batches: BatchSource, start_step: int, num_workers: int, num_threads: int, ahead: int):
         slots = max(2, -(-ahead // num_workers))
         steps = [range(start_step + worker, len(batches), num_workers) for worker in range(num_workers)]
-        self._workers = [_Worker(batches.shape, mine, slots, num_threads) for mine in steps]
+        pickled = serialize(batches)
+        self._lifeline = Lifeline()
+        self._workers = [_Worker(batches.shape, mine, slots, num_threads, self._lifeline) for mine in steps]
         atexit.register(self.close)  # before multiprocessing waits for its processes
         try:
-            pickled = pickle.dumps(batches)
             for worker in self._workers:
                 worker.begin(pickled)  # after all were started, so that they come up side by side
         except BaseException:
@@ -59,20 +60,18 @@ class WorkerBatches:
         for worker in self._workers:
             worker.end()
         self._workers = []
+        self._lifeline.close()
 
 
 class _Worker:
     """A process and what the trainer shares with it; the slots of the memory are filled and emptied in turns."""
 
-    def __init__(self, shape: tuple[int, ...], steps: range, slots: int, num_threads: int):
-        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-        memory = context.RawArray("B", slots * math.prod(shape))
-        self._slots = np.frombuffer(memory, np.uint8).reshape(slots, *shape)
+    def __init__(self, shape: tuple[int, ...], steps: range, slots: int, num_threads: int, lifeline: Lifeline):
+        memory = SharedMemory(slots * math.prod(shape))
+        self._slots = _as_slots(memory, shape)
         self._taken = 0
-        self._pipe, other_end = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(other_end, memory, shape, steps, num_threads), daemon=True, name="batch-worker"
-        )
+        self._pipe, other_end = make_pipe()
+        self._process = make_process(_work, other_end, memory, shape, steps, num_threads, lifeline, name="batch-worker")
         self._process.start()
         other_end.close()  # so that the end of the process is the end of the pipe
 
@@ -109,16 +108,29 @@ class _Worker:
 
     def end(self) -> None:
         self._pipe.close()
-        self._process.kill()  # it ignores what asks politely
+        if self._process.exitcode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)  # it ignores the others
         self._process.join(JOIN_LIMIT_S)
 
 
-def _work(pipe: Connection, memory: Any, shape: tuple[int, ...], steps: range, num_threads: int) -> None:
-    """Return the life of a worker process."""
-    _guard()
+def _as_slots(memory: SharedMemory, shape: tuple[int, ...]) -> UInt8[np.ndarray, "slots ..."]:
+    return np.frombuffer(memory.buffer, np.uint8).reshape(-1, *shape)
+
+
+def _work(
+    pipe: Connection,
+    memory: SharedMemory,
+    shape: tuple[int, ...],
+    steps: range,
+    num_threads: int,
+    lifeline: Lifeline,
+) -> None:
+    """Read this worker's batches, in a process of its own, until the last one or until the trainer closes the pipe."""
+    follow_parent(lifeline)
     try:
         batches: BatchSource = pickle.loads(pipe.recv_bytes())
-        slots = np.frombuffer(memory, np.uint8).reshape(-1, *shape)
+        slots = _as_slots(memory, shape)
         if num_threads == 1:
             _read(pipe, batches, slots, steps, map)
         else:
@@ -141,17 +153,3 @@ def _read(
             return
         pipe.send(HostBatch(batch._replace(image=None), errors))
     pipe.send(None)
-
-
-def _guard() -> None:
-    """Ties a worker's life to the trainer's: it outlives neither a kill of it nor dies before it at a Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the trainer ends its workers
-        signal.signal(number, signal.SIG_IGN)
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None, "workers are started by a trainer"
-
-    def end_with_trainer() -> None:
-        trainer.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_trainer, daemon=True).start()

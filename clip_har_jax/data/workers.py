@@ -1,19 +1,20 @@
 """A function over the examples of a source, in worker processes, in order, with progress."""
 
-import multiprocessing
 import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from loky import ProcessPoolExecutor
+
 from clip_har_jax.cores import usable_cores
 from clip_har_jax.errors import UserError
+from clip_har_jax.processes import Lifeline, follow_parent, make_pool, serialize
 
 CHUNK = 32  # examples that a worker takes at once, at most
 MIN_FOR_WORKERS = 1000  # images
@@ -58,17 +59,22 @@ def map_in_workers(
 
 @contextmanager
 def _pool(num_workers: int, shared: Any) -> Iterator[ProcessPoolExecutor]:
-    """Process that have `shared`, by a file: a pipe that holds less would block for ever were its reader killed."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    """Give processes that have `shared`, by a file: a pipe to a reader that was killed would block for ever."""
+    lifeline = Lifeline()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shared.pickle"
-        path.write_bytes(pickle.dumps(shared))
-        with ProcessPoolExecutor(num_workers, context, _start, (path,)) as pool:
+        path.write_bytes(serialize(shared))
+        pool = make_pool(num_workers, _start, path, lifeline)
+        try:
             yield pool
+        finally:
+            pool.shutdown(kill_workers=True)  # all results are here, or nobody asks for the rest
+            lifeline.close()
 
 
-def _start(path: Path) -> None:
+def _start(path: Path, lifeline: Lifeline) -> None:
     global _shared
+    follow_parent(lifeline)
     _shared = pickle.loads(path.read_bytes())
     import cv2
 

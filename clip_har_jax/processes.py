@@ -1,0 +1,106 @@
+"""Worker processes that start from the package's modules alone, so that the main script needs no `__main__` guard.
+
+`multiprocessing` starts a worker by running the main script again; a script without a guard then fails, and a notebook
+or `python -c` has no script to run. loky (the engine of joblib) leaves the main script alone, and sends what is defined
+there by value. Nothing is forked: a fork of a process with threads may hang.
+"""
+
+import mmap
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import cloudpickle
+from loky import ProcessPoolExecutor
+from loky.backend import get_context
+
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Lifeline:
+    """Let processes notice that the one which started them has ended, however it did.
+
+    Only the starting process holds the writing end of a pipe; when it ends, the others read the end of the file.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = get_context("loky").Pipe(duplex=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive_lifeline, (self._reader,)
+
+    def on_break(self, action: Callable[[], None]) -> None:
+        """Call `action` on a thread of its own when the starting process has ended."""
+
+        def watch() -> None:
+            try:
+                self._reader.recv_bytes()
+            except (EOFError, OSError):
+                action()
+
+        threading.Thread(target=watch, daemon=True, name="lifeline").start()
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+def _receive_lifeline(reader: Connection) -> Lifeline:
+    lifeline = Lifeline.__new__(Lifeline)
+    lifeline._reader = reader
+    return lifeline
+
+
+def follow_parent(lifeline: Lifeline) -> None:
+    """In a worker: ignore signals to the process group, which the parent handles, and end when the parent has ended."""
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    lifeline.on_break(lambda: os._exit(1))
+
+
+class SharedMemory:
+    """Bytes that a process shares with the workers it starts; without a name, so that they go with the last process."""
+
+    def __init__(self, num_bytes: int, fd: int | None = None):
+        if fd is None:
+            with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
+                fd = os.dup(file.fileno())
+            os.truncate(fd, num_bytes)
+        self._fd, self.num_bytes = fd, num_bytes
+        self.buffer = mmap.mmap(fd, num_bytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _attach, (self.num_bytes, DupFd(self._fd))
+
+    def __del__(self) -> None:
+        os.close(self._fd)  # the mapping stays as long as an array holds it
+
+
+def _attach(num_bytes: int, duplicate: Any) -> SharedMemory:
+    return SharedMemory(num_bytes, duplicate.detach())
+
+
+def make_pool(num_workers: int, initializer: Callable[..., None], *arguments: Any) -> ProcessPoolExecutor:
+    """Return a pool of processes, each of which first calls `initializer(*arguments)`."""
+    return ProcessPoolExecutor(num_workers, context=get_context("loky"), initializer=initializer, initargs=arguments)
+
+
+def make_process(target: Callable[..., None], *arguments: Any, name: str, daemon: bool = True) -> BaseProcess:
+    """Return a process, not yet started, that will call `target(*arguments)`; a daemon can't start others."""
+    return get_context("loky").Process(target=target, args=arguments, daemon=daemon, name=name)
+
+
+def make_pipe() -> tuple[Connection, Connection]:
+    """Return the two ends of a pipe, either of which can be given to a process that is started."""
+    return get_context("loky").Pipe()
+
+
+def serialize(value: Any) -> bytes:
+    """Return a value as bytes that `pickle.loads` reads in a worker; classes of the main script go by value."""
+    return cloudpickle.dumps(value)
