@@ -631,10 +631,10 @@ def test_several_workers_share_the_work_and_are_replaced(folder: Path, tmp_path:
                 return client.request(method, path, **content)
 
         def workers() -> list[int]:
-            """Those of the process's children that are no helpers of multiprocessing."""
+            """Those of the process's children that are no helpers."""
             listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in listed}
-            return [pid for pid, line in lines.items() if b"spawn_main" in line]
+            return [pid for pid, line in lines.items() if b"serving-worker" in line]
 
         wait_for(lambda: all(ask("GET", "/v2/health/ready").status_code == 200 for _ in range(8)))
         assert ask("POST", "/v1/models/har/load", json={}).json()["code"] == "conflict"
