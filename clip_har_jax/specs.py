@@ -1,15 +1,12 @@
-"""SPEC -> list of (file, label): what a person types to name data, the same in every flag and config."""
+"""SPEC: what a person types to name data, the same in every flag and config."""
 
-import csv
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from urllib.parse import unquote
 
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.formats import IMAGE_SUFFIXES
-
-VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"})
+from clip_har_jax.names import name_key
 
 # kind -> (what follows the colon, the options after the question mark)
 KINDS = {
@@ -40,11 +37,15 @@ class Spec:
 
     def __str__(self) -> str:
         options = "&".join(f"{name}={value}" for name, value in self.options.items())
-        return self.kind + (f":{self.path}" if self.path else "") + (f"?{options}" if options else "")
+        path = self.path.replace("?", "%3F")
+        return self.kind + (f":{path}" if self.path else "") + (f"?{options}" if options else "")
 
 
 def parse_spec(text: str) -> Spec:
-    """Parse a SPEC; its options are taken as typed, without the escapes of an address.
+    """Parse a SPEC.
+
+    A path that is there as it is written wins, with `?`, `#` and `%` in it; else options begin at the `?`, and escapes
+    of an address (`%3F`) are read where the path as written isn't there. Options are taken as typed.
 
     Raises:
       UserError: an unknown kind or option, an option without a value, a path missing or where none goes.
@@ -53,6 +54,8 @@ def parse_spec(text: str) -> Spec:
     kind, _, path = head.partition(":")
     if kind not in KINDS:
         raise UserError(f"data {text!r}: unknown kind {kind!r}; {_kind_hint(kind, head)}")
+    if path:
+        path, mark, query = _split_path(text.partition(":")[2])
     wanted, options = KINDS[kind]
     if bool(path) != bool(wanted):
         raise UserError(f"data {text!r}: write {f'{kind}:{wanted}' if wanted else kind}")
@@ -60,6 +63,24 @@ def parse_spec(text: str) -> Spec:
     if unknown := [name for name in given if name not in options]:
         raise UserError(f"data {text!r}: unknown option {unknown[0]!r}; {nearest(unknown[0], list(options))}")
     return Spec(kind, path, given)
+
+
+def _split_path(text: str) -> tuple[str, str, str]:
+    """Split what follows the kind into path, `?` and options; the longest path that is there wins."""
+    ends = [len(text), *(i for i in reversed(range(len(text))) if text[i] == "?")]
+    for decode in (str, unquote):
+        for end in ends:
+            path = decode(text[:end])
+            if _exists(path):
+                return path, text[end : end + 1], text[end + 1 :]
+    return text.partition("?")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.exists(os.path.expanduser(path))
+    except ValueError:  # a null byte
+        return False
 
 
 def _kind_hint(kind: str, head: str) -> str:
@@ -76,7 +97,7 @@ def _option(text: str, item: str) -> tuple[str, str]:
 
 
 def find_split(split: str, available: Sequence[str], exactly: bool) -> str | None:
-    """What the split asked for is called among those available; None where there is no such.
+    """Return the name of a split among those available, in any case; None where there is no such.
 
     Args:
       split: a name; where it isn't meant `exactly`, train, val or test, which go by several names.
@@ -84,153 +105,7 @@ def find_split(split: str, available: Sequence[str], exactly: bool) -> str | Non
       exactly: whether a person named the split, so that no other serves.
     """
     names = (split,) if exactly else SPLIT_NAMES.get(split, (split,))
-    return next((name for name in names if name in available), None)
-
-
-def list_files(spec: Spec, split: str) -> list[tuple[Path, str]]:
-    """Return the (file, label) pairs of a folder or CSV, in an order that is the same on every machine.
-
-    Args:
-      spec: of kind folder or csv.
-      split: train, val or test; what a folder with such sub-folders gives where the spec says nothing. Without
-        validation images, val is test.
-
-    Raises:
-      UserError: nothing is there, or it isn't what it should be; says what to do.
-    """
-    try:
-        return list_folder(spec, split) if spec.kind == "folder" else _list_csv(spec)
-    except OSError as error:
-        raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
-
-
-def list_folder(
-    spec: Spec, split: str, suffixes: Collection[str] = IMAGE_SUFFIXES, noun: str = "images"
-) -> list[tuple[Path, str]]:
-    """Return the (file, label) pairs of one folder a class.
-
-    Raises:
-      UserError: there are none.
-    """
-    root = _split_folder(Path(spec.path).expanduser(), spec, split)
-    classes = _class_folders(root)
-    if not classes:
-        raise UserError(f"{root}: no class folders in it; put the {noun} of each class in a folder of its name")
-    files = [(file, folder.name) for folder in classes for file in find_files(folder, suffixes)]
-    if not files:
-        ends = " ".join(sorted(suffixes))
-        raise UserError(f"{root}: no {noun} in its {len(classes)} class folders; names that end in {ends} count")
-    return files
-
-
-def _class_folders(root: Path) -> list[Path]:
-    """Return the folders in `root` by name, less hidden ones and links back to where they lie."""
-    here = root.resolve()
-    folders = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted((path for path in folders if not here.is_relative_to(path.resolve())), key=lambda path: path.name)
-
-
-def _split_folder(root: Path, spec: Spec, split: str) -> Path:
-    """Return the folder that holds the classes: PATH, or its sub-folder of a split."""
-    if not root.is_dir():
-        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; check the path of {spec}")
-    exactly = "split" in spec.options
-    split = spec.options.get("split", split)
-    folders = {path.name: path for path in _class_folders(root)}
-    known = {name for names in SPLIT_NAMES.values() for name in names}
-    # An action may be called "test" or "train": a split's folder holds folders, an action's holds images.
-    splits = [name for name, path in folders.items() if (exactly or name in known) and _class_folders(path)]
-    found = find_split(split, splits, exactly)
-    if found is None and (splits or exactly):
-        raise UserError(
-            f"{root}: no folder {split!r} of class folders in it; it has {', '.join(map(repr, folders)) or 'none'}; "
-            f"{'say another' if exactly else 'choose one with'} folder:{root}?split=NAME"
-        )
-    return root if found is None else folders[found]
-
-
-def find_images(folder: Path) -> Iterator[Path]:
-    """Return the image files below a folder, as `find_files` finds them."""
-    return find_files(folder, IMAGE_SUFFIXES)
-
-
-def find_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Return the files below a folder whose names end so, sorted; follows symbolic links, but none back up, no folder
-    twice.
-
-    Raises:
-      UserError: a folder that can't be read.
-    """
-    seen = {str(parent) for parent in folder.resolve().parents}
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(parent, n) for n in sorted(names) if Path(n).suffix.lower() in suffixes)
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
-
-
-def _list_csv(spec: Spec) -> list[tuple[Path, str]]:
-    path = Path(spec.path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; check the path of {spec}")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if not {"filename", "label"} <= set(columns):
-                had = ",".join(columns) or "nothing"
-                raise UserError(f"{path}: its first line must be filename,label (comma-separated); it has {had!r}")
-            rows = [(reader.line_num, (r["filename"] or "").strip(), (r["label"] or "").strip()) for r in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: can't be read as a CSV ({error}); save it as comma-separated UTF-8") from error
-    if not rows:
-        raise UserError(f"{path}: no rows below the header; add one for each image")
-    if blank := [line for line, name, label in rows if not name or not label]:
-        raise UserError(f"{path}: line {blank[0]} has no filename or no label ({len(blank)} such lines); fill it in")
-    return _beside(path, spec, rows)
-
-
-def _beside(path: Path, spec: Spec, rows: Sequence[tuple[int, str, str]]) -> list[tuple[Path, str]]:
-    """Return the rows' files: in `?images=DIR`, or beside the CSV, or in the folder of its name."""
-    places = [path.parent, path.with_suffix("")]
-    if "images" in spec.options:
-        places = [Path(spec.options["images"]).expanduser()]
-    found = [next((p / name for p in places if (p / name).is_file()), None) for _, name, _ in rows]
-    missing = [row for row, file in zip(rows, found, strict=True) if file is None]
-    if missing:
-        line, name, _ = missing[0]
-        raise UserError(
-            f"{path}: {len(missing)} of {len(rows)} files are missing, the first is {name!r} (line {line}); looked in "
-            f"{' and '.join(map(str, places))}; say csv:{path}?images=DIR if they are elsewhere"
-        )
-    return [(file, label) for file, (_, _, label) in zip(found, rows, strict=True) if file is not None]
-
-
-def label_ids(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
-    """Return the position of each example's label in the list of classes.
-
-    Raises:
-      UserError: a label outside the list (names it and the nearest one), a class listed twice, or two that differ only
-        in case, which a model can't tell apart by their names.
-    """
-    ids = {label: i for i, label in enumerate(labels)}
-    by_case: dict[str, str] = {}
-    for label in labels:
-        if (other := by_case.setdefault(label.casefold(), label)) != label:
-            raise UserError(f"{where}: classes {other!r} and {label!r} differ only in case; give both one name")
-    if len(ids) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
-        raise UserError(f"{where}: class {twice!r} is listed twice; list each class once")
-    if unknown := sorted(set(names) - set(ids)):
-        raise UserError(
-            f"{where}: label {unknown[0]!r} ({names.count(unknown[0])} images) is none of the {len(labels)} classes; "
-            f"{nearest(unknown[0], list(labels))}"
-        )
-    return [ids[name] for name in names]
+    by_key = {name_key(name): name for name in reversed(available)}
+    return next(
+        (name if name in available else by_key[name_key(name)] for name in names if name_key(name) in by_key), None
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from clip_har_jax import bundle
-from clip_har_jax.data.sources import are_clips, make_source
+from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
 from clip_har_jax.inference.backends import JaxBackend
@@ -82,7 +82,7 @@ def read_images(
       UserError: a spec that names no images, or none that can be read.
     """
     source = make_source(data, "test")
-    if are_clips(source):
+    if source.clips:
         raise UserError(f"--data={data}: an exported model takes single images; name a set of images")
     classes = {label: i for i, label in enumerate(model.actions.labels)}
     images, true = [], []

@@ -25,12 +25,12 @@ import os
 from itertools import islice
 import numpy as np
 from clip_har_jax.config import DataConfig
-from clip_har_jax.data.examples import Example
+from clip_har_jax.data.examples import Example, Source
 from clip_har_jax.data.pipeline import BadInputs, train_batches
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.preprocess import Preprocess
 
-class Drawn:
+class Drawn(Source):
     labels, label_ids, fingerprint = ("run", "sit"), np.arange(8, dtype=np.int32) % 2, "0" * 64
     def __len__(self): return 8
     def __getitem__(self, i): return Example(np.full((9, 9, 3), i, np.uint8), i % 2, str(i))

@@ -10,7 +10,7 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
 from clip_har_jax.data.sampling import Order
-from clip_har_jax.data.sources import ClipFile, Example, Source, are_clips, name_of
+from clip_har_jax.data.sources import ClipFile, Example, Source
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.video.clips import FrameSampling, read_clip
 
@@ -45,7 +45,7 @@ class BatchSource:
     ):
         self.source, self.config, self.preprocess, self.seed = source, config, preprocess, seed
         self.global_batch_size, self.rows, self.first_example = global_batch_size, rows, first_example
-        self._clips = are_clips(source)
+        self._clips = source.clips
         self._order = None if seed is None else Order(source, config.sampling, seed)
 
     def __len__(self) -> int:
@@ -82,12 +82,12 @@ class BatchSource:
             image[...] = self._transform(example, key)
             return label, 1.0, index, None
         except BadImage as error:
-            name, reason = name or name_of(self.source, index), str(error)
+            name, reason = name or self.source.name(index), str(error)
         except OSError as error:
-            name = str(error.filename or name or name_of(self.source, index))
+            name = str(error.filename or name or self.source.name(index))
             reason = f"can't be read ({error.strerror or error})"
         except Exception as error:  # a bug; of its kind nothing is sure, not even that a worker can send it
-            raise RuntimeError(f"{name or name_of(self.source, index)}: {type(error).__name__}: {error}") from error
+            raise RuntimeError(f"{name or self.source.name(index)}: {type(error).__name__}: {error}") from error
         image.fill(0)
         return label, 0.0, index, (index, name, reason)
 

@@ -1,10 +1,13 @@
-"""What sources give: an example, and the protocol of whatever holds them."""
+"""What sources give: an example, and the interface of whatever holds them."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int32
 
 from clip_har_jax.files import sha256
+from clip_har_jax.listing import Tally
 
 
 class ClipFile(NamedTuple):
@@ -21,21 +24,49 @@ class Example(NamedTuple):
     name: str  # by which a person finds it
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Labelled examples with random access."""
+class Source(ABC):
+    """Labelled examples with random access; listed at once, read one by one, and sent to worker processes.
+
+    Attributes:
+      labels: the classes.
+      label_ids: each example's class, known without reading an image.
+      fingerprint: SHA-256 over the labels and over what tells the examples from others.
+      clips: the examples are videos.
+      weights: how often each example counts in sampling by weight; None: nothing is known.
+      manifest_sha256: the checksum of the split manifest that lists the examples; None: no manifest.
+      tally: what the listing kept and left out.
+    """
 
     labels: tuple[str, ...]
-    label_ids: np.ndarray  # int32 [n], known without reading an image
-    fingerprint: str  # SHA-256 over what is listed
+    label_ids: Int32[np.ndarray, " n"]
+    fingerprint: str
+    clips: bool = False
+    weights: Float32[np.ndarray, " n"] | None = None
+    manifest_sha256: str | None = None
+    tally: Tally = Tally()
 
+    @abstractmethod
     def __len__(self) -> int:
-        """How many examples there are."""
+        """Return the number of examples."""
 
+    @abstractmethod
     def __getitem__(self, i: int) -> Example:
-        """Read one example; OSError where its file can't be read."""
+        """Read one example.
+
+        Raises:
+          OSError: its file can't be read.
+          BadImage: its file isn't the one that was listed.
+        """
+
+    def path(self, i: int) -> str | None:
+        """Return an example's file; None where it has none."""
+        return None
+
+    def name(self, i: int) -> str:
+        """Return the name by which a person finds an example that can't be read: its file, or else its number."""
+        return self.path(i) or f"example {i}"
 
 
 def fingerprint_of(*parts: object) -> str:
-    """Return one digest of values, by how Python writes them."""
+    """Return a SHA-256 over the parts as Python writes them."""
     return sha256(repr(part) + "\0" for part in parts)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import atomic, sha256
+from clip_har_jax.names import sort_labels
 from clip_har_jax.specs import Spec, find_split
 
 FORMAT = 1
@@ -141,7 +142,7 @@ def read_split(spec: Spec, split: str) -> SplitRows:
         _check_files(path, paths, rows.column("bytes").to_pylist(), manifest.root)
     return SplitRows(
         found,
-        tuple(sorted(set(manifest.column("label")))),
+        sort_labels(manifest.column("label")),
         paths,
         rows.column("label").to_pylist(),
         rows.column("sha256").to_pylist(),

@@ -17,7 +17,7 @@ from clip_har_jax.config import DataConfig
 from clip_har_jax.cores import usable_cores
 from clip_har_jax.data.batch_workers import WorkerBatches
 from clip_har_jax.data.batches import BadInput, BatchSource
-from clip_har_jax.data.sources import Source, are_clips
+from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import Preprocess
 
@@ -38,7 +38,7 @@ class BadInputs:
         self._limit, self._size = max_fraction * len(source), len(source)
         self._log = None if log is None else epath.Path(log)
         self._seen: dict[int, str] = {}
-        self._noun = "clips" if are_clips(source) else "images"
+        self._noun = "clips" if source.clips else "images"
 
     def __len__(self) -> int:
         return len(self._seen)

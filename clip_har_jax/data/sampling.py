@@ -29,10 +29,9 @@ def example_weights(source: Source, sampling: str) -> Float64[np.ndarray, " n"] 
     if sampling == "shuffle":
         return None
     if sampling == "weights":
-        weights = getattr(source, "weights", None)
-        if weights is None:
+        if source.weights is None:
             raise UserError("config.data.sampling='weights': the training data is no manifest, so it has no weights")
-        weights = np.asarray(weights, np.float64)
+        weights = np.asarray(source.weights, np.float64)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             raise UserError("config.data.sampling='weights': weights must be 0 or more, and one above 0")
     else:

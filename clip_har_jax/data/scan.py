@@ -13,11 +13,10 @@ from clip_har_jax.config import DataConfig
 from clip_har_jax.data.duplicates import FRAMES, Signature, find_clip_pairs, find_pairs, group, make_signature
 from clip_har_jax.data.examples import ClipFile, Source
 from clip_har_jax.data.quality import Facts, measure
-from clip_har_jax.data.sources import FileSource
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import sha256, sha256_file
+from clip_har_jax.names import label_ids, sort_labels
 from clip_har_jax.preprocess import BadImage, decode
-from clip_har_jax.specs import label_ids
 from clip_har_jax.video.clips import FrameSampling, read_clip
 
 # Clips cut from one recording: UCF101's v_CLASS_gGROUP_cCLIP, HMDB51's RECORDING_CLASS_<five properties>_CLIP
@@ -45,14 +44,15 @@ class Pooled:
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = sources
-        kinds = {getattr(source, "clips", False) for source in sources}
+        kinds = {source.clips for source in sources}
         if len(kinds) > 1:
             raise UserError("--data: images and clips together; prepare each by itself")
         self.clips = kinds.pop()
         names = [source.labels[i] for source in sources for i in source.label_ids]
-        self.labels = tuple(sorted(set(names)))
+        self.labels = sort_labels(names)
         self.label_ids = np.asarray(label_ids(names, self.labels, "--data"), np.int32)
         self.given = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
+        self.tallies = [source.tally for source in sources]
         self._start = np.cumsum([0, *(len(source) for source in sources)])
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class Pooled:
     def path(self, i: int) -> str | None:
         """Its file, where the source has files."""
         source = self.sources[self.given[i]]
-        return source.paths[int(i - self._start[self.given[i]])] if isinstance(source, FileSource) else None
+        return source.path(int(i - self._start[self.given[i]]))
 
 
 def scan(source: Pooled, i: int) -> Scanned | tuple[str, str]:

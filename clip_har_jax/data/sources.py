@@ -3,11 +3,14 @@
 A source holds names and labels, and reads an image only when it is asked for; it can be sent to worker processes.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from clip_har_jax.csv_files import list_csv
 from clip_har_jax.data import synthetic
 from clip_har_jax.data.cache import CachedRecords
 from clip_har_jax.data.examples import ClipFile, Example, Source, fingerprint_of
@@ -15,24 +18,32 @@ from clip_har_jax.data.manifest import read_split
 from clip_har_jax.data.tables import hf_source, tfds_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import sha256
+from clip_har_jax.listing import Tally, list_folder
+from clip_har_jax.names import label_ids, sort_labels
 from clip_har_jax.preprocess import BadImage
-from clip_har_jax.specs import Spec, label_ids, list_files, parse_spec
+from clip_har_jax.specs import Spec, parse_spec
 from clip_har_jax.video.datasets import list_videos
 
+SAMPLED_FILES = 20_000
+SAMPLED_BYTES = 4096
 
-class FileSource:
-    """Image files with labels: a folder or a CSV."""
 
-    clips = False  # whether its files are videos
+class FileSource(Source):
+    """Image files with labels: a folder or a CSV.
 
-    def __init__(self, files: Sequence[tuple[Path, str]], labels: Sequence[str], where: str):
+    The fingerprint is over the files' names, sizes, labels and a part of their contents; not over where they lie or
+    when they were written, so that a copy on another machine is the same data set.
+    """
+
+    def __init__(
+        self, files: Sequence[tuple[Path, str]], labels: Sequence[str], where: str, tally: Tally | None = None
+    ):
         names = [label for _, label in files]
-        self.labels = tuple(labels) or tuple(sorted(set(names)))
+        self.labels = tuple(labels) or sort_labels(names)
         self.label_ids = np.asarray(label_ids(names, self.labels, where), np.int32)
         self.paths = [str(path) for path, _ in files]
-        sizes = [path.stat().st_size if path.exists() else -1 for path, _ in files]
-        listing = [(path.name, size, name) for (path, name), size in zip(files, sizes, strict=True)]
-        self.fingerprint = fingerprint_of(self.labels, *listing)
+        self.tally = Tally(len(files)) if tally is None else tally
+        self.fingerprint = fingerprint_of(self.labels, *fingerprint_files(files))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -40,6 +51,33 @@ class FileSource:
     def __getitem__(self, i: int) -> Example:
         with open(self.paths[i], "rb", buffering=0) as file:
             return Example(file.read(), int(self.label_ids[i]), self.paths[i])
+
+    def path(self, i: int) -> str:
+        return self.paths[i]
+
+
+def fingerprint_files(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[str, int, str, str]]:
+    """Yield name, size, label and sampled digest of each file.
+
+    The digest is over the first, middle and last `SAMPLED_BYTES` of at most `SAMPLED_FILES` files, spread evenly; an
+    image that is saved again differs in one of them. "" for the files between, and size -1 for those that are gone.
+    """
+    every = -(-len(files) // SAMPLED_FILES) or 1
+    for i, (path, label) in enumerate(files):
+        size, digest = -1, ""
+        with suppress(OSError):  # read later, it is told as a bad image
+            size = os.stat(path).st_size
+            digest = _sample(path, size) if i % every == 0 else ""
+        yield path.name, size, label, digest
+
+
+def _sample(path: Path, size: int) -> str:
+    with open(path, "rb", buffering=0) as file:
+        parts = []
+        for start in sorted({0, max(0, (size - SAMPLED_BYTES) // 2), max(0, size - SAMPLED_BYTES)}):
+            file.seek(start)
+            parts.append(file.read(SAMPLED_BYTES))
+    return sha256(parts)
 
 
 class VideoSource(FileSource):
@@ -59,7 +97,7 @@ class ManifestSource(FileSource):
         self.labels = tuple(labels) or rows.labels
         self.label_ids = np.asarray(label_ids(rows.names, self.labels, str(spec)), np.int32)
         self.paths, self.sha256, self.weights, self.clips = rows.paths, rows.sha256, rows.weights, rows.clips
-        self.manifest_sha256 = rows.digest
+        self.manifest_sha256, self.tally = rows.digest, Tally(len(rows.paths))
         cache = spec.options.get("cache")
         folder = Path(spec.path).expanduser().parent / f"cache_{cache}px"
         self.records = CachedRecords(folder, rows.split, rows.digest) if cache else None
@@ -75,7 +113,7 @@ class ManifestSource(FileSource):
         return example._replace(data=ClipFile(self.paths[i])) if self.clips else example
 
 
-class SyntheticSource:
+class SyntheticSource(Source):
     """The embedded action set, drawn when asked for."""
 
     def __init__(self, split: str, labels: Sequence[str]):
@@ -92,15 +130,15 @@ class SyntheticSource:
         return Example(synthetic.draw(self.split, i), int(self.label_ids[i]), f"synthetic/{self.split}/{i}")
 
 
-class SubsetSource:
+class SubsetSource(Source):
     """Some examples of another source."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices = source, indices
         self.labels, self.label_ids = source.labels, source.label_ids[indices]
         self.fingerprint = fingerprint_of(source.fingerprint, indices.tobytes())
-        weights = getattr(source, "weights", None)
-        self.weights = None if weights is None else weights[indices]
+        self.weights = None if source.weights is None else source.weights[indices]
+        self.clips, self.manifest_sha256, self.tally = source.clips, source.manifest_sha256, source.tally
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -108,31 +146,11 @@ class SubsetSource:
     def __getitem__(self, i: int) -> Example:
         return self.source[int(self.indices[i])]
 
+    def path(self, i: int) -> str | None:
+        return self.source.path(int(self.indices[i]))
 
-def name_of(source: Source, i: int) -> str:
-    """What a person finds an example by when it can't be read: its file, or else its number."""
-    while hasattr(source, "indices"):
-        source, i = source.source, int(source.indices[i])  # type: ignore[attr-defined]
-    paths = getattr(source, "paths", None)
-    return f"example {i}" if paths is None else str(paths[i])
-
-
-def manifest_of(source: Source) -> str | None:
-    """Return the checksum of the manifest that a source, or what it is a part of, comes from; None where there is
-    none.
-    """
-    while not hasattr(source, "manifest_sha256"):
-        if not hasattr(source, "source"):
-            return None
-        source = source.source
-    return source.manifest_sha256
-
-
-def are_clips(source: Source) -> bool:
-    """Return whether a source's examples are videos."""
-    while hasattr(source, "source"):
-        source = source.source
-    return getattr(source, "clips", False)
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.indices[i]))
 
 
 def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False) -> Source:
@@ -153,7 +171,7 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
         "folder": _files,
         "csv": _files,
         "manifest": ManifestSource,
-        "video": lambda spec, split, labels: VideoSource(list_videos(spec, split), labels, str(spec)),
+        "video": _videos,
         "tfds": tfds_source,
         "hf": hf_source,
     }
@@ -175,4 +193,11 @@ def _synthetic(spec: Spec, split: str, labels: Sequence[str]) -> Source:
 
 
 def _files(spec: Spec, split: str, labels: Sequence[str]) -> Source:
-    return FileSource(list_files(spec, split), labels, str(spec))
+    tally = Tally()
+    files = list_csv(spec, tally) if spec.kind == "csv" else list_folder(spec, split, tally=tally)
+    return FileSource(files, labels, str(spec), tally)
+
+
+def _videos(spec: Spec, split: str, labels: Sequence[str]) -> Source:
+    tally = Tally()
+    return VideoSource(list_videos(spec, split, tally), labels, str(spec), tally)

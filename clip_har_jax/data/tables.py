@@ -10,10 +10,11 @@ import numpy as np
 
 from clip_har_jax.data.examples import Example, Source, fingerprint_of
 from clip_har_jax.errors import UserError
-from clip_har_jax.specs import Spec, find_split, label_ids
+from clip_har_jax.names import label_ids
+from clip_har_jax.specs import Spec, find_split
 
 
-class TableSource:
+class TableSource(Source):
     """Rows of a prepared data set (TFDS, Hugging Face) that give encoded images.
 
     Args:

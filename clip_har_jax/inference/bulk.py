@@ -22,7 +22,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.files import atomic, write_json
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.predictor import Predictor
-from clip_har_jax.specs import find_images
+from clip_har_jax.listing import find_images
 
 Row = tuple[str, str | np.ndarray]  # an input, and its probabilities or what is wrong with it
 PATH_COLUMNS = ("path", "filename", "file", "input")

@@ -15,8 +15,8 @@ from clip_har_jax.config import VideoConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.formats import IMAGE_SUFFIXES
 from clip_har_jax.inference.exported import open_backend
+from clip_har_jax.listing import VIDEO_SUFFIXES, find_files
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
-from clip_har_jax.specs import VIDEO_SUFFIXES, find_files
 from clip_har_jax.video.clips import FrameSampling, read_clip
 
 # A path, an encoded image, a PIL image, or uint8 [h, w, 3] in RGB.

@@ -12,7 +12,7 @@ from clip_har_jax import cli
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
-from clip_har_jax.data.sources import Example, Source, make_source, manifest_of
+from clip_har_jax.data.sources import Example, Source, make_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.baselines import verdict
 from clip_har_jax.evaluation.evaluator import evaluate
@@ -28,7 +28,7 @@ from clip_har_jax.text import phrase
 NUM_SHOWN = 8  # examples of a kind in the report
 
 
-class ClassedSource:
+class ClassedSource(Source):
     """A source under the classes of a model, which remembers the names of what was read until they are taken.
 
     Raises:
@@ -40,6 +40,7 @@ class ClassedSource:
         self.label_ids = _match_labels(source, classes, where)[source.label_ids]
         self.names: dict[int, str] = {}
         self.source = source
+        self.clips, self.tally, self.manifest_sha256 = source.clips, source.tally, source.manifest_sha256
 
     def __len__(self) -> int:
         return len(self.source)
@@ -56,6 +57,9 @@ class ClassedSource:
     def find_name(self, i: int) -> str:
         """Return the name of an example, which is read again."""
         return self[i].name.encode(errors="backslashreplace").decode()
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
 
 
 def _match_labels(source: Source, classes: Sequence[str], where: str) -> np.ndarray:
@@ -126,7 +130,7 @@ def _evaluate_model(
         "model digest": backend.digest or "none: the folder is not sealed",
         "data": data,
         "data fingerprint": source.fingerprint,
-        "manifest SHA-256": manifest_of(data_source) or "none: the data is no manifest",
+        "manifest SHA-256": data_source.manifest_sha256 or "none: the data is no manifest",
         "command": _command(model, data, output, classes, batch_size, max_bad_fraction, num_views),
     }
     details = Details(sums, _heat_maps(backend, result), read_history(backend.path))

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from clip_har_jax import bundle
-from clip_har_jax.data.sources import Source, are_clips, manifest_of
+from clip_har_jax.data.sources import Source
 from clip_har_jax.evaluation.calibration import Calibration
 from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import write_result
@@ -41,7 +41,7 @@ def data_record(run: "Run") -> dict[str, dict[str, Any]]:
             "spec": specs[name],
             "num_examples": len(source),
             "fingerprint": source.fingerprint,
-            "manifest_sha256": manifest_of(source),
+            "manifest_sha256": source.manifest_sha256,
         }
         for name, source in sources.items()
     }
@@ -160,7 +160,7 @@ def write_model(run: "Run", state: TrainState, calibration: Calibration) -> epat
         run.start.preprocess.save(folder)
         temperature, thresholds = calibration.temperature, calibration.thresholds
         actions = bundle.Actions(run.data.labels, run.data.prompts, temperature, head, thresholds)
-        if are_clips(run.data.train):
+        if run.data.train.clips:
             actions = replace(actions, video=asdict(run.config.data.video))
         bundle.write_actions(folder, actions)
         write_json(folder / "calibration.json", calibration.report)

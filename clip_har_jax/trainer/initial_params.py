@@ -10,7 +10,7 @@ from jaxtyping import Float32
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.data.pipeline import BadInputs
-from clip_har_jax.data.sources import Source, are_clips
+from clip_har_jax.data.sources import Source
 from clip_har_jax.models.adapters import init_lora
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed, sharding
@@ -59,7 +59,7 @@ def fit_to_features(run: "Run", clip: Mapping[str, Any], embeddings: Float32[np.
 
         way = {
             "preprocess": asdict(run.start.preprocess),
-            "frames": asdict(config.data.video) if are_clips(source) else None,
+            "frames": asdict(config.data.video) if source.clips else None,
             "tower": asdict(run.start.config.vision),  # weights alone don't tell e.g. the activation
             "dtype": config.model.compute_dtype,
         }

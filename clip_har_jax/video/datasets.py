@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.specs import VIDEO_SUFFIXES, Spec, list_folder
+from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, list_folder
+from clip_har_jax.specs import Spec
 
 FOLDS = (1, 2, 3)
 HMDB_USE = {"1": "train", "2": "test"}  # 0: in neither
 
 
-def list_videos(spec: Spec, split: str) -> list[tuple[Path, str]]:
+def list_videos(spec: Spec, split: str, tally: Tally | None = None) -> list[tuple[Path, str]]:
     """Return the (file, label) pairs of a spec of kind video, in an order that is the same on every machine.
 
     Where PATH holds UCF101's `ucfTrainTestlist` or HMDB51's `testTrainMulti_7030_splits`, they say what is train and
@@ -30,7 +31,7 @@ def list_videos(spec: Spec, split: str) -> list[tuple[Path, str]]:
         return _resolve(spec, lists.parent, _read_hmdb(lists, _official(spec, split), _fold(spec)))
     if "fold" in spec.options:
         raise UserError(f"{spec}: no official split files in {root}, so it has no folds; leave ?fold out")
-    return list_folder(spec, split, VIDEO_SUFFIXES, "clips")
+    return list_folder(spec, split, VIDEO_SUFFIXES, "clips", tally)
 
 
 def _ucf_lists(root: Path) -> Iterator[Path]:

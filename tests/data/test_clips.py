@@ -15,7 +15,7 @@ from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig, VideoConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, train_batches
-from clip_har_jax.data.sources import ClipFile, Source, SubsetSource, are_clips, make_source
+from clip_har_jax.data.sources import ClipFile, Source, SubsetSource, make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.predictor import Predictor, list_inputs
 from clip_har_jax.models.heads import Features, head_logits, init_head, read_head
@@ -68,8 +68,8 @@ def test_folder_of_clips(clips: Path) -> None:
     assert source.labels == LABELS
     assert len(source) == 9
     assert source[0].data == ClipFile(str(clips / "jump" / "0.mp4"))
-    assert are_clips(source) and are_clips(SubsetSource(source, np.arange(2)))
-    assert not are_clips(make_source("synthetic", "test"))
+    assert source.clips and SubsetSource(source, np.arange(2)).clips
+    assert not make_source("synthetic", "test").clips
     assert "has no folds" in refused(f"video:{clips}?fold=2")
     assert "no class folders" in refused(f"video:{clips}/jump")
 

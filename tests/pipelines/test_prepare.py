@@ -30,7 +30,7 @@ from clip_har_jax.data.duplicates import (
 )
 from clip_har_jax.data.manifest import read_manifest
 from clip_har_jax.data.quality import find_drift, find_suspects
-from clip_har_jax.data.sources import make_source, manifest_of
+from clip_har_jax.data.sources import make_source
 from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
@@ -204,7 +204,7 @@ def test_manifest_is_a_source(prepared: tuple[Prepared, Path], photos: Path) -> 
     for split in ("train", "val", "test"):
         source = make_source(f"manifest:{output}/manifest.parquet", split)
         assert source.labels == ("run", "sit")
-        assert manifest_of(source) == found.manifest.digest
+        assert source.manifest_sha256 == found.manifest.digest
         names = [source[i].name for i in range(len(source))]
         assert sorted(names) == sorted(str(photos / path) for path, of in splits_of(output).items() if of == split)
         assert [source.labels[i] for i in source.label_ids] == [Path(name).parent.name for name in names]

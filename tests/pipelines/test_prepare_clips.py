@@ -15,7 +15,7 @@ from clip_har_jax.data import synthetic
 from clip_har_jax.data.duplicates import FRAMES, find_clip_pairs, make_signature
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
 from clip_har_jax.data.scan import find_groups, recording_of
-from clip_har_jax.data.sources import ClipFile, are_clips, make_source
+from clip_har_jax.data.sources import ClipFile, make_source
 from clip_har_jax.data.splits import Shares
 from clip_har_jax.errors import UserError
 from clip_har_jax.pipelines.prepare import Prepared, prepare
@@ -113,7 +113,7 @@ def test_page_shows_clips(prepared: tuple[Prepared, Path]) -> None:
 def test_manifest_of_clips_is_a_source_of_clips(prepared: tuple[Prepared, Path]) -> None:
     spec = f"manifest:{prepared[1]}/out/manifest.parquet?split=train"
     source = make_source(spec, "train")
-    assert are_clips(source) and source.labels == ("jump", "wave")
+    assert source.clips and source.labels == ("jump", "wave")
     assert isinstance(source[0].data, ClipFile)
     config = DataConfig(num_workers=0)
     bad = BadInputs(source, 0.0)

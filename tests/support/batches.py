@@ -21,7 +21,7 @@ SIZE_PX = 16
 PREPROCESS = Preprocess(SIZE_PX)
 
 
-class ArraySource:
+class ArraySource(Source):
     """Images of 12 x 20 px made from their numbers; some are damaged, missing, or a bug."""
 
     labels = ("run", "sit", "walk")

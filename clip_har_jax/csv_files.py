@@ -1,0 +1,144 @@
+"""`csv:FILE`: labelled files as a table, which is checked as one before any file is read."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.listing import Tally, note_labels
+from clip_har_jax.names import check_text, clean_name, name_key
+from clip_har_jax.specs import Spec
+
+COLUMNS = ("filename", "label")
+SHOWN_LINES = 3
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    line: int  # in the file, from 1
+    filename: str
+    label: str
+
+
+def list_csv(spec: Spec, tally: Tally | None = None) -> list[tuple[Path, str]]:
+    """Return the (file, label) pairs of a CSV, in its order.
+
+    The columns `filename` and `label` are found by name, without regard to case and spaces; others are ignored. Files
+    lie in `?images=DIR`, or else beside the CSV or in the folder of its name.
+
+    Args:
+      spec: of kind csv.
+      tally: takes what is kept, and what a person should look at.
+
+    Raises:
+      UserError: not a table with these columns, rows that don't fit them, files that are missing, or one file with two
+        labels; names the lines.
+    """
+    tally = Tally() if tally is None else tally
+    path = Path(spec.path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; check the path of {spec}")
+    try:
+        rows = _read_rows(path)
+        found = _find_files(path, spec, rows, tally)
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
+    files = _once_each(path, rows, found, tally)
+    tally.kept = len(files)
+    note_labels(tally, [label for _, label in files])
+    return files
+
+
+def _read_rows(path: Path) -> list[Row]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header = next((cells for cells in reader if cells), [])
+            name_at, label_at = _find_columns(path, header)
+            numbered = [(reader.line_num, cells) for cells in reader if cells]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: can't be read as a CSV ({error}); save it as comma-separated UTF-8") from error
+    if not numbered:
+        raise UserError(f"{path}: no rows below the header; add one for each image")
+    if surplus := [line for line, cells in numbered if len(cells) > len(header)]:
+        raise UserError(
+            f"{path}: {_lines(surplus)} more cells than the header, which has {len(header)}; put quotes around a cell "
+            "that holds a comma"
+        )
+    rows = [
+        Row(line, *(cells[at].strip() if at < len(cells) else "" for at in (name_at, label_at)))
+        for line, cells in numbered
+    ]
+    if blank := [row.line for row in rows if not row.filename or not row.label]:
+        raise UserError(f"{path}: line {blank[0]} has no filename or no label ({len(blank)} such lines); fill it in")
+    for row in rows:
+        check_text(row.filename, f"{path}, line {row.line}")
+    labels = {label: clean_name(label, str(path)) for label in {row.label for row in rows}}
+    return [row._replace(label=labels[row.label]) for row in rows]
+
+
+def _find_columns(path: Path, header: Sequence[str]) -> tuple[int, int]:
+    """Return the positions of the file names and the labels."""
+    keys = [name_key(name) for name in header]
+    for name in COLUMNS:
+        if keys.count(name) > 1:
+            raise UserError(f"{path}: its first line names the column {name!r} {keys.count(name)} times; rename one")
+        if name not in keys:
+            had = ",".join(header) or "nothing"
+            raise UserError(f"{path}: its first line must be filename,label (comma-separated); it has {had!r}")
+    return keys.index(COLUMNS[0]), keys.index(COLUMNS[1])
+
+
+def _lines(lines: Sequence[int]) -> str:
+    """Return "line 3 has", or "lines 3, 5, 8 and 2 more have"."""
+    shown = ", ".join(map(str, lines[:SHOWN_LINES]))
+    more = f" and {len(lines) - SHOWN_LINES} more" if len(lines) > SHOWN_LINES else ""
+    return f"line {shown} has" if len(lines) == 1 else f"lines {shown}{more} have"
+
+
+def _find_files(path: Path, spec: Spec, rows: Sequence[Row], tally: Tally) -> list[Path]:
+    """Return each row's file: in `?images=DIR`, or beside the CSV, or in the folder of its name."""
+    places = [path.parent, path.with_suffix("")]
+    if "images" in spec.options:
+        places = [Path(spec.options["images"]).expanduser()]
+    found = [_first_file(places, row.filename) for row in rows]
+    turned = [i for i, file in enumerate(found) if file is None and "\\" in rows[i].filename]
+    for i in turned:
+        found[i] = _first_file(places, rows[i].filename.replace("\\", "/"))
+    if turned := [i for i in turned if found[i] is not None]:
+        tally.notes.append(
+            f"{_lines([rows[i].line for i in turned])} a Windows path; its backslashes were read as slashes"
+        )
+    missing = [row for row, file in zip(rows, found, strict=True) if file is None]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(rows)} files are missing, the first is {missing[0].filename!r} (line "
+            f"{missing[0].line}); looked in {' and '.join(map(str, places))}; say csv:{path}?images=DIR if they are "
+            "elsewhere"
+        )
+    return [file for file in found if file is not None]
+
+
+def _first_file(places: Iterable[Path], name: str) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _once_each(path: Path, rows: Sequence[Row], found: Sequence[Path], tally: Tally) -> list[tuple[Path, str]]:
+    """Return each file once; tells of repeated rows, and refuses two labels of one file."""
+    first: dict[Path, Row] = {}
+    repeated: list[int] = []
+    for row, file in zip(rows, found, strict=True):
+        earlier = first.setdefault(file, row)
+        if earlier.label != row.label:
+            raise UserError(
+                f"{path}: {row.filename!r} is {earlier.label!r} in line {earlier.line} and {row.label!r} in line "
+                f"{row.line}; an image has one label, so keep one of the lines"
+            )
+        if earlier is not row:
+            repeated.append(row.line)
+    if repeated:
+        tally.ignored["repeated rows"] = len(repeated)
+        tally.first["repeated rows"] = f"line {repeated[0]}"
+    return [(file, row.label) for file, row in first.items()]

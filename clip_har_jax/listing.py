@@ -1,0 +1,231 @@
+"""One walk over folders of images or clips, with a tally of what it kept and what it left out."""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.formats import IMAGE_SUFFIXES
+from clip_har_jax.names import check_text, clean_name, like_missing, name_key, natural_key
+from clip_har_jax.specs import SPLIT_NAMES, Spec, find_split
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"})
+# What operating systems and network disks put beside people's files; compared without case.
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini")
+HIDDEN, SYSTEM, LOOSE, NO_SUFFIX = "hidden", "of the system", "beside the class folders", "without a suffix"
+
+
+@dataclass
+class Tally:
+    """What a listing kept and left out.
+
+    Attributes:
+      kept: files that are examples.
+      ignored: files and folders left out, by kind: a suffix, or why.
+      first: the first path of each kind.
+      empty: class folders without an example.
+      notes: what else a person should look at, a sentence each.
+    """
+
+    kept: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def leave_out(self, kind: str, path: str) -> None:
+        self.ignored[kind] += 1
+        self.first.setdefault(kind, path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the tally as the commands write it to their records."""
+        return {
+            "kept": self.kept,
+            "ignored": dict(self.ignored.most_common()),
+            "empty": self.empty,
+            "notes": self.notes,
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """What a person is told; empty where nothing was left out."""
+        told = []
+        if self.ignored:
+            kinds = ", ".join(
+                f"{count} {kind} ({self.first[kind]}{', ...' if count > 1 else ''})"
+                for kind, count in self.ignored.most_common()
+            )
+            told.append(f"left out: {kinds}")
+        if self.empty:
+            more = f" and {len(self.empty) - 5} more" if len(self.empty) > 5 else ""
+            told.append(f"no examples in the folders {', '.join(map(repr, self.empty[:5]))}{more}")
+        return told + self.notes
+
+
+def _why_ignored(name: str) -> str | None:
+    """Return why a file or folder counts nowhere, at any depth; None: it may count."""
+    if name.casefold() in SYSTEM_FOLDERS + SYSTEM_FILES:
+        return SYSTEM
+    return HIDDEN if name.startswith(".") else None
+
+
+def _kind_of(name: str, suffixes: Collection[str]) -> str | None:
+    """Return the kind under which a file is left out; None: it is kept."""
+    if why := _why_ignored(name):
+        return why
+    suffix = os.path.splitext(name)[1].lower()
+    return None if suffix in suffixes else suffix or NO_SUFFIX
+
+
+def find_files(folder: str | Path, suffixes: Collection[str], tally: Tally | None = None) -> Iterator[Path]:
+    """Yield the files below a folder whose names end so, sorted by folder and name; hidden and system files never.
+
+    Symbolic links are followed, but none back up, and no folder twice.
+
+    Args:
+      folder: where to begin.
+      suffixes: in lower case.
+      tally: takes what is kept and left out.
+
+    Raises:
+      UserError: a folder that can't be read.
+    """
+    tally = Tally() if tally is None else tally
+    seen = {str(parent) for parent in Path(folder).resolve().parents}
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in [name for name in folders if _why_ignored(name)]:
+            folders.remove(name)
+            tally.leave_out(f"folders {_why_ignored(name)}", os.path.join(parent, name))
+        folders.sort()
+        for name in sorted(names):
+            kind = _kind_of(name, suffixes)
+            if kind is None:
+                tally.kept += 1
+                yield Path(parent, name)
+            else:
+                tally.leave_out(kind, os.path.join(parent, name))
+
+
+def find_images(folder: str | Path, tally: Tally | None = None) -> Iterator[Path]:
+    """Yield the image files below a folder, as `find_files` does."""
+    return find_files(folder, IMAGE_SUFFIXES, tally)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
+
+
+def list_folder(
+    spec: Spec,
+    split: str,
+    suffixes: Collection[str] = IMAGE_SUFFIXES,
+    noun: str = "images",
+    tally: Tally | None = None,
+) -> list[tuple[Path, str]]:
+    """Return the (file, label) pairs of one folder a class, in an order that is the same on every machine.
+
+    Args:
+      spec: of kind folder or video.
+      split: train, val or test; what a folder with such sub-folders gives where the spec says nothing. Without
+        validation images, val is test.
+      suffixes: of the files that count, in lower case.
+      noun: for the files in messages.
+      tally: takes what is kept and left out.
+
+    Raises:
+      UserError: nothing is there, or it isn't what it should be; says what to do.
+    """
+    tally = Tally() if tally is None else tally
+    try:
+        root = _split_folder(Path(spec.path).expanduser(), spec, split, suffixes, tally)
+        classes = _class_folders(root)
+        if not classes:
+            raise UserError(f"{root}: no class folders in it; put the {noun} of each class in a folder of its name")
+        _tally_loose(root, suffixes, tally)
+        files: list[tuple[Path, str]] = []
+        deeper: list[tuple[Path, str]] = []
+        for folder in classes:
+            label = clean_name(folder.name, str(root))
+            found = list(find_files(folder, suffixes, tally))
+            for file in found:
+                check_text(file.relative_to(root).as_posix(), str(root))
+            files += [(file, label) for file in found]
+            if not found:
+                tally.empty.append(folder.name)
+            deeper += [(file, label) for file in found if file.parent != folder]
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
+    if not files:
+        ends, seen = " ".join(sorted(suffixes)), f"; {tally.lines[0]}" if tally.ignored else ""
+        raise UserError(f"{root}: no {noun} in its {len(classes)} class folders; names that end in {ends} count{seen}")
+    if deeper:
+        file, label = deeper[0]
+        where = file.relative_to(root).parent.as_posix()
+        tally.notes.append(
+            f"{len(deeper)} {noun} lie in folders below their class folders, as {where}, and "
+            f"count as {label!r}; if the inner folders are the classes, name the folder around them"
+        )
+    note_labels(tally, [label for _, label in files])
+    return files
+
+
+def note_labels(tally: Tally, labels: Collection[str]) -> None:
+    """Point out labels that look like a missing value."""
+    for label in like_missing(sorted(set(labels))):
+        count = sum(one == label for one in labels)
+        tally.notes.append(f"label {label!r} ({count} examples) reads like a missing value; is it an action?")
+
+
+def _class_folders(root: Path) -> list[Path]:
+    """Return the folders in `root` in natural order, less those that are ignored and links back to where they lie."""
+    here = root.resolve()
+    folders = (path for path in root.iterdir() if not _why_ignored(path.name) and path.is_dir())
+    kept = (path for path in folders if not here.is_relative_to(path.resolve()))
+    return sorted(kept, key=lambda path: natural_key(path.name))
+
+
+def _tally_loose(root: Path, suffixes: Collection[str], tally: Tally) -> None:
+    """Count what lies beside the class folders of `root`."""
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        why = _why_ignored(entry.name)
+        if os.path.isdir(entry.path):  # entry.is_dir raises for a link to itself
+            if why:
+                tally.leave_out(f"folders {why}", entry.path)
+        else:
+            tally.leave_out(_kind_of(entry.name, suffixes) or LOOSE, entry.path)
+
+
+def _split_folder(root: Path, spec: Spec, split: str, suffixes: Collection[str], tally: Tally) -> Path:
+    """Return the folder that holds the classes: PATH, or its sub-folder of a split, whose name may be in any case."""
+    if not root.is_dir():
+        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; check the path of {spec}")
+    exactly = "split" in spec.options
+    split = spec.options.get("split", split)
+    folders = {path.name: path for path in _class_folders(root)}
+    known = {name for names in SPLIT_NAMES.values() for name in names}
+    # An action may be called "test" or "train": a split's folder holds folders, an action's holds images.
+    splits = [n for n, path in folders.items() if (exactly or name_key(n) in known) and _class_folders(path)]
+    found = find_split(split, splits, exactly)
+    if found is None and (splits or exactly):
+        raise UserError(
+            f"{root}: no folder {split!r} of class folders in it; it has {', '.join(map(repr, folders)) or 'none'}; "
+            f"{'say another' if exactly else 'choose one with'} folder:{root}?split=NAME"
+        )
+    if found is None:
+        return root
+    alike = [name for name in folders if name_key(name) == name_key(found)]
+    if len(alike) > 1 and found != split:
+        raise UserError(f"{root}: the folders {' and '.join(map(repr, alike))} are one split by name; join them")
+    _tally_loose(root, suffixes, tally)
+    if others := [name for name in folders if name_key(name) not in known and name != found]:
+        tally.notes.append(f"folders beside the splits, of no split: {', '.join(map(repr, others))}")
+    return folders[found]

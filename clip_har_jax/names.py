@@ -1,0 +1,107 @@
+"""One rule for names of classes, columns and splits: which are the same, which are refused, and their order.
+
+- Differences that nobody sees are removed: outer and repeated spaces, the Unicode form (NFC), invisible characters.
+- Names that then still differ, but only by case, by `_` for a space, by a compatibility form (full-width letters) or as
+  spellings of one number (`0`, `0.0`), are the same to a reader and to a text encoder: two such classes are refused.
+- Control characters, and bytes that are no text, are refused.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+
+from clip_har_jax.errors import UserError, nearest
+
+NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+LIKE_MISSING = frozenset({"nan", "none", "na", "n/a", "null", "nil", "unknown", "?", "-"})
+JOINERS = "\u200c\u200d"  # parts of words in Persian and in Indic scripts, and of emoji
+
+
+def clean_name(name: str, where: str) -> str:
+    """Return a name without the differences that nobody sees.
+
+    Args:
+      name: as a person or a file system gave it.
+      where: the file or folder that an error names.
+
+    Raises:
+      UserError: control characters or undecodable bytes in it, or nothing that can be seen.
+    """
+    check_text(name.strip(), where)
+    text = unicodedata.normalize("NFC", name)
+    text = "".join(one for one in text if unicodedata.category(one) != "Cf" or one in JOINERS)
+    text = " ".join(text.split())
+    if not text.strip(JOINERS):
+        raise UserError(f"{where}: the name {name!r} shows nothing; give it letters")
+    return text
+
+
+def check_text(name: str, where: str) -> None:
+    """Refuse a name that can't be written to JSON, CSV and terminals as it is.
+
+    Raises:
+      UserError: control characters or undecodable bytes in it.
+    """
+    if found := NOT_TEXT.search(name):
+        kind = "bytes that are no UTF-8" if found[0] >= "\ud800" else "a control character"
+        raise UserError(f"{where}: the name {name!r} holds {kind}; rename it")
+
+
+def name_key(name: str) -> str:
+    """Return what two names share that a reader takes for the same."""
+    text = unicodedata.normalize("NFKC", name).replace("_", " ").casefold()
+    text = " ".join("".join(one for one in text if unicodedata.category(one) != "Cf").split())
+    return str(Decimal(text).normalize() + 0) if NUMBER.fullmatch(text) else text
+
+
+def check_distinct(names: Iterable[str], where: str) -> None:
+    """Refuse classes that a reader takes for the same.
+
+    Raises:
+      UserError: two such names, or one name twice.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        key = name_key(name)
+        if key not in seen:
+            seen[key] = name
+        elif seen[key] == name:
+            raise UserError(f"{where}: class {name!r} is listed twice; list each class once")
+        else:
+            other = seen[key]
+            how = "in case" if other.casefold() == name.casefold() else "in how they are written"
+            raise UserError(f"{where}: classes {other!r} and {name!r} differ only {how}; give both one name")
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Return a sort key by which "2" comes before "10", and other names in the order of their characters."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Return each name once, in natural order."""
+    return tuple(sorted(set(names), key=natural_key))
+
+
+def like_missing(labels: Sequence[str]) -> list[str]:
+    """Return the labels that look like a missing value."""
+    return [label for label in labels if label.casefold() in LIKE_MISSING]
+
+
+def label_ids(names: Sequence[str], labels: Sequence[str], where: str) -> list[int]:
+    """Return the position of each example's label in the list of classes.
+
+    Raises:
+      UserError: a label outside the list (names it and the nearest one), or two classes that a reader takes for the
+        same.
+    """
+    check_distinct(labels, where)
+    ids = {label: i for i, label in enumerate(labels)}
+    if unknown := sorted(set(names) - set(ids)):
+        raise UserError(
+            f"{where}: label {unknown[0]!r} ({names.count(unknown[0])} images) is none of the {len(labels)} classes; "
+            f"{nearest(unknown[0], list(labels))}"
+        )
+    return [ids[name] for name in names]

@@ -1,0 +1,52 @@
+"""Which names are the same, which are refused, and the order of classes."""
+
+import pytest
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.names import check_distinct, clean_name, label_ids, name_key, sort_labels
+
+
+def test_labels_follow_the_classes_given() -> None:
+    assert label_ids(["sit", "run", "sit"], ["run", "walk", "sit"], "x") == [2, 0, 2]
+    with pytest.raises(UserError, match=r"x: label 'runing' \(2 images\) is none of the 2 classes; did you mean 'run'"):
+        label_ids(["runing", "sit", "runing"], ["run", "sit"], "x")
+    with pytest.raises(UserError, match="class 'run' is listed twice"):
+        label_ids(["run"], ["run", "sit", "run"], "x")
+
+
+def test_differences_that_nobody_sees_are_removed() -> None:
+    for written in ("caf\u00e9", "cafe\u0301", " caf\u00e9 ", "caf\u00e9\u200b", "\ufeffcaf\u00e9"):
+        assert clean_name(written, "x") == "caf\u00e9"
+    assert clean_name("riding  a\u00a0bike", "x") == "riding a bike"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x00", "run\udcff", "", " ", "\u200b"])
+def test_names_that_are_no_text_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"^x: the name"):
+        clean_name(name, "x")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Run", "run"),
+        ("0", "0.0"),
+        ("riding_a_bike", "riding a bike"),
+        ("run", "\uff52\uff55\uff4e"),
+        ("STRASSE", "straße"),
+    ],
+)
+def test_classes_that_read_alike_are_refused(first: str, second: str) -> None:
+    assert name_key(first) == name_key(second)
+    with pytest.raises(UserError, match="differ only in"):
+        check_distinct([first, "walk", second], "x")
+
+
+def test_classes_that_differ_are_kept() -> None:
+    check_distinct(["run", "running", "0", "1", "0.5", "10", "a-b", "ab", "-1"], "x")
+
+
+def test_numbers_in_names_sort_as_numbers() -> None:
+    assert sort_labels(["10", "2", "1", "2"]) == ("1", "2", "10")
+    assert sort_labels(["kick10", "kick2", "jump"]) == ("jump", "kick2", "kick10")
+    assert sort_labels(["sitting", "calling", "using_laptop"]) == ("calling", "sitting", "using_laptop")
