@@ -7,9 +7,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from clip_har_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from clip_har_jax.listing import Tally
 
 EXIT_MISTAKE = 2
 
@@ -122,6 +125,12 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {printable(value)}")
+
+
+def print_tally(where: str, tally: "Tally") -> None:
+    """Print what a listing left out, and what else a person should look at, to standard error."""
+    for line in tally.lines:
+        print(f"note: {where}: {printable(line)}", file=sys.stderr)
 
 
 def printable(text: str) -> str:

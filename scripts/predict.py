@@ -27,8 +27,11 @@ def main() -> int:
     from clip_har_jax.errors import UserError
     from clip_har_jax.inference.backends import split_classes
     from clip_har_jax.inference.predictor import Predictor, list_inputs
+    from clip_har_jax.listing import Tally
 
-    inputs = list_inputs(arguments.inputs, sys.stdin.buffer)
+    tally = Tally()
+    inputs = list_inputs(arguments.inputs, sys.stdin.buffer, tally)
+    cli.print_tally("INPUT", tally)
     predictor = Predictor(arguments.model, split_classes(arguments.classes), arguments.batch_size)
     if arguments.events:
         return _print_events(predictor, inputs, arguments)

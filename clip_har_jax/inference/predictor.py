@@ -15,7 +15,7 @@ from clip_har_jax.config import VideoConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.formats import IMAGE_SUFFIXES
 from clip_har_jax.inference.exported import open_backend
-from clip_har_jax.listing import VIDEO_SUFFIXES, find_files
+from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
 from clip_har_jax.video.clips import FrameSampling, read_clip
 
@@ -159,9 +159,14 @@ def _to_array(item: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
     return item
 
 
-def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes]) -> Iterator[str]:
+def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes], tally: Tally | None = None) -> Iterator[str]:
     """Return the files that a command line names: files, folders' images and videos (sorted), - for the lines of
     `stdin`.
+
+    Args:
+      arguments: of the command line.
+      stdin: the lines that `-` stands for.
+      tally: takes what folders hold and what of them is left out.
 
     Raises:
       UserError: a folder without images; before anything is read.
@@ -171,7 +176,7 @@ def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes]) -> Iterator[st
         if argument == "-":
             parts.append(os.fsdecode(line.rstrip(b"\r\n")) for line in stdin if line.strip())
         elif Path(argument).is_dir():
-            found = [str(path) for path in find_files(Path(argument), IMAGE_SUFFIXES | VIDEO_SUFFIXES)]
+            found = [str(path) for path in find_files(argument, IMAGE_SUFFIXES | VIDEO_SUFFIXES, tally)]
             if not found:
                 suffixes = ", ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
                 raise UserError(f"{argument}: no images or videos in this folder ({suffixes})")

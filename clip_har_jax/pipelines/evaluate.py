@@ -118,6 +118,7 @@ def _evaluate_model(
 ) -> EvalResult:
     config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
     data_source = make_source(data, "test")
+    cli.print_tally("--data", data_source.tally)
     backend = JaxBackend(model, classes, data_source.labels, batch_size)
     source = ClassedSource(data_source, backend.labels, data)
     sums = ReportSums(backend.actions.temperature, backend.actions.thresholds)
@@ -125,6 +126,7 @@ def _evaluate_model(
         log = output / "bad_inputs.jsonl"
         result = run_backend(backend, source, config.data, log, NUM_SHOWN, num_views, (file, sums))
     result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
+    result.metrics["listing"] = source.tally.to_json()
     about = {
         "model": str(backend.path),
         "model digest": backend.digest or "none: the folder is not sealed",

@@ -39,6 +39,7 @@ class Prepared:
         dict[str, Any]
     ]  # groups of more than one: members with label, split and the set they were given in
     suspects: list[dict[str, Any]]
+    listing: dict[str, Any]  # SPEC -> what was kept and left out
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -54,6 +55,7 @@ class Prepared:
             "conflicting_groups": sum(entry["conflict"] for entry in self.duplicates),
             "crossing_groups": sum(entry["crosses"] for entry in self.duplicates),
             "num_suspects": len(self.suspects),
+            "listing": self.listing,
             **self.manifest.about,
         }
 
@@ -94,6 +96,9 @@ def prepare(
         raise UserError(f"--val_fraction={shares.val:g} --test_fraction={shares.test:g}: nothing is left for training")
     earlier = read_manifest(Path(reference)) if reference else None
     source = _open(data, test)
+    specs = [*data, *([test] if test else [])]
+    for spec, tally in zip(specs, source.tallies, strict=True):
+        cli.print_tally(spec, tally)
     if source.clips:
         _refuse_for_clips(cache_px, tfds_dir)
     with output_folder(output):
@@ -125,7 +130,13 @@ def prepare(
         manifest = make_manifest(rows, root, about)
         duplicates = _list_duplicates(rows, copies, pairs, [[*data, test][i] for i in source.given[kept]])
         suspects = _find_suspects(model, rows, root, ids, groups, source.labels) if model else []
-        prepared = Prepared(manifest, bad, duplicates, suspects)
+        prepared = Prepared(
+            manifest,
+            bad,
+            duplicates,
+            suspects,
+            {spec: t.to_json() for spec, t in zip(specs, source.tallies, strict=True)},
+        )
         write_manifest(manifest, output / "manifest.parquet")
         if cache_px:
             write_cache(manifest, output / f"cache_{cache_px}px", cache_px, num_workers)

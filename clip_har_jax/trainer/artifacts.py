@@ -42,6 +42,7 @@ def data_record(run: "Run") -> dict[str, dict[str, Any]]:
             "num_examples": len(source),
             "fingerprint": source.fingerprint,
             "manifest_sha256": source.manifest_sha256,
+            "listing": source.tally.to_json(),
         }
         for name, source in sources.items()
     }

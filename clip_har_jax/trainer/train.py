@@ -114,6 +114,9 @@ def train(
         changes += _data_changes(run, record)
         write_record(run, goodput, changes)
         if not quiet:
+            cli.print_tally("config.data.train", data.train.tally)
+            if config.data.val:
+                cli.print_tally("config.data.val", data.val.tally)
             _warn_of_dirty_code(folder)
         trackers = Trackers(config.trackers, read_run_info(folder)) if distributed.is_main() else None
         all_sinks = _make_sinks(run, goodput, lock, [*sinks, *([trackers] if trackers else [])], quiet)
