@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 import nbformat
 import pytest
-from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 from tests.support.model_folders import write_model
@@ -135,12 +134,12 @@ def _read(controller: int) -> bytes:
 def test_a_notebook() -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PROGRAM)])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    manager = KernelManager(kernel_cmd=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
-    NotebookClient(notebook, timeout=240, km=manager).execute(env=environment)
+    NotebookClient(notebook, timeout=240, kernel_name="python3").execute(env=environment)
     printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs if output.output_type == "stream")
     assert EXPECTED in printed.splitlines()
 
 
+@pytest.mark.slow
 def test_a_service_of_several_workers_from_a_script(tmp_path: Path) -> None:
     folder = write_export(tmp_path)
     script = tmp_path / "serve.py"
@@ -177,6 +176,7 @@ def _is_ready(client: httpx.Client) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_an_export_from_a_script(tmp_path: Path) -> None:
     """The export measures each format in a process of its own, and draws its own images."""
     model = write_model(tmp_path / "model", ("run", "sit"))
