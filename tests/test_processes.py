@@ -159,7 +159,7 @@ def test_a_service_of_several_workers_from_a_script(tmp_path: Path) -> None:
             lines.append(service.stdout.readline())
         with httpx.Client(base_url=found[0], timeout=60) as client:
             wait_for(lambda: _is_ready(client), 120)
-            picture = next((tmp_path / "photos").rglob("*.jpg")).read_bytes()
+            picture = next((tmp_path / "photos").rglob("*.*")).read_bytes()
             assert client.post("/v1/predict", content=picture).status_code == 200
     finally:
         service.terminate()
@@ -182,8 +182,8 @@ def test_an_export_from_a_script(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", ("run", "sit"))
     script = tmp_path / "plain_export.py"
     script.write_text(
-        "from pathlib import Path\nfrom export.run import export_model\nprint('the main module runs', flush=True)\n"
-        f"parity = export_model({str(model)!r}, ('onnx',), Path({str(tmp_path / 'export')!r}), num_examples=2)\n"
+        "from pathlib import Path\nfrom export.run import Options, export_model\nprint('the main module runs', flush=True)\n"
+        f"parity = export_model({str(model)!r}, ('onnx',), Path({str(tmp_path / 'export')!r}), options=Options(num_examples=2))\n"
         "print(parity['onnx']['passed'])\n"
     )
     assert run(str(script)).splitlines() == ["the main module runs", "True"]
