@@ -11,15 +11,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.baselines import verdict
 from clip_har_jax.files import read_object
 
 LICENSE = "apache-2.0"
+DRAWINGS = "drawings made by a program"
+# What a SPEC's kind tells of its pictures.
+KINDS = {"synthetic": DRAWINGS, "motion": DRAWINGS, "people": DRAWINGS, "video": "video clips"}
 SECTIONS = ("## Results", "## Data", "## Limits", "## Use", "## Where it comes from")
 METRICS = (("top1", "accuracy", "top-1"), ("top5", "accuracy", "top-5"), ("macro_f1", "f1", "macro F1"))
 
 
 def make_card(model: Path, metrics: Mapping[str, Any] | None, name: str, license: str = LICENSE) -> str:
-    """README.md of a sealed model folder.
+    """Return README.md of a sealed model folder.
 
     Args:
       model: the folder.
@@ -49,13 +53,13 @@ def make_card(model: Path, metrics: Mapping[str, Any] | None, name: str, license
     body = "\n\n".join(
         (
             f"# {name}",
-            f"A CLIP fine-tuned to tell {len(actions.labels)} human actions in photographs, by clip_har_jax.",
+            _summary(len(actions.labels), record),
             "## Results",
-            _table_of(metrics) if metrics else "Not evaluated yet.",
+            _table_of(metrics, record) if metrics else "Not evaluated yet.",
             "## Data",
             _data(record),
             "## Limits",
-            _limits(actions.labels),
+            _limits(actions.labels, record),
             "## Use",
             _use(name),
             "## Where it comes from",
@@ -84,7 +88,11 @@ def check_card(text: str) -> None:
 def _public(spec: str) -> str:
     """Return a SPEC without the folders of the machine where it was used."""
     kind, colon, place = spec.partition(":")
-    return f"{kind}:{Path(place).name}" if colon and Path(place).is_absolute() else spec
+    return f"{kind}:{_public_path(place)}" if colon else spec
+
+
+def _public_path(place: str) -> str:
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
@@ -103,13 +111,34 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
-def _table_of(metrics: Mapping[str, Any]) -> str:
+def _pictures(record: Mapping[str, Any]) -> str:
+    """Return the kind of pictures that the model was trained on, as far as the data's SPEC tells."""
+    kind = str(record.get("data", {}).get("train", {}).get("spec", "")).split(":")[0].split("?")[0]
+    return KINDS.get(kind, "images")
+
+
+def _summary(num_actions: int, record: Mapping[str, Any]) -> str:
+    """Say in a sentence what the model tells apart and what it was made from."""
+    start, method = record.get("start", {}), record.get("method")
+    made = f"A CLIP that tells {num_actions} human actions apart in {_pictures(record)}, trained with clip_har_jax"
+    if not start:
+        return f"{made}. What it started from isn't recorded."
+    name = f"`{_public_path(str(start['model']))}`"
+    if start["weights"] == "random":
+        return f"{made} from random weights (model size {name}): nothing pretrained is in it."
+    return f"{made} from the pretrained weights of {name}" + (f", by the method `{method}`." if method else ".")
+
+
+def _table_of(metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     rows = [f"| {title} | {metrics[key]:.3f} |" for key, _, title in METRICS if key in metrics]
     rows += [f"| {key.upper()} | {metrics[key]:.3f} |" for key in ("nll", "ece") if key in metrics]
     of = f"On {metrics['num_examples']} examples of `{_public(metrics.get('data', 'unnamed data'))}`"
     worst = sorted(metrics["per_class"].items(), key=lambda item: item[1]["f1"])[:3]
     told = ", ".join(f"{_plain(label)} (F1 {values['f1']:.2f})" for label, values in worst)
-    return "\n".join((f"{of}:", "", "| metric | value |", "|---|---|", *rows, "", f"Told worst: {told}."))
+    lines = [f"{of}:", "", "| metric | value |", "|---|---|", *rows, ""]
+    if "baselines" in metrics:
+        lines += [verdict(metrics, record.get("baselines", {}).get("zero_shot")), ""]
+    return "\n".join([*lines, f"The actions with the lowest F1: {told}."])
 
 
 def _data(record: Mapping[str, Any]) -> str:
@@ -128,8 +157,11 @@ def _plain(label: str) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(label, quote=False))
 
 
-def _limits(labels: tuple[str, ...]) -> str:
+def _limits(labels: tuple[str, ...], record: Mapping[str, Any]) -> str:
+    drawn = _pictures(record) == DRAWINGS
+    only = "It has seen drawings alone: don't use it on pictures of real people. " if drawn else ""
     return (
+        f"{only}"
         "It answers with one of these actions, also for a picture that shows none of them: "
         f"{', '.join(map(_plain, labels))}. "
         "Figures hold for pictures like those that it was evaluated on; on others, measure again. "
@@ -141,7 +173,7 @@ def _use(name: str) -> str:
     return f"""With clip_har_jax:
 
 ```sh
-python scripts/predict.py --model={name} photo.jpg
+python scripts/predict.py --model={name} image.jpg
 ```
 
 With transformers, as any CLIP (without the temperature and the prompts' average, which stand in `actions.json`):
@@ -155,7 +187,7 @@ from transformers import CLIPModel, CLIPProcessor
 model, processor = CLIPModel.from_pretrained("{name}"), CLIPProcessor.from_pretrained("{name}")
 actions = json.load(open(hf_hub_download("{name}", "actions.json")))
 texts = [actions["prompts"][label][0] for label in actions["labels"]]
-inputs = processor(text=texts, images=Image.open("photo.jpg"), return_tensors="pt", padding=True)
+inputs = processor(text=texts, images=Image.open("image.jpg"), return_tensors="pt", padding=True)
 print(actions["labels"][model(**inputs).logits_per_image.argmax().item()])
 ```"""
 

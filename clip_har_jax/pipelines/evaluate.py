@@ -103,40 +103,28 @@ def evaluate_model(
     Raises:
       UserError: a mistake in the arguments, the model or the data.
     """
-    with output_folder(output) as folder:
-        return _evaluate_model(model, data, folder, classes, batch_size, max_bad_fraction, num_views)
-
-
-def _evaluate_model(
-    model: str,
-    data: str,
-    output: Path,
-    classes: Sequence[str],
-    batch_size: int,
-    max_bad_fraction: float,
-    num_views: int | None,
-) -> EvalResult:
     config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
     data_source = make_source(data, "test")
     cli.print_tally("--data", data_source.tally)
     backend = JaxBackend(model, classes, data_source.labels, batch_size)
     source = ClassedSource(data_source, backend.labels, data)
-    sums = ReportSums(backend.actions.temperature, backend.actions.thresholds)
-    with predictions_file(output / "predictions.parquet", backend.labels, source.take_name) as file:
-        log = output / "bad_inputs.jsonl"
-        result = run_backend(backend, source, config.data, log, NUM_SHOWN, num_views, (file, sums))
-    result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
-    result.metrics["listing"] = source.tally.to_json()
     about = {
         "model": str(backend.path),
         "model digest": backend.digest or "none: the folder is not sealed",
         "data": data,
         "data fingerprint": source.fingerprint,
         "manifest SHA-256": data_source.manifest_sha256 or "none: the data is no manifest",
-        "command": _command(model, data, output, classes, batch_size, max_bad_fraction, num_views),
+        "command": _command(model, data, Path(output), classes, batch_size, max_bad_fraction, num_views),
     }
-    details = Details(sums, _heat_maps(backend, result), read_history(backend.path))
-    write_pages(result, output, source.find_name, about, details)
+    sums = ReportSums(backend.actions.temperature, backend.actions.thresholds)
+    with output_folder(output) as folder:
+        log = folder / "bad_inputs.jsonl"
+        with predictions_file(folder / "predictions.parquet", backend.labels, source.take_name) as file:
+            result = run_backend(backend, source, config.data, log, NUM_SHOWN, num_views, (file, sums))
+        result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
+        result.metrics["listing"] = source.tally.to_json()
+        details = Details(sums, _heat_maps(backend, result), read_history(backend.path))
+        write_pages(result, folder, source.find_name, about, details)
     return result
 
 

@@ -56,6 +56,8 @@ def write_record(run: "Run", goodput: Goodput, changes: Sequence[Mapping[str, An
     changed = [{"step": run.first_step, **change} for change in changes]
     facts = {
         "data": data_record(run),
+        "start": {"model": run.config.model.name, "weights": "random" if run.start.params is None else "pretrained"},
+        "method": run.config.method.name,
         "mesh": {axis: run.mesh.shape[axis] for axis in AXES},
         "param_bytes_per_device": sharding.bytes_per_device((run.state.params, run.frozen)),
         "num_steps": run.num_steps,

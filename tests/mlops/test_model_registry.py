@@ -21,6 +21,7 @@ from clip_har_jax.files import write_json
 from clip_har_jax.mlops.card import check_card, make_card
 from clip_har_jax.mlops.gates import Gates
 from clip_har_jax.mlops.model_registry import open_registry
+from clip_har_jax.text import make_prompts
 from tests.support.model_folders import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -265,3 +266,37 @@ def test_a_dry_run_writes_what_would_be_pushed(good, tmp_path, monkeypatch):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hub").vocab_size > 0
     done = subprocess.run([*command, "--repository=no name"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --repository=") and done.stderr.count("\n") == 1
+
+
+def test_the_card_says_what_the_model_was_made_from(tmp_path):
+    """A model like the demo's, trained on drawings from random weights, and a fine-tuned one."""
+    data = {"train": {"spec": "synthetic", "num_examples": 100, "fingerprint": "a" * 64}}
+    drawn = write_model(tmp_path / "drawn")
+    bundle.write_actions(drawn, bundle.Actions(LABELS, make_prompts(LABELS)))
+    write_json(drawn / "run.json", {"data": data, "start": {"model": "tiny", "weights": "random"}, "method": "full"})
+    bundle.seal(drawn)
+    metrics = {
+        "top1": 0.033,
+        "top1_interval": [0.006, 0.167],
+        "baselines": {"chance": 1 / 3, "majority": 0.4},
+        "num_examples": 30,
+        "data": "synthetic",
+        "model_digest": bundle.verify(drawn),
+        "per_class": {label: {"f1": 0.5} for label in LABELS},
+    }
+    card = make_card(drawn, metrics, "me/drawn")
+    assert "in drawings made by a program" in card and "from random weights (model size `tiny`)" in card
+    assert "photo" not in card.lower() and "don't use it on pictures of real people" in card
+    assert "It is worse than guessing (0.333) and the most frequent class (0.400)." in card
+
+    tuned = write_model(tmp_path / "tuned")
+    bundle.write_actions(tuned, bundle.Actions(LABELS, make_prompts(LABELS)))
+    data["train"]["spec"] = "folder:/home/somebody/images"
+    start = {"model": "openai/clip-vit-base-patch32", "weights": "pretrained"}
+    write_json(tuned / "run.json", {"data": data, "start": start, "method": "lora", "baselines": {"zero_shot": 0.5}})
+    bundle.seal(tuned)
+    better = metrics | {"top1": 0.9, "top1_interval": [0.85, 0.93], "model_digest": bundle.verify(tuned)}
+    card = make_card(tuned, better, "me/tuned")
+    assert "from the pretrained weights of `openai/clip-vit-base-patch32`, by the method `lora`" in card
+    assert "drawings" not in card and "somebody" not in card
+    assert "It is better than guessing (0.333), the most frequent class (0.400) and the start without training" in card
