@@ -1,10 +1,11 @@
-"""Says what a run would need on a machine, without that machine: memory, traffic, time, and the best settings.
+"""Predict the memory, traffic, time and price of a run on a machine that needn't be present, and the best settings.
 
   python scripts/plan.py --config=configs/vitl14_336.py --topology=v5e:4x4 --config.train.global_batch_size=4096
   python scripts/plan.py --config=configs/demo.py --json=plan.json
+  python scripts/plan.py --config=configs/vitb16.py --topology=v5e:4x4 --num_examples=12600 --price_per_chip_hour=1.2
 
-Compiles the very training step of the config for the devices at hand, or for a TPU slice (which needs the compiler:
-pip install "jax[tpu]"), then with other strategies, parts of a batch (accumulation) and rematerialisation, and
+Compiles the training step of the config for the local devices, or for a TPU slice (which needs the compiler:
+pip install "jax[tpu]"). Then tries other strategies, parts of a batch (accumulation) and rematerialisation, and
 recommends the fastest that fits. Neither data nor weights are read. Any key of clip_har_jax/config.py can be set by
 --config.KEY=VALUE. Exits 0 when something fits, 1 when nothing does, 2 on a mistake.
 """
@@ -33,11 +34,17 @@ def main() -> int:
         "--num_prompts", type=int, metavar="N", help="default: what the config's templates make, e.g. --num_prompts=45"
     )
     parser.add_argument(
+        "--num_examples", type=int, metavar="N", help="training images, for chip-hours, e.g. --num_examples=12600"
+    )
+    parser.add_argument(
+        "--price_per_chip_hour", type=float, metavar="P", help="adds the price, e.g. --price_per_chip_hour=1.2"
+    )
+    parser.add_argument(
         "--max_minutes", type=float, default=15, metavar="M", help="time for trying settings, e.g. --max_minutes=15"
     )
     parser.add_argument("--config_only", action="store_true", help="don't try other settings than the config's")
     arguments, overrides = cli.parse_with_overrides(parser)
-    for name in ("num_classes", "num_prompts", "max_minutes"):
+    for name in ("num_classes", "num_prompts", "num_examples", "price_per_chip_hour", "max_minutes"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name}={value}: must be above 0")
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
@@ -46,7 +53,8 @@ def main() -> int:
     if arguments.topology != "local":
         os.environ["JAX_PLATFORMS"] = "cpu"  # or JAX would look for the TPU that libtpu is for
 
-    from clip_har_jax.planning.plan import plan, print_plan
+    from clip_har_jax.planning.plan import plan
+    from clip_har_jax.planning.report import print_plan
 
     result = plan(
         config,
@@ -56,7 +64,7 @@ def main() -> int:
         search=not arguments.config_only,
         max_minutes=arguments.max_minutes,
         say=lambda line: sys.stderr.write(f"{line}\n"),
-    )
+    ).for_run(arguments.num_examples, arguments.price_per_chip_hour)
     if arguments.json:
         write_json(arguments.json, result.to_dict())
     print_plan(result)

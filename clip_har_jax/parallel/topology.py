@@ -1,4 +1,4 @@
-"""Chips and what they can do, and the devices of a TPU slice that isn't here."""
+"""Figures of chips, and the devices of a TPU slice for ahead-of-time compilation."""
 
 import importlib.util
 import os
@@ -15,18 +15,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One device, as JAX counts them: a GPU, a TPU chip; of a TPU7x chip each half."""
+    """One device as JAX counts them: a GPU, a TPU chip, or one of the two halves of a TPU7x chip."""
 
     peak_flops: float  # nominal dense bfloat16 FLOP/s
-    memory_bytes: int  # of a TPU what XLA leaves to a program, a little less than the chip has
+    memory_bytes: int  # of a TPU: available to a program, a little less than the chip has
     memory_bandwidth: float  # bytes/s
     interconnect_bandwidth: float  # bytes/s that it can send, over all its links together
     clock_hz: float | None = None  # of a TPU: the peak over 2 * 128 * 128 operations a cycle of each matrix unit
+    devices_per_chip: int = 1  # prices are for whole chips
 
 
-# By the beginning of JAX's `device_kind`; the first that fits counts. From the makers' data sheets: NVIDIA A100, H100,
-# H200 (half of NVLink's two-way figure), docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (half of the two-way ICI
-# figure; number of matrix units). A TPU's memory is what libtpu 0.0.42 names when it refuses a program for its size.
+# By the beginning of JAX's `device_kind`; the first match counts. Sources: NVIDIA's data sheets of A100, H100 and H200
+# (half of NVLink's bidirectional figure); docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (half of the
+# bidirectional ICI figure; number of matrix units). The memory of TPUs is from libtpu 0.0.42's message when it refuses
+# a program for its size.
 CHIPS = {
     "NVIDIA A100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
     "NVIDIA H100": Chip(989e12, 80 * GIB, 3350e9, 450e9),
@@ -35,7 +37,7 @@ CHIPS = {
     "TPU v5 lite": Chip(197e12, round(15.75 * GIB), 819e9, 200e9, clock_hz=197e12 / (4 * 2 * 128 * 128)),
     "TPU v5": Chip(459e12, round(95.74 * GIB), 2765e9, 600e9, clock_hz=459e12 / (8 * 2 * 128 * 128)),
     "TPU v6 lite": Chip(918e12, round(31.25 * GIB), 1638e9, 400e9),
-    "TPU7x": Chip(2307e12 / 2, round(94.75 * GIB), 7380e9 / 2, 600e9 / 2),
+    "TPU7x": Chip(2307e12 / 2, round(94.75 * GIB), 7380e9 / 2, 600e9 / 2, devices_per_chip=2),
 }
 # generation -> (dimensions of its torus, an example)
 GENERATIONS = {"v5e": (2, "v5e:4x4"), "v6e": (2, "v6e:2x4"), "v5p": (3, "v5p:2x2x4"), "tpu7x": (3, "tpu7x:2x2x1")}
@@ -43,15 +45,16 @@ EXAMPLES = ", ".join(example for _, example in GENERATIONS.values())
 
 
 def find_chip(device: jax.Device) -> Chip | None:
-    """What a device can do; None where it isn't known."""
+    """Return the figures of a device; None for a kind that `CHIPS` doesn't list."""
     return next((chip for kind, chip in CHIPS.items() if device.device_kind.startswith(kind)), None)
 
 
 def memory_bytes(device: jax.Device, num_local: int) -> int | None:
-    """Return the memory that a device of this machine offers to a program; None where it isn't known.
+    """Return the memory of a local device that a program can use; None if unknown.
 
     Args:
-      num_local: devices of this machine; those of a CPU share the machine's memory.
+      device: a device of this machine.
+      num_local: number of devices of this machine; CPU devices share its memory.
     """
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_local
@@ -61,10 +64,10 @@ def memory_bytes(device: jax.Device, num_local: int) -> int | None:
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-    """Return the devices of a TPU slice that isn't here: programs compile for them, and can't run.
+    """Return the devices of a TPU slice that isn't present; programs can be compiled for them but not run.
 
     Args:
-      topology: generation and shape in chips, as v5e:4x4.
+      topology: generation and shape in chips, e.g. v5e:4x4.
 
     Raises:
       UserError: not a slice that exists, or libtpu, which holds the compiler, isn't installed.
@@ -86,8 +89,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         raise UserError(f"--topology={topology}: {message}; examples: {EXAMPLES}") from error
 
 
-# libtpu, when loaded, asks the machine which TPU it is part of, and keeps others from using it. This one is only a
-# compiler: it needs neither, and without these it complains on stderr.
+# When libtpu is loaded it looks for the TPU that its machine is part of, and locks it. As a compiler it needs neither;
+# these variables switch both off, and with them warnings on stderr.
 _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_SKIP_MDS_QUERY": "true",

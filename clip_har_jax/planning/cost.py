@@ -1,6 +1,6 @@
-"""What a training step needs of a machine: compiled for it, and weighed, never run.
+"""The cost of a training step on a machine: memory, traffic and time, from compiling it without running it.
 
-So the machine needn't be here: for a TPU slice, libtpu holds an ahead-of-time compiler.
+The machine doesn't have to be present: libtpu contains an ahead-of-time compiler for TPU slices.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.flops import matmul_flops
 from clip_har_jax.parallel.mesh import AXES, make_mesh
 from clip_har_jax.parallel.topology import Chip, find_chip, memory_bytes, tpu_devices
-from clip_har_jax.planning.hlo import Traffic, read_traffic
+from clip_har_jax.planning.roofline import Times, estimate
+from clip_har_jax.planning.traffic import Traffic, read_traffic
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.program import Program
 
@@ -31,12 +32,12 @@ _REFUSALS = (r"\(([\d.]+)([KMGT])\) exceeds available", r"Used ([\d.]+)([KMGT]) 
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices that a plan is for."""
+    """The devices for which a run is planned."""
 
     topology: str
     devices: tuple[jax.Device, ...]
     chip: Chip | None
-    memory_bytes: int | None  # that a program may use of each device; None: not known
+    memory_bytes: int | None  # available to a program on each device; None: unknown
 
     @property
     def is_here(self) -> bool:
@@ -44,7 +45,7 @@ class Machine:
 
 
 def find_machine(topology: str) -> Machine:
-    """This machine's devices ('local'), or those of a TPU slice ('v5e:4x4').
+    """Return the devices of this machine ('local'), or of a TPU slice ('v5e:4x4').
 
     Raises:
       UserError: as `tpu_devices`.
@@ -59,7 +60,7 @@ def find_machine(topology: str) -> Machine:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be computed, whatever the settings."""
+    """The training step that is planned, apart from the settings of a `Variant`."""
 
     config: RunConfig
     clip: CLIPConfig
@@ -69,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Variant:
-    """The settings that change a step's cost and nothing of what it learns."""
+    """The settings that change the cost of a step but not its result."""
 
     mesh: MeshConfig
     accumulation_steps: int
@@ -85,7 +86,7 @@ class Variant:
 
     @property
     def overrides(self) -> list[str]:
-        """The flags that set it."""
+        """The command-line flags that set this variant."""
         sizes = {axis: getattr(self.mesh, axis) for axis in AXES}
         explicit = {f"mesh.{axis}": size for axis, size in sizes.items() if size is not None}
         mesh = explicit or {"mesh.strategy": self.mesh.strategy}
@@ -103,11 +104,11 @@ def mesh_name(mesh: MeshConfig) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device, as XLA's `memory_analysis` says."""
+    """Bytes on each device, from XLA's `memory_analysis`."""
 
     arguments_bytes: int
     outputs_bytes: int
-    aliased_bytes: int  # outputs that take the place of arguments
+    aliased_bytes: int  # outputs that reuse the buffers of donated arguments
     temporaries_bytes: int
     code_bytes: int
     peak_bytes: int
@@ -119,30 +120,15 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Times:
-    """How long a step takes. No step is faster than its bound; the estimate is where a run may be expected."""
-
-    compute_s: float  # matrix products at the chip's peak
-    memory_s: float  # traffic with the main memory at its bandwidth
-    interconnect_s: float  # what a device sends, over all its links
-    bound_s: float  # the longest of these: they overlap perfectly
-    bound_by: str
-    estimate_s: float
-    estimate_by: str  # compiler: its cost model, which TPUs' have, and then the sending; or the three one by one
-    mfu_bound: float
-    mfu_estimate: float
-
-
-@dataclass(frozen=True)
 class VariantCost:
-    """What is known of a variant."""
+    """The cost of a variant, as far as it was determined."""
 
     variant: Variant
-    status: str  # fits, too large, slower (not compiled: another is certainly faster), or refused by us or XLA
+    status: str  # fits, too large, slower (not compiled, since another is faster), or refused by the checks or by XLA
     reason: str = ""
-    needed_bytes: int | None = None  # on each device; of a program refused for its size, as XLA says
+    needed_bytes: int | None = None  # on each device; of a program that XLA refuses for its size, from its message
     memory: Memory | None = None
-    flops_per_device: int | None = None  # of matrix products, with those that rematerialisation repeats
+    flops_per_device: int | None = None  # of matrix products, rematerialisation included
     traffic: Traffic | None = None
     times: Times | None = None
     compile_s: float = 0.0
@@ -153,20 +139,20 @@ class VariantCost:
 
     @property
     def cost(self) -> tuple[float, float]:
-        """What to compare variants by: expected time, or where the chip's speed isn't known, work."""
+        """The key to compare variants by: estimated time, or the amount of work where the chip's speed is unknown."""
         if self.times is not None:
             return self.times.estimate_s, self.times.bound_s
         return float(self.flops_per_device or 0), float(self.traffic.memory_bytes if self.traffic else 0)
 
 
 def make_program(job: Job, machine: Machine, variant: Variant) -> Program:
-    """Return the program of a variant, as that machine would run it.
+    """Return the program that the machine would run for a variant.
 
     Raises:
       UserError: the mesh doesn't divide the batch or a parameter; flash attention where there is no GPU.
     """
     config = variant.apply(job.config)
-    if not machine.is_here:  # what is chosen by the machine at hand would be wrong for another one
+    if not machine.is_here:  # 'auto' would choose by the devices of this machine
         if config.model.attention == "cudnn":
             raise UserError(f"config.model.attention=cudnn needs an NVIDIA GPU, not {machine.topology}; use auto")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
@@ -176,10 +162,13 @@ def make_program(job: Job, machine: Machine, variant: Variant) -> Program:
 
 
 def compile_variant(job: Job, machine: Machine, variant: Variant, give_up_s: float = float("inf")) -> VariantCost:
-    """Compiles a variant's training step for the machine.
+    """Compile the training step of a variant for the machine and return its cost.
 
     Args:
-      give_up_s: don't compile what can't be faster than this.
+      job: the step.
+      machine: the devices.
+      variant: the settings.
+      give_up_s: seconds a step; a variant that can't be faster isn't compiled.
     """
     try:
         program = make_program(job, machine, variant)
@@ -193,7 +182,7 @@ def compile_variant(job: Job, machine: Machine, variant: Variant, give_up_s: flo
         return VariantCost(variant, "slower", reason, flops_per_device=flops)
     begin = time.monotonic()
     try:
-        with _nothing_kept():
+        with _no_compilation_cache():
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         needed, reason = refused_bytes(str(error)), str(error).strip().split("\n")[0]
@@ -204,7 +193,7 @@ def compile_variant(job: Job, machine: Machine, variant: Variant, give_up_s: flo
     model_flops = program.flops_per_step(job.num_prompts) / len(machine.devices)
     times = estimate(machine.chip, flops, traffic, model_flops) if machine.chip else None
     compile_s = time.monotonic() - begin
-    # A TPU's compiler refuses what doesn't fit, others don't; its peak is exact, theirs leaves temporaries out.
+    # Only the compiler for TPUs refuses a program that doesn't fit, and only its peak includes temporaries.
     is_tpu = machine.devices[0].platform == "tpu"
     needed = memory.peak_bytes if is_tpu else memory.total_bytes
     too_large = not is_tpu and machine.memory_bytes is not None and needed > machine.memory_bytes
@@ -213,9 +202,9 @@ def compile_variant(job: Job, machine: Machine, variant: Variant, give_up_s: flo
 
 
 def step_memory(program: Program, num_prompts: int) -> Memory | None:
-    """What one step of a program needs of each device; where features are computed once, embedding as large a batch.
+    """Return the memory of one training step on each device; None for a method that trains nothing.
 
-    None where nothing is trained.
+    For a method that learns from features, the step is the embedding of one batch.
     """
     state, frozen, classes, batch = program.abstract_arguments(num_prompts)
     learns_from = program.method.recipe.learns_from
@@ -225,12 +214,12 @@ def step_memory(program: Program, num_prompts: int) -> Memory | None:
     arguments: tuple[Any, ...] = (state, frozen, classes, batch)
     if learns_from == "features":
         step, arguments = program.feature_step, ({**state.params, **frozen}, batch)
-    with _nothing_kept():
+    with _no_compilation_cache():
         return read_memory(step.trace(*arguments).lower().compile())
 
 
 def refused_bytes(message: str) -> int | None:
-    """Return the bytes that a program needs, as XLA says in refusing it for its size; None from another refusal."""
+    """Return the bytes that a program needs from the message with which XLA refuses its size; None for other errors."""
     for pattern in _REFUSALS:
         if found := re.search(pattern, message):
             return round(float(found[1]) * _UNITS[found[2]])
@@ -238,19 +227,19 @@ def refused_bytes(message: str) -> int | None:
 
 
 @contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """Compiles past the compilation cache: a program for a machine that isn't here is kept, but can't be read back."""
+def _no_compilation_cache() -> Iterator[None]:
+    """Switch the compilation cache off: a program for a machine that isn't present can't be read back from it."""
     folder = jax.config.values["jax_compilation_cache_dir"]
 
-    def keep_in(place: str | None) -> None:
-        jax.config.update("jax_compilation_cache_dir", place)
-        compilation_cache.reset_cache()  # what it has decided at its first use holds until then
+    def use(cache: str | None) -> None:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        compilation_cache.reset_cache()  # the cache reads its settings only once, until it is reset
 
-    keep_in(None)
+    use(None)
     try:
         yield
     finally:
-        keep_in(folder)
+        use(folder)
 
 
 def read_memory(compiled: jax.stages.Compiled) -> Memory:
@@ -262,37 +251,4 @@ def read_memory(compiled: jax.stages.Compiled) -> Memory:
         temporaries_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
         peak_bytes=stats.peak_memory_in_bytes,
-    )
-
-
-def estimate(chip: Chip, flops: int, traffic: Traffic, model_flops: float) -> Times:
-    """Return the roofline of a step (Williams et al. 2009), and what may be expected.
-
-    Args:
-      flops: of one device's matrix products in a step, repeated ones too.
-      traffic: of one device in a step.
-      model_flops: those that count for the MFU.
-    """
-    parts = {
-        "compute": flops / chip.peak_flops,
-        "memory": traffic.memory_bytes / chip.memory_bandwidth,
-        "interconnect": traffic.sent_bytes / chip.interconnect_bandwidth,
-    }
-    bound_by = max(parts, key=lambda name: parts[name])
-    on_chip_s = parts["compute"] + parts["memory"]
-    by_compiler = chip.clock_hz is not None and traffic.cycles > 0
-    if by_compiler:
-        on_chip_s = max(parts["compute"], parts["memory"], traffic.cycles / (chip.clock_hz or 1))
-    estimate_s = on_chip_s + parts["interconnect"]
-    ideal_s = model_flops / chip.peak_flops
-    return Times(
-        compute_s=parts["compute"],
-        memory_s=parts["memory"],
-        interconnect_s=parts["interconnect"],
-        bound_s=parts[bound_by],
-        bound_by=bound_by,
-        estimate_s=estimate_s,
-        estimate_by="compiler" if by_compiler else "no overlap",
-        mfu_bound=ideal_s / parts[bound_by],
-        mfu_estimate=ideal_s / estimate_s,
     )

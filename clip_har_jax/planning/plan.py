@@ -1,8 +1,8 @@
-"""Which settings of a run fit a machine and are the fastest there, found by compiling few of them."""
+"""The search for the settings with which a run fits a machine and is the fastest there; it compiles few of them."""
 
 import dataclasses
+import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +24,7 @@ from clip_har_jax.planning.cost import (
     make_program,
     mesh_name,
 )
+from clip_har_jax.planning.traffic import Operation
 
 DEFAULT_NUM_CLASSES = 15  # of the Human Action Recognition set
 STRATEGIES = ("fsdp", "dp", "fsdp_tp", "tp")
@@ -31,14 +32,44 @@ STRATEGIES = ("fsdp", "dp", "fsdp_tp", "tp")
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits a machine, and what doesn't."""
+    """The costs of the variants that were tried on a machine."""
 
     job: Job
     machine: Machine
-    model_flops: int  # of a step over all devices, without what rematerialisation repeats
+    model_flops: int  # of a step over all devices
     configured: Variant
     outcomes: tuple[VariantCost, ...]
     seconds: float
+    num_steps: int | None = None  # of the whole run; None: unknown
+    price_per_chip_hour: float | None = None
+
+    def for_run(self, num_examples: int | None, price_per_chip_hour: float | None) -> "Plan":
+        """Return the plan with the length and the price of the whole run.
+
+        Args:
+          num_examples: training images, from which the length follows unless `train.num_steps` is set.
+          price_per_chip_hour: in any currency.
+        """
+        num_steps, settings = self.num_steps, self.job.config.train
+        if num_steps is None and num_examples is not None:
+            num_steps = max(1, math.ceil(settings.num_epochs * num_examples / settings.global_batch_size))
+        return dataclasses.replace(self, num_steps=num_steps, price_per_chip_hour=price_per_chip_hour)
+
+    @property
+    def num_chips(self) -> int:
+        chip = self.machine.chip
+        return len(self.machine.devices) // (chip.devices_per_chip if chip else 1)
+
+    def chip_hours(self, outcome: VariantCost) -> float | None:
+        """Return the chip-hours of all training steps of the run; None if the chip or the length is unknown."""
+        if outcome.times is None or self.num_steps is None:
+            return None
+        return self.num_chips * self.num_steps * outcome.times.estimate_s / 3600
+
+    def price(self, outcome: VariantCost) -> float | None:
+        """Return the price of all training steps, in the currency of `price_per_chip_hour`."""
+        hours = self.chip_hours(outcome)
+        return None if hours is None or self.price_per_chip_hour is None else hours * self.price_per_chip_hour
 
     @property
     def recommended(self) -> VariantCost | None:
@@ -59,21 +90,34 @@ class Plan:
             "num_classes": self.job.num_classes,
             "num_prompts": self.job.num_prompts,
             "model_flops": self.model_flops,
+            "num_chips": self.num_chips,
+            "num_steps": self.num_steps,
+            "price_per_chip_hour": self.price_per_chip_hour,
             "configured": self.configured.overrides,
             "recommended": best and best.variant.overrides,
-            "variants": [_to_dict(each, len(self.machine.devices)) for each in self.outcomes],
+            "variants": [self._variant_to_dict(each) for each in self.outcomes],
             "seconds": round(self.seconds, 1),
         }
 
+    def memory_bound(self, outcome: VariantCost) -> list[Operation]:
+        """Return the three operations that move the most bytes among those that memory limits."""
+        chip = self.machine.chip
+        if outcome.traffic is None or chip is None:
+            return []
+        return outcome.traffic.memory_bound(chip.peak_flops / chip.memory_bandwidth)[:3]
 
-def _to_dict(outcome: VariantCost, num_devices: int) -> dict[str, Any]:
-    variant, values = outcome.variant, dataclasses.asdict(outcome)
-    del values["variant"]
-    mesh = dict(zip(AXES, mesh_shape(variant.mesh, num_devices), strict=True))
-    settings = {"mesh": mesh, "accumulation_steps": variant.accumulation_steps, "remat": variant.remat}
-    if outcome.memory is not None:
-        values["memory"]["total_bytes"] = outcome.memory.total_bytes
-    return {**settings, "overrides": variant.overrides, **values}
+    def _variant_to_dict(self, outcome: VariantCost) -> dict[str, Any]:
+        variant, values = outcome.variant, dataclasses.asdict(outcome)
+        del values["variant"]
+        mesh = dict(zip(AXES, mesh_shape(variant.mesh, len(self.machine.devices)), strict=True))
+        settings = {"mesh": mesh, "accumulation_steps": variant.accumulation_steps, "remat": variant.remat}
+        if outcome.memory is not None:
+            values["memory"]["total_bytes"] = outcome.memory.total_bytes
+        if outcome.traffic is not None:
+            del values["traffic"]["operations"]
+            values["memory_bound"] = [dataclasses.asdict(each) for each in self.memory_bound(outcome)]
+        values |= {"chip_hours": self.chip_hours(outcome), "price": self.price(outcome)}
+        return {**settings, "overrides": variant.overrides, **values}
 
 
 def plan(
@@ -86,7 +130,7 @@ def plan(
     max_minutes: float = 15.0,
     say: Callable[[str], object] = lambda line: None,
 ) -> Plan:
-    """Compiles a run's training step for a machine, as configured and with other settings.
+    """Compile the training step of a run for a machine, as configured and with other settings.
 
     Neither data nor weights are read.
 
@@ -94,10 +138,10 @@ def plan(
       config: the run.
       topology: 'local', or a TPU slice such as 'v5e:4x4'.
       num_classes: actions; None: those of `config.data.labels`, or 15.
-      num_prompts: None: as many as the config's templates and descriptions make.
+      num_prompts: None: the number that the config's templates and descriptions make.
       search: try other settings than the config's.
-      max_minutes: no compilation is begun that probably would end later.
-      say: told of each step.
+      max_minutes: a compilation that would probably end later isn't started.
+      say: called with a line of text after each variant.
 
     Raises:
       UserError: an unknown topology or model, a batch or parameter that the mesh doesn't divide.
@@ -114,14 +158,16 @@ def plan(
     except UserError as error:
         raise UserError(f"--topology={topology}: {error}") from error
     tried = Search(job, machine, begin + 60 * max_minutes, say).run(configured, search)
-    return Plan(job, machine, model_flops, configured, tuple(tried), time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    return Plan(job, machine, model_flops, configured, tuple(tried), seconds, config.train.num_steps)
 
 
 class Search:
-    """Tries variants, one setting after the other, each beginning with the best so far.
+    """Try variants, one setting after the other, each time from the best variant so far.
 
-    Fewer parts mean fewer passes over the weights, so of each mesh and rematerialisation the fewest parts that fit are
-    looked for; what is refused for its size is refused within seconds, and says how many parts needn't be tried.
+    Fewer parts of a batch mean fewer passes over the weights, so the search looks for the fewest parts that fit, for
+    each mesh and rematerialisation. A program that is too large is refused within seconds, and its size tells which
+    numbers of parts needn't be tried.
     """
 
     def __init__(self, job: Job, machine: Machine, deadline: float, say: Callable[[str], object]):
@@ -130,7 +176,7 @@ class Search:
         self.workers = min(4, os.cpu_count() or 1)  # a compilation keeps about one core busy
 
     def run(self, configured: Variant, search: bool) -> list[VariantCost]:
-        """Return the outcomes of all that was tried, the config's own settings first."""
+        """Return the costs of all variants that were tried, the configured one first."""
         with ThreadPoolExecutor(self.workers) as pool:
             waiting = [pool.submit(self._begin, configured, search)]
             if search:
@@ -148,7 +194,7 @@ class Search:
             self._fit(configured.mesh, configured.remat)
 
     def _refine(self, pool: ThreadPoolExecutor) -> None:
-        """Change the rematerialisation of the best mesh, then the parts of the best settings."""
+        """Try other rematerialisation on the best mesh, then more parts for the best settings."""
         if (best := self._best()) is None:
             return
         others = [remat for remat in REMAT if remat != best.variant.remat]
@@ -162,14 +208,14 @@ class Search:
         return min(fitting, key=lambda each: each.cost, default=None)
 
     def _meshes(self, remat: str) -> list[MeshConfig]:
-        """Return the config's own mesh, then those of the strategies that differ from it and from one another."""
+        """Return the configured mesh, then the different ones of the strategies."""
         heads = {tower.num_heads for tower in (self.job.clip.vision, self.job.clip.text)}
         own, count = self.job.config.mesh, len(self.machine.devices)
         found = {mesh_shape(own, count): own}
         for strategy in STRATEGIES:
             mesh = MeshConfig(strategy)
             shape = mesh_shape(mesh, count)
-            if mesh_name(own) != own.strategy:  # sizes that are set explicitly are only overridden by others
+            if mesh_name(own) != own.strategy:  # only explicit sizes override explicit sizes
                 mesh = MeshConfig(own.strategy, *shape)
             if whole := [count for count in heads if count % shape[2]]:
                 reason = f"{shape[2]} devices on the tensor axis don't divide {min(whole)} heads"
@@ -180,19 +226,19 @@ class Search:
         return list(found.values())
 
     def _parts(self, mesh: MeshConfig) -> Sequence[int]:
-        """Return the powers of two into which each device's share of the batch divides."""
+        """Return the powers of two that divide the rows of each device."""
         data, fsdp, _ = mesh_shape(mesh, len(self.machine.devices))
         rows, rest = divmod(self.job.config.train.global_batch_size, data * fsdp)
         return () if rest else [2**i for i in range(rows.bit_length()) if rows % 2**i == 0]
 
     def _fit(self, mesh: MeshConfig, remat: str) -> None:
-        """Look for the fewest parts that fit; where none do, with all activations rematerialised."""
+        """Look for the fewest parts that fit; if none do, again with full rematerialisation."""
         outcome = self._climb(mesh, remat)
         if outcome is not None and outcome.status == "too large" and remat != "full":
             self._climb(mesh, "full")
 
     def _climb(self, mesh: MeshConfig, remat: str) -> VariantCost | None:
-        """Return the outcome of the fewest parts that fit, or of the last tried; None: no time."""
+        """Return the cost with the fewest parts that fit, or of the last variant tried; None: out of time."""
         outcome, least = None, 1.0
         for parts in self._parts(mesh):
             if parts < least:
@@ -201,12 +247,12 @@ class Search:
             if outcome is None or outcome.status != "too large":
                 return outcome
             if outcome.needed_bytes and self.machine.memory_bytes:
-                # Twice the parts need half the memory at best: the activations shrink with them, the weights don't.
+                # Twice the parts need half the memory at best: activations shrink with them, weights don't.
                 least = parts * outcome.needed_bytes / self.machine.memory_bytes
         return outcome
 
     def _with_more_parts(self) -> list[Variant]:
-        """Twice the parts, of those best settings that more parts haven't made slower yet."""
+        """Return the best settings with twice the parts, unless that has been tried."""
         chains: dict[tuple[MeshConfig, str], list[VariantCost]] = {}
         for each in self.outcomes.values():
             if each.fits:
@@ -221,7 +267,7 @@ class Search:
         ]
 
     def _try(self, variant: Variant) -> VariantCost | None:
-        """Weighs a variant, once; None: no time."""
+        """Return the cost of a variant, computed once; None: out of time."""
         if variant in self.outcomes:
             return self.outcomes[variant]
         outcomes = list(self.outcomes.values())
@@ -238,7 +284,7 @@ class Search:
 
 
 def verdict(outcome: VariantCost, machine: Machine) -> str:
-    """One line on a variant: whether it fits, and by how much it doesn't."""
+    """Return one line on a variant: the memory that it needs, and how much is missing."""
     if outcome.status in ("refused", "slower"):
         return f"{outcome.status}: {outcome.reason}"
     if outcome.needed_bytes is None or machine.memory_bytes is None:
@@ -247,53 +293,3 @@ def verdict(outcome: VariantCost, machine: Machine) -> str:
     if outcome.fits:
         return f"fits, {sizes}" + (f", about {outcome.times.estimate_s:.3g} s a step" if outcome.times else "")
     return f"too large by {(outcome.needed_bytes - machine.memory_bytes) / GIB:.2f} GiB, {sizes}"
-
-
-_SECONDS = ("compute s", "memory s", "links s", "at least s", "about s")
-
-
-def print_plan(result: Plan) -> None:
-    """Return the outcomes as a table, fastest first, and what is recommended."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    job, machine, count = result.job, result.machine, len(result.machine.devices)
-    print(
-        f"{job.config.model.name}, batches of {job.config.train.global_batch_size:,} images and {job.num_prompts} "
-        f"prompts on {machine.topology}: {count} x {machine.devices[0].device_kind}, "
-        f"{result.model_flops / count / 1e12:,.1f} TFLOP each a step"
-    )
-    table = Table()
-    memory = f"GiB of {machine.memory_bytes / GIB:.2f}" if machine.memory_bytes else "GiB"
-    for name in ("mesh", "remat", "parts", memory, *_SECONDS, "MFU <=", "MFU ~", "verdict"):
-        table.add_column(name, justify="left" if name in ("mesh", "remat", "verdict") else "right")
-    for each in sorted(result.outcomes, key=lambda each: (not each.fits, each.cost)):
-        table.add_row(*_row(each, machine))
-    console.print(table)
-    if (best := result.recommended) is None:
-        print(f"Nothing fits. As configured: {verdict(result.outcomes[0], machine)}")
-        return
-    assert best.memory is not None and best.traffic is not None
-    parts = (f"{value / GIB:.2f} {name.removesuffix('_bytes')}" for name, value in vars(best.memory).items())
-    print(f"Memory of the recommended, GiB: {', '.join(parts)}")
-    sent = (f"{each.count:,} {kind} {each.bytes / 1e9:.2f} GB" for kind, each in best.traffic.collectives.items())
-    print(f"Sent by each device in a step: {', '.join(sent) or 'nothing'}")
-    if machine.chip is None:
-        print("This chip's speed isn't known here: the least work counts as the fastest")
-    print(f"As configured ({result.configured}): {verdict(result.outcomes[0], machine)}")
-    print(f"Recommended: {' '.join(best.variant.overrides)}")
-
-
-def _row(outcome: VariantCost, machine: Machine) -> list[str]:
-    variant, times = outcome.variant, outcome.times
-    row = [mesh_name(variant.mesh), variant.remat, str(variant.accumulation_steps)]
-    row.append("" if outcome.needed_bytes is None else f"{outcome.needed_bytes / GIB:.2f}")
-    short = verdict(outcome, machine)
-    short = short.split(",")[0] if outcome.needed_bytes else short  # the sizes stand in the columns
-    if times is None:
-        return [*row, *[""] * 7, short]
-    seconds = (times.compute_s, times.memory_s, times.interconnect_s, times.bound_s, times.estimate_s)
-    shares = (times.mfu_bound, times.mfu_estimate)
-    limit = f"{short}; limited by {times.bound_by}"
-    return [*row, *(f"{value:.3g}" for value in seconds), *(f"{value:.0%}" for value in shares), limit]

@@ -28,17 +28,17 @@ from clip_har_jax.planning.cost import (
     LOCAL,
     Job,
     Machine,
-    Times,
     Variant,
     VariantCost,
-    estimate,
     find_machine,
     make_program,
     read_memory,
     refused_bytes,
 )
-from clip_har_jax.planning.hlo import Collective, Traffic, read_traffic
-from clip_har_jax.planning.plan import plan, print_plan
+from clip_har_jax.planning.plan import Plan, plan
+from clip_har_jax.planning.report import print_plan
+from clip_har_jax.planning.roofline import Times, estimate
+from clip_har_jax.planning.traffic import Collective, Operation, Traffic, read_traffic
 from tests.support.model_folders import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,7 +273,62 @@ def test_traffic_as_a_tpu_compiler_writes_it():
     assert traffic.memory_bytes == 3 * 1024 * 4 + 3 * (32 + 32 + 32) + counters
 
 
+MATRIX_PRODUCTS = """
+HloModule products
+
+%fused (a: bf16[8,16], b: bf16[16,4]) -> bf16[8,4] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[16,4]{1,0} parameter(1)
+  ROOT %convolution.1 = bf16[8,4]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[8,16], y: bf16[16,4], z: f32[1024]) -> f32[1024] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %y = bf16[16,4]{1,0} parameter(1)
+  %z = f32[1024]{0} parameter(2)
+  %fusion.1 = bf16[8,4]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused, metadata={op_name="jit(f)/mlp/dot_general"}
+  %dot.1 = bf16[8,4]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %tanh.1 = f32[1024]{0} tanh(%z), metadata={op_name="jit(f)/tanh"}
+}
+"""
+
+
+def test_operations_that_memory_limits():
+    operations = {each.name: each for each in read_traffic(MATRIX_PRODUCTS, 1).operations}
+    product_bytes = 2 * (8 * 16 + 16 * 4 + 8 * 4)
+    product = Operation("fusion.1", "jit(f)/mlp/dot_general", 1, product_bytes, 2 * 8 * 16 * 4)
+    assert operations["fusion.1"] == product
+    assert operations["dot.1"].flops == product.flops
+    assert operations["tanh.1"] == Operation("tanh.1", "jit(f)/tanh", 1, 2 * 4096, 0)
+    traffic = read_traffic(MATRIX_PRODUCTS, 1)
+    assert [each.name for each in traffic.memory_bound(2.0)] == ["tanh.1"]
+    assert [each.name for each in traffic.memory_bound(3.0)] == ["tanh.1", "fusion.1", "dot.1"]
+
+
+def test_operations_of_a_loop_count_as_often_as_it_runs():
+    weights, x = jnp.ones((40, 64, 64)), jnp.ones((8, 64))
+    loop = jax.jit(lambda x, weights: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0])
+    traffic = read_traffic(loop.lower(x, weights).compile().as_text(), 1)
+    assert sum(each.flops for each in traffic.operations) == 40 * 2 * 8 * 64 * 64
+    assert sum(each.memory_bytes for each in traffic.operations) == traffic.memory_bytes
+
+
 # --- what it takes ---------------------------------------------------------------------------------------------------
+
+
+def test_chip_hours_and_price_by_hand(config):
+    chip = topology.Chip(100.0, GIB, 10.0, 5.0, devices_per_chip=2)
+    machine = Machine("tpu7x:2x2x1", tuple(jax.devices()), chip, GIB)
+    variant = Variant(config.mesh, 1, "none")
+    times = estimate(chip, flops=300, traffic=Traffic(40), model_flops=200.0)  # 7 s a step
+    outcome = VariantCost(variant, "fits", times=times)
+    result = Plan(Job(config, known_config(config.model.name), 3, 9), machine, 1, variant, (outcome,), 1.0)
+    assert (result.num_chips, result.chip_hours(outcome), result.price(outcome)) == (4, None, None)
+    run = result.for_run(num_examples=1600, price_per_chip_hour=None)  # 10 epochs in batches of 16
+    assert run.num_steps == 1000
+    assert run.chip_hours(outcome) == pytest.approx(4 * 1000 * 7 / 3600)
+    assert run.price(outcome) is None
+    assert result.for_run(1600, 1.5).price(outcome) == pytest.approx(1.5 * 4 * 1000 * 7 / 3600)
 
 
 def test_times_by_hand():
