@@ -1,4 +1,4 @@
-"""Losses over class logits, exact under padding: rows of mask 0 count nowhere."""
+"""Losses over class logits, exact under padding: rows of mask 0 have no effect."""
 
 from collections.abc import Sequence
 
@@ -17,17 +17,18 @@ def cross_entropy(
     focal_gamma: float = 0.0,
     class_weights: Float[Array, " c"] | None = None,
 ) -> Float[Array, " b"]:
-    """Each row's softmax cross-entropy in nats.
+    """Return the softmax cross-entropy of each row, in nats.
 
     Args:
-      target: each row's share of each class: one-hot, or of several where images are mixed.
-      label_smoothing: share of the target that goes to all classes alike (Szegedy et al. 2016).
-      focal_gamma: classes found with probability p count (1 - p)^gamma (Lin et al. 2017, equation 4); 0: all alike.
-      class_weights: what a class's examples count.
+      logits: of the classes.
+      target: probability of each class: one-hot, or a mixture for mixed images.
+      label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016).
+      focal_gamma: exponent of the focal loss, which scales by (1 - p)^gamma (Lin et al. 2017, equation 4); 0: off.
+      class_weights: weight of the examples of each class.
     """
     log_probs = jax.nn.log_softmax(logits)
     smoothed = optax.smooth_labels(target, label_smoothing)
-    # Above 0, where a power below 1 has no slope: a p that rounds to 1 would make the gradient NaN.
+    # Kept above 0: x^gamma with gamma < 1 has no finite slope at 0, so a p that rounds to 1 would give NaN.
     focus = jnp.maximum(-jnp.expm1(log_probs), 1e-12) ** focal_gamma if focal_gamma else 1.0
     losses = -jnp.sum(smoothed * focus * log_probs, axis=-1)
     return losses if class_weights is None else losses * (target @ class_weights)
@@ -36,11 +37,11 @@ def cross_entropy(
 def balanced_weights(counts: Sequence[int], beta: float) -> Float32[np.ndarray, " c"]:
     """Return the weight of each class: inverse to its effective number of examples (Cui et al. 2019, equation 2).
 
-    They average 1 over the examples, so that the learning rate needn't change with them.
+    They average 1 over the examples, so the learning rate can stay the same.
 
     Args:
       counts: examples of each class.
-      beta: 0: all alike; towards 1: inverse to the counts.
+      beta: 0: equal weights; near 1: weights inverse to the counts.
     """
     numbers = np.asarray(counts, np.float64)
     weights = (1 - beta) / (1 - np.power(beta, np.maximum(numbers, 1)))

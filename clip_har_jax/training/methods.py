@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: what is trainable, what the loss is, what head is saved. The loop is the same for all."""
+"""Fine-tuning methods: the trainable parameters, the loss and the saved head of each. All share one training loop."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from clip_har_jax.training.contrastive import contrastive_loss
 from clip_har_jax.training.losses import cross_entropy
 from clip_har_jax.training.mixing import mix
 
-HEAD, CONTEXT = "head.", "prompt.context"  # names of the parameters that aren't CLIP's own
+HEAD, CONTEXT = "head.", "prompt.context"  # names of the parameters that CLIP doesn't have
 ANY_HEAD = ("cosine", "linear", "mlp", "cross_attention", "frame_attention", "temporal")
 CLASS_LOSSES, PAIR_LOSSES = ("cross_entropy",), ("class_aware", "softmax", "sigmoid")
 ANY_LOSS = CLASS_LOSSES + PAIR_LOSSES
@@ -33,14 +33,14 @@ ANY_LOSS = CLASS_LOSSES + PAIR_LOSSES
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method: what tells it from the others.
+    """The properties of a fine-tuning method.
 
     Attributes:
-      trains: shell patterns of the parameters that are updated; those of a tower only where `method.towers` names it.
-      heads: what may be saved, the default first.
-      losses: what it may learn from, the default first.
-      learns_from: steps over images; features computed once; or nothing at all.
-      probes_first: whether the head is fitted to features before the steps.
+      trains: shell patterns of the trainable parameters; parameters of a tower also need `method.towers` to name it.
+      heads: the heads that it can save, the default first.
+      losses: the losses that it can use, the default first.
+      learns_from: steps (over images), features (computed once) or nothing.
+      probes_first: fit the head to features (a linear probe) before the steps.
     """
 
     trains: tuple[str, ...]
@@ -58,11 +58,11 @@ METHODS = {
     "full": Recipe(WHOLE),
     # Kumar et al. 2022
     "lp_ft": Recipe(WHOLE, ("linear",), CLASS_LOSSES, probes_first=True),
-    # Goyal et al. 2023; with classes rather than captions, the other images of a class are positives too
+    # Goyal et al. 2023. With class prompts in place of captions, other images of the class are positives too
     "flyp": Recipe(WHOLE, ("cosine",), PAIR_LOSSES),
     # Hu et al. 2021
     "lora": Recipe(("*.lora_[ab]", "head.*")),
-    # CoOp, Zhou et al. 2022: saved as the class embeddings that the context leads to
+    # CoOp, Zhou et al. 2022; saved as the class embeddings that the learned context gives
     "prompt": Recipe((CONTEXT,), ("cosine",), CLASS_LOSSES),
     # CLIP-Adapter, Gao et al. 2021
     "adapter": Recipe(("head.down.*", "head.up.*"), ("adapter",), CLASS_LOSSES),
@@ -74,23 +74,23 @@ METHODS = {
 
 
 class ClassInputs(NamedTuple):
-    """The classes as the model sees them: their prompts, or their embeddings where these never change."""
+    """The classes as inputs of a step: their prompts, or their embeddings if the text side is frozen."""
 
     input_ids: Any  # int32 [prompts, tokens], or None
-    class_of_prompt: Any  # int32 [prompts], or None; the number of classes for a prompt that only fills up the mesh
+    class_of_prompt: Any  # int32 [prompts], or None; num_classes marks a padding prompt
     embeddings: Any  # float32 [classes, dim], or None
 
 
 class Method:
-    """A recipe applied to a model of certain sizes.
+    """A recipe applied to a model: the functions of which a training step is made.
 
     Args:
-      config: the `method` section.
-      clip: the model's sizes.
-      num_classes: actions.
-      model: abstract; LoRA's updates are put into it.
-      mesh: over which images are compared with texts.
-      class_weights: what each class's examples count in the loss; None: all alike.
+      config: the `method` section of a config.
+      clip: the sizes of the model.
+      num_classes: number of actions.
+      model: abstract model, into which LoRA's low-rank updates are inserted.
+      mesh: the devices over which contrastive losses compare images with texts.
+      class_weights: weight of each class in the loss; None: all equal.
 
     Raises:
       UserError: an unknown name; a head, loss, tower or setting that doesn't fit the method.
@@ -117,16 +117,16 @@ class Method:
 
     @property
     def towers(self) -> str:
-        """What is trained of the towers; a head of its own takes the text tower's place."""
+        """The trainable towers; a head other than cosine replaces the text tower."""
         return "image" if self.head != "cosine" else self.config.towers
 
     @property
     def context_length(self) -> int:
-        """Tokens that learned vectors take of a prompt."""
+        """Positions of a prompt that learned vectors occupy."""
         return self.config.prompt_length if self.config.name == "prompt" else 0
 
     def extra_parameters(self, cache_size: int = 0) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Any, ...]]]:
-        """Shapes and logical axis names of the parameters beside the model's: a head's, or a prompt's."""
+        """Return shapes and logical axis names of the parameters that the method adds to CLIP: a head or a context."""
         if self.context_length:
             stack = (self.num_classes,) if self.config.prompt_per_class else ()
             shape = (*stack, self.context_length, self.clip.text.hidden_size)
@@ -144,14 +144,16 @@ class Method:
         context_ids: Int[np.ndarray, " n"] | None,
         seed: int,
     ) -> Params:
-        """What all parameters beside CLIP's own start as: everything answers as the start does, as far as it can.
+        """Return the initial values of the parameters that the method adds to CLIP.
+
+        Heads and LoRA start such that the model predicts as the base model does. A learned context starts from words.
 
         Args:
-          params: CLIP's.
+          params: CLIP's parameters.
           shapes: of all parameters.
-          class_embeddings: those of the start; needed where there is a head.
-          context_ids: the words that a learned context starts from.
-          seed: of what starts at random.
+          class_embeddings: of the base model; needed for a head.
+          context_ids: tokens whose embeddings initialise a learned context.
+          seed: of the random values.
         """
         own: Params = dict(init_lora(shapes, seed))
         if self.has_head and self.recipe.learns_from != "features":
@@ -177,13 +179,12 @@ class Method:
         return self.towers in ("both", "text" if name.startswith("text") else "image")
 
     def model(self, params: Params) -> FlaxCLIPModel:
-        """Return the model that computes with `params`, of which a head's and a prompt's are set aside."""
+        """Return the CLIP model with `params`; parameters of a head or a context are ignored."""
         own = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
         return nnx.merge(self.graphdef, unflatten(own))
 
     def class_embeddings(self, params: Params, classes: ClassInputs) -> Float[Array, "k d"]:
-        """What images are compared with: embeddings of classes, or of single prompts where the loss pairs images with
-        texts. Computed unless they are known."""
+        """Return the embeddings that images are compared with: of classes, or of prompts for a contrastive loss."""
         if classes.embeddings is not None:
             return classes.embeddings
         assert classes.input_ids is not None and classes.class_of_prompt is not None
@@ -225,7 +226,16 @@ class Method:
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Float[Array, " b"], Float[Array, "b c"]]:
-        """Each row's loss and class logits; `embeddings` are of classes, or of prompts where the loss pairs."""
+        """Return the loss and the class logits of each row.
+
+        Args:
+          params: all parameters.
+          images: normalised images or clips, channels last.
+          embeddings: of the classes, or of the prompts for a contrastive loss.
+          classes: the classes to which the prompts belong.
+          batch: labels and mask.
+          key: random key of this step.
+        """
         config = self.config
         drop_key, mix_key, prompt_key = jax.random.split(key, 3)
         drop = DropPath(drop_key, config.drop_path) if config.drop_path else None
@@ -260,10 +270,11 @@ class Method:
         return losses, logits
 
     def export_params(self, params: Mapping[str, Any], class_embeddings: np.ndarray) -> tuple[Params, str, Params]:
-        """What a model folder holds: CLIP's parameters, the name of the head, and the head's parameters.
+        """Return the contents of a model folder: CLIP's parameters, the name of the head, the head's parameters.
 
         Args:
-          class_embeddings: that these parameters give the run's classes; learned prompts are saved as these.
+          params: all parameters of the method.
+          class_embeddings: of the run's classes under these parameters; learned prompts are saved as them.
         """
         clip = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
         clip = merge_lora(clip, self.config.lora_alpha / self.config.lora_rank)
@@ -276,9 +287,9 @@ class Method:
 def _even_bias(
     image: Float[Array, "b d"], text: Float[Array, "b d"], scale: Float[Array, ""], mask: Float[Array, " b"]
 ) -> Float[Array, ""]:
-    """Return the sigmoid's bias at which an average pair is as likely to match as one row's texts are.
+    """Return the bias of the sigmoid loss at which an average pair matches with probability 1 / rows.
 
-    SigLIP learns it (Zhai et al. 2023, section 3.2); a fine-tuning of a CLIP that has none is too short for that.
+    SigLIP learns the bias (Zhai et al. 2023, section 3.2). CLIP has none, and fine-tuning is too short to learn one.
     """
     count = jnp.maximum(jnp.sum(mask), 2.0)
     mean_image, mean_text = (jnp.sum(side * mask[:, None], axis=0) / count for side in (image, text))
@@ -286,7 +297,7 @@ def _even_bias(
 
 
 def _choose_prompts(key: jax.Array, label: Int[Array, " b"], class_of_prompt: Int[Array, " p"]) -> Int[Array, " b"]:
-    """One prompt of each row's class, at random: the same one whether prompts were added to fill up a mesh or not."""
+    """Return a random prompt of each row's class; padding prompts don't change which one is drawn."""
     scores = jax.random.uniform(key, (len(class_of_prompt), len(label))).T
     return jnp.argmax(jnp.where(class_of_prompt[None] == label[:, None], scores, -1.0), axis=-1)
 

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, clipping by global norm, and what each parameter's update is scaled by."""
+"""AdamW with warm-up and cosine decay, clipping by global norm, layer-wise learning rates and freezing."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _STACKED = re.compile(r"(vision|text)\.layers\.(.+)")
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to the peak, then cosine to 0 at the last step."""
+    """Return the learning rate by step: linear from 0 to the peak, then cosine to 0 at the last step."""
     warmup = min(round(config.warmup_fraction * num_steps), num_steps - 1)
     return (
         optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, num_steps)
@@ -25,17 +25,15 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def is_decayed(name: str) -> bool:
-    """Return whether weight decay acts on a parameter: matrices only. By name, since stacked biases have two dims
-    too.
-    """
+    """Return whether weight decay applies: to matrices, by name, since stacked biases have two dims too."""
     return name.endswith((".kernel", ".lora_a", ".lora_b"))
 
 
 def layer_scales(shapes: Shapes, decay: float) -> dict[str, np.ndarray]:
-    """What the rate of each parameter is multiplied by, so that lower layers change less (Clark et al. 2020, ELECTRA).
+    """Return the factor of each parameter's learning rate: lower layers change less (Clark et al. 2020, ELECTRA).
 
-    1 above a tower's last layer, `decay` to the power of the layers from there to a parameter below; the entries of a
-    tower's stacked layers differ, so their scales have the shape [layers, 1, ...].
+    It is `decay` to the power of the number of layers above the parameter in its tower, and 1 above the last layer. For
+    stacked layers it has the shape [layers, 1, ...].
     """
     depth = {match[1]: shapes[name][0] for name in shapes if (match := _STACKED.fullmatch(name))}
     scales = {}
@@ -52,14 +50,14 @@ def layer_scales(shapes: Shapes, decay: float) -> dict[str, np.ndarray]:
 
 
 def freeze_masks(shapes: Shapes, patterns: Sequence[str]) -> dict[str, np.ndarray]:
-    """0 where a parameter is frozen by a pattern, else 1; for stacked layers [layers, 1, ...].
+    """Return 0 for parameters that a pattern freezes, else 1; for stacked layers of shape [layers, 1, ...].
 
     Args:
       shapes: by dotted name.
-      patterns: shell patterns of dotted names, in which a layer has a number: `text.*`, `vision.layers.[0-5].*`.
+      patterns: shell patterns of dotted names with layer numbers: `text.*`, `vision.layers.[0-5].*`.
 
     Raises:
-      UserError: a pattern that no parameter has.
+      UserError: a pattern that matches no parameter.
     """
     unused = set(patterns)
     masks = {}
@@ -87,7 +85,7 @@ def make_optimizer(
     """Return the optimiser of the parameters with these dotted names and shapes (Loshchilov and Hutter 2019).
 
     Args:
-      masks: from `freeze_masks`; where 0, the parameter neither moves nor counts in the gradient's norm.
+      masks: from `freeze_masks`; parameters of mask 0 are neither updated nor part of the gradient's norm.
     """
     decays = layer_scales(shapes, config.layer_decay)
     return optax.chain(
@@ -106,7 +104,7 @@ def make_optimizer(
 
 
 def _multiply(scales: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
-    """Update times a constant for each parameter."""
+    """Return a transformation that multiplies the update of each parameter by a constant."""
     needed = {name: scale for name, scale in scales.items() if not np.all(scale == 1)}
     return optax.stateless(
         lambda updates, _: {

@@ -1,4 +1,4 @@
-"""What is fitted to features computed once: a linear probe (L-BFGS or AdamW) and a Tip-Adapter's cache."""
+"""Heads fitted to features that are computed once: a linear probe (L-BFGS or AdamW) and a Tip-Adapter."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,21 @@ from jaxtyping import Float, Float32, Int32
 from clip_har_jax.evaluation.metrics import log_softmax
 from clip_har_jax.training.losses import cross_entropy
 
-PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of a probe's distance from its start; the one best in validation is taken
-ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)  # of a Tip-Adapter; 0: CLIP alone
+PENALTIES = (
+    1.0,
+    1e-1,
+    1e-2,
+    1e-3,
+    1e-4,
+)  # on the distance from the initial head
+ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0)  # of a Tip-Adapter; 0: zero-shot
 BETAS = (1.0, 3.0, 5.5, 10.0, 20.0)
-MAX_ITERATIONS, TOLERANCE = 300, 1e-4  # of L-BFGS: at most, and the norm of the gradient at which it is done
+MAX_ITERATIONS, TOLERANCE = 300, 1e-4  # of L-BFGS; it stops at this norm of the gradient
 ADAMW_STEPS, ADAMW_RATE = 1000, 3e-2
 
 
 class LabeledFeatures(NamedTuple):
-    """Images as features."""
+    """The features of labelled images."""
 
     embeddings: Float32[np.ndarray, "n d"]  # L2-normalised
     label: Int32[np.ndarray, " n"]
@@ -30,7 +36,7 @@ class LabeledFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class FittedHead:
-    """A fitted head and how it was chosen."""
+    """A fitted head, with the chosen hyperparameters and its validation scores."""
 
     params: dict[str, np.ndarray]
     about: dict[str, float]
@@ -46,19 +52,23 @@ def fit_probe(
     label_smoothing: float = 0.0,
     penalties: Sequence[float] = PENALTIES,
 ) -> FittedHead:
-    """Return a linear head: the least cross-entropy plus a penalty on the squared distance from CLIP's own class
-    embeddings.
+    """Fit a linear head by cross-entropy and a penalty on the squared distance from CLIP's class embeddings.
 
-    Radford et al. 2021 (appendix A.3) fit from 0 with L-BFGS and choose the penalty on validation data; from CLIP's own
-    classifier a few images a class do better than from 0, and without any the zero-shot answer is left.
+    Radford et al. 2021 (appendix A.3) fit with L-BFGS from 0 and choose the penalty on validation data. Starting from
+    CLIP's own classifier is better with few images a class, and without images it leaves the zero-shot classifier.
 
     Args:
-      classes: class embeddings of the start.
+      train: features to fit.
+      val: features to choose the penalty by.
+      classes: class embeddings of the base model.
       scale: exp(logit_scale).
       solver: 'lbfgs' or 'adamw'.
+      class_weights: weight of each class in the loss; None: equal.
+      label_smoothing: as in `cross_entropy`.
+      penalties: to choose from.
     """
     x, target = jnp.asarray(scale * train.embeddings), jax.nn.one_hot(train.label, len(classes))
-    # In units of class embeddings, so that one range of penalties serves every scale.
+    # The parameters are in units of class embeddings, so that one range of penalties fits every scale.
     start = {"kernel": jnp.asarray(classes.T), "bias": jnp.zeros(len(classes))}
     weights = None if class_weights is None else jnp.asarray(class_weights)
 
@@ -71,7 +81,7 @@ def fit_probe(
     solve = jax.jit(_lbfgs(loss_fn) if solver == "lbfgs" else _adamw(loss_fn))
     best: tuple[tuple[float, float], float, Any] | None = None
     params = start
-    for penalty in sorted(penalties, reverse=True):  # each from the last one's solution, which is near
+    for penalty in sorted(penalties, reverse=True):  # warm start: the solutions of neighbouring penalties are close
         params = jax.device_get(solve(params, jnp.float32(penalty)))
         score = _score(scale * val.embeddings @ params["kernel"] + params["bias"], val.label)
         if best is None or score > best[0]:
@@ -120,7 +130,7 @@ def _adamw(loss_fn: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax
 
 
 def choose_cache(label: Int32[np.ndarray, " n"], per_class: int, seed: int) -> np.ndarray:
-    """Return the training images that a Tip-Adapter remembers: so many of each class, drawn by the seed."""
+    """Return the indices of a Tip-Adapter's cache: at most `per_class` random images of each class."""
     order = np.random.default_rng(seed).permutation(len(label))
     chosen = [order[label[order] == each][:per_class] for each in np.unique(label)]
     return np.sort(np.concatenate(chosen))
@@ -129,9 +139,7 @@ def choose_cache(label: Int32[np.ndarray, " n"], per_class: int, seed: int) -> n
 def make_tip_adapter(
     cache: LabeledFeatures, val: LabeledFeatures, classes: Float32[np.ndarray, "c d"], scale: float
 ) -> FittedHead:
-    """Return a Tip-Adapter (Zhang et al. 2022) without training; alpha and beta are searched for, as in the authors'
-    code.
-    """
+    """Make a Tip-Adapter (Zhang et al. 2022) without training; alpha and beta are searched on validation data."""
     keys, values = cache.embeddings.T, np.eye(len(classes), dtype=np.float32)[cache.label]
     zero_shot, affinity = scale * val.embeddings @ classes.T, val.embeddings @ keys
     votes = {beta: np.exp(-beta * (1 - affinity)) @ values for beta in BETAS}
@@ -149,6 +157,6 @@ def make_tip_adapter(
 
 
 def _score(logits: np.ndarray, label: np.ndarray) -> tuple[float, float]:
-    """What validation chooses by: the top-1 accuracy, and of equal ones the likelihood."""
+    """Return the key to choose by on validation data: top-1 accuracy, then mean log-likelihood."""
     log_probs = log_softmax(np.asarray(logits))
     return float((logits.argmax(-1) == label).mean()), float(log_probs[np.arange(len(label)), label].mean())
