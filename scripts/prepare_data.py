@@ -5,7 +5,8 @@
       --config.data.train=manifest:prepared/manifest.parquet --config.data.val=manifest:prepared/manifest.parquet
 
 Copies of one photograph, re-encoded, resized, cropped or framed, stay in one split, and so do copies of one clip and
-clips cut from one recording, as UCF101 and HMDB51 name them; copies with different labels are left out of all. Writes
+clips cut from one recording, as UCF101 and HMDB51 name them; copies with different labels are left out of all splits,
+and images that are only near each other under different labels are kept and shown for a decision. Writes
 manifest.parquet (path, sha256, label, group, split), duplicates.json, report.html (look at it) and prepare.json. A
 function of the data, the shares and the seed.
 """
@@ -20,21 +21,12 @@ def main() -> None:
     arguments = _parse()
 
     from clip_har_jax.data.splits import Shares
-    from clip_har_jax.pipelines.prepare import prepare, print_prepared
+    from clip_har_jax.pipelines.prepare import PrepareOptions, prepare, print_prepared
 
-    prepared = prepare(
-        arguments.data,
-        arguments.output,
-        arguments.test,
-        Shares(arguments.val_fraction, arguments.test_fraction),
-        arguments.seed,
-        arguments.cache_px,
-        arguments.model,
-        arguments.reference,
-        arguments.tfds_dir,
-        arguments.max_bad_fraction,
-        arguments.num_workers,
-    )
+    names = ("test", "seed", "cache_px", "model", "reference", "tfds_dir", "max_bad_fraction", "num_workers")
+    shares = Shares(arguments.val_fraction, arguments.test_fraction)
+    options = PrepareOptions(shares=shares, **{name: getattr(arguments, name) for name in names})
+    prepared = prepare(arguments.data, arguments.output, options)
     print_prepared(prepared, arguments.output)
 
 

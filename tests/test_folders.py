@@ -84,7 +84,7 @@ def prepare():
         return scan(source, i)
 
     job.scan = slow_scan
-    job.prepare([f"folder:{root / 'photos'}"], root / "out", num_workers=0)
+    job.prepare([f"folder:{root / 'photos'}"], root / "out", job.PrepareOptions(num_workers=0))
 
 
 cli.run({"replaced": replaced, "in_place": in_place, "bulk": bulk, "hub": hub, "prepare": prepare}[writer])

@@ -68,7 +68,7 @@ def make_manifest(rows: Sequence[Mapping[str, Any]], root: Path, about: Mapping[
     return Manifest(pa.Table.from_pylist(sorted(rows, key=lambda row: row["path"]), SCHEMA), root, about)
 
 
-def write_manifest(manifest: Manifest, path: Path) -> None:
+def write_split_manifest(manifest: Manifest, path: Path) -> None:
     """Write a manifest; whole or not at all."""
     about = {"format": FORMAT, "digest": manifest.digest, "root": str(manifest.root), "about": dict(manifest.about)}
     with atomic(path) as partial:

@@ -7,6 +7,7 @@ step alone.
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import grain
@@ -128,13 +129,35 @@ def default_workers(cores: int, num_examples: int) -> int:
     return min(cores, max(4, cores // 2), 8)
 
 
-def _rows(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-    if batch_size % process_count:
-        raise UserError(
-            f"a batch of {batch_size} images doesn't divide over {process_count} processes; make it a multiple"
-        )
-    size = batch_size // process_count
-    return process_index * size, (process_index + 1) * size
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where training begins: at `step`, and at which example batch 0 begins or would begin (not 0 after the batch size
+    was changed).
+    """
+
+    step: int = 0
+    first_example: int = 0
+
+
+@dataclass(frozen=True)
+class ProcessShare:
+    """This process's share of each global batch: process `index` of `count` gets rows [index * B / count, ...)."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, batch_size: int) -> tuple[int, int]:
+        """Return the first row of the share and the one behind its last.
+
+        Raises:
+          UserError: the batch doesn't divide over the processes.
+        """
+        if batch_size % self.count:
+            raise UserError(
+                f"a batch of {batch_size} images doesn't divide over {self.count} processes; make it a multiple"
+            )
+        size = batch_size // self.count
+        return self.index * size, (self.index + 1) * size
 
 
 def train_batches(
@@ -144,23 +167,20 @@ def train_batches(
     *,
     seed: int,
     global_batch_size: int,
-    start_step: int = 0,
-    first_example: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
     bad_inputs: BadInputs,
+    resume: ResumePoint = ResumePoint(),
+    share: ProcessShare = ProcessShare(),
 ) -> BatchIterator:
-    """Endless batches in an order that is shuffled anew each epoch, from `start_step` on.
+    """Return endless batches in an order that is shuffled anew each epoch, from `resume.step` on.
 
-    Process p of P gets rows [p * B / P, (p + 1) * B / P) of each global batch, so that the global batch is the same
-    for every number of processes.
+    The global batch is the same for every number of processes.
 
     Raises:
       UserError: a batch that doesn't divide over the processes; more bad images than the config allows.
     """
-    rows = _rows(global_batch_size, process_index, process_count)
-    batches = BatchSource(source, config, preprocess, seed, global_batch_size, rows, first_example)
-    return BatchIterator(batches, bad_inputs, start_step)
+    rows = share.rows(global_batch_size)
+    batches = BatchSource(source, config, preprocess, seed, global_batch_size, rows, resume.first_example)
+    return BatchIterator(batches, bad_inputs, resume.step)
 
 
 def eval_batches(
@@ -169,17 +189,16 @@ def eval_batches(
     preprocess: Preprocess,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
     bad_inputs: BadInputs,
+    share: ProcessShare = ProcessShare(),
 ) -> BatchIterator:
-    """Each example once, in the source's order; the last batch is padded with rows of mask 0.
+    """Return each example once, in the source's order; the last batch is padded with rows of mask 0.
 
     Raises:
       UserError: as `train_batches`.
     """
-    rows = _rows(batch_size, process_index, process_count)
-    return BatchIterator(BatchSource(source, config, preprocess, None, batch_size, rows), bad_inputs)
+    batches = BatchSource(source, config, preprocess, None, batch_size, share.rows(batch_size))
+    return BatchIterator(batches, bad_inputs)
 
 
 def prefetch_to_mesh(batches: Iterator[Batch], place: Callable[[Batch], Any], size: int = 2) -> Iterator[Any]:

@@ -10,7 +10,15 @@ import numpy as np
 from PIL import Image
 
 from clip_har_jax.config import DataConfig
-from clip_har_jax.data.duplicates import FRAMES, Signature, find_clip_pairs, find_pairs, group, make_signature
+from clip_har_jax.data.duplicates import (
+    FRAMES,
+    MIN_CONFLICT_CORRELATION,
+    Signature,
+    find_clip_pairs,
+    find_pairs,
+    group,
+    make_signature,
+)
 from clip_har_jax.data.examples import ClipFile, Source
 from clip_har_jax.data.quality import Facts, measure
 from clip_har_jax.errors import UserError
@@ -111,6 +119,21 @@ def find_duplicates(scanned: Sequence[Scanned], clips: bool) -> list[tuple[int, 
     signatures = [scanned[i].signatures for i in unique]
     near = find_clip_pairs(signatures) if clips else find_pairs([one for (one,) in signatures])
     return sorted([*pairs, *((unique[a], unique[b], alike) for a, b, alike in near)])
+
+
+def part_conflicts(
+    pairs: Sequence[tuple[int, int, float]], label_ids: np.ndarray
+) -> tuple[list[tuple[int, int, float]], list[tuple[int, int, float]]]:
+    """Split pairs into those that join two examples, and those that a person should decide.
+
+    A near duplicate whose label differs is either a mistaken label or another picture. It joins only where the
+    similarity is high enough that it is one picture.
+    """
+    joined, undecided = [], []
+    for i, j, alike in pairs:
+        certain = label_ids[i] == label_ids[j] or alike >= MIN_CONFLICT_CORRELATION
+        (joined if certain else undecided).append((i, j, alike))
+    return joined, undecided
 
 
 def recording_of(path: str, label: str) -> str | None:

@@ -35,7 +35,7 @@ def make_data_report(
       summary, duplicates, suspects, bad: what was found in it.
       reference: a data set to compare with; None: its splits alone are compared.
     """
-    shown = sorted(duplicates, key=lambda entry: (not entry["crosses"], not entry["conflict"], -len(entry["members"])))
+    shown = sorted(duplicates, key=_urgency)
     page = templates().get_template("data.html")
     return page.render(
         summary=summary,
@@ -54,6 +54,11 @@ def make_data_report(
     )
 
 
+def _urgency(entry: Mapping[str, Any]) -> tuple[bool, bool, bool, int]:
+    """Return a sort key: first what a person should decide, then what crosses the sets, conflicts, large groups."""
+    return entry["joined"], not entry["crosses"], not entry["conflict"], -len(entry["members"])
+
+
 def _about(manifest: Manifest) -> dict[str, str]:
     """How it was made, in words; what wasn't given is left out."""
     texts = {key: ", ".join(value) if isinstance(value, list) else str(value) for key, value in manifest.about.items()}
@@ -68,7 +73,7 @@ def _headlines(summary: Mapping[str, Any], noun: str) -> list[tuple[str, int, st
     splits = [(split, summary["splits"][split], noun) for split in SPLITS if summary["splits"][split]]
     return [
         *splits,
-        ("duplicates", summary["duplicate_groups"], f"groups, {summary['identical_groups']} of identical files"),
+        ("duplicates", summary["duplicate_groups"], f"groups; {summary['repeated_contents']} contents repeat"),
         ("conflicts", summary["conflicting_groups"], "groups with different labels"),
     ]
 

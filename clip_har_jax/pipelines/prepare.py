@@ -3,8 +3,9 @@
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from PIL import Image
 from clip_har_jax import bundle, cli
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.cache import write_cache
-from clip_har_jax.data.manifest import Manifest, make_manifest, read_manifest, write_manifest
+from clip_har_jax.data.manifest import Manifest, make_manifest, read_manifest, write_split_manifest
 from clip_har_jax.data.quality import find_suspects
-from clip_har_jax.data.scan import Pooled, Scanned, find_duplicates, find_groups, recording_of, scan
+from clip_har_jax.data.scan import Pooled, Scanned, find_duplicates, find_groups, part_conflicts, recording_of, scan
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import MIN_FOR_WORKERS, map_in_workers
@@ -35,9 +36,8 @@ class Prepared:
 
     manifest: Manifest
     bad: list[tuple[str, str]]  # name, reason
-    duplicates: list[
-        dict[str, Any]
-    ]  # groups of more than one: members with label, split and the set they were given in
+    # groups of more than one copy, and pairs to decide: members with label, split and the set they were given in
+    duplicates: list[dict[str, Any]]
     suspects: list[dict[str, Any]]
     listing: dict[str, Any]  # SPEC -> what was kept and left out
 
@@ -45,40 +45,29 @@ class Prepared:
     def summary(self) -> dict[str, Any]:
         """The contents of prepare.json."""
         splits = self.manifest.column("split")
+        joined = [entry for entry in self.duplicates if entry["joined"]]
         return {
             "manifest_sha256": self.manifest.digest,
             "num_examples": len(splits),
             "num_unreadable": len(self.bad),
             "splits": {name: splits.count(name) for name in ("train", "val", "test", "excluded")},
-            "duplicate_groups": len(self.duplicates),
-            "identical_groups": sum(entry["identical"] for entry in self.duplicates),
-            "conflicting_groups": sum(entry["conflict"] for entry in self.duplicates),
-            "crossing_groups": sum(entry["crosses"] for entry in self.duplicates),
+            "duplicate_groups": len(joined),
+            "identical_groups": sum(entry["identical"] for entry in joined),
+            "repeated_contents": sum(count > 1 for count in Counter(self.manifest.column("sha256")).values()),
+            "conflicting_groups": sum(entry["conflict"] for entry in joined),
+            "crossing_groups": sum(entry["crosses"] for entry in joined),
+            "undecided_pairs": len(self.duplicates) - len(joined),
             "num_suspects": len(self.suspects),
             "listing": self.listing,
             **self.manifest.about,
         }
 
 
-def prepare(
-    data: Sequence[str],
-    output: Path,
-    test: str = "",
-    shares: Shares = Shares(),  # noqa: B008
-    seed: int = 0,
-    cache_px: int | None = None,
-    model: str = "",
-    reference: str = "",
-    tfds_dir: str = "",
-    max_bad_fraction: float = DataConfig.max_bad_fraction,
-    num_workers: int | None = None,
-) -> Prepared:
-    """Find near duplicates, splits by group and class, and write the manifest and its page.
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How a data set is prepared.
 
-    Args:
-      data: SPECs of the data.
-      output: manifest.parquet, duplicates.json, bad_inputs.jsonl, prepare.json and report.html are written there; and
-        images/, of data that has no files of its own.
+    Attributes:
       test: the SPEC of a test set that stays as it is: what is near one of its images is left out of the others.
       shares: of validation and test; of test none is taken where there is a test set.
       seed: of the split.
@@ -88,64 +77,92 @@ def prepare(
       tfds_dir: where the splits are also written as the TFDS data set har15; empty: nowhere.
       max_bad_fraction: share of unreadable files above which nothing is written.
       num_workers: processes; None: one a core.
+    """
+
+    test: str = ""
+    shares: Shares = field(default_factory=Shares)
+    seed: int = 0
+    cache_px: int | None = None
+    model: str = ""
+    reference: str = ""
+    tfds_dir: str = ""
+    max_bad_fraction: float = DataConfig.max_bad_fraction
+    num_workers: int | None = None
+
+
+def prepare(data: Sequence[str], output: Path, options: PrepareOptions = PrepareOptions()) -> Prepared:
+    """Find near duplicates, split by group and class, and write the manifest and its page.
+
+    Args:
+      data: SPECs of the data.
+      output: manifest.parquet, duplicates.json, bad_inputs.jsonl, prepare.json and report.html are written there; and
+        images/, of data that has no files of its own.
+      options: how.
 
     Raises:
       UserError: a mistake in the arguments or the data; more bad images than allowed.
     """
+    shares = options.shares
     if not (0 <= shares.val < 1 and 0 <= shares.test < 1 and shares.val + shares.test < 1):
         raise UserError(f"--val_fraction={shares.val:g} --test_fraction={shares.test:g}: nothing is left for training")
-    earlier = read_manifest(Path(reference)) if reference else None
-    source = _open(data, test)
-    specs = [*data, *([test] if test else [])]
-    for spec, tally in zip(specs, source.tallies, strict=True):
+    earlier = read_manifest(Path(options.reference)) if options.reference else None
+    source = _open(data, options.test)
+    specs = [*data, *([options.test] if options.test else [])]
+    listing = dict(zip(specs, source.tallies, strict=True))
+    for spec, tally in listing.items():
         cli.print_tally(spec, tally)
     if source.clips:
-        _refuse_for_clips(cache_px, tfds_dir)
+        _refuse_for_clips(options.cache_px, options.tfds_dir)
     with output_folder(output):
-        worth = MIN_CLIPS_FOR_WORKERS if source.clips else MIN_FOR_WORKERS
-        outcomes = list(map_in_workers(scan, source, len(source), num_workers, "reading", worth))
-        kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]
-        scanned = [outcome for outcome in outcomes if isinstance(outcome, Scanned)]
-        bad = [outcome for outcome in outcomes if not isinstance(outcome, Scanned)]
+        kept, scanned, bad = _read(source, options.num_workers)
         noun = "clips" if source.clips else "images"
-        _write_bad(output / "bad_inputs.jsonl", bad, len(source), max_bad_fraction, noun)
+        _write_bad(output / "bad_inputs.jsonl", bad, len(source), options.max_bad_fraction, noun)
         ids = source.label_ids[kept]
         names = [source.labels[i] for i in ids]
-        pairs = find_duplicates(scanned, source.clips)
+        pairs, undecided = part_conflicts(find_duplicates(scanned, source.clips), ids)
         cut_from = [recording_of(source.path(i) or "", name) for i, name in zip(kept, names, strict=True)]
         copies, groups = find_groups(pairs, ids, cut_from if source.clips else [])
-        splits = assign_splits(ids, groups, Shares(shares.val, 0.0 if test else shares.test), seed)
-        if test:
+        splits = assign_splits(ids, groups, Shares(shares.val, 0.0 if options.test else shares.test), options.seed)
+        if options.test:
             splits = _keep_test(splits, groups, source.given[kept] == len(data))
         paths, root = _place(source, kept, scanned, output)
         rows = _make_rows(paths, scanned, names, copies, groups, splits)
-        about = {
-            "data": list(data),
-            "test": test,
-            "seed": seed,
-            "val_fraction": shares.val,
-            "test_fraction": shares.test,
-        }
-        about |= {"clips": True} if source.clips else {}
-        manifest = make_manifest(rows, root, about)
-        duplicates = _list_duplicates(rows, copies, pairs, [[*data, test][i] for i in source.given[kept]])
-        suspects = _find_suspects(model, rows, root, ids, groups, source.labels) if model else []
-        prepared = Prepared(
-            manifest,
-            bad,
-            duplicates,
-            suspects,
-            {spec: t.to_json() for spec, t in zip(specs, source.tallies, strict=True)},
-        )
-        write_manifest(manifest, output / "manifest.parquet")
-        if cache_px:
-            write_cache(manifest, output / f"cache_{cache_px}px", cache_px, num_workers)
-        if tfds_dir:
+        manifest = make_manifest(rows, root, _about(data, options, source.clips))
+        given = [[*data, options.test][i] for i in source.given[kept]]
+        duplicates = _list_duplicates(rows, copies, pairs, given) + _list_undecided(rows, undecided, given)
+        suspects = _find_suspects(options.model, rows, root, ids, groups, source.labels) if options.model else []
+        told = {spec: tally.to_json() for spec, tally in listing.items()}
+        prepared = Prepared(manifest, bad, duplicates, suspects, told)
+        write_split_manifest(manifest, output / "manifest.parquet")
+        if options.cache_px:
+            write_cache(manifest, output / f"cache_{options.cache_px}px", options.cache_px, options.num_workers)
+        if options.tfds_dir:
             from clip_har_jax.data.har15 import build_har15
 
-            build_har15(manifest, tfds_dir)
+            build_har15(manifest, options.tfds_dir)
         _write_findings(prepared, earlier, output)
         return prepared
+
+
+def _read(source: Pooled, num_workers: int | None) -> tuple[list[int], list[Scanned], list[tuple[str, str]]]:
+    """Read all examples; return the positions of those that can be read, what is kept of them, and the bad ones."""
+    worth = MIN_CLIPS_FOR_WORKERS if source.clips else MIN_FOR_WORKERS
+    outcomes = list(map_in_workers(scan, source, len(source), num_workers, "reading", worth))
+    kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]
+    scanned = [outcome for outcome in outcomes if isinstance(outcome, Scanned)]
+    return kept, scanned, [outcome for outcome in outcomes if not isinstance(outcome, Scanned)]
+
+
+def _about(data: Sequence[str], options: PrepareOptions, clips: bool) -> dict[str, Any]:
+    """Return what a manifest says of how it was made."""
+    shares = {"val_fraction": options.shares.val, "test_fraction": options.shares.test}
+    return {
+        "data": list(data),
+        "test": options.test,
+        "seed": options.seed,
+        **shares,
+        **({"clips": True} if clips else {}),
+    }
 
 
 def _open(data: Sequence[str], test: str) -> Pooled:
@@ -247,17 +264,37 @@ def _list_duplicates(
         {
             "group": rows[positions[0]]["group"],
             "similarity": round(least[number], 4),
+            "joined": True,
             "identical": len({rows[i]["sha256"] for i in positions}) == 1,
             "conflict": len({rows[i]["label"] for i in positions}) > 1,
             "crosses": len({given[i] for i in positions}) > 1,
-            "members": [
-                {"path": rows[i]["path"], "label": rows[i]["label"], "split": rows[i]["split"], "data": given[i]}
-                for i in positions
-            ],
+            "members": [_member(rows[i], given[i]) for i in positions],
         }
         for number, positions in sorted(members.items())
         if len(positions) > 1
     ]
+
+
+def _list_undecided(
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int, float]], given: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the pairs that look alike under different labels, for duplicates.json: both stay where they are."""
+    return [
+        {
+            "group": None,
+            "similarity": round(alike, 4),
+            "joined": False,
+            "identical": False,
+            "conflict": True,
+            "crosses": given[i] != given[j],
+            "members": [_member(rows[i], given[i]), _member(rows[j], given[j])],
+        }
+        for i, j, alike in pairs
+    ]
+
+
+def _member(row: Mapping[str, Any], given: str) -> dict[str, str]:
+    return {"path": row["path"], "label": row["label"], "split": row["split"], "data": given}
 
 
 def _find_suspects(
@@ -296,9 +333,14 @@ def print_prepared(prepared: Prepared, output: Path) -> None:
     if prepared.bad:
         rows.append(("unreadable", f"{len(prepared.bad)}, listed in {output / 'bad_inputs.jsonl'}"))
     found = (
-        f"{summary['duplicate_groups']} groups ({summary['identical_groups']} of identical files, "
-        f"{summary['conflicting_groups']} with different labels, {summary['crossing_groups']} across the given sets)"
+        f"{summary['duplicate_groups']} groups ({summary['identical_groups']} of identical files alone, "
+        f"{summary['conflicting_groups']} with different labels, {summary['crossing_groups']} across the given sets); "
+        f"{summary['repeated_contents']} contents are in more than one file"
     )
+    if summary["undecided_pairs"]:
+        rows.append(
+            ("to decide", f"{summary['undecided_pairs']} pairs look alike under different labels, and are kept")
+        )
     rows += [
         ("duplicates", f"{found}, listed in {output / 'duplicates.json'}"),
         ("manifest", f"{output / 'manifest.parquet'}, SHA-256 {summary['manifest_sha256'][:12]}"),

@@ -10,7 +10,14 @@ from etils import epath
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
-from clip_har_jax.data.pipeline import BadInputs, eval_batches, prefetch_to_mesh, train_batches
+from clip_har_jax.data.pipeline import (
+    BadInputs,
+    ProcessShare,
+    ResumePoint,
+    eval_batches,
+    prefetch_to_mesh,
+    train_batches,
+)
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.evaluator import evaluate
@@ -179,11 +186,9 @@ class Run:
             self.start.preprocess,
             seed=config.seed,
             global_batch_size=batch_size,
-            start_step=self.first_step,
-            first_example=self.first_example,
-            process_index=shard,
-            process_count=num_shards,
             bad_inputs=self.bad_inputs["train"],
+            resume=ResumePoint(self.first_step, self.first_example),
+            share=ProcessShare(shard, num_shards),
         ) as batches:
             try:
                 return fit(
@@ -233,9 +238,8 @@ class Run:
             self.config.data,
             self.start.preprocess,
             batch_size=batch_size,
-            process_index=shard,
-            process_count=num_shards,
             bad_inputs=bad_inputs,
+            share=ProcessShare(shard, num_shards),
         ) as batches:
             for batch in batches:
                 outputs, whole = step(sharding.put_local_rows(batch, rows))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clip_har_jax.config import DataConfig
-from clip_har_jax.data.pipeline import default_workers, train_batches
+from clip_har_jax.data.pipeline import ResumePoint, default_workers, train_batches
 from clip_har_jax.errors import UserError
 from tests.support.batches import (
     EVERYTHING,
@@ -32,7 +32,9 @@ from tests.support.batches import (
 def test_workers_change_nothing() -> None:
     source, config = ArraySource(10, damaged=[3], missing=[7]), DataConfig(num_workers=2)
     bad_inputs = counting_only(source)
-    assert_equal(train(source, 7, config, start_step=2, bad_inputs=bad_inputs), train(source, 7, start_step=2))
+    assert_equal(
+        train(source, 7, config, resume=ResumePoint(2), bad_inputs=bad_inputs), train(source, 7, resume=ResumePoint(2))
+    )
     assert len(bad_inputs) == 2
     assert multiprocessing.active_children() == []
 
@@ -109,7 +111,7 @@ def test_batches_are_equal_for_every_number_of_workers_and_across_a_resume() -> 
     for workers in (1, 2, 4):
         config = replace(one, num_workers=workers, num_threads=workers)
         assert digest(train(source, 6, config)) == expected
-    resumed = train(source, 3, replace(one, num_workers=2), start_step=3)
+    resumed = train(source, 3, replace(one, num_workers=2), resume=ResumePoint(3))
     assert digest(train(source, 3, one)) + digest(resumed) == expected
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_har_jax.config import AugmentConfig, DataConfig
 from clip_har_jax.data.augment import augment
+from clip_har_jax.data.pipeline import ProcessShare, ResumePoint
 from clip_har_jax.data.sources import Example
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import decode, evaluation_transform
@@ -77,20 +78,20 @@ def test_image_does_not_depend_on_the_batch_it_is_in() -> None:
 @given(st.integers(1, 23), st.sampled_from([1, 2, 3, 6]), st.integers(0, 9))
 def test_processes_share_the_batches_of_one(count: int, processes: int, start_step: int) -> None:
     source = ArraySource(count)
-    whole = train(source, 3, global_batch_size=6, start_step=start_step)
+    whole = train(source, 3, global_batch_size=6, resume=ResumePoint(start_step))
     parts = [
-        train(source, 3, global_batch_size=6, start_step=start_step, process_index=p, process_count=processes)
+        train(source, 3, global_batch_size=6, resume=ResumePoint(start_step), share=ProcessShare(p, processes))
         for p in range(processes)
     ]
     assert_equal(joined(parts), whole)
-    parts = [evaluation(source, 6, process_index=p, process_count=processes) for p in range(processes)]
+    parts = [evaluation(source, 6, share=ProcessShare(p, processes)) for p in range(processes)]
     assert_equal(joined(parts), evaluation(source, 6))
 
 
 def test_continued_run_sees_the_rest_of_the_unbroken_one() -> None:
     source = ArraySource(10, damaged=[3])
-    assert_equal(train(source, 9)[5:], train(source, 4, start_step=5))
-    far = train(source, 1, start_step=10**9)
+    assert_equal(train(source, 9)[5:], train(source, 4, resume=ResumePoint(5)))
+    far = train(source, 1, resume=ResumePoint(10**9))
     assert far[0].mask.shape == (4,)
 
 
@@ -127,4 +128,4 @@ def test_encoded_images_are_decoded() -> None:
 
 def test_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="batch of 4 images doesn't divide over 3 processes"):
-        train(ArraySource(4), 1, process_count=3)
+        train(ArraySource(4), 1, share=ProcessShare(0, 3))

@@ -35,7 +35,7 @@ from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.pipelines.evaluate import evaluate_model
-from clip_har_jax.pipelines.prepare import Prepared, prepare
+from clip_har_jax.pipelines.prepare import Prepared, PrepareOptions, prepare
 from clip_har_jax.trainer.features import content_digest
 from clip_har_jax.trainer.train import train
 from tests.support.model_folders import write_image, write_images, write_model
@@ -154,7 +154,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, drawn: list[Image.Image]) -
 @pytest.fixture(scope="module")
 def prepared(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
     output = tmp_path_factory.mktemp("prepared")
-    return prepare([f"folder:{photos}"], output, max_bad_fraction=0.1, cache_px=64), output
+    return prepare([f"folder:{photos}"], output, PrepareOptions(max_bad_fraction=0.1, cache_px=64)), output
 
 
 def splits_of(output: Path) -> dict[str, str]:
@@ -194,7 +194,8 @@ def test_same_data_and_seed_give_the_same_manifest(
     photos: Path, prepared: tuple[Prepared, Path], tmp_path: Path
 ) -> None:
     again, other = (
-        prepare([f"folder:{photos}"], tmp_path, max_bad_fraction=0.1, seed=seed).manifest.digest for seed in (0, 1)
+        prepare([f"folder:{photos}"], tmp_path, PrepareOptions(max_bad_fraction=0.1, seed=seed)).manifest.digest
+        for seed in (0, 1)
     )
     assert again == prepared[0].manifest.digest != other
 
@@ -236,7 +237,7 @@ def refused(spec: str) -> str:
 
 def test_changed_files_are_named_with_their_number(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", ("run", "sit"), 8)
-    prepare([f"folder:{tmp_path}/photos"], tmp_path / "out", shares=Shares(0.0, 0.0))
+    prepare([f"folder:{tmp_path}/photos"], tmp_path / "out", PrepareOptions(shares=Shares(0.0, 0.0)))
     spec = f"manifest:{tmp_path}/out/manifest.parquet"
     first = tmp_path / "photos/run/0.png"
     data = first.read_bytes()
@@ -284,7 +285,9 @@ def test_given_test_set_stays_and_what_is_near_it_is_left_out(tmp_path: Path, dr
             path.parent.mkdir(parents=True, exist_ok=True)
             drawn[i].save(path, quality=90 if name == "train" else 50)
     found = prepare(
-        [f"folder:{tmp_path}/train"], tmp_path / "out", test=f"folder:{tmp_path}/test", shares=Shares(0.2, 0.2)
+        [f"folder:{tmp_path}/train"],
+        tmp_path / "out",
+        PrepareOptions(test=f"folder:{tmp_path}/test", shares=Shares(0.2, 0.2)),
     )
     splits = splits_of(tmp_path / "out")
     assert all((split == "test") == path.startswith("test/") for path, split in splits.items())
@@ -295,7 +298,7 @@ def test_given_test_set_stays_and_what_is_near_it_is_left_out(tmp_path: Path, dr
 
 def test_data_without_files_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(synthetic.SPLITS, "val", 30)
-    prepare(["synthetic?split=val"], tmp_path / "out", shares=Shares(0.0, 0.0))
+    prepare(["synthetic?split=val"], tmp_path / "out", PrepareOptions(shares=Shares(0.0, 0.0)))
     source = make_source(f"manifest:{tmp_path}/out/manifest.parquet?split=train", "train")
     images = {np.asarray(Image.open(io.BytesIO(source[i].data))).tobytes() for i in range(len(source))}
     assert images <= {synthetic.draw("val", i).tobytes() for i in range(30)}
@@ -314,7 +317,7 @@ def test_too_many_bad_images_end_it(tmp_path: Path) -> None:
 def test_shares_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     for shares in (Shares(0.5, 0.5), Shares(-0.1, 0.2), Shares(float("nan"), 0.1)):
         with pytest.raises(UserError, match="nothing is left"):
-            prepare(["synthetic"], tmp_path, shares=shares)
+            prepare(["synthetic"], tmp_path, PrepareOptions(shares=shares))
 
 
 def test_drift_tells_sets_apart() -> None:
@@ -398,11 +401,11 @@ synthetic.SPLITS["val"] = 60
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.data.splits import Shares
 from clip_har_jax.errors import UserError
-from clip_har_jax.pipelines.prepare import prepare
+from clip_har_jax.pipelines.prepare import PrepareOptions, prepare
 
 root = Path(sys.argv[1])
 options = {"shares": Shares(0.25, 0.25), "tfds_dir": f"{root}/tfds"}
-found = prepare(["synthetic?split=val"], root / "out", **options)
+found = prepare(["synthetic?split=val"], root / "out", PrepareOptions(**options))
 for split in ("train", "val", "test"):
     ours = make_source(f"manifest:{root}/out/manifest.parquet?split={split}", split)
     theirs = make_source(f"tfds:har15?split={split}&data_dir={root}/tfds", split)
@@ -412,7 +415,7 @@ for split in ("train", "val", "test"):
         (theirs[i].data, theirs[i].label) for i in range(len(theirs))
     }
 try:
-    prepare(["synthetic?split=val"], root / "out", **options)
+    prepare(["synthetic?split=val"], root / "out", PrepareOptions(**options))
 except UserError as error:
     assert "there already" in str(error)
 else:
@@ -455,7 +458,7 @@ def test_labels_that_a_models_features_contradict_are_listed(tmp_path: Path) -> 
         noise = rng.integers(0, 60, (40, 40, 3)) + (0 if dark else 190)
         Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:02d}.png")
     model = write_model(tmp_path / "model", ("a", "b"))
-    found = prepare([f"folder:{tmp_path}/photos"], tmp_path / "out", model=str(model))
+    found = prepare([f"folder:{tmp_path}/photos"], tmp_path / "out", PrepareOptions(model=str(model)))
     assert {(Path(row["path"]).name, row["suggested"]) for row in found.suspects} == {
         ("06.png", "night"),
         ("07.png", "day"),
