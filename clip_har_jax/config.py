@@ -100,7 +100,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    name: str = setting("full", ANYTHING, REFUSED)  # fine-tuning method, a key of training.methods.METHODS
+    name: str = setting("full", ANYTHING, REFUSED)  # fine-tuning method, a key of training.recipes.METHODS
     towers: str = setting("both", one_of("image", "text", "both"), REFUSED)  # the trainable towers
     head: str = setting("", ANYTHING, REFUSED)  # cosine, linear, mlp, cross_attention ...; empty: the method's own
     loss: str = setting("", ANYTHING, REFUSED)  # cross_entropy, class_aware, softmax, sigmoid; empty: the method's own

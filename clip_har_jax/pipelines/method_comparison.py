@@ -32,8 +32,8 @@ from clip_har_jax.pipelines.tuning import (
 )
 from clip_har_jax.specs import parse_spec
 from clip_har_jax.trainer.run_data import load_data, load_retention, select_classes
-from clip_har_jax.training.methods import METHODS
 from clip_har_jax.training.probe import ALPHAS, BETAS, PENALTIES
+from clip_har_jax.training.recipes import METHODS
 
 SOUP_FILES = (
     "tokenizer.json",

@@ -13,8 +13,8 @@ from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.planning.cost import Job, Variant, find_machine, make_program, step_memory
 from clip_har_jax.trainer.run_data import load_data
 from clip_har_jax.trainer.train import Result, train
-from clip_har_jax.training.methods import METHODS
 from clip_har_jax.training.optim import is_decayed
+from clip_har_jax.training.recipes import METHODS
 
 
 @dataclasses.dataclass(frozen=True)

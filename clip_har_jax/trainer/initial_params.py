@@ -15,8 +15,9 @@ from clip_har_jax.models.adapters import init_lora
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.trainer.features import cached_features, image_tower_digest
-from clip_har_jax.training.methods import CONTEXT, HEAD, ClassInputs
+from clip_har_jax.training.methods import HEAD, ClassInputs
 from clip_har_jax.training.probe import FittedHead, LabeledFeatures, choose_cache, fit_probe, make_tip_adapter
+from clip_har_jax.training.recipes import CONTEXT
 
 if TYPE_CHECKING:
     from clip_har_jax.trainer.run import Run

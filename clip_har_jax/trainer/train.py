@@ -44,7 +44,7 @@ from clip_har_jax.trainer.workdir import (
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.goodput import Goodput, productive_share
 from clip_har_jax.training.guards import StopSignal
-from clip_har_jax.training.methods import check_method
+from clip_har_jax.training.recipes import check_method
 from clip_har_jax.training.sinks import ConsoleSink, JsonlSink, Metrics, Sink, write_curves
 
 EXIT_RETENTION = 3  # more zero-shot accuracy was lost than the config allows

@@ -28,8 +28,9 @@ from clip_har_jax.parallel.sharding import (
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.specs import parse_spec
 from clip_har_jax.training.losses import balanced_weights
-from clip_har_jax.training.methods import PAIR_LOSSES, ClassInputs, Method
+from clip_har_jax.training.methods import ClassInputs, Method
 from clip_har_jax.training.optim import freeze_masks, make_optimizer
+from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState, make_state, state_shardings
 from clip_har_jax.training.steps import make_class_step, make_eval_step, make_feature_step, make_train_step
 

@@ -20,8 +20,9 @@ from clip_har_jax.models.params import Params
 from clip_har_jax.parallel.sharding import batch_sharding, replicated
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import masked_mean
-from clip_har_jax.training.methods import PAIR_LOSSES, ClassInputs, Method
+from clip_har_jax.training.methods import ClassInputs, Method
 from clip_har_jax.training.optim import make_schedule
+from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState
 
 MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
