@@ -39,7 +39,8 @@ def main() -> int:
     from clip_har_jax.parallel import distributed
 
     with distributed.join(**cli.process_flags(arguments)):
-        from clip_har_jax.trainer.train import print_result, train
+        from clip_har_jax.trainer.result import print_result
+        from clip_har_jax.trainer.train import train
         from clip_har_jax.training.checkpoint import report_failed_saves_once
 
         report_failed_saves_once()

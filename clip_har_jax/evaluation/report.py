@@ -50,6 +50,12 @@ class Details:
     history: History = field(default_factory=History)
 
 
+def _zero_shot(record: Mapping[str, Any], about: Mapping[str, str]) -> float | None:
+    """Return the base model's accuracy, if the run that made the model measured it on the data of this report."""
+    baselines = record.get("baselines", {})
+    return baselines.get("zero_shot") if baselines.get("data") == about.get("data") else None
+
+
 def make_report(
     result: EvalResult, name_of: Callable[[int], str], about: Mapping[str, str], details: Details | None = None
 ) -> str:
@@ -74,7 +80,7 @@ def make_report(
             metrics=result.metrics,
             subject=about.get("model") or about.get("run") or "",
             data=about.get("data", ""),
-            verdict=verdict(result.metrics, record.get("baselines", {}).get("zero_shot")),
+            verdict=verdict(result.metrics, _zero_shot(record, about)),
             num_classes=len(labels),
             matrix_named=len(labels) <= MAX_NAMED_CLASSES,
             headlines=HEADLINES,

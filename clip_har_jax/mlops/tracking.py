@@ -8,6 +8,7 @@ import importlib
 import json
 import queue
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from etils import epath
 from pybreaker import CircuitBreaker, CircuitBreakerError
 
 from clip_har_jax import remote
+from clip_har_jax.bundle import MANIFEST
 from clip_har_jax.config import TRACKERS
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local, write_json
@@ -264,3 +266,21 @@ class Trackers:
     def _put(self, call: Callable[[Tracker], None]) -> None:
         for tracker in self._trackers:
             tracker.put(call)
+
+
+def hand_over(trackers: Trackers, model: epath.Path, report: epath.Path) -> None:
+    """Give the trackers the results of a finished run: the model folder with its digest, and its report's folder."""
+    trackers.tag({"model_digest": json.loads((model / MANIFEST).read_text())["digest"]})
+    for name, folder in (("evaluation", report), ("model", model)):
+        trackers.log_folder(name, local_copy(folder))
+    trackers.status = FINISHED
+
+
+def local_copy(folder: epath.Path) -> Path:
+    """Return a folder itself, or a copy of one on an object store, which the trackers' libraries don't read."""
+    if is_local(folder):
+        return Path(folder)
+    copy = Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy

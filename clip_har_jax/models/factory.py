@@ -1,11 +1,12 @@
 """Name or path -> model, tokenizer, preprocessing."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.sharding import NamedSharding
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
@@ -48,19 +49,22 @@ HUB_SIZES = {
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run starts from; `params` None: random weights of `config`."""
+class BaseModel:
+    """The model that a run fine-tunes, with its tokenizer and preprocessing.
+
+    `params` None: random weights of the sizes in `config`.
+    """
 
     config: CLIPConfig
     params: Params | None
     tokenizer: Tokenizer
     preprocess: Preprocess
-    head: "StartHead | None" = None
+    head: "BaseHead | None" = None
 
 
 @dataclass(frozen=True)
-class StartHead:
-    """The head of the model folder that a run starts from; a run of the same head and labels goes on with it."""
+class BaseHead:
+    """The head of a base model that was trained here; a run of the same head and labels goes on with it."""
 
     name: str
     labels: tuple[str, ...]
@@ -77,8 +81,8 @@ class LoadedModel:
     path: Path
 
 
-def make_start(name: str, prompts: Sequence[str], image_size_px: int | None = None) -> Start:
-    """Return the starting point that a config's `model` section names.
+def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = None) -> BaseModel:
+    """Return the base model that a config's `model` section names.
 
     A named size has random weights and a tokenizer trained on `prompts`; a Hub name or folder has its own.
 
@@ -96,7 +100,7 @@ def make_start(name: str, prompts: Sequence[str], image_size_px: int | None = No
             pad_token_id=tokenizer.pad_token_id,
         )
         config = dataclasses.replace(config, text=text)
-        return Start(config, None, tokenizer, Preprocess(image_size_px=config.vision.image_size))
+        return BaseModel(config, None, tokenizer, Preprocess(image_size_px=config.vision.image_size))
     try:
         folder = resolve_folder(name)
     except UserError as error:
@@ -107,14 +111,14 @@ def make_start(name: str, prompts: Sequence[str], image_size_px: int | None = No
     preprocess = Preprocess.from_folder(folder, old.vision.image_size)
     if config != old:
         preprocess = dataclasses.replace(preprocess, image_size_px=config.vision.image_size)
-    return Start(config, params, Tokenizer.from_folder(folder), preprocess, _start_head(folder, config))
+    return BaseModel(config, params, Tokenizer.from_folder(folder), preprocess, _base_head(folder, config))
 
 
-def _start_head(folder: Path, config: CLIPConfig) -> StartHead | None:
+def _base_head(folder: Path, config: CLIPConfig) -> BaseHead | None:
     if not bundle.has_actions(folder) or (actions := bundle.read_actions(folder)).head == "cosine":
         return None
     params = read_head(folder, actions.head, config.projection_dim, len(actions.labels))
-    return StartHead(actions.head, actions.labels, params)
+    return BaseHead(actions.head, actions.labels, params)
 
 
 def _resized(config: CLIPConfig, image_size_px: int | None) -> CLIPConfig:
@@ -144,9 +148,14 @@ def known_config(name: str, image_size_px: int | None = None) -> CLIPConfig:
     return _resized(config, image_size_px)
 
 
-def start_params(start: Start, seed: int) -> Params:
-    """Return the starting weights, random where the start has none."""
-    return init_params(start.config, seed) if start.params is None else start.params
+def base_params(base: BaseModel, seed: int, shardings: Mapping[str, NamedSharding]) -> Params:
+    """Return the base model's parameters that `shardings` names.
+
+    Those of a folder are host arrays. Random ones are made on the devices, each of which computes its own part.
+    """
+    if base.params is None:
+        return init_params(base.config, seed, shardings)
+    return {name: base.params[name] for name in shardings}
 
 
 def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx, traverse_util
+from jax.sharding import NamedSharding
+from jaxtyping import Array, UInt32
 
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.configuration import CLIPConfig
@@ -51,9 +55,29 @@ def make_model(config: CLIPConfig, params: Mapping[str, Any], runtime: Runtime =
     return nnx.merge(nnx.graphdef(abstract_model(config, runtime)), unflatten(params))
 
 
-def init_params(config: CLIPConfig, seed: int) -> Params:
-    """Random starting weights; a function to jit with the shardings of the mesh."""
-    return flat_params(FlaxCLIPModel(config, rngs=nnx.Rngs(seed)))
+def init_params(config: CLIPConfig, seed: int, shardings: Mapping[str, NamedSharding] | None = None) -> Params:
+    """Return random weights.
+
+    Args:
+      shardings: of the parameters that are wanted, by dotted path, which are then made in their shards: no device ever
+        holds a whole copy of one that is sharded. None: all parameters, on one device.
+    """
+    key = np.asarray(jax.random.key_data(jax.random.key(seed)))  # a host array: the same on every process of a mesh
+    return _make_params(config, key) if shardings is None else init_program(config, shardings)(key)
+
+
+def init_program(config: CLIPConfig, shardings: Mapping[str, NamedSharding]) -> Any:
+    """Return the jitted function from raw key data, uint32[2], to random weights, sharded so."""
+
+    def make(key: UInt32[Array, "2"]) -> Params:
+        params = _make_params(config, key)
+        return {name: params[name] for name in shardings}
+
+    return jax.jit(make, out_shardings=dict(shardings))
+
+
+def _make_params(config: CLIPConfig, key: Any) -> Params:
+    return flat_params(FlaxCLIPModel(config, rngs=nnx.Rngs(jax.random.wrap_key_data(key))))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:

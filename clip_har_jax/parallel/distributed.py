@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -124,17 +124,47 @@ def broadcast(value: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Global arrays as NumPy's, on process 0; None in their place elsewhere. All processes call it.
+    """Return global arrays as NumPy's, on process 0; None in their place elsewhere. All processes call it.
 
     Goes leaf by leaf, so that never more than one is whole on the devices.
     """
 
     def one(leaf: Any) -> np.ndarray | None:
-        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
-        value = np.asarray(leaf) if whole else multihost_utils.process_allgather(leaf, tiled=True)
+        value = _to_host(leaf)
         return value if is_main() else None
 
     return jax.tree.map(one, tree)
+
+
+def fetch_to_all(tree: Any) -> Any:
+    """Return global arrays as NumPy's, on every process; otherwise as `fetch`."""
+    return jax.tree.map(_to_host, tree)
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(jax.device_get(leaf))
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """Run `function` on process 0 alone and return its result, which JSON can hold, on all processes.
+
+    Raises:
+      UserError: the one that `function` raised, on all processes.
+    """
+    outcome: dict[str, Any] = {}
+    if is_main():
+        try:
+            outcome = {"value": function()}
+        except UserError as error:
+            outcome = {"error": str(error)}
+    outcome = broadcast(outcome)
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["value"]
 
 
 def agree(yes: bool) -> bool:

@@ -3,6 +3,7 @@
 A strategy is the shape of the mesh alone: the table is the same for all, and an axis of one device shards nothing.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -104,9 +105,14 @@ def put_local_rows(tree: Tree, sharding: NamedSharding) -> Tree:
 
 
 def put_global(tree: Tree, shardings: Any) -> Tree:
-    """Put whole host arrays, the same on every process, on the mesh; each device takes only its shard."""
+    """Put whole host arrays, the same on every process, on the mesh; each device takes only its shard.
+
+    An array that lies there already, sharded so, stays what it is.
+    """
 
     def one(value: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(value, jax.Array) and value.sharding == sharding:
+            return value
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
@@ -114,9 +120,6 @@ def put_global(tree: Tree, shardings: Any) -> Tree:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Return the largest number of bytes of `tree` that any one device of this process holds."""
-    totals: dict[jax.Device, int] = {}
-    for array in jax.tree.leaves(tree):
-        for shard in array.addressable_shards:
-            totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
-    return max(totals.values(), default=0)
+    """Return the bytes of `tree`, arrays or their shapes with shardings, that each of its devices holds."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

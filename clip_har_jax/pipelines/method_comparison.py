@@ -19,7 +19,7 @@ from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.files import write_json
 from clip_har_jax.folders import output_folder, replace_folder
 from clip_har_jax.inference.backends import JaxBackend
-from clip_har_jax.models.factory import make_start
+from clip_har_jax.models.factory import make_base
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
 from clip_har_jax.pipelines.tuning import (
     Space,
@@ -70,7 +70,7 @@ def compare_methods(
     check_comparison(config, methods, seeds)
     check_test(config, test)
     with output_folder(output):
-        clip = make_start(config.model.name, load_data(config).texts, config.model.image_size_px).config
+        clip = make_base(config.model.name, load_data(config).texts, config.model.image_size_px).config
         needs = {method: training_needs(with_method(config, method, seeds[0]), clip) for method in methods}
         cells, searched = [], {}
         for i, method in enumerate(methods):

@@ -11,8 +11,9 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
 from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.planning.cost import Job, Variant, find_machine, make_program, step_memory
+from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.run_data import load_data
-from clip_har_jax.trainer.train import Result, train
+from clip_har_jax.trainer.train import train
 from clip_har_jax.training.optim import is_decayed
 from clip_har_jax.training.recipes import METHODS
 

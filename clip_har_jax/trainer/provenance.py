@@ -1,4 +1,4 @@
-"""run.json: what identifies a run, so that a model can be traced to its code, config, data and environment."""
+"""The facts of run.json that identify a run: a model can be traced to its code, config, data and environment."""
 
 import datetime
 import os
@@ -15,11 +15,12 @@ from clip_har_jax.config import RunConfig
 from clip_har_jax.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE_SUFFIXES = (".py", ".pyi", ".sh", ".toml", ".c", ".cc", ".cpp", ".cu", ".h")
 GIT_SHA = "CLIP_HAR_JAX_GIT_SHA"  # set where the code came without its history, as in an image
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of this code's own repository; None where it isn't in one."""
+    """Return git's output for this code's own repository; None where it isn't in one."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -27,25 +28,35 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def has_code_changes() -> bool | None:
+    """Return whether the code differs from its commit: a tracked file was changed, or there is untracked code.
+
+    Other untracked files, such as a person's images, don't count. None: the code isn't in a repository.
+    """
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    untracked = _git("ls-files", "--others", "--exclude-standard", "--", *(f"*{suffix}" for suffix in CODE_SUFFIXES))
+    return None if changed is None or untracked is None else bool(changed or untracked)
+
+
 def environment_hash() -> str:
-    """SHA-256 over the names and versions of all installed distributions."""
+    """Return the SHA-256 of the names and versions of all installed distributions."""
     names = sorted({f"{item.metadata['Name']}=={item.version}" for item in metadata.distributions()})
     return sha256("\n".join(names))
 
 
 def make_record(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the contents of run.json: `facts` of this start, and what can be read off the code and the machine.
+    """Return the contents of run.json: `facts` of this start, and those of the code and the machine.
 
-    A run that continues keeps the id and the start of `previous`, the earlier contents, if there are any.
+    Args:
+      previous: the contents so far, whose run id and first start a run that continues keeps; None: a new run.
     """
     old = previous or {}
     now = datetime.datetime.now(datetime.UTC)
-    status = _git("status", "--porcelain")
     return {
         "run_id": old.get("run_id") or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
         "started": old.get("started") or now.isoformat(timespec="seconds"),
         "git_sha": _git("rev-parse", "HEAD") or os.environ.get(GIT_SHA) or None,
-        "git_dirty": None if status is None else bool(status),
+        "git_dirty": has_code_changes(),
         "config_hash": config.digest,
         "lock_hash": environment_hash(),
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},

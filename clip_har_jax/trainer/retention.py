@@ -1,64 +1,55 @@
-"""What fine-tuning costs in zero-shot ability, the gate that says so, and WiSE-FT, which buys some of it back."""
+"""The zero-shot accuracy that fine-tuning costs, the gate that bounds it, and WiSE-FT, which buys some of it back."""
 
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import jax
 import numpy as np
+from jaxtyping import Bool
 
-from clip_har_jax.batch import Batch
+from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.evaluation.significance import paired_gain
 from clip_har_jax.files import read_json, write_json
 from clip_har_jax.models.adapters import A as LORA_A
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed
+from clip_har_jax.trainer.initial_state import initial_params, place_start
+from clip_har_jax.trainer.run import Run
 from clip_har_jax.trainer.run_data import RetentionData
-from clip_har_jax.training.state import TrainState
-from clip_har_jax.training.steps import make_text_step
-
-if TYPE_CHECKING:
-    from clip_har_jax.trainer.run import Run
+from clip_har_jax.trainer.validation import Validation, is_right
+from clip_har_jax.trainer.zero_shot import ZeroShot
 
 
 class Retention:
     """Zero-shot accuracy on data that isn't trained for: CLIP's own towers and cosine, whatever head the run has."""
 
-    def __init__(self, run: "Run", data: RetentionData):
-        self.run, self.data = run, data
-        texts = [text for label in data.labels for text in data.prompts[label]]
-        ids, _ = run.start.tokenizer(texts, run.start.config.text.context_length)
-        class_of_prompt = [i for i, label in enumerate(data.labels) for _ in data.prompts[label]]
-        self._prompts = run.program.place_prompts(ids, class_of_prompt, len(data.labels))
-        self._text_step = make_text_step(run.program.method, len(data.labels), run.mesh)
-        self._bad_inputs = run.watch(data.source)
+    def __init__(self, run: Run, data: RetentionData):
+        self.run, self.data, self._bad_inputs = run, data, run.watch(data.source)
+        self._zero_shot = ZeroShot(run, data.labels, data.prompts)
+
+    def right(self, params: Params) -> Bool[np.ndarray, " n"]:
+        """Return which of the images all parameters, which lie on the mesh, tell rightly."""
+        return self._zero_shot.right(params, self.data.source, self._bad_inputs)
 
     def top1(self, params: Params) -> float:
-        """Of all parameters, on the mesh."""
-        classes = np.asarray(self._text_step(params, *self._prompts))
+        return float(self.right(params).mean())
 
-        def step(batch: Batch) -> tuple[jax.Array, Batch]:
-            return self.run.program.feature_step(params, batch)
+    def measure_start(self, params: Params | None) -> float:
+        """Return the accuracy of the run's start, which retention.json keeps.
 
-        right = total = 0
-        for batch in self.run.computed(step, self.data.source, self._bad_inputs):
-            found = (batch.image @ classes.T).argmax(axis=-1) == batch.label
-            right, total = right + int((found * (batch.mask > 0)).sum()), total + int((batch.mask > 0).sum())
-        return right / max(total, 1)
-
-    def of(self, state: TrainState) -> float:
-        return self.top1({**self.run.weights(state), **self.run.frozen})
-
-    def before(self) -> float:
-        """Of the start: as measured when the run began; a folder without a step may hold another run's."""
+        Args:
+          params: all parameters before the first step, on the mesh; None: they were trained on since.
+        """
         known = distributed.broadcast(read_json(self.run.workdir / "retention.json") if distributed.is_main() else None)
-        if known is not None and self.run.first_step:
+        if known is not None and params is None:  # where no step was made, the file may be another run's
             return float(known["before"])
-        before = self.of(self.run.state)
+        before = self.top1(place_start(self.run) if params is None else params)
         self._write({"before": before})
         return before
 
     def check(self, before: float, after: float) -> bool:
-        """Write retention.json and say aloud what was lost; whether that is within the bound."""
+        """Return whether the loss is within the bound; write retention.json, and warn where it isn't."""
         config = self.run.config.retention
         passed = before - after <= config.max_drop
         facts = {"after": after, "drop": before - after, "max_drop": config.max_drop, "passed": passed}
@@ -80,9 +71,9 @@ class Retention:
 
 
 def interpolate(start: Mapping[str, Any], end: Mapping[str, Any], alpha: float) -> Params:
-    """WiSE-FT (Wortsman et al. 2022, equation 1): (1 - alpha) * start + alpha * end, parameter by parameter.
+    """Return (1 - alpha) * start + alpha * end, parameter by parameter (WiSE-FT, Wortsman et al. 2022, equation 1).
 
-    Of a low-rank update one factor alone is scaled, since their product is what is added to the weights.
+    Of a low-rank update one factor alone is scaled, since the product of both is added to the weights.
     """
     return {
         name: np.asarray(value)
@@ -92,52 +83,80 @@ def interpolate(start: Mapping[str, Any], end: Mapping[str, Any], alpha: float) 
     }
 
 
-def choose_wise_ft(run: "Run", state: TrainState, retention: Retention | None, quiet: bool) -> TrainState:
-    """Try the alphas of `config.method.wise_ft`, and 1, and take the best; writes wise_ft.json and wise_ft.png.
+@dataclass(frozen=True)
+class Point:
+    """An interpolation between the start and the fine-tuned weights, and what it tells rightly."""
 
-    The best has the highest mean of validation accuracy and, where there is a retention gate, of retained zero-shot
-    accuracy; of equal ones the one that moved least. The fine-tuned weights are always among them: half-way to a start
-    that knew nothing lies a worse model. Without alphas, or without steps to go back on, the state stays, and what an
-    earlier setting left goes, so that no report shows it.
+    alpha: float
+    target: Bool[np.ndarray, " n"]  # of the validation examples
+    retained: Bool[np.ndarray, " m"] | None  # of the retention images; None: there is no gate
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        kept = {} if self.retained is None else {"retained_top1": float(self.retained.mean())}
+        return {"target_top1": float(self.target.mean()), **kept}
+
+    @property
+    def score(self) -> float:
+        return sum(self.accuracies.values())
+
+    def __str__(self) -> str:
+        kept = "" if self.retained is None else f", retained {self.retained.mean():.3f}"
+        return f"{self.alpha:g}: validation top-1 {self.target.mean():.3f}{kept}"
+
+
+def choose_point(points: Sequence[Point]) -> tuple[Point, str]:
+    """Return the point whose weights are kept, and the reason in words. The last one is the fine-tuned weights.
+
+    The highest sum of accuracies counts, but only if its gain over the fine-tuned weights lies above 0 with 95%
+    confidence: a tie, or a gain that so few images may show by chance, keeps those.
     """
+    tuned = points[-1]
+    best = max(points, key=lambda point: (point.score, point.alpha))
+    if best.score <= tuned.score:
+        return tuned, "no other alpha is more accurate"
+    pairs = [(tuned.target, best.target)]
+    if tuned.retained is not None and best.retained is not None:
+        pairs.append((tuned.retained, best.retained))
+    gain, low, high = paired_gain(pairs)
+    told = f"by {gain:.3f} (95% interval {low:.3f} to {high:.3f})"
+    if low > 0:
+        return best, f"more accurate than the fine-tuned weights {told}"
+    return tuned, f"the fine-tuned weights; alpha {best.alpha:g} is more accurate {told}, which may be chance"
+
+
+def choose_wise_ft(
+    validation: Validation, weights: Params, retention: Retention | None, quiet: bool
+) -> tuple[Params, EvalResult]:
+    """Return the weights that are kept, of the alphas of `config.method.wise_ft` and 1, and their validation result.
+
+    Writes wise_ft.json and, where there is a retention gate, wise_ft.png. Without alphas or steps the weights stay, and
+    the files of an earlier setting go, so that no report shows them.
+    """
+    run = validation.run
     if distributed.is_main():
         for name in ("wise_ft.json", "wise_ft.png"):
             (run.workdir / name).unlink(missing_ok=True)
     if not run.config.method.wise_ft or run.program.method.recipe.learns_from != "steps":
-        return state
-    start = run.start_params()
-    end: Params = _fetch_all(run.weights(state))
+        return weights, validation.evaluate(weights)
+    start, _ = initial_params(run)
+    start = distributed.fetch_to_all({name: start[name] for name in weights})
+    end = distributed.fetch_to_all(weights)
+    del weights  # one set at a time on the devices
     points = []
     for alpha in sorted({*run.config.method.wise_ft, 1.0}):
-        mixed = run.with_weights(state, interpolate(start, end, alpha))
-        point = {"alpha": alpha, "target_top1": run.evaluate(mixed).metrics["top1"]}
-        points.append(point | ({"retained_top1": retention.of(mixed)} if retention else {}))
-    best = max(
-        points, key=lambda point: (sum(value for key, value in point.items() if key != "alpha"), -point["alpha"])
-    )
+        mixed = run.program.place_params(interpolate(start, end, alpha))
+        kept = retention.right({**mixed, **validation.frozen}) if retention else None
+        points.append(Point(alpha, is_right(validation.evaluate(mixed)), kept))
+    chosen, reason = choose_point(points)
     if not quiet:
-        print(f"wise-ft alpha {best['alpha']:g} chosen; {', '.join(map(_describe, points))}")
+        print(f"wise-ft alpha {chosen.alpha:g} chosen: {reason}; {', '.join(map(str, points))}")
     if distributed.is_main():
-        write_json(run.workdir / "wise_ft.json", {"curve": points, "chosen": best["alpha"]})
+        curve = [{"alpha": point.alpha, **point.accuracies} for point in points]
+        write_json(run.workdir / "wise_ft.json", {"curve": curve, "chosen": chosen.alpha, "reason": reason})
         if retention:
-            from clip_har_jax.evaluation.retention_plots import draw_wise_ft
+            from clip_har_jax.evaluation.tradeoffs import draw_wise_ft
 
-            (run.workdir / "wise_ft.png").write_bytes(draw_wise_ft(points, best["alpha"]))
-    return run.with_weights(state, interpolate(start, end, best["alpha"]))
-
-
-def _describe(point: Mapping[str, float]) -> str:
-    kept = f", retained {point['retained_top1']:.3f}" if "retained_top1" in point else ""
-    return f"{point['alpha']:g}: validation top-1 {point['target_top1']:.3f}{kept}"
-
-
-def _fetch_all(params: Params) -> Params:
-    """On every process."""
-    from jax.experimental import multihost_utils
-
-    return {
-        name: np.asarray(value)
-        if value.is_fully_addressable or value.is_fully_replicated
-        else np.asarray(multihost_utils.process_allgather(value, tiled=True))
-        for name, value in params.items()
-    }
+            (run.workdir / "wise_ft.png").write_bytes(draw_wise_ft(curve, chosen.alpha))
+    mixed = run.program.place_params(interpolate(start, end, chosen.alpha))
+    return mixed, validation.evaluate(mixed)

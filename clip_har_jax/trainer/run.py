@@ -1,247 +1,177 @@
-"""A run set up: its data, its program and state on the mesh; training it and judging it."""
+"""A run set up: its config, data, base model and program. It holds no array on a device."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
-from clip_har_jax.data.pipeline import (
-    BadInputs,
-    ProcessShare,
-    ResumePoint,
-    eval_batches,
-    prefetch_to_mesh,
-    train_batches,
-)
+from clip_har_jax.data.pipeline import BadInputs, ProcessShare, eval_batches
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.evaluator import evaluate
-from clip_har_jax.evaluation.result import EvalResult
-from clip_har_jax.files import is_local, write_json
-from clip_har_jax.models.factory import Start, start_params
-from clip_har_jax.models.params import Params
-from clip_har_jax.parallel import distributed, sharding
+from clip_har_jax.files import is_local
+from clip_har_jax.models.factory import BaseModel
+from clip_har_jax.parallel import sharding
 from clip_har_jax.parallel.mesh import make_mesh
-from clip_har_jax.parallel.topology import find_chip
-from clip_har_jax.trainer.artifacts import write_examples
-from clip_har_jax.trainer.initial_params import fit_to_features, start_embeddings
 from clip_har_jax.trainer.run_data import Data
-from clip_har_jax.training.checkpoint import Checkpointer
-from clip_har_jax.training.goodput import Goodput
-from clip_har_jax.training.guards import SkipGuard, StopSignal, TooManySkippedError
-from clip_har_jax.training.loop import Meter, Outcome, Schedule, fit
-from clip_har_jax.training.methods import HEAD, ClassInputs
+from clip_har_jax.training.loop import Timetable
+from clip_har_jax.training.methods import ClassInputs
 from clip_har_jax.training.program import Program
-from clip_har_jax.training.sinks import Sink
-from clip_har_jax.training.state import TrainState
 
 
+@dataclass(frozen=True)
 class Run:
-    """The program of a config, with its data and state on the mesh."""
+    """All that a run is before its arrays are made; `setup` makes it.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        workdir: epath.Path,
-        data: Data,
-        start: Start,
-        position: Mapping[str, Any],
-        profile_steps: tuple[int, int] | None,
-    ):
-        self.config, self.workdir, self.data, self.start = config, workdir, data, start
-        self.profile_steps = profile_steps
-        self.mesh, batch_size = make_mesh(config.mesh), config.train.global_batch_size
-        self.first_step = position.get("step", 0)
-        self.first_example = position.get("examples_seen", 0) - self.first_step * batch_size
-        epochs = round((config.train.num_epochs * len(data.train) - self.first_example) / batch_size)
-        self.num_steps = config.train.num_steps or max(1, epochs)
-        self._check_profile()
-        process = f".{jax.process_index()}" if jax.process_index() else ""
-        self._bad_log = workdir / f"bad_inputs{process}.jsonl"
-        self.bad_inputs = {name: self.watch(source) for name, source in (("train", data.train), ("val", data.val))}
-        counts = np.bincount(data.train.label_ids, minlength=len(data.labels))
-        self.cache_size = int(np.minimum(counts, config.method.cache_per_class).sum())
-        self.program = Program(
-            config,
-            start.config,
-            start.preprocess,
-            len(data.labels),
-            self.num_steps,
-            self.mesh,
-            class_counts=counts.tolist(),
-            cache_size=self.cache_size,
-        )
-        self.prompts = self.place_texts(data.texts, data.class_of_prompt)
-        self.fit_report: dict[str, float] = {}  # how a head was fitted to features
-        self.state, self.frozen = self.program.place(self.start_params())
-        self._fixed_classes: ClassInputs | None = None
+    Attributes:
+      workdir: on a disk or an object store.
+      base: the model that is fine-tuned.
+      program: its mesh and steps.
+      timetable: when it does what.
+      first_step: the step of the checkpoint that it continues from; 0: none.
+      profile_steps: the first and the last step of a trace.
+      bad_inputs: count the unreadable examples of "train" and "val".
+    """
+
+    config: RunConfig
+    workdir: epath.Path
+    data: Data
+    base: BaseModel
+    program: Program
+    timetable: Timetable
+    first_step: int
+    profile_steps: tuple[int, int] | None
+    bad_inputs: Mapping[str, BadInputs]
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.program.mesh
+
+    @property
+    def num_steps(self) -> int:
+        return self.timetable.num_steps
 
     def watch(self, source: Source) -> BadInputs:
-        """Count and log what can't be read of a source."""
-        return BadInputs(source, self.config.data.max_bad_fraction, self._bad_log)
+        """Return a counter of what can't be read of a source, which logs it in the work folder."""
+        return _watch(source, self.config, self.workdir)
 
-    def place_texts(self, texts: Sequence[str], class_of_prompt: Sequence[int]) -> tuple[Any, Any]:
-        """Prompts of the run's classes on the mesh; learned vectors, where there are some, still have room in them."""
-        length = self.start.config.text.context_length - self.program.method.context_length
-        if length < 3:
-            raise UserError(
-                f"config.method.prompt_length is {self.program.method.context_length}; the text tower takes "
-                f"{self.start.config.text.context_length} tokens in all, leave some for the classes' names"
-            )
-        return self.program.place_prompts(self.start.tokenizer(texts, length)[0], class_of_prompt)
+    def place_prompts(self) -> ClassInputs:
+        """Return the prompts of the run's classes on the mesh, shorter by the tokens that learned vectors take."""
+        length = self.base.config.text.context_length - self.program.method.context_length
+        ids, _ = self.base.tokenizer(self.data.texts, length)
+        return ClassInputs(*self.program.place_prompts(ids, self.data.class_of_prompt), None)
 
-    def start_params(self) -> Params:
-        """All parameters as the run begins with them, on the host."""
-        clip, method = start_params(self.start, self.config.seed), self.program.method
-        head = self.start.head
-        if method.has_head and head is not None and (head.name, head.labels) == (method.head, self.data.labels):
-            return clip | {HEAD + name: value for name, value in head.params.items()}
-        embeddings = start_embeddings(self, clip) if method.has_head else None
-        own = method.init_extra(clip, self.program.shapes, embeddings, self._context_ids(), self.config.seed)
-        if method.recipe.learns_from == "features" or method.recipe.probes_first:
-            assert embeddings is not None
-            fit = fit_to_features(self, clip, embeddings)
-            self.fit_report = fit.about
-            own |= {HEAD + name: value for name, value in fit.params.items()}
-        return clip | own
+    def context_ids(self) -> Int[np.ndarray, " n"] | None:
+        """Return the tokens of the words that a learned context begins as; None where none is learned.
 
-    def _context_ids(self) -> np.ndarray | None:
-        """Return the tokens of the words that a learned context starts from."""
-        config = self.config.method
-        if not self.program.method.context_length:
+        Raises:
+          UserError: more tokens than the context has, or a context that leaves no room for the classes' names.
+        """
+        config, whole = self.config.method, self.base.config.text.context_length
+        taken = self.program.method.context_length
+        if not taken:
             return None
-        ids, mask = self.start.tokenizer([config.prompt_init], self.start.config.text.context_length)
+        if whole - taken < 3:
+            raise UserError(
+                f"config.method.prompt_length is {taken}; the text tower takes {whole} tokens in all, leave some for "
+                "the classes' names"
+            )
+        ids, mask = self.base.tokenizer([config.prompt_init], whole)
         words = ids[0, 1 : mask[0].sum() - 1]
-        if len(words) > config.prompt_length:
+        if len(words) > taken:
             raise UserError(
                 f"config.method.prompt_init={config.prompt_init!r} is {len(words)} tokens; set method.prompt_length to "
                 f"{len(words)} or more, or use fewer words"
             )
         return words
 
-    def _check_profile(self) -> None:
-        if self.profile_steps is None:
-            return
-        begin, end = self.profile_steps
-        if not self.first_step < begin <= self.num_steps:
-            raise UserError(
-                f"--profile_steps={begin}:{end}: this start makes steps {self.first_step + 1} to {self.num_steps}"
-            )
-        if not is_local(self.workdir):
-            raise UserError(f"--profile_steps: a trace is written to a disk only, not to {self.workdir}")
-
-    def weights(self, state: TrainState) -> Params:
-        """Return the trainable parameters that are evaluated and kept: their moving average where there is one."""
-        return state.ema or state.params
-
-    def with_weights(self, state: TrainState, params: Mapping[str, Any]) -> TrainState:
-        """Return a state whose trainable parameters are these, from the host."""
-        placed = sharding.put_global(dict(params), self.program.shardings.params)
-        return state._replace(params=placed, ema=placed if state.ema else {})
-
-    def classes(self, params: Params) -> ClassInputs:
-        """Return the classes with their embeddings; computed once where they never change."""
-        if self._fixed_classes is not None:
-            return self._fixed_classes
-        classes = ClassInputs(
-            None, None, self.program.class_step(params | self.frozen, ClassInputs(*self.prompts, None))
-        )
-        if not self.program.trains_text:
-            self._fixed_classes = classes
-        return classes
-
-    def fit(
-        self,
-        state: TrainState,
-        checkpointer: Checkpointer,
-        sinks: Sequence[Sink],
-        goodput: Goodput,
-        stop: StopSignal,
-    ) -> Outcome:
-        config, batch_size = self.config, self.config.train.global_batch_size
-        shard, num_shards = sharding.process_shard(self.mesh, batch_size)
-        rows = sharding.batch_sharding(self.mesh)
-        # With a frozen text tower the class embeddings never change: they are computed once.
-        classes = ClassInputs(*self.prompts, None) if self.program.trains_text else self.classes(state.params)
-        chip = find_chip(jax.devices()[0])
-        peak = chip.peak_flops * jax.device_count() if chip else None
-        schedule = Schedule(
-            self.num_steps,
-            config.train.log_every_steps,
-            config.eval.every_steps,
-            config.checkpoint.every_steps,
-            batch_size,
-            self.first_example,
-            self.profile_steps if distributed.is_main() else None,
-            config.train.patience,
-        )
-        with train_batches(
-            self.data.train,
-            config.data,
-            self.start.preprocess,
-            seed=config.seed,
-            global_batch_size=batch_size,
-            bad_inputs=self.bad_inputs["train"],
-            resume=ResumePoint(self.first_step, self.first_example),
-            share=ProcessShare(shard, num_shards),
-        ) as batches:
-            try:
-                return fit(
-                    state,
-                    lambda state, batch: self.program.train_step(state, self.frozen, classes, batch),
-                    prefetch_to_mesh(batches, lambda batch: sharding.put_local_rows(batch, rows)),
-                    self.validate,
-                    schedule,
-                    checkpointer,
-                    sinks,
-                    Meter(self.program.flops_per_step(len(self.data.texts)), peak),
-                    goodput,
-                    SkipGuard(config.train.max_skipped_steps),
-                    stop,
-                    os.fspath(self.workdir / "profile"),
-                )
-            except TooManySkippedError as error:
-                raise UserError(f"{error}; {write_examples(self, error.examples)}") from error
-
-    def validate(self, state: TrainState) -> dict[str, float]:
-        """Evaluate a state on the validation data; leaves eval/<step>/metrics.json."""
-        result = self.evaluate(state)
-        if distributed.is_main():
-            folder = self.workdir / "eval" / str(int(state.step))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "metrics.json", result.metrics)
-        return {f"val/{name}": result.metrics[name] for name in ("top1", "top5", "macro_f1", "nll", "ece")}
-
-    def evaluate(self, state: TrainState) -> EvalResult:
-        weights = self.weights(state)
-        classes = self.classes(weights)
-
-        def logits(batch: Batch) -> tuple[jax.Array, Batch]:
-            return self.program.eval_step(weights, self.frozen, classes, batch)
-
-        batches = self.computed(logits, self.data.val, self.bad_inputs["val"])
-        return evaluate(lambda batch: batch.image, batches, self.data.labels)
-
-    def computed(
+    def map_batches(
         self, step: Callable[[Batch], tuple[jax.Array, Batch]], source: Source, bad_inputs: BadInputs
     ) -> Iterator[Batch]:
-        """Batches of all processes' rows, each example once, with what `step` gives in the images' place."""
+        """Yield host batches over a source, each example once, with the outputs of `step` in place of the images.
+
+        Every process gets the rows of all.
+        """
         rows, batch_size = sharding.batch_sharding(self.mesh), self.config.eval.batch_size
-        shard, num_shards = sharding.process_shard(self.mesh, batch_size)
         with eval_batches(
             source,
             self.config.data,
-            self.start.preprocess,
+            self.base.preprocess,
             batch_size=batch_size,
             bad_inputs=bad_inputs,
-            share=ProcessShare(shard, num_shards),
+            share=ProcessShare(*sharding.process_shard(self.mesh, batch_size)),
         ) as batches:
             for batch in batches:
-                outputs, whole = step(sharding.put_local_rows(batch, rows))
-                label, mask, index = (np.asarray(part) for part in (whole.label, whole.mask, whole.index))
-                yield Batch(np.asarray(outputs), label, mask, index)
+                outputs, labels = jax.device_get(step(sharding.put_local_rows(batch, rows)))
+                yield labels._replace(image=outputs)
+
+
+def setup(
+    config: RunConfig,
+    workdir: epath.Path,
+    data: Data,
+    base: BaseModel,
+    position: Mapping[str, Any],
+    profile_steps: tuple[int, int] | None = None,
+) -> Run:
+    """Return a run on all devices of all processes; nothing is placed on them yet.
+
+    Args:
+      position: the data position of the checkpoint that it continues from; empty: none.
+
+    Raises:
+      UserError: settings that don't fit the data, the model, the devices or one another.
+    """
+    batch_size, first_step = config.train.global_batch_size, position.get("step", 0)
+    first_example = position.get("examples_seen", 0) - first_step * batch_size
+    counts = np.bincount(data.train.label_ids, minlength=len(data.labels))
+    timetable = Timetable(
+        config.train.num_steps or _steps_of_epochs(config, len(data.train), first_example),
+        config.train.log_every_steps,
+        config.eval.every_steps,
+        config.checkpoint.every_steps,
+        batch_size,
+        first_example,
+        config.train.patience,
+    )
+    _check_profile(profile_steps, first_step, timetable.num_steps, workdir)
+    program = Program(
+        config,
+        base.config,
+        base.preprocess,
+        len(data.labels),
+        timetable.num_steps,
+        make_mesh(config.mesh),
+        class_counts=counts.tolist(),
+        cache_size=int(np.minimum(counts, config.method.cache_per_class).sum()),
+    )
+    bad_inputs = {name: _watch(source, config, workdir) for name, source in (("train", data.train), ("val", data.val))}
+    run = Run(config, workdir, data, base, program, timetable, first_step, profile_steps, bad_inputs)
+    run.context_ids()  # refused here rather than after the work folder is written
+    return run
+
+
+def _steps_of_epochs(config: RunConfig, num_examples: int, first_example: int) -> int:
+    return max(1, round((config.train.num_epochs * num_examples - first_example) / config.train.global_batch_size))
+
+
+def _watch(source: Source, config: RunConfig, workdir: epath.Path) -> BadInputs:
+    process = f".{jax.process_index()}" if jax.process_index() else ""
+    return BadInputs(source, config.data.max_bad_fraction, workdir / f"bad_inputs{process}.jsonl")
+
+
+def _check_profile(steps: tuple[int, int] | None, first_step: int, num_steps: int, workdir: epath.Path) -> None:
+    if steps is None:
+        return
+    if not first_step < steps[0] <= num_steps:
+        raise UserError(
+            f"--profile_steps={steps[0]}:{steps[1]}: this start makes steps {first_step + 1} to {num_steps}"
+        )
+    if not is_local(workdir):
+        raise UserError(f"--profile_steps: a trace is written to a disk only, not to {workdir}")

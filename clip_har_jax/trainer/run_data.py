@@ -1,8 +1,8 @@
-"""What a run learns from and is judged by: its data, classes and prompts."""
+"""The data of a run: training and validation examples, classes, prompts, and the images of the retention gate."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from clip_har_jax.text import make_prompts
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is judged by."""
+    """The examples that a run is trained on and validated on, with their classes and the prompts of these."""
 
     train: Source
     val: Source
@@ -70,9 +70,7 @@ def load_data(config: RunConfig) -> Data:
 
 
 def validates_on_test(config: RunConfig) -> bool:
-    """Return whether `config.data.val` has no validation images, so that its test images choose what is kept of a
-    run.
-    """
+    """Return whether `config.data.val` has no validation images, so that its test images choose a run's weights."""
     text = config.data.val
     if not text or parse_spec(text).kind not in ("folder", "video", "manifest") or "split" in parse_spec(text).options:
         return False
@@ -85,7 +83,7 @@ def validates_on_test(config: RunConfig) -> bool:
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Says which key of the config named the data that are wrong: a config's own may be what wasn't thought of."""
+    """Put the config key that names the data into an error about them: the person may not know of the config's own."""
     try:
         yield
     except UserError as error:
@@ -93,7 +91,7 @@ def _named(key: str) -> Iterator[None]:
 
 
 class ClassSource(SubsetSource):
-    """The examples of some classes of another source, which are numbered anew."""
+    """The examples of some classes of another source; the classes are numbered anew."""
 
     def __init__(self, source: Source, ids: Sequence[int]):
         super().__init__(source, np.flatnonzero(np.isin(source.label_ids, ids)))
@@ -125,7 +123,7 @@ def select_classes(source: Source, classes: Sequence[str], key: str) -> Source:
 
 @dataclass(frozen=True)
 class RetentionData:
-    """Images by which it is seen what a model can still tell without having been trained for it."""
+    """Images whose zero-shot accuracy shows what a model has kept of its start."""
 
     source: Source
     labels: tuple[str, ...]
@@ -147,3 +145,20 @@ def load_retention(config: RunConfig) -> RetentionData | None:
     chosen = config.retention.classes or tuple(whole.labels)
     source = select_classes(whole, chosen, "retention.classes")
     return RetentionData(source, chosen, make_prompts(chosen))
+
+
+def unseen_spec(config: RunConfig) -> str | None:
+    """Return the SPEC of test images that come with a config's training data; None where the run saw all of them."""
+    spec = parse_spec(config.data.train)
+    if spec.kind not in ("synthetic", "folder", "video", "manifest"):
+        return None
+    text = str(replace(spec, options={name: value for name, value in spec.options.items() if name != "split"}))
+    try:
+        test, *seen = (
+            make_source(given, split).fingerprint
+            for given, split in ((text, "test"), (text, "train"), (config.data.val, "val"))
+            if given
+        )
+    except UserError:  # no such split
+        return None
+    return None if test in seen else text

@@ -1,4 +1,4 @@
-"""What ends a run before its last step without losing work."""
+"""Reasons to end a run before its last step: a signal, and updates that aren't finite. No work is lost."""
 
 import signal
 from collections import deque
@@ -12,9 +12,9 @@ from clip_har_jax.errors import UserError
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag, which the loop reads between steps; a second SIGINT ends at once.
+    """A flag that SIGTERM and SIGINT set and the loop reads between steps; a second SIGINT ends the process at once.
 
-    A context manager that puts the handlers back. `exit_code` is the shell's own convention, 128 + the signal's number.
+    A context manager, which puts the earlier handlers back at its end.
     """
 
     def __init__(self) -> None:
@@ -35,12 +35,12 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """For a run that was stopped; where another process got the signal, it was SIGTERM as far as this one knows."""
+        """128 + the number of the signal, as shells have it; SIGTERM's where only another process got the signal."""
         return 128 + (self.received or signal.SIGTERM)
 
 
 class TooManySkippedError(UserError):
-    """Updates in a row weren't finite; `examples` are the steps and the examples of their batches."""
+    """Too many updates in a row weren't finite; `examples` are those of their batches, by step."""
 
     def __init__(self, message: str, examples: dict[int, list[int]]):
         super().__init__(message)
@@ -48,7 +48,7 @@ class TooManySkippedError(UserError):
 
 
 class SkipGuard:
-    """Ends a run whose updates aren't finite any more.
+    """End a run whose updates aren't finite any more.
 
     Args:
       max_in_row: updates in a row that may be left out.
@@ -61,27 +61,27 @@ class SkipGuard:
         self._skipped: dict[int, Any] = {}
 
     def watch(self, step: int, skipped: jax.Array, index: jax.Array) -> None:
-        """Take a step's count of skipped updates in a row and its batch's index; reads those of `LAG` steps before.
+        """Take a step's count of skipped updates in a row and its batch's index; read those of `LAG` steps earlier.
 
         Raises:
-          TooManySkippedError: the limit is passed.
+          TooManySkippedError: there were more than `max_in_row`.
         """
         self._pending.append((step, skipped, index))
         while len(self._pending) > self.LAG:
             self._read()
 
     def finish(self) -> None:
-        """Read what is left.
+        """Read the counts of the last steps.
 
         Raises:
-          TooManySkippedError: the limit is passed.
+          TooManySkippedError: there were more than `max_in_row`.
         """
         while self._pending:
             self._read()
 
     def _read(self) -> None:
         step, skipped, index = self._pending.popleft()
-        in_row = int(skipped)
+        in_row = int(jax.device_get(skipped))
         if not in_row:
             self._skipped.clear()
             return
@@ -94,6 +94,6 @@ class SkipGuard:
 
 
 def _rows_here(index: jax.Array) -> list[int]:
-    """Return the examples that this process holds of a batch."""
-    rows = {shard.index[0].start or 0: np.asarray(shard.data) for shard in index.addressable_shards}
+    """Return the positions of the examples that this process holds of a batch."""
+    rows = {shard.index[0].start or 0: np.asarray(jax.device_get(shard.data)) for shard in index.addressable_shards}
     return [int(value) for start in sorted(rows) for value in rows[start] if value >= 0]

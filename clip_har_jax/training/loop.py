@@ -2,27 +2,26 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.parallel import distributed
 from clip_har_jax.training.checkpoint import BEST_BY, Checkpointer
-from clip_har_jax.training.goodput import Goodput
 from clip_har_jax.training.guards import SkipGuard, StopSignal
-from clip_har_jax.training.sinks import Sink, to_jsonable
+from clip_har_jax.training.meter import Meter
+from clip_har_jax.training.profiler import Profiler
+from clip_har_jax.training.sinks import Metrics, Sink
 from clip_har_jax.training.state import TrainState
 from clip_har_jax.training.steps import TrainMetrics
-from clip_har_jax.training.system import system_metrics
+from clip_har_jax.training.time_account import TimeAccount
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """When a run does what, in steps."""
+class Timetable:
+    """At which steps a run logs, evaluates, saves and ends."""
 
     num_steps: int
     log_every: int
@@ -30,150 +29,144 @@ class Schedule:
     checkpoint_every: int
     global_batch_size: int
     first_example: int = 0  # examples seen before step 0 of this batch size; not 0 after the batch size was changed
-    profile: tuple[int, int] | None = None  # first and last step of a trace
     patience: int = 0  # evaluations without a better one after which the run is done; 0: never
 
     def is_over(self, step: int, best_step: int | None) -> bool:
-        """Return whether no more steps are to be made: all were, or the last ones brought nothing."""
+        """Return whether all steps are made, or the last ones brought nothing better."""
         patience = self.patience * self.eval_every
         return step >= self.num_steps or (patience > 0 and best_step is not None and step - best_step >= patience)
+
+    def evaluates_at(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.num_steps
 
     def examples_seen(self, step: int) -> int:
         return self.first_example + step * self.global_batch_size
 
 
 @dataclass
-class Meter:
-    """The device metrics of the steps since the last log, and where their time went.
+class Best:
+    """The highest validation accuracy so far, and its step."""
 
-    Reading a metric waits for its step; `take` is therefore called one step late, when the device has the next one.
-    """
+    value: float | None
+    step: int | None
 
-    flops_per_step: int
-    peak_flops: float | None  # of all devices together
-    metrics: list[TrainMetrics] = field(default_factory=list)
-    data_wait_s: float = 0.0
-    begin: float = field(default_factory=time.monotonic)
-
-    def take(self, batch_size: int) -> dict[str, float | None]:
-        """Return the averages since the last `take`, which starts the next interval."""
-        total = reduce(lambda a, b: a.merge(b), jax.device_get(self.metrics))
-        now = time.monotonic()
-        elapsed, steps = now - self.begin, len(self.metrics)
-        with np.errstate(invalid="ignore"):  # the mean over no example, where all updates were left out
-            computed = total.compute()
-        values: dict[str, float | None] = {f"train/{name}": to_jsonable(value) for name, value in computed.items()}
-        values["train/images_per_s"] = steps * batch_size / elapsed
-        values["train/data_wait_fraction"] = self.data_wait_s / elapsed
-        values["train/mfu"] = None
-        if self.peak_flops is not None:
-            values["train/mfu"] = steps * self.flops_per_step / elapsed / self.peak_flops
-        self.metrics, self.data_wait_s, self.begin = [], 0.0, now
-        return values | system_metrics()
+    def improve(self, step: int, values: Mapping[str, float]) -> bool:
+        """Return whether these validation metrics are better than all before; then they are the best."""
+        if not values or (self.value is not None and values[BEST_BY] <= self.value):
+            return False
+        self.value, self.step = values[BEST_BY], step
+        return True
 
 
 @dataclass
-class Outcome:
-    """How the loop ended."""
+class Loop:
+    """All that the training loop works with.
 
-    state: TrainState
-    stopped: bool  # by a signal, before the last step
-
-
-def fit(
-    state: TrainState,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics, jax.Array]],
-    batches: Iterator[Batch],
-    evaluate: Callable[[TrainState], Mapping[str, float]],
-    schedule: Schedule,
-    checkpointer: Checkpointer,
-    sinks: Sequence[Sink],
-    meter: Meter,
-    goodput: Goodput,
-    skips: SkipGuard,
-    stop: StopSignal,
-    profile_dir: str,
-) -> Outcome:
-    """Trains from `state` to the last step, to one after which nothing gets better, or to a signal.
-
-    Args:
+    Attributes:
       train_step: donates the state that it is given.
       batches: endless, placed on the mesh, beginning at the state's step.
-      evaluate: validation metrics of a state.
-      stop: read between steps; a stopped run has saved its last step, the same one on all processes.
-      profile_dir: where the trace of `schedule.profile` is written.
-
-    Raises:
-      TooManySkippedError: updates aren't finite any more.
+      evaluate: returns the validation metrics of a state.
+      stop: read between steps.
     """
 
-    def write(step: int, metrics: Mapping[str, Any]) -> None:
-        for sink in sinks:
+    timetable: Timetable
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics, jax.Array]]
+    batches: Iterator[Batch]
+    evaluate: Callable[[TrainState], Mapping[str, float]]
+    checkpointer: Checkpointer
+    sinks: Sequence[Sink]
+    meter: Meter
+    times: TimeAccount
+    skips: SkipGuard
+    stop: StopSignal
+    profiler: Profiler
+
+    def next_batch(self) -> Batch:
+        """Return the next batch, and count how long it was waited for."""
+        begin = time.monotonic()
+        with self.times.measure("data_wait"):
+            batch = next(self.batches)
+        self.meter.data_wait_s += time.monotonic() - begin
+        return batch
+
+    def log(self, step: int) -> None:
+        """Write the metrics of the steps since the last log, if there are any."""
+        if self.meter.metrics:
+            self.write(step, self.meter.read())
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for sink in self.sinks:
             sink.write(step, metrics)
 
-    def position(step: int) -> dict[str, Any]:
+    def validate(self, step: int, state: TrainState) -> Mapping[str, float]:
+        """Write and return the validation metrics of a state."""
+        self.log(step)
+        with self.times.measure("evaluation"):
+            values = self.evaluate(state)
+        self.write(step, values)
+        self.meter.restart()
+        return values
+
+    def save(self, step: int, state: TrainState, best: Best, values: Mapping[str, float]) -> None:
+        """Start saving a state; `values` are its validation metrics, if it was evaluated."""
+        if step % self.timetable.log_every == 0:  # a start that continues here won't write them
+            self.log(step)
+        # Orbax moves arrays to the host in its own way.
+        with self.times.measure("checkpoint"), jax.transfer_guard("allow"):
+            self.checkpointer.save(state, self.position(step, best), values)
+
+    def position(self, step: int, best: Best) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the state."""
         return {
             "step": step,
-            "examples_seen": schedule.examples_seen(step),
-            "global_batch_size": schedule.global_batch_size,
-            "goodput": goodput.seconds(),
-            "best_step": best_step,
+            "examples_seen": self.timetable.examples_seen(step),
+            "global_batch_size": self.timetable.global_batch_size,
+            "goodput": self.times.seconds(),
+            "best_step": best.step,
         }
 
-    best, stopped = checkpointer.best_metric(), False
-    start = saved = int(state.step)
-    best_step = checkpointer.position(start).get("best_step") if start else None
-    values: Mapping[str, float] = {}
-    trace_begin, trace_end = schedule.profile or (0, 0)
-    tracing = False
-    meter.begin = time.monotonic()
-    steps = range(start + 1, schedule.num_steps + 1)
-    for step in () if schedule.is_over(start, best_step) else steps:
-        if step == trace_begin:
-            jax.profiler.start_trace(profile_dir, create_perfetto_trace=True)
-            tracing = True
-        wait_begin = time.monotonic()
-        with goodput.measure("data_wait"):
-            batch = next(batches)
-        meter.data_wait_s += time.monotonic() - wait_begin
-        # The steps up to here are read only now that the next one's batch is at hand and the device has work queued.
-        late = (step - 1) % schedule.log_every == 0 and meter.metrics
-        state, metrics, skipped = train_step(state, batch)
-        if late:
-            write(step - 1, meter.take(schedule.global_batch_size))
-        meter.metrics.append(metrics)
-        skips.watch(step, skipped, batch.index)
 
-        stopped = distributed.agree_to_stop(step, stop.received is not None) and step < schedule.num_steps
-        last = stopped or step == schedule.num_steps
-        if tracing and (step == trace_end or last):
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            tracing = False
-        values = {}
-        if step % schedule.eval_every == 0 or step == schedule.num_steps:
-            write(step, meter.take(schedule.global_batch_size))
-            with goodput.measure("evaluation"):
-                values = evaluate(state)
-            write(step, values)
-            meter.begin = time.monotonic()
-        improved = bool(values) and (best is None or values[BEST_BY] > best)
-        if improved:
-            best, best_step = values[BEST_BY], step
-        last = last or (bool(values) and schedule.is_over(step, best_step))
-        if step % schedule.checkpoint_every == 0 or improved or last:
-            if step % schedule.log_every == 0 and meter.metrics:  # a start that continues here won't write them
-                write(step, meter.take(schedule.global_batch_size))
-            with goodput.measure("checkpoint"):
-                checkpointer.save(state, position(step), values)
-            saved = step
-        if last:
-            break
-    if tracing:  # the run was over before the trace was
-        jax.profiler.stop_trace()
-    if meter.metrics:
-        write(saved, meter.take(schedule.global_batch_size))
-    skips.finish()
-    with goodput.measure("checkpoint"):
-        checkpointer.finish(state, position(saved), values)
-    return Outcome(state, stopped)
+def train_loop(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
+    """Train from `state`, which is given up, to the last step, to one after which nothing gets better, or to a signal.
+
+    Nothing moves between host and device by accident: only transfers that the code names are allowed.
+
+    Returns:
+      The last state, which is saved, and whether a signal stopped the run; if so, at the same step on all processes.
+
+    Raises:
+      TooManySkippedError: too many updates in a row weren't finite.
+    """
+    table = loop.timetable
+    first = saved = int(jax.device_get(state.step))
+    best = Best(loop.checkpointer.best_metric(), loop.checkpointer.position(first).get("best_step") if first else None)
+    stopped = False
+    values: Mapping[str, float] = {}
+    steps = range(first + 1, table.num_steps + 1)
+    loop.meter.restart()
+    with jax.transfer_guard("disallow"), loop.profiler:
+        for step in () if table.is_over(first, best.step) else steps:
+            loop.profiler.before(step)
+            batch = loop.next_batch()
+            log_last_step = (step - 1) % table.log_every == 0
+            state, metrics, skipped = loop.train_step(state, batch)
+            if log_last_step:  # only now that the device has the next step to work on
+                loop.log(step - 1)
+            loop.meter.metrics.append(metrics)
+            loop.skips.watch(step, skipped, batch.index)
+            loop.profiler.after(step, state)
+
+            stopped = distributed.agree_to_stop(step, loop.stop.received is not None) and step < table.num_steps
+            values = loop.validate(step, state) if table.evaluates_at(step) else {}
+            improved = best.improve(step, values)
+            is_last = stopped or step == table.num_steps or (bool(values) and table.is_over(step, best.step))
+            if step % table.checkpoint_every == 0 or improved or is_last:
+                loop.save(step, state, best, values)
+                saved = step
+            if is_last:
+                break
+    loop.log(saved)
+    loop.skips.finish()
+    with loop.times.measure("checkpoint"):
+        loop.checkpointer.finish(state, loop.position(saved, best), values)
+    return state, stopped

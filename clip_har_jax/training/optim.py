@@ -80,11 +80,12 @@ def _to_rank(values: np.ndarray, rank: int) -> np.ndarray:
 
 
 def make_optimizer(
-    config: OptimConfig, num_steps: int, shapes: Shapes, masks: Mapping[str, np.ndarray]
+    config: OptimConfig, schedule: optax.Schedule, shapes: Shapes, masks: Mapping[str, np.ndarray]
 ) -> optax.GradientTransformation:
     """Return the optimiser of the parameters with these dotted names and shapes (Loshchilov and Hutter 2019).
 
     Args:
+      schedule: the learning rate by step.
       masks: from `freeze_masks`; parameters of mask 0 are neither updated nor part of the gradient's norm.
     """
     decays = layer_scales(shapes, config.layer_decay)
@@ -92,7 +93,7 @@ def make_optimizer(
         _multiply({name: masks[name] for name in shapes}),
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            make_schedule(config, num_steps),
+            schedule,
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,

@@ -1,7 +1,9 @@
-"""A run's computations on a mesh: what is trained, how it is sharded, and the steps. Nothing is placed or compiled yet,
-so the same program is run by a trainer and weighed by a planner."""
+"""The computations of a run on a mesh: what is trained, how it is sharded, and the steps.
 
-from collections.abc import Sequence
+Making a program places no array and compiles nothing, so a planner can use it for a machine that isn't there.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,14 +31,14 @@ from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.specs import parse_spec
 from clip_har_jax.training.losses import balanced_weights
 from clip_har_jax.training.methods import ClassInputs, Method
-from clip_har_jax.training.optim import freeze_masks, make_optimizer
+from clip_har_jax.training.optim import freeze_masks, make_optimizer, make_schedule
 from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState, make_state, state_shardings
 from clip_har_jax.training.steps import make_class_step, make_eval_step, make_feature_step, make_train_step
 
 
 class Program:
-    """What a config computes on a mesh.
+    """The steps of a config on a mesh, with the shapes and shardings of all that they take.
 
     Args:
       config: the run.
@@ -44,7 +46,7 @@ class Program:
       preprocess: mean, deviation and size of its images.
       num_classes: actions.
       num_steps: updates of the whole run.
-      mesh: the devices; abstract ones serve too.
+      mesh: the devices, which may be descriptions of devices elsewhere.
       class_counts: training images of each class, for a loss that balances them.
       cache_size: training images that a Tip-Adapter remembers.
 
@@ -89,7 +91,8 @@ class Program:
         self.trains_text = any(name.startswith(("text", "prompt")) for name in self.trainable)
         self.trains_image = any(name.startswith("vis") for name in self.trainable)
         self._check_pairs()
-        self.optimizer = make_optimizer(config.optim, num_steps, self.trainable, masks)
+        self.schedule = make_schedule(config.optim, num_steps)
+        self.optimizer = make_optimizer(config.optim, self.schedule, self.trainable, masks)
         self.shardings = state_shardings(
             self.optimizer,
             self._abstract({name: self.shapes[name] for name in self.trainable}),
@@ -98,7 +101,7 @@ class Program:
             with_ema=config.optim.ema_decay > 0,
         )
         self.train_step = make_train_step(
-            self.method, self.optimizer, config, num_steps, preprocess, self.shardings, mesh
+            self.method, self.optimizer, self.schedule, config, preprocess, self.shardings, mesh
         )
         self.eval_step = make_eval_step(self.method, preprocess, mesh)
         self.feature_step = make_feature_step(self.method, preprocess, mesh)
@@ -119,24 +122,34 @@ class Program:
             for name, shape in shapes.items()
         }
 
-    def place(self, params: Params) -> tuple[TrainState, Params]:
-        """Return the state before the first step and the frozen parameters, on the mesh, from host parameters.
+    def place(self, params: Mapping[str, Any]) -> tuple[TrainState, Params]:
+        """Return the state before the first step and the frozen parameters, on the mesh.
 
-        Those that are missing are the head of features not yet seen; they start as 0.
+        Args:
+          params: host arrays, or arrays on the mesh, which the state takes over. Missing ones become 0: the head of
+            a method that fits it to features which were not computed.
         """
         params = {name: params.get(name, np.zeros(shape, np.float32)) for name, shape in self.shapes.items()}
         trainable = {name: params[name] for name in self.trainable}
-        frozen = {name: value for name, value in params.items() if name not in trainable}
         state = make_state(trainable, self.optimizer, self.config.seed, self.shardings)
-        return state, put_global(frozen, {name: self.param_shardings[name] for name in frozen})
+        return state, self.place_params({name: params[name] for name in self.frozen})
+
+    def place_params(self, params: Mapping[str, Any]) -> Params:
+        """Return some of the parameters, from host arrays, on the mesh."""
+        return put_global(dict(params), {name: self.param_shardings[name] for name in params})
+
+    @property
+    def frozen(self) -> list[str]:
+        """The names of the parameters that no step changes."""
+        return [name for name in self.shapes if name not in self.trainable]
 
     def place_prompts(
         self, input_ids: Int[np.ndarray, "p t"], class_of_prompt: Sequence[int], num_classes: int | None = None
     ) -> tuple[Any, Any]:
-        """Return the prompts, filled up to a multiple of the mesh so that every device computes its share of them.
+        """Return the prompts on the mesh, filled up to a multiple of it so that every device computes its share.
 
         Args:
-          num_classes: those of the prompts, where they aren't the run's.
+          num_classes: of the prompts; None: the run's.
         """
         fill = self.num_classes if num_classes is None else num_classes
         missing = -len(input_ids) % num_row_shards(self.mesh)
@@ -145,24 +158,30 @@ class Program:
         rows = batch_sharding(self.mesh)
         return put_global((ids, classes), (rows, rows))
 
+    def abstract_state(self) -> TrainState:
+        """Return the shapes, types and shardings of the state, into which a checkpoint is restored."""
+        params, whole = self._abstract(self.trainable), replicated(self.mesh)
+        scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        opt_state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(self.optimizer.init, params),
+            self.shardings.opt_state,
+        )
+        return TrainState(scalar, params, params if self.shardings.ema else {}, opt_state, key, scalar, scalar)
+
+    def abstract_frozen(self) -> Params:
+        """Return the shapes, types and shardings of the frozen parameters."""
+        return self._abstract({name: self.shapes[name] for name in self.frozen})
+
     def abstract_arguments(self, num_prompts: int) -> tuple[TrainState, Params, ClassInputs, Batch]:
-        """Shapes, types and shardings of the training step's arguments."""
+        """Return the shapes, types and shardings of the training step's arguments."""
         rows, whole, size = batch_sharding(self.mesh), replicated(self.mesh), self.preprocess.image_size_px
         batch_size = self.config.train.global_batch_size
-        params = self._abstract(self.trainable)
 
         def struct(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-        scalar = struct((), jnp.int32, whole)
-        opt_state = jax.tree.map(
-            lambda x, sharding: struct(x.shape, x.dtype, sharding),
-            jax.eval_shape(self.optimizer.init, params),
-            self.shardings.opt_state,
-        )
-        ema = params if self.shardings.ema else {}
-        state = TrainState(scalar, params, ema, opt_state, struct((2,), jnp.uint32, whole), scalar, scalar)
-        frozen = self._abstract({name: shape for name, shape in self.shapes.items() if name not in self.trainable})
         if self.trains_text:
             count = num_prompts + -num_prompts % num_row_shards(self.mesh)
             ids = struct((count, self.clip.text.context_length - self.method.context_length), jnp.int32, rows)
@@ -171,7 +190,12 @@ class Program:
             classes = ClassInputs(None, None, struct((self.num_classes, self.clip.projection_dim), jnp.float32, whole))
         image = (batch_size, *([self.num_frames] if self.num_frames else []), size, size, 3)
         label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
-        return state, frozen, classes, Batch(struct(image, jnp.uint8, rows), label, mask, label)
+        return (
+            self.abstract_state(),
+            self.abstract_frozen(),
+            classes,
+            Batch(struct(image, jnp.uint8, rows), label, mask, label),
+        )
 
     def flops_per_step(self, num_prompts: int) -> int:
         """Return the model FLOPs of one training step over all devices, as `step_flops` counts them."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -13,15 +14,20 @@ from clip_har_jax.parallel.sharding import put_global, replicated
 
 
 class TrainState(NamedTuple):
-    """What a step takes and gives back, and a checkpoint holds; or, in the same places, their shapes or shardings."""
+    """What a step takes and returns, and a checkpoint holds; or, in the same places, shapes or shardings."""
 
     step: Any  # int32 scalar: updates made
     params: Params  # trainable parameters by dotted path, float32
     ema: Params  # their moving average; empty where none is kept
     opt_state: Any
-    key: Any  # raw uint32 random key; a step folds its number into it
-    skipped: Any  # int32 scalar: updates left out because they weren't finite, since the last that wasn't
-    skipped_total: Any  # int32 scalar: since the run began
+    key: Any  # raw uint32[2] random key, as checkpoints hold it; a step folds its number into it
+    skipped: Any  # int32 scalar: updates in a row, up to this step, that were left out for not being finite
+    skipped_total: Any  # int32 scalar: updates left out since the run began
+
+    @property
+    def weights(self) -> Params:
+        """The trainable parameters that are evaluated and kept: their moving average where there is one."""
+        return self.ema or self.params
 
 
 def opt_state_shardings(
@@ -52,16 +58,21 @@ def state_shardings(
 
 
 def make_state(params: Params, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
-    """Return the state before the first step, from host parameters; every process gives the same."""
-    zero = np.zeros((), np.int32)
-    ema = put_global(params, shardings.ema) if shardings.ema else {}
+    """Return the state before the first step; every process passes the same parameters.
+
+    Args:
+      params: host arrays, or arrays on the mesh, which the state takes over: its first step donates them.
+    """
     params = put_global(params, shardings.params)
+    # Copies: a step that donates the state must not be given one buffer twice.
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings.ema)
+    ema = copy(params) if shardings.ema else {}
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    key = np.asarray(jax.random.PRNGKey(seed))
+    zero, key = np.zeros((), np.int32), jax.device_get(jax.random.PRNGKey(seed))
     step, key, skipped, total = put_global((zero, key, zero, zero), (shardings.step,) * 4)
     return TrainState(step, params, ema, opt_state, key, skipped, total)
 
 
 def abstract_state(state: TrainState) -> TrainState:
-    """Shapes, types and shardings: what a checkpoint is restored into."""
+    """Return the shapes, types and shardings of a state, which may itself be abstract."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -1,4 +1,4 @@
-"""The pure, jitted steps: train_step(state, frozen, classes, batch) -> (state, metrics), and eval logits."""
+"""The pure, jitted steps: train_step(state, frozen, classes, batch) -> (state, metrics), and those that evaluate."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,6 @@ from clip_har_jax.parallel.sharding import batch_sharding, replicated
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import masked_mean
 from clip_har_jax.training.methods import ClassInputs, Method
-from clip_har_jax.training.optim import make_schedule
 from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState
 
@@ -29,7 +28,7 @@ MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 
 
 def _per_example(name: str) -> Callable[..., dict[str, jax.Array]]:
-    """Read the output `name`, whose rows of mask 0 don't count."""
+    """Return a reader of the output `name`, for an average in which rows of mask 0 don't count."""
     return lambda *, example_mask, **outputs: {"values": outputs[name], "mask": example_mask}
 
 
@@ -47,18 +46,21 @@ class TrainMetrics(clu_metrics.Collection):
 def make_train_step(
     method: Method,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     config: RunConfig,
-    num_steps: int,
     preprocess: Preprocess,
     shardings: TrainState,
     mesh: Mesh,
 ) -> Callable[[TrainState, Params, ClassInputs, Batch], tuple[TrainState, TrainMetrics, Int[Array, ""]]]:
     """Return the training step, jitted; it donates the state, so the caller keeps only what it returns.
 
-    An update that isn't finite is left out and counted: the state stays finite whatever the batch. The third output is
-    the number of updates left out in a row, which the next step doesn't donate.
+    An update that isn't finite is left out and counted, so the state stays finite whatever the batch. The third output
+    is the number of updates left out in a row; unlike the state's own, the next step doesn't donate it.
+
+    Args:
+      schedule: the learning rate by step, as the optimiser has it; it is a metric.
+      shardings: of the state.
     """
-    schedule = make_schedule(config.optim, num_steps)
     gradients = make_gradients(method, config, preprocess, shardings.params, mesh)
 
     def train_step(
@@ -92,7 +94,7 @@ def make_train_step(
 
 
 def _moving_average(state: TrainState, params: Params, decay: float) -> Params:
-    """Return the average after this step; the first steps weigh more, so that it soon forgets the start."""
+    """Return the moving average after this step; the first steps weigh more, so that it soon forgets the start."""
     step = state.step.astype(jnp.float32)
     rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
     return {name: average + rate * (params[name] - average) for name, average in state.ema.items()}
@@ -105,10 +107,10 @@ def make_gradients(
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
 ) -> Callable[[Params, Params, ClassInputs, Batch, jax.Array], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
-    """Return the gradients of a batch's mean loss, each row's loss, and whether its class was found.
+    """Return a function to the gradients of a batch's mean loss, each row's loss, and whether its class was found.
 
-    With `config.train.accumulation_steps` the batch's parts go through the image tower one after the other. The class
-    embeddings are computed once for all, and differentiated once, through the sum of the parts' gradients.
+    With `config.train.accumulation_steps` the parts of a batch go through the image tower one after the other. The
+    class embeddings are computed once for all parts and differentiated once, through the sum of the parts' gradients.
     """
     parts = config.train.accumulation_steps
 
@@ -138,7 +140,7 @@ def make_gradients(
         def add_part(total: tuple[Params, jax.Array], part: tuple[Batch, Any]) -> tuple[tuple[Params, jax.Array], Any]:
             grads, rows = grad_fn((params, embeddings), frozen, classes, part[0], count, part[1])
             grads, of_embeddings = jax.tree.map(jnp.add, total, grads)
-            # Sharded like the parameters while they are summed: that is where the memory goes.
+            # The sum is sharded as the parameters are, since it takes as much memory as they do.
             return (jax.lax.with_sharding_constraint(grads, dict(shardings)), of_embeddings), rows
 
         if parts == 1:
@@ -168,8 +170,9 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 def make_eval_step(
     method: Method, preprocess: Preprocess, mesh: Mesh
 ) -> Callable[[Params, Params, ClassInputs, Batch], tuple[Float[Array, "b c"], Batch]]:
-    """Return the class logits of a batch, jitted, and its labels, mask and index; every process gets those of all
-    rows.
+    """Return a jitted function from a batch to its class logits and its labels, mask and index.
+
+    All processes get all rows of them.
     """
 
     def eval_step(params: Params, frozen: Params, classes: ClassInputs, batch: Batch) -> tuple[jax.Array, Batch]:
@@ -182,7 +185,7 @@ def make_eval_step(
 def make_feature_step(
     method: Method, preprocess: Preprocess, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[Float[Array, "b d"], Batch]]:
-    """As `make_eval_step`, the L2-normalised image embeddings."""
+    """Return the same as `make_eval_step`, but for L2-normalised image embeddings in place of logits."""
 
     def feature_step(params: Params, batch: Batch) -> tuple[jax.Array, Batch]:
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
@@ -192,8 +195,9 @@ def make_feature_step(
 
 
 def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, ClassInputs], Float[Array, "c d"]]:
-    """Return the embeddings of the run's classes, jitted: run once where they never change, else before each
-    evaluation.
+    """Return a jitted function to the embeddings of the run's classes.
+
+    It runs once where they never change, otherwise before each evaluation.
     """
 
     def class_step(params: Params, classes: ClassInputs) -> jax.Array:
@@ -208,9 +212,7 @@ def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, ClassInputs
 def make_text_step(
     method: Method, num_classes: int, mesh: Mesh
 ) -> Callable[[Params, Int[Array, "p t"], Int[Array, " p"]], Float[Array, "c d"]]:
-    """Return the embeddings of any classes from their prompts as they stand, jitted: what zero-shot compares images
-    with.
-    """
+    """Return a jitted function from the prompts of any classes to their embeddings, for zero-shot classification."""
 
     def text_step(params: Params, input_ids: jax.Array, class_of_prompt: jax.Array) -> jax.Array:
         return method.model(params).encode_classes(input_ids, class_of_prompt, num_classes)

@@ -9,7 +9,7 @@ from scipy.special import erf, softmax
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.backends import JaxBackend
-from clip_har_jax.models.factory import load, make_start
+from clip_har_jax.models.factory import load, make_base
 from clip_har_jax.models.heads import (
     HEAD_FILE,
     HEADS,
@@ -110,7 +110,7 @@ def test_a_model_folder_is_served_with_its_head(name, tmp_path):
     backend = JaxBackend(tmp_path / "model", batch_size=2)
     np.testing.assert_allclose(backend.logits(images), wanted, rtol=2e-3, atol=1e-3)
     np.testing.assert_allclose(backend.embed(images), np.asarray(features.image), atol=1e-5)
-    start = make_start(str(tmp_path / "model"), [])
+    start = make_base(str(tmp_path / "model"), [])
     assert (start.head.name, start.head.labels) == (name, LABELS)
     for key, value in params.items():
         np.testing.assert_array_equal(start.head.params[key], value)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from clip_har_jax.models.clip import FlaxCLIPModel
-from clip_har_jax.models.factory import NAMED_SIZES, make_start, start_params
+from clip_har_jax.models.factory import NAMED_SIZES, make_base
+from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.preprocess import evaluation_transform, normalize
 from tests.support.torch_environment import torch_side
@@ -56,10 +57,10 @@ def test_theirs_opens_here(torch_python: str, tmp_path: Path, size: str) -> None
 @pytest.mark.parametrize("size", ["tiny", "ViT-B/32"])
 def test_ours_opens_there(torch_python: str, tmp_path: Path, size: str) -> None:
     """A named size with its own tokenizer and preprocessing, as training starts from and saves it."""
-    start = make_start(size, TEXTS)
-    write_params(tmp_path, start.config, start_params(start, seed=0))
-    start.tokenizer.save(tmp_path)
-    start.preprocess.save(tmp_path)
+    base = make_base(size, TEXTS)
+    write_params(tmp_path, base.config, init_params(base.config, seed=0))
+    base.tokenizer.save(tmp_path)
+    base.preprocess.save(tmp_path)
     model = FlaxCLIPModel.from_pretrained(str(tmp_path))
     assert NAMED_SIZES[size].vision == model.config.vision
     inputs = make_inputs(model)
@@ -68,8 +69,8 @@ def test_ours_opens_there(torch_python: str, tmp_path: Path, size: str) -> None:
     np.savez(tmp_path / "inputs.npz", images=images, texts=texts, **inputs)
     torch_side(torch_python, "run", str(tmp_path))
     expected = assert_same_outputs(tmp_path, model, inputs)
-    ids, _ = start.tokenizer(TEXTS, model.config.text.context_length)
+    ids, _ = base.tokenizer(TEXTS, model.config.text.context_length)
     np.testing.assert_array_equal(ids, expected["input_ids"])
-    ours = np.stack([evaluation_transform(image, start.preprocess) for image in images])
-    pixels = normalize(ours, start.preprocess.mean, start.preprocess.std).transpose(0, 3, 1, 2)
+    ours = np.stack([evaluation_transform(image, base.preprocess) for image in images])
+    pixels = normalize(ours, base.preprocess.mean, base.preprocess.std).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(pixels, expected["pixel_values"], atol=1e-6)

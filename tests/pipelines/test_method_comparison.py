@@ -15,8 +15,9 @@ from clip_har_jax.pipelines import tuning
 from clip_har_jax.pipelines.method_comparison import compare_methods, default_test
 from clip_har_jax.pipelines.presets import choose_preset
 from clip_har_jax.pipelines.tuning import Needs, Space, search, training_needs, with_method
+from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.run_data import validates_on_test
-from clip_har_jax.trainer.train import Result, train
+from clip_har_jax.trainer.train import train
 from tests.support.model_folders import write_images, write_model
 
 LABELS = ("cycling", "running", "sleeping")

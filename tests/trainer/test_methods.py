@@ -24,9 +24,10 @@ from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import HEAD_FILE, Features, HeadSize, head_logits, head_shapes, init_head
 from clip_har_jax.models.params import flat_params
 from clip_har_jax.pipelines.method_comparison import evaluate_on
+from clip_har_jax.trainer.result import EXIT_RETENTION
 from clip_har_jax.trainer.retention import interpolate
 from clip_har_jax.trainer.run_data import select_classes
-from clip_har_jax.trainer.train import EXIT_RETENTION, train
+from clip_har_jax.trainer.train import train
 from clip_har_jax.training.losses import balanced_weights, cross_entropy
 from clip_har_jax.training.mixing import mix
 from clip_har_jax.training.probe import LabeledFeatures, fit_probe, make_tip_adapter
@@ -186,21 +187,21 @@ def test_a_folder_of_images_becomes_a_model_in_one_line(start, tmp_path):
 
 
 def test_features_are_computed_once(start, tmp_path, monkeypatch):
-    from clip_har_jax.trainer import initial_params
+    from clip_har_jax.trainer import initial_state
 
     train(config_for(start, "linear_probe"), tmp_path / "first", quiet=True)
 
     def fail(*_):
         raise AssertionError("an image was read again")
 
-    monkeypatch.setattr(initial_params, "embed", fail)
+    monkeypatch.setattr(initial_state, "embed", fail)
     train(config_for(start, "linear_probe"), tmp_path / "again", quiet=True)
     with pytest.raises(AssertionError, match="read again"):  # other images
         train(config_for(start, "linear_probe", data={"shots": 8}), tmp_path / "other", quiet=True)
 
 
 def test_features_are_those_of_the_same_activation(start, tmp_path, monkeypatch):
-    from clip_har_jax.trainer import initial_params
+    from clip_har_jax.trainer import initial_state
 
     train(config_for(start, "linear_probe"), tmp_path / "first", quiet=True)
     other = tmp_path / "other"
@@ -211,8 +212,8 @@ def test_features_are_those_of_the_same_activation(start, tmp_path, monkeypatch)
         config["vision_config"].get("hidden_act", "quick_gelu")
     ]
     (other / "config.json").write_text(json.dumps(config))
-    calls, embed = [], initial_params.embed
-    monkeypatch.setattr(initial_params, "embed", lambda *arguments: calls.append(1) or embed(*arguments))
+    calls, embed = [], initial_state.embed
+    monkeypatch.setattr(initial_state, "embed", lambda *arguments: calls.append(1) or embed(*arguments))
     train(config_for(other, "linear_probe"), tmp_path / "second", quiet=True)
     assert len(calls) == 2
 
@@ -362,8 +363,10 @@ def test_mixed_labels_are_the_share_of_the_pixels():
 def test_the_retention_gate_and_wise_ft(start, tmp_path, capsys):
     harsh = {"learning_rate": 1e-2}
     retention = {"data": "synthetic?split=test", "classes": KNOWN, "max_drop": 0.0, "fail": True}
+    shutil.copytree(start, tmp_path / "model")  # as an earlier start without the gate leaves one
     refused = train(config_for(start, "full", retention=retention, optim=harsh), tmp_path, quiet=True)
     assert (refused.exit_code, refused.model) == (EXIT_RETENTION, None)
+    assert not (tmp_path / "model").exists()
     assert "WARNING: zero-shot top-1" in capsys.readouterr().err
     gate = json.loads((tmp_path / "retention.json").read_text())
     assert gate["before"] > 0.6 > gate["after"]

@@ -13,14 +13,15 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.factory import load, make_start
+from clip_har_jax.models.factory import load, make_base
 from clip_har_jax.models.params import flat_params
-from clip_har_jax.trainer import run as run_module
-from clip_har_jax.trainer.run import Run
+from clip_har_jax.trainer import train as train_module
+from clip_har_jax.trainer.record import continue_account
+from clip_har_jax.trainer.run import setup
 from clip_har_jax.trainer.run_data import load_data
-from clip_har_jax.trainer.train import continue_goodput, train
+from clip_har_jax.trainer.train import train
 from clip_har_jax.training import checkpoint
-from clip_har_jax.training.goodput import CATEGORIES
+from clip_har_jax.training.time_account import CATEGORIES
 from tests.support.model_folders import write_image, write_images, write_model
 
 LABELS = ("cycling", "running", "sleeping")
@@ -180,16 +181,16 @@ def test_a_checkpoint_is_not_changed_by_the_steps_after_it(folders, tmp_path):
     train(
         config_for(folders, num_steps=2, checkpoint={"every_steps": 1, "keep_latest": 5}), tmp_path / "each", quiet=True
     )
-    data, start = load_data(config), make_start(str(folders[0]), [], None)
-    run = Run(config, epath.Path(tmp_path / "x"), data, start, {}, None)
+    run = setup(config, epath.Path(tmp_path / "x"), load_data(config), make_base(str(folders[0]), []), {})
+    target = run.program.abstract_state()
     states = []
     for folder in ("two", "each"):
         with checkpoint.Checkpointer(tmp_path / folder / "checkpoints", config.checkpoint) as kept:
-            states.append(kept.restore(run.state, 2))
+            states.append(kept.restore(target, 2))
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(a, b)
     with checkpoint.Checkpointer(tmp_path / "each" / "checkpoints", config.checkpoint) as kept:
-        first, position = kept.restore(run.state, 1), kept.position(1)
+        first, position = kept.restore(target, 1), kept.position(1)
     assert int(first.step) == 1
     assert position.items() >= {"step": 1, "examples_seen": 8, "global_batch_size": 8}.items()
     changed = [
@@ -267,13 +268,14 @@ def test_mistakes_are_refused_before_any_compute(folders, tmp_path, sections, me
 def poisoned(monkeypatch):
     """Make the batches of chosen steps give a loss that isn't finite."""
     steps = set()
-    place_batches = run_module.prefetch_to_mesh
+    place_batches = train_module.prefetch_to_mesh
 
     def poison(batches, place, size=2):
         for step, batch in enumerate(place_batches(batches, place, size), start=1):
-            yield batch._replace(mask=batch.mask * np.nan) if step in steps else batch
+            bad = jax.device_put(np.full(batch.mask.shape, np.nan, np.float32), batch.mask.sharding)
+            yield batch._replace(mask=bad) if step in steps else batch
 
-    monkeypatch.setattr(run_module, "prefetch_to_mesh", poison)
+    monkeypatch.setattr(train_module, "prefetch_to_mesh", poison)
     return steps
 
 
@@ -301,10 +303,10 @@ def test_a_run_that_is_not_finite_any_more_ends_with_its_examples(folders, poiso
     assert [entry["step"] for entry in written] == [2, 3, 4, 5]
     assert all(len(entry["examples"]) == 8 for entry in written)
     assert all(Path(example["input"]).is_file() for entry in written for example in entry["examples"])
-    run = Run(config, epath.Path(tmp_path / "x"), load_data(config), make_start(str(folders[0]), [], None), {}, None)
+    run = setup(config, epath.Path(tmp_path / "x"), load_data(config), make_base(str(folders[0]), []), {})
     with checkpoint.Checkpointer(tmp_path / "checkpoints", config.checkpoint) as kept:
         step = kept.newest_whole()
-        state = kept.restore(run.state, step)
+        state = kept.restore(run.program.abstract_state(), step)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -336,9 +338,9 @@ def test_a_trace_of_steps_that_are_not_made_is_refused(folders, tmp_path, steps)
 
 
 def test_a_trace_is_written_to_a_disk_only(folders):
-    data, start = load_data(config_for(folders)), make_start(str(folders[0]), [], None)
+    data, base = load_data(config_for(folders)), make_base(str(folders[0]), [])
     with pytest.raises(UserError, match="--profile_steps: a trace is written to a disk only, not to gs://bucket/run"):
-        Run(config_for(folders), epath.Path("gs://bucket/run"), data, start, {}, (1, 2))
+        setup(config_for(folders), epath.Path("gs://bucket/run"), data, base, {}, (1, 2))
 
 
 def test_other_files_under_the_same_name_are_warned_of(folders, tmp_path, capsys):
@@ -378,17 +380,17 @@ def test_the_time_of_a_run_is_accounted_for(finished):
     assert set(record["goodput"]) == set(CATEGORIES)
     assert record["last_step"] == 6 and record["finished"]
     assert record["starts"] >= 1
-    assert sum(finished.goodput.values()) == pytest.approx(finished.seconds, rel=0.05)
-    assert finished.goodput["compile"] > 0
-    assert finished.goodput["lost"] == 0
+    assert sum(finished.time_spent.values()) == pytest.approx(finished.seconds, rel=0.05)
+    assert finished.time_spent["compile"] > 0
+    assert finished.time_spent["lost"] == 0
 
 
 def test_what_a_killed_start_spent_after_its_checkpoint_is_lost():
     saved, last = {"productive": 5.0, "compile": 1.0}, {"productive": 9.0, "compile": 1.0, "evaluation": 2.0}
     record = {"last_step": 30, "goodput": last}
-    killed = continue_goodput(record, {"step": 20, "goodput": saved}, time.monotonic()).seconds()
+    killed = continue_account(record, {"step": 20, "goodput": saved}, time.monotonic()).seconds()
     assert killed["lost"] == pytest.approx(6.0)
     assert killed["productive"] == pytest.approx(5.0, abs=0.1)
-    stopped = continue_goodput(record, {"step": 30, "goodput": saved}, time.monotonic()).seconds()
+    stopped = continue_account(record, {"step": 30, "goodput": saved}, time.monotonic()).seconds()
     assert stopped["lost"] == 0
     assert stopped["productive"] == pytest.approx(9.0, abs=0.1)

@@ -1,0 +1,76 @@
+"""What a training leaves, and how its end is told."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+from clip_har_jax import cli
+from clip_har_jax.evaluation.baselines import verdict
+from clip_har_jax.training.time_account import describe_seconds
+
+EXIT_RETENTION = 3  # more zero-shot accuracy was lost than the config allows
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training leaves.
+
+    Attributes:
+      model: None where a signal stopped the run, or the retention gate refused it.
+      steps: of the weights that were kept.
+      metrics: of the model folder, on the validation data.
+      time_spent: seconds by category, over all starts.
+      seconds: of this start.
+      exit_code: 0, 128 + the signal's number, or `EXIT_RETENTION`.
+      zero_shot: accuracy of the base model on the same data without training; None: not known.
+      unseen: SPEC of test images that the run didn't see; None: its data have none.
+    """
+
+    workdir: epath.Path
+    model: epath.Path | None
+    steps: int
+    metrics: dict[str, Any]
+    time_spent: dict[str, float]
+    seconds: float
+    exit_code: int
+    zero_shot: float | None = None
+    unseen: str | None = None
+
+
+def print_result(result: Result) -> None:
+    """Print the result beside its baselines, where things lie, where the time went, and what to run next."""
+    rows: list[tuple[str, str]] = []
+    if result.exit_code == EXIT_RETENTION:
+        rows += [
+            ("refused", "no model is written: more zero-shot accuracy was lost than config.retention.max_drop"),
+            ("", "the checkpoints are kept; with other retention or wise_ft settings the same command goes on"),
+        ]
+    elif result.model is None:
+        rows.append(("stopped", f"at step {result.steps}, saved; the same command continues"))
+    else:
+        rows += [
+            ("result", verdict(result.metrics, result.zero_shot)),
+            ("macro F1", f"{result.metrics['macro_f1']:.3f}"),
+            ("model", f"{result.model} (step {result.steps}, the best on the validation images)"),
+        ]
+    rows += [
+        ("metrics", str(result.workdir / "metrics.jsonl")),
+        ("time", f"{result.seconds:.0f} s"),
+        ("spent on", f"{describe_seconds(result.time_spent)}; over all starts"),
+    ]
+    cli.print_rows(rows)
+    if result.model is not None:
+        print("Next:")
+        cli.print_rows(_next_commands(result.workdir, result.model, result.unseen))
+
+
+def _next_commands(workdir: epath.Path, model: epath.Path, test: str | None) -> list[tuple[str, str]]:
+    """Return what to run next, by what it is for; without test images, the person has to name some."""
+    exported, data = workdir / "export", test or "folder:YOUR_TEST_IMAGES"
+    return [
+        ("evaluate", f"python scripts/evaluate.py --model={model} --data={data} --output={workdir / 'test'}"),
+        ("predict", f"python scripts/predict.py --model={model} PHOTO.jpg"),
+        ("export", f"python -m export --model={model} --formats=onnx --output={exported}"),
+        ("serve", f"python -m serving --model={exported}"),
+    ]

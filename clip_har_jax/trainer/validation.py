@@ -1,0 +1,67 @@
+"""Weights of a run, evaluated on its validation data."""
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+
+from clip_har_jax.batch import Batch
+from clip_har_jax.evaluation.evaluator import evaluate
+from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.files import write_json
+from clip_har_jax.models.params import Params
+from clip_har_jax.parallel import distributed
+from clip_har_jax.trainer.run import Run
+from clip_har_jax.training.methods import ClassInputs
+from clip_har_jax.training.state import TrainState
+
+
+class Validation:
+    """What evaluates the weights of a run.
+
+    Args:
+      run: with the validation data.
+      frozen: the parameters that no step changes, on the mesh.
+    """
+
+    def __init__(self, run: Run, frozen: Params):
+        self.run, self.frozen, self.prompts = run, frozen, run.place_prompts()
+        self._constant: ClassInputs | None = None
+
+    @property
+    def data_name(self) -> str:
+        """The validation data as reports name them."""
+        return self.run.config.data.val or "held out"
+
+    def classes(self, weights: Params) -> ClassInputs:
+        """Return the class embeddings that these weights give; computed once where no step changes them."""
+        if self._constant is not None:
+            return self._constant
+        program = self.run.program
+        classes = ClassInputs(None, None, program.class_step(weights | self.frozen, self.prompts))
+        if not program.trains_text:
+            self._constant = classes
+        return classes
+
+    def evaluate(self, weights: Params) -> EvalResult:
+        """Return the result of trainable parameters, which lie on the mesh."""
+        program, classes = self.run.program, self.classes(weights)
+
+        def logits(batch: Batch) -> tuple[jax.Array, Batch]:
+            return program.eval_step(weights, self.frozen, classes, batch)
+
+        batches = self.run.map_batches(logits, self.run.data.val, self.run.bad_inputs["val"])
+        return evaluate(lambda batch: batch.image, batches, self.run.data.labels)
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Return the main metrics of a state, and write all of them to eval/<step>/metrics.json."""
+        metrics = self.evaluate(state.weights).metrics
+        if distributed.is_main():
+            folder = self.run.workdir / "eval" / str(int(jax.device_get(state.step)))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "metrics.json", metrics)
+        return {f"val/{name}": metrics[name] for name in ("top1", "top5", "macro_f1", "nll", "ece")}
+
+
+def is_right(result: EvalResult) -> Bool[np.ndarray, " n"]:
+    """Return which of the examples were predicted correctly."""
+    return result.scores.rank == 0
