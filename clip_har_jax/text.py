@@ -1,4 +1,4 @@
-"""From class names to token ids: prompts, and CLIP's byte-pair tokenizer (the `tokenizers` library)."""
+"""Prompts for class names, and CLIP's byte-pair tokenizer (by the `tokenizers` library)."""
 
 import json
 import re
@@ -19,7 +19,7 @@ DEFAULT_TEMPLATES = (
     "a person is {}.",
 )
 
-# The labels of the Human Action Recognition set, as people say them.
+# The labels of the Human Action Recognition data set in natural language.
 HAR15_PHRASES = {
     "calling": "talking on the phone",
     "clapping": "clapping their hands",
@@ -43,10 +43,14 @@ _SPLIT = rf"{re.escape(BOS)}|{re.escape(EOS)}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+
 
 
 def phrase(label: str) -> str:
-    """How a label is said in a prompt: "using_laptop" -> "using a laptop", "ApplyLipstick" -> "apply lipstick"."""
+    """Return the words for a label in a prompt.
+
+    >>> phrase("using_laptop"), phrase("ApplyLipstick")
+    ('using a laptop', 'apply lipstick')
+    """
     if label in HAR15_PHRASES:
         return HAR15_PHRASES[label]
-    if " " in label:  # words already, with the capitals that belong to them
+    if " " in label:  # words already; capitals such as of names stay
         return " ".join(label.split())
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-]", " ", label)
     return " ".join(words.lower().split())
@@ -58,10 +62,13 @@ def make_prompts(
     descriptions: Mapping[str, Sequence[str]] | None = None,
     phrases: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """Return the prompts of each class: its templates filled in, then its descriptions as they stand.
+    """Return the prompts of each class: the filled templates, then its descriptions unchanged.
+
+    >>> make_prompts(["dancing"], ["a person is {}."])
+    {'dancing': ('a person is dancing.',)}
 
     Raises:
-      UserError: a template without {}, a description or phrase of no class, a class without prompts.
+      UserError: a template without {}, a description or phrase of an unknown class, a class without prompts.
     """
     descriptions, phrases = descriptions or {}, phrases or {}
     for template in templates:
@@ -83,7 +90,7 @@ def make_prompts(
 
 
 def _clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> "tokenizers.Tokenizer":
-    """CLIP's tokenizer (openai/CLIP simple_tokenizer.py) over a vocabulary, as Hugging Face builds it."""
+    """Return CLIP's tokenizer (openai/CLIP, simple_tokenizer.py) for a vocabulary, built as Hugging Face builds it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     tokenizer = Tokenizer(
@@ -108,11 +115,11 @@ def _clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> "to
 
 
 class Tokenizer:
-    """Texts -> token ids of a CLIP text tower; safe to share between threads.
+    """The tokenizer of a CLIP text tower; threads can share it.
 
     Args:
-      tokenizer: holds the special tokens, and adds the begin and end tokens itself.
-      pad_token: what fills a text up; published folders differ in it.
+      tokenizer: contains the special tokens and adds the begin and end tokens itself.
+      pad_token: fills short texts; published models differ in it.
     """
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", pad_token: str = EOS):
@@ -125,7 +132,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, the begin and end of a text included."""
+        """Number of tokens, begin and end token included."""
         return self._tokenizer.get_vocab_size()
 
     @classmethod
@@ -133,7 +140,7 @@ class Tokenizer:
         """Read tokenizer.json, else vocab.json and merges.txt.
 
         Raises:
-          UserError: neither is there, or they can't be read.
+          UserError: both are missing, or they can't be read.
         """
         from tokenizers import Tokenizer as Backend
 
@@ -154,12 +161,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
-        """Return a small byte-pair tokenizer of CLIP's kind from a run's own prompts; the same texts give the same one.
+        """Return a small byte-pair tokenizer of CLIP's kind, trained on texts; equal texts give equal tokenizers.
 
-        It holds every byte, alone and at the end of a word, so any text can be typed.
+        Its vocabulary has every byte, inside and at the end of a word, so it covers any text.
 
         Args:
-          vocab_size: at most so many tokens; at least the 514 that hold bytes and the begin and end of a text.
+          texts: the prompts of a run.
+          vocab_size: upper limit of the number of tokens; at least 514, for the bytes and the begin and end tokens.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import models, pre_tokenizers, trainers
@@ -171,7 +179,7 @@ class Tokenizer:
         words = _clip_tokenizer({token: i for i, token in enumerate([*base, BOS, EOS])}, [])
         learner = Backend(models.BPE(end_of_word_suffix="</w>"))
         learner.normalizer, learner.pre_tokenizer = words.normalizer, words.pre_tokenizer
-        # Named as special tokens the bytes have fixed ids: without, equally frequent pairs merge in a random order.
+        # As special tokens the bytes have fixed ids; otherwise equally frequent pairs are merged in random order.
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 2, special_tokens=base, end_of_word_suffix="</w>", show_progress=False
         )
@@ -200,14 +208,14 @@ class Tokenizer:
             (folder / name).write_text(content + "\n", encoding="utf-8")
 
     def __call__(self, texts: Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and attention masks, int32 [n, context_length] each.
+        """Return token ids and attention masks, int32 [n, context_length] each.
 
-        Long texts are cut and keep their end token; short ones are filled with the pad token, mask 0.
+        Long texts are truncated but keep their end token; short ones are padded, with mask 0.
         """
         assert context_length >= 2, "no room for the begin and end tokens"
         ids = np.full((len(texts), context_length), self.pad_token_id, np.int32)
         mask = np.zeros_like(ids)
-        # Cut and filled here: the library's own truncation and padding are settings that threads would share.
+        # Not by the library: its truncation and padding are settings of an object that threads share.
         for row, encoding in enumerate(self._tokenizer.encode_batch_fast(list(texts))):
             tokens = encoding.ids
             if len(tokens) > context_length:
@@ -235,9 +243,9 @@ def _from_vocabulary(vocab: Path, merges: Path) -> "tokenizers.Tokenizer":
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """Return the folder's special tokens: each a string, or an object with its content and flags.
+    """Return the special tokens of a folder: each a string, or an object with content and flags.
 
-    The older file, special_tokens_map.json, counts first, unless the newer lists the added tokens (transformers' rule).
+    As in transformers, special_tokens_map.json has precedence unless tokenizer_config.json lists the added tokens.
     """
     newer, older = (
         json.loads(_read(path)) if path.is_file() else {}
@@ -253,9 +261,9 @@ def _content(token: str | dict[str, Any]) -> str:
 
 
 def _add_special_tokens(tokenizer: "tokenizers.Tokenizer", settings: dict[str, Any]) -> None:
-    """Add those listed, then those named that are still lacking; of two with one content the last one's flags hold.
+    """Add the listed special tokens, then the named ones that are still missing; later flags override earlier ones.
 
-    The pad token is one of them: where "!" pads, a typed "!" is that token too (as in transformers).
+    This includes the pad token: where it is "!", a "!" in a text becomes that token too (as in transformers).
     """
     listed = [token for _, token in sorted(settings["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
     tokenizer.add_special_tokens([_added_token(token) for token in listed])

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): low-rank updates beside frozen linear layers, merged into them when the model is saved."""
+"""LoRA (Hu et al. 2021): low-rank updates of frozen linear layers, merged into them when the model is saved."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,9 +17,10 @@ A, B = ".lora_a", ".lora_b"  # ends of parameter names: [..., in, rank] and [...
 
 
 class LoRALinear(nnx.Linear):
-    """A linear layer in whose place it stands, plus `scale` times a product of two thin matrices.
+    """A linear layer plus `scale` times the product of two thin matrices.
 
-    The layer keeps the names of its parameters. Gradients reach the thin matrices without the full one's being made.
+    It replaces a layer and keeps the names of its parameters. The gradients of the thin matrices don't need that of the
+    full kernel.
     """
 
     lora_a: nnx.Param
@@ -46,20 +47,20 @@ class LoRALinear(nnx.Linear):
 
 
 def add_lora(model: FlaxCLIPModel, targets: Sequence[str], towers: Sequence[str], rank: int, alpha: float) -> list[str]:
-    """Put low-rank updates into an abstract model's linear layers.
+    """Insert low-rank updates into the linear layers of an abstract model.
 
     Args:
       model: from `abstract_model`; changed in place.
-      targets: shell patterns of layer names, e.g. `*.attention.query`; layers of a tower are one name.
-      towers: 'text', 'vision' or both; targets elsewhere stay as they are.
+      targets: shell patterns of layer names, e.g. `*.attention.query`; the stacked layers of a tower share one name.
+      towers: 'text', 'vision' or both; layers of other towers don't change.
       rank: of the updates.
-      alpha: the update counts alpha / rank times.
+      alpha: the updates are scaled by alpha / rank.
 
     Returns:
-      The names of the layers.
+      The names of the changed layers.
 
     Raises:
-      UserError: a target that no layer has; a rank that isn't below the sizes of a layer.
+      UserError: a target that matches no layer; a rank that isn't smaller than a layer's sizes.
     """
     layers = {
         ".".join(map(str, path)): module
@@ -88,7 +89,7 @@ def add_lora(model: FlaxCLIPModel, targets: Sequence[str], towers: Sequence[str]
 
 
 def init_lora(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Update of zero: the first matrix random, the second 0 (their section 4.1)."""
+    """Return initial values whose update is 0: random first matrices, second ones 0 (section 4.1 of the paper)."""
     rng = np.random.default_rng(seed)
     params = {}
     for name, shape in sorted(shapes.items()):
@@ -100,7 +101,7 @@ def init_lora(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.
 
 
 def merge_lora(params: Mapping[str, Any], scale: float) -> Params:
-    """Return the parameters without their updates, which are added to the kernels they belong to."""
+    """Return the parameters with the updates added to their kernels."""
     merged = {name: value for name, value in params.items() if not name.endswith((A, B))}
     for name, a in params.items():
         if name.endswith(A):

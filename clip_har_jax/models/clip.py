@@ -1,7 +1,8 @@
 """FlaxCLIPModel: CLIP (Radford et al. 2021) in flax.nnx, with Hugging Face's configuration and call.
 
-transformers 5 dropped its Flax classes; this one takes the same arguments and gives the same outputs, and adds what
-training needs: scanned layers, rematerialisation, logical axis names for sharding, a choice of attention.
+transformers 5 removed its Flax classes. This class has the same arguments and outputs, and what training needs besides:
+scanned layers, rematerialisation, logical axis names for sharding, and flash attention. Why an own class:
+docs/adr/0001-own-flaxclipmodel.md.
 """
 
 from collections.abc import Sequence
@@ -35,12 +36,12 @@ class VisionTransformer(nnx.Module):
         self.post_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
 
     def embed_patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """Return the first layer's tokens, class token first."""
+        """Return the input tokens of the first layer, class token first."""
         batch, size, patch = images.shape[0], self.config.image_size, self.config.patch_size
         if images.shape[1:3] != (size, size):
             raise ValueError(f"images are {images.shape[2]}x{images.shape[1]} px, the model takes {size}x{size}")
         grid = size // patch
-        # The patch convolution as one matrix product: strided convolutions are slow on CPUs, equal elsewhere.
+        # The patch convolution as one matrix product: as fast on GPUs and TPUs, and faster on CPUs.
         images = images[:, : grid * patch, : grid * patch]
         patches = images.reshape(batch, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch_embedding(patches.reshape(batch, grid * grid, patch * patch * 3))
@@ -49,13 +50,13 @@ class VisionTransformer(nnx.Module):
         return self.pre_norm(x)
 
     def tokens(self, images: Float[Array, "b h w 3"], drop: DropPath | None = None) -> Float[Array, "b n d"]:
-        """Return the last layer's tokens, class token first, before the last norm."""
+        """Return the output tokens of the last layer, class token first, before the final norm."""
         return apply_layers(self.layers, self.embed_patches(images), self.runtime, drop=drop)
 
     def __call__(self, images: Float[Array, "b h w 3"], drop: DropPath | None = None) -> Float[Array, "b d"]:
         if not isinstance(self.layers, Sequence):
             return self.post_norm(self.tokens(images, drop)[:, 0])
-        # Of the last layer one token is needed: a fifteenth less to compute in ViT-B/32.
+        # Only the class token of the last layer is needed, which saves a fifteenth of ViT-B/32.
         x = apply_layers(self.layers[:-1], self.embed_patches(images), self.runtime)
         return self.post_norm(self.layers[-1].first_token(x)[:, 0])
 
@@ -76,9 +77,9 @@ class TextTransformer(nnx.Module):
         self.final_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
 
     def end_positions(self, input_ids: Int[Array, "b t"]) -> Int[Array, " b"]:
-        """Where each text is pooled: at its first end token.
+        """Return the position at which each text is pooled: its first end token.
 
-        OpenAI's published configurations say `eos_token_id: 2`, which stands for the largest id (Hugging Face's rule).
+        OpenAI's published configurations have `eos_token_id: 2`. Hugging Face's rule then is to pool at the largest id.
         """
         if self.config.eos_token_id == 2:
             return jnp.argmax(input_ids, axis=-1)
@@ -90,7 +91,7 @@ class TextTransformer(nnx.Module):
         attention_mask: Int[Array, "b t"] | None = None,
         context: Float[Array, "b n d"] | None = None,
     ) -> Float[Array, "b d"]:
-        """With a `context` its vectors stand after the begin token, as if they were tokens' embeddings."""
+        """Return the pooled features; `context` is inserted after the begin token, like token embeddings."""
         dtype, end = self.runtime.dtype, self.end_positions(input_ids)
         x = self.token_embedding[...].astype(dtype)[input_ids]
         if context is not None:
@@ -116,14 +117,14 @@ class CLIPOutput(NamedTuple):
 def normalize_images(
     images: UInt8[Array, "b *t h w 3"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "b *t h w 3"]:
-    """CLIP's normalisation, on the device: a quarter of the bytes cross to it."""
+    """Return the images normalised as CLIP does; on the device, so that uint8 and not float32 images are sent to it."""
     shape = (1,) * (images.ndim - 1) + (3,)
     shift, scale = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))
     return (images.astype(jnp.float32) / 255.0 - shift) / scale
 
 
 def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Unit length along the last dim, in float32."""
+    """Return `x` with unit length along the last dim, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -131,16 +132,14 @@ def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 def mean_class_embeddings(
     embeddings: Float[Array, "p d"], class_of_prompt: Int[Array, " p"], num_classes: int
 ) -> Float[Array, "c d"]:
-    """Return the mean of each class's normalised prompt embeddings, normalised again; classes beyond the last don't
-    count.
-    """
+    """Return the L2-normalised mean embedding of each class; prompts of a class >= num_classes are padding."""
     sums = jax.ops.segment_sum(embeddings, class_of_prompt, num_classes)
     counts = jax.ops.segment_sum(jnp.ones(len(class_of_prompt)), class_of_prompt, num_classes)
     return l2_normalize(sums / counts[:, None])
 
 
 def _projection(tower: TowerConfig, dim: int, runtime: Runtime, rngs: nnx.Rngs) -> nnx.Linear:
-    """From a tower's width to the space that images and texts share."""
+    """Return the projection from the width of a tower to the shared space of images and texts."""
     width = tower.hidden_size
     return linear(width, dim, ("embed", None), rngs, runtime, std=width**-0.5, use_bias=False)
 
@@ -150,14 +149,14 @@ class FlaxCLIPModel(nnx.Module):
 
     Args:
       config: the sizes.
-      runtime: data type, rematerialisation, attention implementation, scanned or unrolled layers.
-      rngs: where random starting weights come from.
+      runtime: data type, rematerialisation, attention implementation, sharding of activations.
+      rngs: source of the random initial weights.
     """
 
     def __init__(self, config: CLIPConfig, runtime: Runtime = Runtime(), *, rngs: nnx.Rngs):
         check_config(config)
         self.config, self.runtime = config, runtime
-        with nnx.use_eager_sharding(False):  # axis names are met by parallel/sharding.py, not while being created
+        with nnx.use_eager_sharding(False):  # parallel/sharding.py applies the axis names later
             self.text = TextTransformer(config.text, runtime, rngs)
             self.vision = VisionTransformer(config.vision, runtime, rngs)
             self.text_projection = _projection(config.text, config.projection_dim, runtime, rngs)
@@ -170,12 +169,12 @@ class FlaxCLIPModel(nnx.Module):
         pixel_values: Float[Array, "i 3 h w"],
         attention_mask: Int[Array, "t n"] | None = None,
     ) -> CLIPOutput:
-        """Scores each image against each text.
+        """Return the similarity of each image to each text.
 
         Args:
           input_ids: token ids, padded after the end token.
-          pixel_values: normalised images, channels first as in Hugging Face's.
-          attention_mask: 1 for tokens, 0 for padding.
+          pixel_values: normalised images, channels first as in Hugging Face's model.
+          attention_mask: 1 for tokens, 0 for padding; None: no padding is masked.
         """
         text = l2_normalize(self.get_text_features(input_ids, attention_mask))
         image = l2_normalize(self.get_image_features(pixel_values))
@@ -185,36 +184,41 @@ class FlaxCLIPModel(nnx.Module):
     def get_text_features(
         self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b d"]:
-        """Projected text features, not normalised."""
+        """Return projected text features, not normalised."""
         return self.text_projection(self.text(input_ids, attention_mask))
 
     def get_image_features(self, pixel_values: Float[Array, "b 3 h w"]) -> Float[Array, "b d"]:
-        """Projected image features, not normalised."""
+        """Return projected image features, not normalised."""
         return self.visual_projection(self.vision(pixel_values.transpose(0, 2, 3, 1)))
 
     def encode_text(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
-        """L2-normalised text embeddings in float32."""
+        """Return L2-normalised text embeddings in float32."""
         return l2_normalize(self.get_text_features(input_ids))
 
     def encode_image(self, images: Float[Array, "b *t h w 3"], drop: DropPath | None = None) -> Float[Array, "b d"]:
-        """L2-normalised embeddings in float32 of normalised images, channels last; of clips their frames' mean's."""
+        """Return L2-normalised embeddings in float32.
+
+        Args:
+          images: normalised, channels last. For clips [b, t, h, w, 3] the embeddings of the frames are averaged.
+          drop: stochastic depth; None: off.
+        """
         if images.ndim == 5:
             return l2_normalize(self.encode_frames(images, drop).mean(axis=1))
         return l2_normalize(self.visual_projection(self.vision(images.astype(self.runtime.dtype), drop)))
 
     def encode_prompts(self, input_ids: Int[Array, "p t"], context: Float[Array, "p n w"]) -> Float[Array, "p d"]:
-        """As `encode_text`, with learned vectors after each text's begin token."""
+        """Return L2-normalised embeddings of texts with `context` inserted after the begin token."""
         return l2_normalize(self.text_projection(self.text(input_ids, context=context)))
 
     def encode_frames(self, clips: Float[Array, "b t h w 3"], drop: DropPath | None = None) -> Float[Array, "b t d"]:
-        """L2-normalised embeddings of each frame of normalised clips."""
+        """Return L2-normalised embeddings of each frame of normalised clips."""
         frames = self.encode_image(clips.reshape(-1, *clips.shape[2:]), drop)
         return frames.reshape(*clips.shape[:2], -1)
 
     def encode_classes(
         self, input_ids: Int[Array, "p t"], class_of_prompt: Int[Array, " p"], num_classes: int
     ) -> Float[Array, "c d"]:
-        """Class embeddings: the mean of each class's normalised prompt embeddings, normalised again."""
+        """Return class embeddings: the L2-normalised mean of the L2-normalised embeddings of a class's prompts."""
         return mean_class_embeddings(self.encode_text(input_ids), class_of_prompt, num_classes)
 
     @classmethod

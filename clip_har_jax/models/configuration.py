@@ -64,7 +64,7 @@ _TEXT_KEYS = _TOWER_KEYS | {
 
 
 def config_from_hf(values: Any) -> CLIPConfig:
-    """Read the contents of a Hugging Face config.json; keys left out have Hugging Face's defaults.
+    """Return the configuration in a Hugging Face config.json; missing keys have Hugging Face's defaults.
 
     Raises:
       UserError: not a CLIP, a value of a wrong type, or one that `check_config` refuses.
@@ -82,9 +82,7 @@ def config_from_hf(values: Any) -> CLIPConfig:
 
 
 def _read_tower(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a tower's settings; where an older file has the second name (text_config_dict), it alone counts, as
-    there.
-    """
+    """Return the settings of a tower. As in transformers, `text_config_dict` of older files replaces `text_config`."""
     key = f"{name}_dict" if values.get(f"{name}_dict") is not None else name
     given = values.get(key)
     if given is not None and not isinstance(given, dict):
@@ -93,7 +91,7 @@ def _read_tower(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _read_fields(cls: type, given: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
-    """Fields of the dataclass `cls` by the file's keys; null, like a missing key, means the default."""
+    """Return the fields of the dataclass `cls` from the file's keys; null and missing keys mean the default."""
     fields = {ours: given[theirs] for ours, theirs in keys.items() if given.get(theirs) is not None}
     for ours, value in fields.items():
         kind = type(getattr(cls, ours))  # of the default
@@ -103,7 +101,7 @@ def _read_fields(cls: type, given: dict[str, Any], keys: dict[str, str]) -> dict
 
 
 def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
-    """Return the contents of config.json, as `transformers.CLIPModel` reads it."""
+    """Return the contents of a config.json that `transformers.CLIPModel` reads."""
     text = {theirs: getattr(config.text, ours) for ours, theirs in _TEXT_KEYS.items()}
     vision = {theirs: getattr(config.vision, ours) for ours, theirs in _VISION_KEYS.items()}
     return {
@@ -118,7 +116,7 @@ def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
 
 
 def check_config(config: CLIPConfig) -> None:
-    """Refuses sizes that don't fit together.
+    """Check that the sizes fit together.
 
     Raises:
       UserError: sizes below 1, heads that don't divide the width, patches larger than the image, an unknown activation.

@@ -1,7 +1,8 @@
-"""Where a model looks: what each patch adds to the score of a class.
+"""Heat maps: the contribution of each image patch to the score of a class.
 
 The decomposition of Gandelsman et al. 2024 (Interpreting CLIP's image representation, equations 4 to 6) for the last
-attention layer, the last norm taken as linear. It needs no backward pass, which not all exported formats can express.
+attention layer, with the final norm treated as linear. It needs no backward pass, which some export formats can't
+express.
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,12 @@ from clip_har_jax.models.layers import Block
 def patch_embeds(
     vision: VisionTransformer, projection: Float[Array, "w d"], images: Float[Array, "b h w2 3"]
 ) -> Float[Array, "b n d"]:
-    """What each patch adds to the image's embedding, before that is normalised, by the last attention layer.
+    """Return the contribution of each patch to the image embedding (before L2 normalisation) in the last attention.
 
     Args:
-      vision: its layers stacked, or as `unstack` gives them.
-      projection: from the tower's width to the space that images and texts share.
-      images: normalised.
+      vision: image tower, its layers stacked or from `unstack`.
+      projection: matrix from the tower's width to the shared space.
+      images: normalised, channels last.
     """
     x, last = _entering_last(vision.layers, vision.embed_patches(images))
     norm, attention, scale = last.norm1, last.attention, vision.post_norm.scale
@@ -33,7 +34,7 @@ def patch_embeds(
     heads = attention.num_heads
     shape = (batch, length, heads, dim // heads)
     query, key, value = (layer(x).reshape(shape) for layer in (attention.query, attention.key, attention.value))
-    # Sums, as ONNX's Einsum has no bfloat16.
+    # Products and sums instead of einsum: ONNX's Einsum has no bfloat16.
     scores = jnp.sum(query[:, :1] * key, axis=-1) * (dim // heads) ** -0.5
     moved = (jax.nn.softmax(scores, axis=1)[..., None] * value).reshape(x.shape)
     added = jnp.matmul(moved, attention.out.kernel[...])
@@ -42,14 +43,14 @@ def patch_embeds(
 
 
 def heat_map(patches: Float[Array, "b n d"], classes: Float[Array, "b d"]) -> Float[Array, "b g g"]:
-    """What the patches add to a class's score, without what speaks against the class.
+    """Return the positive contributions of the patches to the score of a class, as a square map.
 
     Args:
-      patches: as `patch_embeds` gives them, row after row of the image.
-      classes: the direction in the shared space that is the class of each image.
+      patches: from `patch_embeds`, in row-major order.
+      classes: class embedding for each image.
 
     Returns:
-      0 to 1 for each patch, 1 the largest of the image.
+      Values from 0 to 1; the largest of each image is 1.
     """
     relevance = jax.nn.relu(jnp.sum(patches * classes[:, None], axis=-1))
     heat = relevance / jnp.maximum(jnp.max(relevance, axis=1, keepdims=True), 1e-12)
@@ -58,7 +59,7 @@ def heat_map(patches: Float[Array, "b n d"], classes: Float[Array, "b d"]) -> Fl
 
 
 def _entering_last(layers: Block | Sequence[Block], x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n d"], Block]:
-    """What the last block is given, and that block."""
+    """Return the input of the last block, and that block."""
     if isinstance(layers, Sequence):
         for layer in layers[:-1]:
             x = layer(x, None, False)
@@ -69,6 +70,6 @@ def _entering_last(layers: Block | Sequence[Block], x: Float[Array, "b n d"]) ->
         x, _ = carried
         return (nnx.merge(graphdef, params)(x, None, False), x), None
 
-    # One block too many is computed; leaving out the last one's weights would copy all the others.
+    # The scan also computes the last block, in vain: without it the weights of all others would be copied.
     (_, x), _ = jax.lax.scan(block, (x, x), stacked)
     return x, nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], stacked))

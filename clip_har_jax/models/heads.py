@@ -1,8 +1,8 @@
-"""From image features to class logits, where the classes are no longer plain prompt embeddings.
+"""Classification heads: modules from image features to class logits, in place of plain prompt embeddings.
 
-A head is a module over `Features`; its parameters are a flat dict by dotted path, the contents of head.safetensors.
-Every head has `classes`, a linear layer from image embeddings to logits whose kernel starts as exp(logit_scale) times
-the class embeddings, so that an untrained head answers as CLIP does. Logits come before the temperature.
+A head takes `Features`; its parameters are a flat dict by dotted path, the contents of head.safetensors. Every head has
+`classes`, a linear layer from image embeddings to logits. Its kernel is initialised to exp(logit_scale) times the class
+embeddings, so an untrained head predicts as CLIP does. Logits are before the calibration temperature.
 """
 
 from collections.abc import Mapping
@@ -22,23 +22,23 @@ from clip_har_jax.models.layers import DropPath, Runtime, linear
 from clip_har_jax.models.params import Params, axis_names, flat_params, unflatten, write_tensors
 
 HEAD_FILE = "head.safetensors"
-FLOAT32 = Runtime()  # heads are small: they compute in float32 whatever the towers do
+FLOAT32 = Runtime()  # heads are small, so they always compute in float32
 MLP_DIM = 256
 ADAPTER_REDUCTION = 4  # Gao et al. 2021, section 4.1
-ADAPTER_RATIO = 0.2  # of new features to CLIP's
+ADAPTER_RATIO = 0.2  # share of the new features; the rest is CLIP's
 
 
 class Features(NamedTuple):
-    """What heads see of images, or of clips, whose image embedding is that of their frames' mean."""
+    """The inputs of heads, for images or clips."""
 
-    image: Float[Array, "b d"]  # L2-normalised embeddings
-    patches: Any = None  # [b, n, d]: the patch tokens in the same space, L2-normalised; None unless the head needs them
+    image: Float[Array, "b d"]  # L2-normalised embeddings; of a clip that of the mean over its frames
+    patches: Any = None  # [b, n, d]: patch tokens in the same space, L2-normalised; None if not needed
     frames: Any = None  # [b, t, d]: the embeddings of a clip's frames, L2-normalised; None: images
 
 
 @dataclass(frozen=True)
 class HeadSize:
-    """The sizes of a head; `hidden` is the width of what it adds to `classes`: its MLP, its bottleneck, its cache."""
+    """The sizes of a head; `hidden` is the width of its MLP, bottleneck or cache, 0 the default."""
 
     dim: int
     num_classes: int
@@ -49,7 +49,7 @@ class Head(nnx.Module):
     """Class logits from features; the base of all heads."""
 
     needs_patches = False
-    of_clips = False  # whether it tells the frames of a clip apart
+    of_clips = False  # whether it uses the single frames of a clip
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs, use_bias: bool = False):
         self.classes = linear(
@@ -63,7 +63,7 @@ class Head(nnx.Module):
 
 
 class LinearHead(Head):
-    """One linear layer: what a linear probe learns, and what learned prompts become."""
+    """One linear layer, as a linear probe learns it; learned prompts are saved as one too."""
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs):
         super().__init__(size, rngs, use_bias=True)
@@ -73,7 +73,7 @@ class LinearHead(Head):
 
 
 class MLPHead(Head):
-    """CLIP's logits, and what a two-layer MLP makes of each image embedding beside each class embedding."""
+    """CLIP's logits plus the output of a two-layer MLP for each pair of image and class embedding."""
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs):
         super().__init__(size, rngs)
@@ -83,16 +83,16 @@ class MLPHead(Head):
 
     def __call__(self, features: Features) -> Float[Array, "b c"]:
         image, classes = features.image, self.class_embeddings
-        pair_shape = (image.shape[0], *classes.shape)  # of a symbolic batch too
+        pair_shape = (image.shape[0], *classes.shape)  # works for a symbolic batch size too
         image_part, class_part = (jnp.broadcast_to(x, pair_shape) for x in (image[:, None], classes[None]))
         pairs = jnp.concatenate([image_part, class_part], axis=-1)
         return self.classes(image) + self.fc2(jax.nn.gelu(self.fc1(pairs), approximate=False))[..., 0]
 
 
 class CrossAttentionHead(Head):
-    """CLIP's logits, and the similarity of each class to what its text finds among the image's patches.
+    """CLIP's logits plus the similarity of each class to the patches that it attends to.
 
-    One head of attention (Vaswani et al. 2017, equation 1) with the class embeddings as queries.
+    One attention head (Vaswani et al. 2017, equation 1) with the class embeddings as queries.
     """
 
     needs_patches = True
@@ -115,9 +115,9 @@ class CrossAttentionHead(Head):
 
 
 class AdapterHead(Head):
-    """CLIP-Adapter (Gao et al. 2021, equation 4): a bottleneck's answer mixed into the image embedding.
+    """CLIP-Adapter (Gao et al. 2021, equation 4): the output of a bottleneck is mixed into the image embedding.
 
-    Its layers have no biases, so it doesn't matter that the embedding is normalised before as well as after.
+    Its layers have no biases, so normalising the embedding before them changes only a scale.
     """
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs):
@@ -134,14 +134,14 @@ class AdapterHead(Head):
 
 
 class CacheHead(Head):
-    """Tip-Adapter (Zhang et al. 2022, equations 5 and 6): remembered training images vote by their similarity."""
+    """Tip-Adapter (Zhang et al. 2022, equations 5 and 6): cached training images vote by their similarity."""
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs):
         super().__init__(size, rngs)
         self.keys = linear(size.dim, size.hidden, ("embed", None), rngs, FLOAT32, std=1.0, use_bias=False)
         self.values = linear(size.hidden, size.num_classes, (None, None), rngs, FLOAT32, std=1.0, use_bias=False)
-        self.alpha = nnx.Param(jnp.asarray(1.0, jnp.float32))  # how much the cache counts
-        self.beta = nnx.Param(jnp.asarray(5.5, jnp.float32))  # how sharply similarity falls off
+        self.alpha = nnx.Param(jnp.asarray(1.0, jnp.float32))  # weight of the cache
+        self.beta = nnx.Param(jnp.asarray(5.5, jnp.float32))  # sharpness of the similarity
 
     def __call__(self, features: Features) -> Float[Array, "b c"]:
         affinity = jnp.exp(-self.beta[...] * (1 - self.keys(features.image)))
@@ -149,7 +149,7 @@ class CacheHead(Head):
 
 
 class FrameAttentionHead(Head):
-    """Attention pooling of a clip's frames by one learned query; untrained it weighs all alike, as their mean does."""
+    """Attention pooling of a clip's frames by one learned query; untrained, the mean of the frames."""
 
     of_clips = True
 
@@ -164,10 +164,10 @@ class FrameAttentionHead(Head):
 
 
 class TemporalHead(Head):
-    """A transformer layer over a clip's frames, then their mean; untrained it adds nothing to them.
+    """A transformer layer over a clip's frames, then their mean; untrained, the mean of the frames.
 
-    Pre-norm without its norms, as embeddings have unit length; one head of attention and sinusoidal positions (Vaswani
-    et al. 2017, equation 1 and section 3.5), so that clips may be of any length.
+    A pre-norm layer without norms, since embeddings have unit length. It has one attention head and sinusoidal
+    positions (Vaswani et al. 2017, equation 1 and section 3.5), so clips can have any length.
     """
 
     of_clips = True
@@ -193,18 +193,18 @@ class TemporalHead(Head):
 
 
 def frames_of(features: Features) -> Float[Array, "b t d"]:
-    """Return the embeddings of a clip's frames; an image is a clip of one."""
+    """Return the embeddings of a clip's frames; an image counts as a clip of one frame."""
     return features.image[:, None] if features.frames is None else features.frames
 
 
 def _positions(length: int, dim: int) -> Float32[np.ndarray, "t d"]:
-    """Sinusoids of unit length, as the embeddings that they are added to."""
+    """Return sinusoidal positions, scaled to unit length as the embeddings to which they are added."""
     waves = -(-dim // 2)
     angles = np.arange(length)[:, None] / 10_000 ** (np.arange(waves) / waves)
     return (np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :dim] * waves**-0.5).astype(np.float32)
 
 
-# name in actions.json -> class, and the parameter whose last dim is `HeadSize.hidden`
+# name in actions.json -> (class, the parameter whose last dim is `HeadSize.hidden`)
 HEADS: dict[str, tuple[type[Head], str | None]] = {
     "linear": (LinearHead, None),
     "mlp": (MLPHead, "fc1.kernel"),
@@ -223,7 +223,7 @@ def abstract_head(name: str, size: HeadSize) -> Any:
 
 
 def head_shapes(name: str, size: HeadSize) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str | None, ...]]]:
-    """Each parameter's shape and logical axis names."""
+    """Return the shapes and the logical axis names of the parameters."""
     head = abstract_head(name, size)
     return {key: value.shape for key, value in flat_params(head).items()}, axis_names(head)
 
@@ -231,14 +231,15 @@ def head_shapes(name: str, size: HeadSize) -> tuple[dict[str, tuple[int, ...]], 
 def init_head(
     name: str, classes: Float32[np.ndarray, "c d"], logit_scale: float, seed: int, hidden: int = 0
 ) -> dict[str, np.ndarray]:
-    """Return a head's parameters before training: it answers as CLIP does with these class embeddings.
+    """Return the initial parameters of a head, with which it predicts as CLIP does with these class embeddings.
 
-    (An adapter's bottleneck is random from the start, as in the paper.)
+    The bottleneck of an adapter is an exception: it is random, as in the paper.
 
     Args:
-      classes: L2-normalised.
-      logit_scale: what cosines are multiplied by, i.e. the exponential of CLIP's parameter of that name.
-      seed: of the layers that start at random.
+      name: of the head.
+      classes: L2-normalised class embeddings.
+      logit_scale: factor of the cosines, exp() of CLIP's parameter of that name.
+      seed: of the random layers.
       hidden: see `HeadSize`.
     """
     num_classes, dim = classes.shape
@@ -249,10 +250,10 @@ def init_head(
 
 
 def make_head(name: str, params: Mapping[str, Any]) -> Any:
-    """Return the head that computes with `params`, which also give its sizes.
+    """Return the head with `params`, from which its sizes are inferred.
 
     Raises:
-      UserError: parameters that aren't those of such a head; names them.
+      UserError: the parameters aren't those of such a head; names them.
     """
     sized_by = HEADS[name][1]
     problem = f"parameters of a {name!r} head don't fit"
@@ -268,14 +269,14 @@ def make_head(name: str, params: Mapping[str, Any]) -> Any:
 
 
 def head_logits(name: str, params: Mapping[str, Any], features: Features) -> Float[Array, "b c"]:
-    """Class logits as a function of parameters and features, before the temperature."""
+    """Return class logits, before the calibration temperature."""
     return make_head(name, params)(features)
 
 
 def image_features(
     model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], with_patches: bool, drop: DropPath | None = None
 ) -> Features:
-    """What heads see of normalised images."""
+    """Return the inputs of heads for normalised images or clips."""
     if images.ndim == 5:
         return _clip_features(model, images, with_patches, drop)
     if not with_patches:
@@ -288,7 +289,7 @@ def image_features(
 def _clip_features(
     model: FlaxCLIPModel, clips: Float[Array, "b t h w 3"], with_patches: bool, drop: DropPath | None
 ) -> Features:
-    """As `image_features`, of clips; their patches are those of all frames."""
+    """Return the inputs of heads for clips; the patches of all frames follow one another."""
     count, length = clips.shape[:2]
     of_frames = image_features(model, clips.reshape(-1, *clips.shape[2:]), with_patches, drop)
     frames = of_frames.image.reshape(count, length, -1)
@@ -309,8 +310,8 @@ def read_head(folder: str | Path, name: str, dim: int, num_classes: int) -> Para
 
     Args:
       name: the head that actions.json names.
-      dim: of the model's embeddings.
-      num_classes: that actions.json names.
+      dim: width of the model's embeddings.
+      num_classes: number of classes in actions.json.
 
     Raises:
       UserError: missing, damaged, or of another head, model or number of classes.

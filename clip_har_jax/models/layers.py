@@ -37,12 +37,12 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a model is computed; nothing here changes what it computes beyond rounding."""
+    """How a model is computed. Apart from rounding, the results don't depend on it."""
 
     compute_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
-    activations: NamedSharding | None = None  # of [batch, tokens, width]; None: as the compiler chooses
+    activations: NamedSharding | None = None  # of [batch, tokens, width]; None: chosen by the compiler
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -50,7 +50,7 @@ class Runtime:
 
     @property
     def attention_implementation(self) -> Literal["xla", "cudnn"]:
-        """'cudnn' is flash attention, which takes 16-bit types on NVIDIA GPUs only."""
+        """'cudnn' is flash attention; it needs an NVIDIA GPU and a 16-bit type."""
         flash = jax.default_backend() == "gpu" and self.compute_dtype == "bfloat16"
         return "cudnn" if self.attention == "cudnn" or (self.attention == "auto" and flash) else "xla"
 
@@ -65,7 +65,7 @@ def linear(
     std: float,
     use_bias: bool = True,
 ) -> nnx.Linear:
-    """Return a dense layer whose kernel [in, out] is named by `axes` and starts as a normal of deviation `std`."""
+    """Return a dense layer with logical axis names `axes` for its kernel [in, out], drawn from N(0, std^2)."""
     return nnx.Linear(
         in_dim,
         out_dim,
@@ -82,7 +82,7 @@ def layer_norm(dim: int, eps: float, rngs: nnx.Rngs, runtime: Runtime) -> nnx.La
         dim,
         epsilon=eps,
         dtype=runtime.dtype,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses the digits that parity with other implementations needs
+        use_fast_variance=False,  # E[x^2] - E[x]^2 is too inexact for parity with other implementations
         scale_init=nnx.with_partitioning(nnx.initializers.ones_init(), ("embed",)),
         bias_init=nnx.with_partitioning(nnx.initializers.zeros_init(), ("embed",)),
         rngs=rngs,
@@ -107,7 +107,7 @@ class Attention(nnx.Module):
         is_causal: bool,
         queries: Float[Array, "b q d"] | None = None,
     ) -> Float[Array, "b q d"]:
-        """What `queries`, or without them all tokens, find among the tokens."""
+        """Return the attention output for `queries` (None: for all tokens) over the tokens `x`."""
         queries = x if queries is None else queries
         batch, length, dim = x.shape
         heads = (self.num_heads, dim // self.num_heads)
@@ -149,14 +149,14 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
     def first_token(self, x: Float[Array, "b n d"]) -> Float[Array, "b 1 d"]:
-        """Return the first token of what a call gives, without computing the others."""
+        """Return the first token of the output, without computing the others."""
         normed = self.norm1(x)
         x = x[:, :1] + self.attention(normed, None, False, queries=normed[:, :1])
         return x + self.mlp(self.norm2(x))
 
 
 def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs) -> Block:
-    """All blocks of a tower as one `Block` whose parameters have a leading 'layers' dim (OpenAI's initialisation)."""
+    """Return all blocks of a tower as one `Block` with a leading 'layers' dim (OpenAI's initialisation)."""
 
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -167,23 +167,21 @@ def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs) -> Block:
 
 
 def unstack(layers: Block) -> list[Block]:
-    """Return the stacked blocks as one `Block` each, for exporters: a scan is slow in other runtimes, and so is
-    slicing.
-    """
+    """Return a list of single blocks, for exporters: other runtimes are slow at scans and at slicing weights."""
     graphdef, stacked = nnx.split(layers)
     count = len(jax.tree.leaves(stacked)[0])
     return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count)]
 
 
 class DropPath(NamedTuple):
-    """Stochastic depth (Huang et al. 2016): rows pass by a layer at random, by the last one with this probability.
+    """Stochastic depth (Huang et al. 2016), also called drop path: rows skip layers at random.
 
-    It grows linearly from 0 at the first layer (as in DeiT, Touvron et al. 2021; the paper's equation 4 has the 0 one
-    layer lower). What a layer adds counts as much more as it is there more seldom, so that nothing is to be scaled in
-    evaluation.
+    The probability grows linearly from 0 at the first layer to `rate` at the last (as in DeiT, Touvron et al. 2021; in
+    equation 4 of the paper it is 0 one layer lower). The residual of a kept row is divided by the probability to keep
+    it, so evaluation needs no scaling (as in inverted dropout).
     """
 
-    key: Any
+    key: Any  # random key
     rate: float
 
 
@@ -201,9 +199,18 @@ def apply_layers(
     is_causal: bool = False,
     drop: DropPath | None = None,
 ) -> Float[Array, "b n d"]:
-    """Run the blocks, stacked or as `unstack` gives them, one after the other.
+    """Run the blocks one after the other.
 
-    A scan compiles one block instead of all; `runtime.remat` says what its backward pass keeps.
+    Stacked blocks run in a scan, which compiles one block instead of all. `runtime.remat` is the policy for the
+    activations that its backward pass keeps.
+
+    Args:
+      layers: stacked, from `make_layers`, or a list, from `unstack`.
+      x: tokens.
+      runtime: how to compute.
+      mask: tokens that may be attended to; None: all.
+      is_causal: a token attends only to itself and earlier ones.
+      drop: stochastic depth; None: off.
     """
     if isinstance(layers, Sequence):
         for layer in layers:
@@ -218,7 +225,7 @@ def apply_layers(
 
     def block(x: jax.Array, inputs: tuple[object, Any]) -> tuple[jax.Array, None]:
         params, dropping = inputs
-        # Without this the compiler may spread the width over the axis that the weights are sharded on.
+        # Without this constraint the compiler may shard the width over the axis of the weights.
         x = x if runtime.activations is None else jax.lax.with_sharding_constraint(x, runtime.activations)
         new = nnx.merge(graphdef, params)(x, mask, is_causal)
         return (new if dropping is None else _drop_path(x, new, *dropping)), None

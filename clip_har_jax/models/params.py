@@ -1,6 +1,6 @@
-"""The model as a flat dict of arrays, {"vision.layers.mlp.fc1.kernel": array}, and back.
+"""The parameters of a model as a flat dict, {"vision.layers.mlp.fc1.kernel": array}, and back.
 
-Training, checkpoints, sharding and weight files all speak of parameters by these dotted paths.
+Training, checkpoints, sharding and weight files all use these dotted paths as names.
 """
 
 from collections.abc import Mapping
@@ -39,9 +39,9 @@ def axis_names(model: nnx.Module) -> dict[str, tuple[str | None, ...]]:
 
 
 def unflatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths as the nested dict that `nnx.merge` takes, whose order is that of its sorted keys.
+    """Return the nested dict that `nnx.merge` takes.
 
-    So numbers stay numbers: as texts, layer 10 would come before layer 2.
+    Its order is that of sorted keys, so layer numbers become ints: as strings, "10" would come before "2".
     """
     return traverse_util.unflatten_dict({_path(name): value for name, value in params.items()})
 
@@ -81,7 +81,7 @@ def _make_params(config: CLIPConfig, key: Any) -> Params:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, readable by whom the person's umask says: the library itself makes it private."""
+    """Write a safetensors file with the permissions of the umask; the library alone would make it private (0600)."""
     from safetensors.numpy import save_file
 
     path.touch()

@@ -1,6 +1,6 @@
-"""Hugging Face folder <-> parameters: one table, strict both ways.
+"""Conversion between a Hugging Face folder and parameters, by one table; both directions are strict.
 
-Layers are stacked on the first dim here and numbered there. No pickle is read: `pytorch_model.bin` is refused.
+Here layers are stacked on the first dim; Hugging Face numbers them. Pickles (`pytorch_model.bin`) are refused.
 """
 
 import json
@@ -34,7 +34,7 @@ _LAYER = (
 
 
 def _table() -> dict[str, tuple[str, str]]:
-    """Our name -> (Hugging Face's name with {i} for the layer, transform)."""
+    """Return our name -> (Hugging Face's name with {i} for the layer, transform)."""
     table = {
         "logit_scale": ("logit_scale", ""),
         "text_projection.kernel": ("text_projection.weight", "transpose"),
@@ -72,7 +72,7 @@ def _from_hf(value: np.ndarray, transform: str) -> np.ndarray:
 
 
 def _hf_shape(shape: tuple[int, ...], transform: str) -> tuple[int, ...]:
-    """What Hugging Face's tensor has, where ours has `shape`."""
+    """Return the shape of Hugging Face's tensor, where ours has `shape`."""
     if transform == "patch":
         patch = round((shape[0] / 3) ** 0.5)
         return shape[1], 3, patch, patch
@@ -89,10 +89,10 @@ def _to_hf(value: np.ndarray, transform: str) -> np.ndarray:
 
 
 def params_to_hf(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our flat parameters as Hugging Face's tensors.
+    """Return flat parameters as Hugging Face's tensors.
 
     Raises:
-      UserError: parameters that aren't CLIP's own, all named.
+      UserError: some aren't parameters of CLIP; names all of them.
     """
     if unknown := sorted(set(params) - set(TABLE)):
         raise UserError(f"not parameters of a CLIP: {', '.join(unknown)}")
@@ -108,10 +108,10 @@ def params_to_hf(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def params_from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], where: str) -> Params:
-    """Hugging Face's tensors as our flat float32 parameters, of exactly `shapes`.
+    """Return Hugging Face's tensors as flat float32 parameters of exactly `shapes`.
 
     Raises:
-      UserError: every missing, unexpected and misshapen weight, in one message.
+      UserError: missing, unexpected or misshapen weights; names all of them in one message.
     """
     rest = {name for name in tensors if not name.endswith(".position_ids")}  # a buffer of older files, not a weight
     problems, params = [], {}
@@ -155,7 +155,7 @@ def read_config(folder: Path) -> CLIPConfig:
 def read_params(folder: Path, config: CLIPConfig) -> Params:
     """Read the weights of a model folder as float32 numpy arrays.
 
-    Takes model.safetensors, sharded safetensors with their index, or flax_model.msgpack, in this order.
+    The first of these is read: model.safetensors, sharded safetensors with an index, flax_model.msgpack.
 
     Raises:
       UserError: no weights, unreadable ones, or ones that don't fit the configuration (all named).
@@ -223,7 +223,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
 
 
 def resize_positions(params: Params, old: CLIPConfig, new: CLIPConfig) -> Params:
-    """Interpolates the image tower's position embeddings (bicubic) to another number of patches."""
+    """Return the parameters with position embeddings interpolated (bicubic) to the patches of another image size."""
     if old.vision.num_patches == new.vision.num_patches:
         return params
     embedding = np.asarray(params["vision.position_embedding"])
@@ -235,10 +235,10 @@ def resize_positions(params: Params, old: CLIPConfig, new: CLIPConfig) -> Params
 
 
 def resolve_folder(name_or_folder: str) -> Path:
-    """Return the folder itself, or that of a Hub name's files, which are downloaded once.
+    """Return the folder, or for a Hub name the folder of its files, which are downloaded once.
 
     Raises:
-      UserError: neither a folder nor a name that the Hub answers to.
+      UserError: neither a folder nor a name that the Hub knows, or the Hub can't be reached.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
@@ -275,7 +275,7 @@ def save_pretrained(model: FlaxCLIPModel, folder: str | Path) -> None:
 
 
 def write_params(folder: str | Path, config: CLIPConfig, params: Mapping[str, Any]) -> None:
-    """As `save_pretrained`, from flat parameters."""
+    """Write config.json and model.safetensors of flat parameters in the Hugging Face layout."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")

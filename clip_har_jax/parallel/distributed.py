@@ -1,7 +1,7 @@
-"""Many processes, one run: they join, agree on what to do next, and leave; over `jax.distributed`.
+"""Cooperation of the processes of a run: join, agree, exchange small values, leave; over `jax.distributed`.
 
-In a single process nothing here waits, and no device is touched. Where JAX offers no public way, its coordination
-service is asked directly: its key-value store and barriers need no device, and so can't get in a step's way.
+In a single process nothing here waits or initialises a device. Values and barriers go through JAX's coordination
+service (`jax_private.py`), which needs no device and so doesn't interfere with a training step.
 """
 
 import json
@@ -23,14 +23,14 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.parallel import jax_private, rendezvous, xla_flags
 from clip_har_jax.parallel.jax_private import coordination_client
 
-# Watched by JAX's preemption service (XLA's preemption_sync_manager.cc), which sets it itself at SIGTERM.
+# Key that JAX's preemption service watches (XLA's preemption_sync_manager.cc), and sets at SIGTERM.
 _PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
-_LEAVE_TOGETHER_S = 3  # processes that make the same mistake make it within this time
+_LEAVE_TOGETHER_S = 3  # processes that fail for the same reason fail within this time
 
 
 @dataclass
 class _Joined:
-    """What this process remembers of its group."""
+    """The state of this process in its group."""
 
     barrier_timeout_s: float = 600.0
     num_broadcasts: int = 0
@@ -50,21 +50,24 @@ def join(
     heartbeat_timeout_s: int = 100,
     barrier_timeout_s: int = 600,
 ) -> Iterator[None]:
-    """Make this process one of a run's for the length of a `with` block; a run of one process is left as it is.
+    """Make this process part of a run for the length of a `with` block; nothing changes for a run of one process.
 
-    The first three arguments are given together, or else found as `rendezvous.find_group` says. Comes before anything
-    that asks for devices. In a group, an error in the block is printed as commands print it and ends this process at
-    once, since the others may wait for it in a collective. They end when their connection to it breaks in a
-    collective, or when its heartbeats stay away.
+    Call it before JAX initialises devices: it also sets XLA's flags. The first three arguments are given together, or
+    found by `rendezvous.find_group`. In a group, an error in the block is printed as commands print it and ends this
+    process at once, since the others may wait for it in a collective. They end when their connection to it breaks, or
+    when its heartbeats stop.
 
     Args:
-      join_timeout_s: within which all processes must have come; less than 6 counts as 6.
-      heartbeat_timeout_s: after which a silent process is given up, and the run with it.
-      barrier_timeout_s: for `barrier`, `broadcast` and the end of the block, where processes wait for the slowest.
+      coordinator_address: host:port of process 0.
+      num_processes: of the run.
+      process_id: of this process, from 0.
+      join_timeout_s: limit for all processes to join; at least 6.
+      heartbeat_timeout_s: a process that is silent for longer counts as dead, and ends the run.
+      barrier_timeout_s: limit of `barrier`, `broadcast` and the end of the block.
 
     Raises:
-      UserError: contradictory arguments or environment; the coordinator can't be reached in time. Where the processes
-        don't come in time or don't fit together, the same line is printed and the process exits with status 2.
+      UserError: contradictory arguments or environment, or the coordinator can't be reached in time. If other processes
+        don't join in time or don't fit together, the line is printed and the process exits with status 2.
     """
     xla_flags.apply()
     group = rendezvous.find_group(coordinator_address, num_processes, process_id, join_timeout_s)
@@ -83,15 +86,15 @@ def join(
 
 
 def is_main() -> bool:
-    """Return whether this is process 0, which alone prints and writes what is common to all."""
+    """Return whether this is process 0; it alone prints, and writes the files that all share."""
     return jax_private.process_id() == 0
 
 
 def barrier(name: str, timeout_s: float | None = None) -> None:
-    """Wait until all processes are here.
+    """Wait until all processes call this.
 
     Raises:
-      RuntimeError: they aren't within `timeout_s` (default: `join`'s); names those missing.
+      RuntimeError: some don't within `timeout_s` (default: that of `join`); names them.
     """
     if (client := coordination_client()) is None:
         return
@@ -105,10 +108,10 @@ def barrier(name: str, timeout_s: float | None = None) -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """Process 0's value on all processes; a small one, of what JSON can say. All call it in the same order.
+    """Return process 0's value on all processes: small JSON data. All processes call it, in the same order.
 
     Raises:
-      RuntimeError: process 0 doesn't say within `join`'s barrier timeout.
+      RuntimeError: process 0 doesn't call it within the barrier timeout of `join`.
     """
     if (client := coordination_client()) is None:
         return value
@@ -124,9 +127,9 @@ def broadcast(value: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Return global arrays as NumPy's, on process 0; None in their place elsewhere. All processes call it.
+    """Return global arrays as NumPy arrays on process 0, and None elsewhere. All processes call it.
 
-    Goes leaf by leaf, so that never more than one is whole on the devices.
+    One leaf is fetched after the other, so at most one is replicated on the devices at a time.
     """
 
     def one(leaf: Any) -> np.ndarray | None:
@@ -137,7 +140,7 @@ def fetch(tree: Any) -> Any:
 
 
 def fetch_to_all(tree: Any) -> Any:
-    """Return global arrays as NumPy's, on every process; otherwise as `fetch`."""
+    """Return global arrays as NumPy arrays on every process. All processes call it."""
     return jax.tree.map(_to_host, tree)
 
 
@@ -168,7 +171,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def agree(yes: bool) -> bool:
-    """Return whether all processes say yes. All call it in the same order."""
+    """Return whether all processes say yes. All processes call it, in the same order."""
     return yes if coordination_client() is None else bool(multihost_utils.process_allgather(np.asarray(yes)).all())
 
 
@@ -180,13 +183,14 @@ def share(tree: Any) -> Any:
 
 
 def agree_to_stop(step: int, requested: bool) -> bool:
-    """Return whether the run stops after this step, the same one on all processes, since any of them was asked to.
+    """Return whether the run stops after this step; all processes stop after the same one.
 
-    Every process calls it once a step, with steps that count up by one. Between collectives processes may be some
-    steps apart, so JAX's preemption service finds a step that none has passed; until then nothing is communicated.
+    Every process calls it once a step, with consecutive steps. Processes can be some steps apart between collectives,
+    so JAX's preemption service finds a step that none has passed. Nothing is communicated until a stop is requested.
 
     Args:
-      requested: this process was asked to stop, now or earlier.
+      step: number of the step.
+      requested: this process was asked to stop, in this step or before.
     """
     if (client := coordination_client()) is None:
         return requested
@@ -198,7 +202,7 @@ def agree_to_stop(step: int, requested: bool) -> bool:
 
 
 def _check_count(group: rendezvous.Group) -> None:
-    """Refuses processes that were told different numbers of processes, on all of them; JAX doesn't notice."""
+    """Check that all processes were given the same number of processes; JAX doesn't."""
     client, folder = coordination_client(), "clip_har_jax/num_processes/"
     assert client is not None
     client.key_value_set(f"{folder}{group.process_id}", str(group.num_processes))
@@ -211,23 +215,23 @@ def _check_count(group: rendezvous.Group) -> None:
 
 
 def _leave_together(where: str, timeout_s: float) -> None:
-    """Wait for all, then take JAX's service down.
+    """Wait for all processes, then shut JAX's coordination service down.
 
-    Without waiting first, a process that was asked to stop in its last step would wait for the agreement of those
-    whose preemption service is down already.
+    Without the barrier, a process that is asked to stop in its last step would wait for the agreement of processes
+    whose preemption service is already down.
 
     Raises:
-      RuntimeError: not all came in time.
+      RuntimeError: not all processes arrived in time.
     """
     barrier(where, timeout_s)
     jax.distributed.shutdown()
 
 
 def _leave_at_once(exit_code: int) -> None:
-    """End this process after an error; not through the interpreter's end, which waits for the others in JAX's barrier.
+    """End this process after an error, without JAX's exit handler, which would wait for the other processes.
 
-    A mistake that all processes make ends them together: were process 0 to go first, and the coordination service with
-    it, the others would die of that instead of their own message.
+    If all processes fail for the same reason they leave together: if process 0 left first, with the coordination
+    service, the others would report its loss instead of their own error.
     """
     with suppress(RuntimeError):
         _leave_together("an error", _LEAVE_TOGETHER_S)

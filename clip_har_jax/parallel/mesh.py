@@ -1,4 +1,4 @@
-"""Devices -> a Mesh with the axes data, fsdp and tensor."""
+"""The mesh of a run: its devices on the axes data, fsdp and tensor."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ AXES = ("data", "fsdp", "tensor")
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     """Return the number of devices on each of `AXES`.
 
-    The strategy puts all devices on its axis (fsdp_tp: pairs on tensor, the rest on fsdp); sizes set explicitly
-    override it, and those left out are then 1.
+    The strategy puts all devices on its axis (fsdp_tp: 2 on tensor, the rest on fsdp). Explicit sizes override it;
+    axes without a size then have 1.
 
     Raises:
-      UserError: sizes whose product isn't the number of devices.
+      UserError: the product of the sizes isn't the number of devices.
     """
     explicit = (config.data, config.fsdp, config.tensor)
     if any(size is not None for size in explicit):

@@ -1,7 +1,7 @@
 """Finding the other processes of a run, and connecting to them within a bounded time.
 
-JAX's own cluster detection does the finding wherever it can. Its client doesn't raise when connecting fails: it aborts
-the process with a C++ stack trace. Here that becomes one line.
+Where possible, JAX's own cluster detection finds them. When connecting fails, JAX's client doesn't raise an exception
+but aborts the process with a C++ stack trace; here the abort becomes one line.
 """
 
 import ctypes
@@ -24,17 +24,17 @@ from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 from clip_har_jax.parallel import jax_private
 
-_CLIENT_SLACK_S = 5  # JAX's client waits this much longer than it was told
+_CLIENT_SLACK_S = 5  # JAX's client waits this much longer than its timeout
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run, seen by one of them."""
+    """The processes of a run, from the view of one of them."""
 
     coordinator_address: str  # host:port, where process 0 listens
     num_processes: int
     process_id: int
-    local_device_ids: tuple[int, ...] | None = None  # None: all that there are
+    local_device_ids: tuple[int, ...] | None = None  # None: all
 
     @property
     def host_and_port(self) -> tuple[str, int]:
@@ -45,19 +45,20 @@ class Group:
 def find_group(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout_s: int
 ) -> Group | None:
-    """Return the run's processes, by the first of these that says anything; None for a single process.
+    """Return the processes of the run from the first of these sources that is set; None for a single process.
 
     1. the flags `--coordinator_address`, `--num_processes` and `--process_id`
     2. the variables `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; in an indexed job of
        Kubernetes the last defaults to `JOB_COMPLETION_INDEX`
-    3. Open MPI 5, which JAX 0.10 doesn't know, beside `JAX_COORDINATOR_ADDRESS`
+    3. the variables of Open MPI 5, which JAX 0.10 doesn't detect, with `JAX_COORDINATOR_ADDRESS`
     4. JAX's cluster detection: Slurm, Open MPI 4, Cloud TPU, and Kubernetes with the `kubernetes` package
 
     Args:
-      timeout_s: how long detection may wait until the coordinator's name is known.
+      coordinator_address, num_processes, process_id: the flags; None where not given.
+      timeout_s: limit of the time that detection waits for the coordinator's name.
 
     Raises:
-      UserError: flags or variables that are incomplete or contradict one another.
+      UserError: flags or variables are incomplete or contradict one another.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     local: tuple[int, ...] | None = None
@@ -73,7 +74,7 @@ def find_group(
         address, num_processes, process_id, local = _detect(address, timeout_s)
     elif _number("JOB_COMPLETION_INDEX"):
         raise UserError(
-            "one pod of several in an indexed job, without a word of the others: set " + ", ".join(names[:2])
+            "one pod of several in an indexed job, and no variable names the others: set " + ", ".join(names[:2])
         )
     else:
         return None
@@ -93,10 +94,10 @@ def find_group(
 
 
 def connect(group: Group, join_timeout_s: int, heartbeat_timeout_s: int, shutdown_timeout_s: int) -> None:
-    """Connect this process with the others; where that fails, the process may end here, with one line and status 2.
+    """Connect this process with the others. Some failures end the process here, with one line and status 2.
 
     Raises:
-      UserError: the coordinator can't be reached, or can't listen.
+      UserError: the coordinator can't be reached, or process 0 can't listen on its port.
     """
     deadline = time.monotonic() + join_timeout_s
     if group.process_id == 0:
@@ -118,7 +119,7 @@ def connect(group: Group, join_timeout_s: int, heartbeat_timeout_s: int, shutdow
 
 
 def _number(*names: str) -> int | None:
-    """Return the first variable of these that is set."""
+    """Return the number in the first of these variables that is set; None if none is."""
     for name in names:
         value = os.environ.get(name)
         if value is not None and not value.isdecimal():
@@ -129,21 +130,21 @@ def _number(*names: str) -> int | None:
 
 
 def _jax_knows_the_cluster() -> bool:
-    # Any pod of Kubernetes looks to JAX like one of many; without the package it warns there.
+    # JAX takes any Kubernetes pod for one of many, and warns where the `kubernetes` package is missing.
     many_pods = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
     package = importlib.util.find_spec("kubernetes")
     return (
         "SLURM_STEP_NODELIST" in os.environ
         or "OMPI_MCA_orte_hnp_uri" in os.environ
         or jax_private.is_cloud_tpu()
-        or (many_pods and package is not None and package.origin is not None)  # else our own folder of that name
+        or (many_pods and package is not None and package.origin is not None)  # else the project's folder
     )
 
 
 def _detect(address: str | None, timeout_s: int) -> tuple[str | None, int | None, int | None, tuple[int, ...] | None]:
-    """What JAX's cluster detection finds: coordinator's address, number of processes, process id, local device ids."""
+    """Return JAX's cluster detection: coordinator's address, number of processes, process id, local device ids."""
     try:
-        # First without the address: finding it may take a while, and a single process doesn't need it.
+        # First without the address: it takes time to find, and a single process doesn't need it.
         _, count, index, local = jax_private.detect_cluster(address or "unknown", None, None, None, timeout_s)
         if address is None and count is not None and count > 1:
             address, *_ = jax_private.detect_cluster(None, count, index, local, timeout_s)
@@ -156,7 +157,7 @@ def _detect(address: str | None, timeout_s: int) -> tuple[str | None, int | None
 
 
 def _check_port_is_free(group: Group) -> None:
-    """JAX's coordination service dies of a segmentation fault where it can't listen."""
+    """Check that process 0 can listen; JAX's coordination service crashes with a segmentation fault if it can't."""
     _, port = group.host_and_port
     try:
         socket.create_server(("", port)).close()
@@ -179,7 +180,7 @@ def _wait_for_coordinator(group: Group, deadline: float, timeout_s: int) -> None
 
 
 def _explain(output: str, group: Group, timeout_s: int) -> str:
-    """One line for what JAX's client wrote before it aborted."""
+    """Return one line in place of the text that JAX's client wrote before it aborted."""
     reason = re.search(r"absl::Status: (.*)|(RPC: .*)", output)
     status = reason[0] if reason else output[-300:]
     if "ALREADY_EXISTS" in status:
@@ -195,10 +196,10 @@ def _explain(output: str, group: Group, timeout_s: int) -> str:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ctrl-C ends a process that waits for the others; afterwards Python's handlers stand as before.
+    """Let Ctrl-C end a process that waits for the others, and restore Python's signal handlers afterwards.
 
-    JAX's preemption service installs a handler of SIGTERM under Python's, which would swallow one that comes while
-    the model is compiled, when there is nothing to save yet.
+    JAX's preemption service replaces the handler of SIGTERM. It would swallow a SIGTERM during compilation, when there
+    is nothing to save yet.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -211,9 +212,7 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def _abort_as_one_line(explain: Callable[[str], str]) -> Iterator[None]:
-    """Return an abort within prints `error: explain(standard error)` in place of what C++ wrote, and exits as
-    mistakes do.
-    """
+    """Print `error: ` and `explain(standard error)` if the block aborts, and exit with the status of a mistake."""
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
     sys.stderr.flush()

@@ -1,6 +1,6 @@
-"""Logical axis names -> mesh axes, by one ordered table.
+"""Shardings: logical axis names are mapped to mesh axes by one table.
 
-A strategy is the shape of the mesh alone: the table is the same for all, and an axis of one device shards nothing.
+A strategy is only the shape of the mesh. The table is the same for all, and a mesh axis of size 1 shards nothing.
 """
 
 import math
@@ -16,8 +16,8 @@ from clip_har_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-# logical name -> (mesh axis, may stay whole where it doesn't divide). A vocabulary can have any size; a width that
-# doesn't divide is the user's to know, since leaving it whole would silently undo the strategy.
+# logical name -> (mesh axis, may be replicated where the axis doesn't divide the size). A vocabulary can have any size.
+# For the others replication would silently undo the strategy, so it is an error.
 RULES = {
     "vocab": ("tensor", True),
     "heads": ("tensor", False),
@@ -31,7 +31,7 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ..
     """Return the PartitionSpec of one parameter.
 
     Raises:
-      UserError: a dimension that the mesh axis doesn't divide; names the parameter.
+      UserError: the mesh axis doesn't divide a dimension; names the parameter.
     """
     spec: list[str | None] = []
     for size, logical in zip(shape, axes or (None,) * len(shape), strict=True):
@@ -66,17 +66,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over all devices but those that share a parameter's shards by tensor parallelism."""
+    """Return the sharding of a batch's rows over the data and fsdp axes; replicated over the tensor axis."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """Return the parts into which a batch's rows are cut."""
+    """Return the number of shards of a batch's rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch_size(size: int, mesh: Mesh, key: str) -> None:
-    """Refuses a global batch whose rows don't divide over the mesh.
+    """Check that the mesh divides the rows of a global batch.
 
     Raises:
       UserError: names the config key.
@@ -87,7 +87,7 @@ def check_batch_size(size: int, mesh: Mesh, key: str) -> None:
 
 
 def process_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """(index, count) of the part of each global batch that this process reads.
+    """Return (index, count) of the part of each global batch that this process reads.
 
     Processes whose devices hold the same rows (tensor parallelism across hosts) read the same part.
     """
@@ -100,7 +100,7 @@ def process_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 
 
 def put_local_rows(tree: Tree, sharding: NamedSharding) -> Tree:
-    """Put this process's rows of host arrays on the mesh as global arrays."""
+    """Return global arrays of which each process contributes its own rows, given as host arrays."""
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), tree)
 
 

@@ -1,4 +1,4 @@
-"""Methods x seeds on equal terms: the same start, splits, steps and search; a table and a plot of what each costs."""
+"""Comparison of methods over seeds: same base model, splits, steps and search; a table and a plot of gain and cost."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def compare_methods(
     space: Space,
     soups: bool = False,
 ) -> list[dict[str, Any]]:
-    """Trains each method with each seed, or what of it is missing, and writes compare.json, compare.md, compare.png.
+    """Train each method with each seed, except finished runs, and write compare.json, compare.md and compare.png.
 
     Args:
       config: of every run, but for method, seed, learning rate and weight decay.
@@ -105,14 +105,14 @@ def check_comparison(config: RunConfig, methods: Sequence[str], seeds: Sequence[
 
 
 def default_test(config: RunConfig) -> str:
-    """SPEC of the test split of the validation data, or of the training data where that gives the validation too."""
+    """Return the SPEC of the test split of the validation data, or of the training data if that is split."""
     spec = parse_spec(config.data.val or config.data.train)
     options = {name: value for name, value in spec.options.items() if name != "split"}
     return str(dataclasses.replace(spec, options=options))
 
 
 def check_test(config: RunConfig, test: str) -> None:
-    """Refuses, as test data, what is trained on or what rates, penalties and the best step are chosen by."""
+    """Check that the test data are neither the training nor the validation data, which choose the model."""
     fingerprint = make_source(test, "test").fingerprint
     for key, spec, split in (("train", config.data.train, "train"), ("val", config.data.val, "val")):
         if spec and make_source(spec, split).fingerprint == fingerprint:
@@ -120,7 +120,7 @@ def check_test(config: RunConfig, test: str) -> None:
 
 
 def run_cell(config: RunConfig, output: Path, test: str) -> dict[str, Any]:
-    """One run and its evaluation: read if it is finished, else continued, or begun."""
+    """Return the result of one run and its evaluation, which is read if finished, and otherwise computed."""
     folder = _folder(config, output)
     done = folder / "cell.json"
     if known := finished(done, config, test=test):
@@ -156,8 +156,7 @@ def _folder(config: RunConfig, output: Path) -> Path:
 
 
 def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, test: str) -> dict[str, Any]:
-    """Return the mean of the weights of runs that differ in their seeds (Wortsman et al. 2022, Model soups: the
-    uniform one).
+    """Make a uniform soup: the mean of the weights over the seeds (Wortsman et al. 2022, Model soups).
 
     Returns:
       As a cell; the soup itself is a model folder, OUTPUT/soups/METHOD.
@@ -202,7 +201,7 @@ def _evaluate(config: RunConfig, backend: JaxBackend, source: Source) -> dict[st
 
 
 def describe_search(config: RunConfig, methods: Sequence[str], num_seeds: int, space: Space) -> str:
-    """What stands below the table."""
+    """Return the note below the table."""
 
     def say(values: Sequence[float]) -> str:
         return ", ".join(f"{value:g}" for value in values)

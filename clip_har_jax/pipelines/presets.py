@@ -12,8 +12,8 @@ from clip_har_jax.settings import leaves, merge_values, override_key
 from clip_har_jax.text import phrase
 from clip_har_jax.trainer.run_data import Data, load_data
 
-MAX_SHOTS = 16  # images of the median class up to which data are few-shot
-MAX_SMALL = 10_000  # images below which they are small
+MAX_SHOTS = 16  # data whose median class has at most this many images are few-shot
+MAX_SMALL = 10_000  # data with fewer images are small
 
 PRESETS: dict[str, dict[str, Any]] = {
     "few_shot": {

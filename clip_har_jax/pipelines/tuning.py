@@ -1,4 +1,4 @@
-"""What each method of a comparison is run with: the same few settings for all, chosen on validation data alone."""
+"""The hyperparameter search of a method comparison: the same few settings for all, chosen on validation data alone."""
 
 import dataclasses
 import json
@@ -20,31 +20,31 @@ from clip_har_jax.training.recipes import METHODS
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """What is tried for every method that makes steps: the rates first, then the decays at the best rate."""
+    """The settings tried for every method that trains in steps: learning rates, then weight decays at the best rate."""
 
     factors: tuple[float, ...]  # of config.optim.learning_rate
-    decays: tuple[float, ...]  # beside config.optim.weight_decay
+    decays: tuple[float, ...]  # tried besides config.optim.weight_decay
 
     def rates(self, config: RunConfig) -> list[float]:
         return sorted(config.optim.learning_rate * factor for factor in self.factors)
 
     def all_decays(self, config: RunConfig) -> list[float]:
-        """Return the config's own first: the rates are tried with it."""
+        """Return the weight decays, first the config's own, with which the learning rates are tried."""
         return list(dict.fromkeys([config.optim.weight_decay, *self.decays]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a method's training needs, whatever its seed and rate."""
+    """The properties of a method's training that don't depend on seed and settings."""
 
-    step_bytes: int | None  # of each device, as XLA says; None: nothing is trained
-    has_decay: bool  # whether weight decay acts on any of what it trains
+    step_bytes: int | None  # memory of one step on each device, from XLA; None: the method trains nothing
+    has_decay: bool  # whether weight decay applies to some trainable parameter
 
 
 def with_method(
     config: RunConfig, method: str, seed: int, rate: float | None = None, decay: float | None = None
 ) -> RunConfig:
-    """Return the config of a run; rate and decay are the config's own where they aren't given."""
+    """Return the config of a run; None leaves the learning rate or weight decay of the config."""
     optim = config.optim
     rate, decay = optim.learning_rate if rate is None else rate, optim.weight_decay if decay is None else decay
     return dataclasses.replace(
@@ -56,7 +56,7 @@ def with_method(
 
 
 def training_needs(config: RunConfig, clip: CLIPConfig) -> Needs:
-    """Compiles a method's step for a model of these sizes.
+    """Compile the training step of a method for a model of these sizes, and return its needs.
 
     Raises:
       UserError: a mistake in the config or the data.
@@ -72,7 +72,7 @@ def training_needs(config: RunConfig, clip: CLIPConfig) -> Needs:
 def search(
     config: RunConfig, needs: Needs, output: Path, space: Space
 ) -> tuple[tuple[float, float], list[dict[str, Any]]]:
-    """Return the learning rate and the weight decay that are best in validation, and all that was tried."""
+    """Return the (learning rate, weight decay) that is best on validation data, and the results of all settings."""
     own = (config.optim.learning_rate, config.optim.weight_decay)
     rates, decays = space.rates(config), space.all_decays(config)
     if METHODS[config.method.name].learns_from != "steps":
@@ -89,12 +89,12 @@ def search(
 
 
 def _score(tried: dict[str, Any]) -> tuple[float, float]:
-    """What validation chooses by: the accuracy, and of equal ones the likelihood."""
+    """Return the key to choose by: validation accuracy, then likelihood."""
     return tried["val_top1"], -tried["val_nll"]
 
 
 def try_setting(config: RunConfig, rate: float, decay: float, output: Path) -> dict[str, Any]:
-    """Return a run that is only validated: neither the test data nor what is retained has a say in the search."""
+    """Return the validation scores of one setting; neither test data nor retention take part in the search."""
     config = with_method(config, config.method.name, config.seed, rate, decay)
     config = dataclasses.replace(config, retention=RetentionConfig())
     folder = output / "search" / config.method.name / setting_name(config)
@@ -117,12 +117,12 @@ def try_setting(config: RunConfig, rate: float, decay: float, output: Path) -> d
 
 
 def setting_name(config: RunConfig) -> str:
-    """Return the name of a folder."""
+    """Return the name of the setting's folder."""
     return f"rate_{config.optim.learning_rate:.3g}_decay_{config.optim.weight_decay:.3g}"
 
 
 def finished(done: Path, config: RunConfig, **same: Any) -> dict[str, Any] | None:
-    """Return a finished cell; None where there is none yet.
+    """Return the result of a finished run; None if there is none yet.
 
     Raises:
       UserError: it is of another config or other data.
