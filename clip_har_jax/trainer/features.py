@@ -1,4 +1,4 @@
-"""Image embeddings, computed once and kept on disk by what the images, the model and the way between them are."""
+"""Image embeddings, computed once and kept on disk under a digest of the images, the model and the preprocessing."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from clip_har_jax.training.probe import LabeledFeatures
 
 
 def cache_folder() -> Path:
-    """Where features are kept: beside the compiled programs, in $XDG_CACHE_HOME/clip_har_jax (default ~/.cache)."""
+    """Return the folder of kept features, in $XDG_CACHE_HOME/clip_har_jax (default ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_har_jax" / "features"
 
 
 def content_digest(source: Source) -> str:
-    """SHA-256 over the examples' bytes and labels; of drawn ones over what they are drawn from."""
+    """Return the SHA-256 of the examples' bytes and labels; drawn examples give that of their seeds."""
 
     def one(i: int) -> str | None:
         try:
@@ -41,24 +41,25 @@ def content_digest(source: Source) -> str:
 
 
 def image_tower_digest(params: Mapping[str, Any]) -> str:
-    """SHA-256 over the weights that image embeddings depend on."""
+    """Return the SHA-256 of the weights that image embeddings depend on."""
     names = sorted(name for name in params if name.startswith("vis"))
-    return sha256(part for name in names for part in (name, np.ascontiguousarray(params[name]).tobytes()))
+    arrays = ((name, np.ascontiguousarray(distributed.fetch_to_all(params[name]))) for name in names)
+    return sha256(part for name, value in arrays for part in (name, value.tobytes()))
 
 
 def cached_features(
-    source: Source, tower_digest: str, way: Mapping[str, Any], compute: Callable[[], LabeledFeatures]
+    source: Source, tower_digest: str, depends_on: Mapping[str, Any], compute: Callable[[], LabeledFeatures]
 ) -> LabeledFeatures:
-    """Return the features of a source, read if they are kept, else computed and kept.
+    """Return the features of a source: read if they are kept, otherwise computed and kept.
 
-    Of several processes each has its own file or shares one; unless all find theirs, all compute.
+    Processes may share a file or have one each; unless all find theirs, all compute.
 
     Args:
       tower_digest: from `image_tower_digest`.
-      way: what else the features depend on, as JSON: preprocessing, a clip's frames, the tower's sizes, the precision.
+      depends_on: further settings, as JSON: preprocessing, a clip's frames, the tower's sizes, the precision.
       compute: reads and embeds each image once; all processes together.
     """
-    key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, dict(way)])
+    key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, dict(depends_on)])
     path = cache_folder() / f"{sha256(key)}.safetensors"
     kept = _read(path, len(source))
     if distributed.agree(kept is not None):
@@ -70,7 +71,7 @@ def cached_features(
 
 
 def _read(path: Path, count: int) -> LabeledFeatures | None:
-    """None: not there, damaged, or without the examples that couldn't be read, which each run is to say."""
+    """Return kept features; None where they are missing, damaged, or lack examples, which each run must report."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

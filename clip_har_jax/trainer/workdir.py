@@ -35,10 +35,10 @@ class Change:
 
 @contextmanager
 def disk_faults(workdir: epath.Path) -> Iterator[None]:
-    """Make one line of what a full, read-only or broken disk raises wherever a run writes.
+    """Turn the errors of a full, read-only or broken disk into one line, wherever a run writes.
 
     Raises:
-      UserError: names the file where the system does.
+      UserError: such an error; names the file if the system does.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
         raise UserError(f"--workdir={workdir}: a file, not a folder; name another")
     try:
         probe(path)
-    except ImportError as error:  # says which client of the object store to install
+    except ImportError as error:  # names the client of the object store to install
         raise UserError(f"--workdir={workdir}: {error} (pip)") from error
     except KeyError as error:
         raise UserError(f"--workdir={workdir}: no such kind of store; use a folder or gs://BUCKET/...") from error

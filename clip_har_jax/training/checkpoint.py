@@ -32,8 +32,8 @@ class Checkpointer:
     """The checkpoints of one work folder; a context manager that waits for the last save.
 
     Args:
-      folder: where they are, on a disk or an object store; made if missing.
-      config: how many are kept: the latest, and the best by validation accuracy.
+      folder: on a disk or an object store; made if missing.
+      config: the numbers of the latest and of the best checkpoints, by validation accuracy, that are kept.
 
     Raises:
       UserError: the folder can't be written.
@@ -71,7 +71,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # What ends the run is told, not that a save in the background failed of the same.
+        # The error that ends the run is reported, not a background save that failed for the same reason.
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():
             self._manager.close()
 
@@ -85,13 +85,17 @@ class Checkpointer:
         return value if value >= 0 else None
 
     def save(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Start saving; returns once the state may be changed again.
+        """Start to save a state; return once it may be changed again.
 
-        If this save or the one before it fails, as on a full disk, older checkpoints but the newest and the best are
+        If this save or the one before it fails, as on a full disk, all checkpoints but the newest and the best are
         deleted and the state is saved once more.
 
+        Args:
+          position: the step, and the position in the data, for `position`.
+          metrics: of the validation; empty where the state wasn't evaluated.
+
         Raises:
-          UserError: that fails too. The checkpoints that were whole still are.
+          UserError: the second try fails too. Checkpoints that were whole still are.
         """
         step = position["step"]
         if step == self.latest_step():
@@ -102,7 +106,7 @@ class Checkpointer:
             self._save_again(step, state, position, metrics, error)
 
     def finish(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Return when the last save, of this very state, is whole on disk; saves it again if that failed.
+        """Wait until the last save, of this very state, is whole on disk; save it again if that failed.
 
         Raises:
           UserError: as `save`.
@@ -153,7 +157,7 @@ class Checkpointer:
         print(f"warning: a save failed ({reason}); older checkpoints were deleted and step {step} is saved", flush=True)
 
     def _reopen(self) -> None:
-        """Forgets a failed save, whose partial folder is removed."""
+        """Forget a failed save and remove its partial folder."""
         self._saving = None
         with contextlib.suppress(Exception):  # the failure that is being handled, once more
             self._manager.close()
@@ -167,11 +171,11 @@ class Checkpointer:
                 self._manager.delete(step)
 
     def newest_whole(self) -> int | None:
-        """Return the newest step, whose files were as they had been saved; None: there never were checkpoints.
+        """Return the newest step, whose files are as they were saved; None: there never were checkpoints.
 
         Raises:
-          UserError: there were checkpoints and none of them was whole, now or at an earlier start: what starts a run
-            again by itself mustn't begin it anew.
+          UserError: there were checkpoints, and none of them was whole, at this start or an earlier one. A supervisor
+            that starts a run again must not begin it anew without a person knowing.
         """
         step = self._manager.latest_step()
         if step is None and self._steps_aside():
@@ -179,7 +183,7 @@ class Checkpointer:
         return step
 
     def best_whole(self) -> int:
-        """Return the step of the highest validation accuracy that is whole now; the newest where none was evaluated.
+        """Return the whole checkpoint of the highest validation accuracy; the newest where none was evaluated.
 
         Raises:
           UserError: none is whole.
@@ -201,16 +205,16 @@ class Checkpointer:
         )
 
     def _steps_aside(self) -> list[str]:
-        """Return the damaged checkpoints that were moved aside, at any start; the first process looks for all."""
+        """Return the damaged checkpoints that were moved aside at any start; the first process looks for all."""
         aside = sealing.aside(self._folder)
         found = sorted(path.name for path in aside.iterdir()) if distributed.is_main() and aside.exists() else []
         return distributed.broadcast(found)
 
     def _sweep(self, steps: Iterable[int]) -> dict[str, str]:
-        """Check the files of `steps` and move aside what is damaged; the first process does it for all.
+        """Check the files of `steps` and move damaged checkpoints aside; the first process does it for all.
 
         Returns:
-          What is wrong, by step (JSON has no integer keys).
+          The damage by step, as text, since JSON has no integer keys.
         """
         damaged = {}
         if distributed.is_main():
@@ -223,15 +227,18 @@ class Checkpointer:
         """Return the data position that was saved with a checkpoint."""
         return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
 
-    def restore(self, like: TrainState, step: int) -> TrainState:
-        """Return the state of a checkpoint, placed on the mesh as `like` is.
+    def restore(self, target: TrainState, step: int) -> TrainState:
+        """Return the state of a checkpoint, placed on the mesh.
+
+        Args:
+          target: a state, or its shapes, types and shardings, which the restored one will have.
 
         Raises:
           UserError: the checkpoint is of a model with other parameters.
         """
         try:
             return self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state(like)))
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state(target)))
             ).state
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -250,9 +257,10 @@ class Checkpointer:
             sealing.manifest_path(self._folder, int(step)).unlink(missing_ok=True)
 
     def _seal(self) -> None:
-        """Write the manifest of the checkpoint being saved; called in Orbax's thread before the folder is renamed.
+        """Write the manifest of the checkpoint being saved.
 
-        So there is no whole checkpoint without one. `_seal_late` adds what is written after that.
+        Orbax calls it in its own thread before it renames the folder, so no whole checkpoint is without a manifest.
+        `_seal_late` adds the files that Orbax writes after that.
         """
         if not distributed.is_main():
             return
@@ -261,7 +269,7 @@ class Checkpointer:
         sealing.write_manifest(self._folder, self._saving, sealing.hashes(folder, leave_out=sealing.LATE))
 
     def _seal_late(self) -> None:
-        """Finishes the manifest of the checkpoint that was saved last, and removes those of deleted ones."""
+        """Finish the manifest of the checkpoint that was saved last, and remove those of deleted ones."""
         step, self._saving = self._saving, None
         if step is None or not distributed.is_main():
             return
@@ -269,9 +277,9 @@ class Checkpointer:
 
 
 def report_failed_saves_once() -> None:
-    """For programs: a failed save is one line of this project, and not a thousand of Orbax and tensorstore too.
+    """Report a failed save in one line, without the many lines of Orbax and tensorstore; for programs.
 
-    What they leave behind is noticed as late as at the interpreter's end, so nothing is put back.
+    Their complaints may come as late as at the interpreter's end, so the hooks are never put back.
     """
     hook = sys.unraisablehook
 

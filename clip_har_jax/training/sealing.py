@@ -1,4 +1,4 @@
-"""The files of checkpoints, on a disk or an object store: their digests, their damage, and where the damaged ones go.
+"""The files of checkpoints, on a disk or an object store: their digests, and damaged ones moved aside.
 
 Beside each checkpoint stands `<step>.manifest.json` with the SHA-256 of its files.
 """
@@ -17,10 +17,10 @@ LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax writes last,
 
 
 def probe(folder: epath.Path) -> None:
-    """Make a folder, and find out whether anything can be written there.
+    """Make a folder, and write to it.
 
     Raises:
-      OSError: it can't.
+      OSError: it can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".probe.{secrets.token_hex(4)}"
@@ -29,7 +29,7 @@ def probe(folder: epath.Path) -> None:
 
 
 def steps_on_disk(folder: epath.Path) -> list[int]:
-    """All whole steps, without Orbax, which a damaged file can stop from listing them."""
+    """Return all steps, listed without Orbax, which can fail at a damaged file."""
     if not folder.exists():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
@@ -41,7 +41,7 @@ def was_saved(folder: epath.Path) -> bool:
 
 
 def aside(folder: epath.Path) -> epath.Path:
-    """Where damaged checkpoints go."""
+    """Return the folder that damaged checkpoints are moved to."""
     return folder.parent / f"{folder.name}_damaged"
 
 
@@ -54,7 +54,7 @@ def write_manifest(folder: epath.Path, step: int, files: Mapping[str, str]) -> N
 
 
 def seal_late(folder: epath.Path, step: int) -> None:
-    """Add to a checkpoint's manifest what is written last, and remove the manifests of deleted checkpoints."""
+    """Add the files that Orbax writes last to a checkpoint's manifest; remove the manifests of deleted checkpoints."""
     files = json.loads(manifest_path(folder, step).read_text())["files"]
     late = [name for name in LATE if (folder / str(step) / name).exists()]
     write_manifest(folder, step, files | {name: sha256_file(folder / str(step) / name) for name in late})
@@ -64,10 +64,10 @@ def seal_late(folder: epath.Path, step: int) -> None:
 
 
 def problem(folder: epath.Path, step: int) -> str | None:
-    """How the files of a checkpoint differ from its manifest; None: not at all.
+    """Return how the files of a checkpoint differ from its manifest; None: not at all.
 
     Raises:
-      UserError: they may not be read, which says nothing of them.
+      UserError: the files may not be read, so they can't be compared.
     """
     try:
         return _difference(folder, step)
@@ -85,7 +85,7 @@ def _difference(folder: epath.Path, step: int) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest is damaged"
     try:
-        # A kill may have come before these were sealed; nothing of the state is in them.
+        # A kill may have come before these were sealed. They hold nothing of the state.
         unsealed = tuple(name for name in LATE if name not in files)
         found = hashes(folder / str(step), leave_out=unsealed)
     except PermissionError:
@@ -100,7 +100,7 @@ def _difference(folder: epath.Path, step: int) -> str | None:
 
 
 def hashes(folder: epath.Path, leave_out: Sequence[str]) -> dict[str, str]:
-    """SHA-256 by relative name, several files at once: reading is what takes the time."""
+    """Return the SHA-256 of each file by its relative name; several are read at once."""
     assert folder.exists(), folder
     files = {name: path for name, path in _files(folder, "") if name not in leave_out}
     with ThreadPoolExecutor(8) as pool:
@@ -108,7 +108,7 @@ def hashes(folder: epath.Path, leave_out: Sequence[str]) -> dict[str, str]:
 
 
 def _files(folder: epath.Path, prefix: str) -> Iterator[tuple[str, epath.Path]]:
-    """(name, path) of the files below `folder`; epath's own `walk` drops an object store's scheme."""
+    """Yield (name, path) of the files below `folder`; epath's own `walk` drops an object store's scheme."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         name = f"{prefix}{path.name}"
         if path.is_dir():
