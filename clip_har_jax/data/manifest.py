@@ -1,8 +1,11 @@
 """Split manifests: which file is in which split, with checksums, so that a run can name it and no change is unseen."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from json.encoder import encode_basestring_ascii as json_string
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from clip_har_jax.names import sort_labels
 from clip_har_jax.specs import Spec, find_split
 
 FORMAT = 1
+ROWS_AT_ONCE = 65536
 SCHEMA = pa.schema(
     {
         "path": pa.string(),  # below the root, with forward slashes
@@ -49,11 +53,10 @@ class Manifest:
     root: Path
     about: Mapping[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over what the manifest promises: each file, its content, label, group and split."""
-        rows = zip(*(self.table.column(name).to_pylist() for name in PROMISED), strict=True)
-        return sha256(json.dumps(row) + "\n" for row in rows)
+        return sha256(_promises(self.table))
 
     @property
     def clips(self) -> bool:
@@ -62,6 +65,17 @@ class Manifest:
 
     def column(self, name: str) -> list[Any]:
         return self.table.column(name).to_pylist()
+
+
+def _promises(table: pa.Table) -> Iterator[str]:
+    """Yield the promised columns of each row as a JSON list and a line end, many rows at once."""
+    for batch in table.select(PROMISED).to_batches(max_chunksize=ROWS_AT_ONCE):
+        paths, digests, labels, groups, splits = (column.to_pylist() for column in batch.columns)
+        text = {value: json.dumps(value) for value in {*labels, *splits}}
+        yield "".join(
+            f"[{json_string(path)}, {json_string(digest)}, {text[label]}, {json.dumps(group)}, {text[split]}]\n"
+            for path, digest, label, group, split in zip(paths, digests, labels, groups, splits, strict=True)
+        )
 
 
 def make_manifest(rows: Sequence[Mapping[str, Any]], root: Path, about: Mapping[str, Any]) -> Manifest:
@@ -132,24 +146,31 @@ def read_split(spec: Spec, split: str) -> SplitRows:
     """
     path = Path(spec.path).expanduser()
     manifest = read_manifest(path, Path(spec.options["images"]).expanduser() if "images" in spec.options else None)
-    available = sorted(set(manifest.column("split")) - {"excluded"})
+    available = sorted(set(pc.unique(manifest.table.column("split")).to_pylist()) - {"excluded"})
     found = find_split(split, available, "split" in spec.options)
     if found is None:
         raise UserError(f"{spec}: no split {split!r}; it has {', '.join(available)}; say ?split=NAME")
     rows = manifest.table.filter(pc.equal(manifest.table.column("split"), found))
-    paths = [str(manifest.root / name) for name in rows.column("path").to_pylist()]
+    paths = [os.path.join(manifest.root, name) for name in rows.column("path").to_pylist()]
     if "cache" not in spec.options:  # whose records were made from files that were there then
         _check_files(path, paths, rows.column("bytes").to_pylist(), manifest.root)
     return SplitRows(
         found,
-        sort_labels(manifest.column("label")),
+        sort_labels(pc.unique(manifest.table.column("label")).to_pylist()),
         paths,
-        rows.column("label").to_pylist(),
+        _shared(rows.column("label")),
         rows.column("sha256").to_pylist(),
         rows.column("weight").to_numpy(),
         manifest.digest,
         manifest.clips,
     )
+
+
+def _shared(column: pa.ChunkedArray) -> list[str]:
+    """Return a column's values, of which equal ones are one object."""
+    encoded = column.combine_chunks().dictionary_encode()
+    values = encoded.dictionary.to_pylist()
+    return [values[i] for i in encoded.indices.to_pylist()]
 
 
 def _check_files(manifest: Path, paths: Sequence[str], sizes: Sequence[int], root: Path) -> None:
@@ -165,6 +186,6 @@ def _check_files(manifest: Path, paths: Sequence[str], sizes: Sequence[int], roo
 
 def _size(path: str) -> int | None:
     try:
-        return Path(path).stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return None
