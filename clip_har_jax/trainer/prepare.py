@@ -6,10 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 from etils import epath
 
 from clip_har_jax import cli
@@ -19,6 +17,7 @@ from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.tracking import Trackers, check_trackers, read_run_info
 from clip_har_jax.models.factory import make_base
 from clip_har_jax.parallel import distributed
+from clip_har_jax.parallel.compile_cache import keep_compiled
 from clip_har_jax.settings import WARNED
 from clip_har_jax.trainer import screen
 from clip_har_jax.trainer.record import RecordSink, continue_account, data_record, update_record, write_record
@@ -70,7 +69,7 @@ class Job:
 
 def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str], options: Options) -> Job:
     """Return the run with its work folder locked and everything open; `stack` closes it."""
-    _keep_compiled()
+    keep_compiled()
     check_trackers(config.trackers, workdir)
     check_method(config.method)
     data, retention_data = load_data(config), load_retention(config)
@@ -99,14 +98,6 @@ def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str]
     retention = Retention(run, retention_data) if retention_data else None
     is_repeated = bool(record.get("finished")) and not changes
     return Job(run, options, checkpointer, times, sinks, trackers, stop, retention, is_repeated)
-
-
-def _keep_compiled() -> None:
-    """Keep compiled programs on disk, so that a run that starts again compiles nothing; a folder that was set stays."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "clip_har_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _claim(
