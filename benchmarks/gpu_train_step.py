@@ -8,9 +8,11 @@ made here, of the size and weight of photographs. "ratio" is the images/s of ViT
 that are published for an H100; null where no Hopper GPU measured it. Without a GPU nothing is claimed.
 """
 
+import gzip
 import itertools
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +36,8 @@ BATCH_SIZES = {"ViT-B/32": 1024, "ViT-B/16": 256, "ViT-L/14": 128}  # meant for 
 PUBLISHED_B16_IMAGES_PER_S = 1459
 WARM_UPS = 5
 NUM_PROMPTS = 45
+TINY = "tiny"  # a model that proves the way, on any device
+SIDE_FLAG = "--side"  # what this file is started with as a child process of `benchmarks.gpu`
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
@@ -73,77 +77,159 @@ def run_steps(
     return state, time.perf_counter() - begin, waited_s
 
 
-def measure(
-    device: "jax.Device", clip: "CLIPConfig", source: "Source", batch_size: int, steps: int, num_workers: int
-) -> dict[str, Any]:
-    """Measures one model on one device.
+class Training:
+    """One model's training on one device, compiled, with a batch that stays there and batches read from images.
 
     Args:
       source: images, which needn't have the model's size.
       num_workers: processes that decode; 0: threads.
     """
+
+    def __init__(self, device: "jax.Device", clip: "CLIPConfig", source: "Source", batch_size: int, num_workers: int):
+        from clip_har_jax.config import make_config
+        from clip_har_jax.data.pipeline import BadInputs, prefetch_to_mesh, train_batches
+        from clip_har_jax.models.params import init_params
+        from clip_har_jax.parallel.mesh import make_mesh
+        from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
+        from clip_har_jax.parallel.topology import find_chip
+        from clip_har_jax.preprocess import Preprocess
+        from clip_har_jax.training.methods import ClassInputs
+        from clip_har_jax.training.program import Program
+
+        config = make_config(
+            {
+                "model": {"compute_dtype": "bfloat16"},
+                "train": {"global_batch_size": batch_size},
+                "eval": {"batch_size": batch_size},
+                "data": {"num_workers": num_workers},
+            }
+        )
+        mesh, preprocess = make_mesh(config.mesh, [device]), Preprocess(image_size_px=clip.vision.image_size)
+        program = Program(config, clip, preprocess, len(source.labels), num_steps=10_000, mesh=mesh)
+        params = {name: np.asarray(value) for name, value in init_params(clip, seed=0).items()}
+        self._state, frozen = program.place(params)
+        ids = np.random.default_rng(0).integers(1, clip.text.vocab_size - 2, (NUM_PROMPTS, clip.text.context_length))
+        ids[:, -1] = clip.text.eos_token_id
+        prompts = program.place_prompts(ids.astype(np.int32), [i % len(source.labels) for i in range(NUM_PROMPTS)])
+        classes = ClassInputs(*prompts, None)
+        self._step = lambda state, batch: program.train_step(state, frozen, classes, batch)
+        self._device, self.batch_size = device, batch_size
+        chip = find_chip(device)
+        self.peak_flops = chip.peak_flops if chip else None
+        self.flops_per_step = program.flops_per_step(NUM_PROMPTS)
+        rows = batch_sharding(mesh)
+        self._read = train_batches(
+            source,
+            config.data,
+            preprocess,
+            seed=0,
+            global_batch_size=batch_size,
+            bad_inputs=BadInputs(source, config.data.max_bad_fraction),
+        )
+        self._batches = prefetch_to_mesh(self._read, lambda batch: put_local_rows(batch, rows))
+        self._resident = itertools.repeat(next(self._batches))
+        self.compile_s, _ = self.resident(1)
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._read.close()
+
+    def resident(self, count: int) -> tuple[float, float]:
+        """Step on the batch that stays on the device; returns the seconds, and those spent waiting for a batch."""
+        self._state, seconds, waited_s = run_steps(self._step, self._state, self._resident, count)
+        return seconds, waited_s
+
+    def fed(self, count: int) -> tuple[float, float]:
+        """Step on batches read from the images; returns as `resident`."""
+        self._state, seconds, waited_s = run_steps(self._step, self._state, self._batches, count)
+        return seconds, waited_s
+
+    def kernels(self) -> list[str]:
+        """Return the names of all kernels and host events in a trace of two steps."""
+        import jax
+
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder, create_perfetto_trace=True):
+                self.resident(2)
+            (path,) = Path(folder).rglob("perfetto_trace.json.gz")
+            events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        return sorted({event["name"] for event in events if event.get("ph") == "X"})
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        return (self._device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that were left out because they weren't finite."""
+        return int(self._state.skipped_total)
+
+
+def measure(
+    device: "jax.Device", clip: "CLIPConfig", source: "Source", batch_size: int, steps: int, num_workers: int
+) -> dict[str, Any]:
+    """Return one model's figures on one device."""
+    with Training(device, clip, source, batch_size, num_workers) as training:
+        training.resident(WARM_UPS)
+        resident_s, _ = training.resident(steps)
+        training.fed(WARM_UPS)
+        fed_s, waited_s = training.fed(steps)
+        peak, flops = training.peak_flops, steps * training.flops_per_step
+        return {
+            "batch_size": batch_size,
+            "first_step_s": training.compile_s,
+            "resident_images_per_s": steps * batch_size / resident_s,
+            "images_per_s": steps * batch_size / fed_s,
+            "mfu_resident": peak and flops / resident_s / peak,
+            "mfu": peak and flops / fed_s / peak,
+            "data_wait_fraction": waited_s / fed_s,
+            "peak_memory_bytes": training.peak_memory_bytes,
+            "skipped_steps": training.skipped_steps,
+        }
+
+
+def serve(name: str, batch_size: int, folder: str) -> None:
+    """Be the child process: compile, then answer `resident N`, `fed N` and `trace` from standard input."""
     import jax
 
-    from clip_har_jax.config import make_config
-    from clip_har_jax.data.pipeline import BadInputs, prefetch_to_mesh, train_batches
-    from clip_har_jax.models.params import init_params
-    from clip_har_jax.parallel.mesh import make_mesh
-    from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
-    from clip_har_jax.parallel.topology import find_chip
-    from clip_har_jax.preprocess import Preprocess
-    from clip_har_jax.training.methods import ClassInputs
-    from clip_har_jax.training.program import Program
+    from clip_har_jax.data.sources import make_source
+    from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+    from clip_har_jax.models.factory import NAMED_SIZES
+    from clip_har_jax.parallel import xla_flags
 
-    config = make_config(
-        {
-            "model": {"compute_dtype": "bfloat16"},
-            "train": {"global_batch_size": batch_size},
-            "eval": {"batch_size": batch_size},
-            "data": {"num_workers": num_workers},
-        }
+    xla_flags.apply()
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2}
+    tiny = CLIPConfig(
+        TextConfig(**tower, vocab_size=50, context_length=6, bos_token_id=48, eos_token_id=49),
+        VisionConfig(**tower, image_size=16, patch_size=8),
+        projection_dim=8,
     )
-    mesh, preprocess = make_mesh(config.mesh, [device]), Preprocess(image_size_px=clip.vision.image_size)
-    program = Program(config, clip, preprocess, len(source.labels), num_steps=10_000, mesh=mesh)
-    state, frozen = program.place({name: np.asarray(value) for name, value in init_params(clip, seed=0).items()})
-    ids = np.random.default_rng(0).integers(1, clip.text.vocab_size - 2, (NUM_PROMPTS, clip.text.context_length))
-    ids[:, -1] = clip.text.eos_token_id
-    prompts = program.place_prompts(ids.astype(np.int32), [i % len(source.labels) for i in range(NUM_PROMPTS)])
-    classes = ClassInputs(*prompts, None)
-
-    def train_step(state: Any, batch: "Batch") -> Any:
-        return program.train_step(state, frozen, classes, batch)
-
-    rows = batch_sharding(mesh)
-    with train_batches(
-        source,
-        config.data,
-        preprocess,
-        seed=0,
-        global_batch_size=batch_size,
-        bad_inputs=BadInputs(source, config.data.max_bad_fraction),
-    ) as read:
-        batches = prefetch_to_mesh(read, lambda batch: put_local_rows(batch, rows))
-        resident = itertools.repeat(next(batches))
-        state, compile_s, _ = run_steps(train_step, state, resident, 1)
-        state, _, _ = run_steps(train_step, state, resident, WARM_UPS)
-        state, resident_s, _ = run_steps(train_step, state, resident, steps)
-        state, _, _ = run_steps(train_step, state, batches, WARM_UPS)
-        state, fed_s, waited_s = run_steps(train_step, state, batches, steps)
-    chip = find_chip(device)
-    peak = chip.peak_flops if chip else None
-    flops = steps * program.flops_per_step(NUM_PROMPTS)
-    stats = device.memory_stats() or {}
-    return {
-        "batch_size": batch_size,
-        "first_step_s": compile_s,
-        "resident_images_per_s": steps * batch_size / resident_s,
-        "images_per_s": steps * batch_size / fed_s,
-        "mfu_resident": peak and flops / resident_s / peak,
-        "mfu": peak and flops / fed_s / peak,
-        "data_wait_fraction": waited_s / fed_s,
-        "peak_memory_bytes": stats.get("peak_bytes_in_use"),
-        "skipped_steps": int(jax.device_get(state.skipped_total)),
-    }
+    device = jax.devices()[0]
+    source = make_source(f"folder:{folder}", "train", (), several_classes=True)
+    # Decoding processes for real sizes only: their start takes longer than the tiny model's steps.
+    workers = 0 if name == TINY else max(1, (os.cpu_count() or 1) - 2)
+    with Training(device, tiny if name == TINY else NAMED_SIZES[name], source, batch_size, workers) as training:
+        training.resident(WARM_UPS)
+        about = {
+            "platform": device.platform,
+            "compile_s": training.compile_s,
+            "flops_per_step": training.flops_per_step,
+            "peak_flops": training.peak_flops,
+        }
+        print(json.dumps(about), flush=True)
+        for line in sys.stdin:
+            action, _, count = line.strip().partition(" ")
+            answer: dict[str, Any]
+            if action == "trace":
+                answer = {"kernels": training.kernels()}
+            else:
+                if action == "fed":
+                    training.fed(WARM_UPS)
+                seconds, waited_s = (training.fed if action == "fed" else training.resident)(int(count))
+                answer = {"seconds": seconds, "waited_s": waited_s, "peak_memory_bytes": training.peak_memory_bytes}
+            print(json.dumps(answer), flush=True)
 
 
 def measure_largest(device: "jax.Device", name: str, source: "Source", steps: int, num_workers: int) -> dict[str, Any]:
@@ -208,4 +294,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    if sys.argv[1:2] == [SIDE_FLAG]:
+        serve(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    else:
+        cli.run(main)

@@ -1,6 +1,6 @@
 """A CLIP training step of ours beside that of transformers' torch CLIPModel: ViT-B/32, both towers, float32, CPU.
 
-    python -m benchmarks.train_step [--torch_python=.venv-torch/bin/python] [--batch_size=8] [--rounds=10]
+    python -m benchmarks.train_step [--torch_python=.venv-torch/bin/python] [--family=clip] [--rounds=10]
 
 Both sides begin with the same weights, take the same images and texts of 77 tokens, the contrastive loss of Radford
 et al. 2021 and AdamW. Each is a process of its own; they take turns, step by step, so that what else the machine does
@@ -154,6 +154,7 @@ def measure(torch_python: str, batch_size: int, rounds: int) -> dict[str, tuple[
 def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch and transformers")
+    parser.add_argument("--family", choices=("clip",), default="clip", help="of models, as --family=clip")
     parser.add_argument("--batch_size", type=int, default=8, help="images, and as many texts, as --batch_size=16")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side, as --rounds=20")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores for each side, as --cores=1")

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import pytest
 from PIL import Image
 
+from benchmarks.gpu import Child
 from benchmarks.gpu_train_step import BATCH_SIZES, measure, print_table, write_photographs
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
@@ -61,3 +63,44 @@ def test_the_command_without_a_gpu(flags, code):
         assert json.loads(result) == {"benchmark": "gpu_train_step", "ratio": None, "device": None, "models": {}}
     else:
         assert done.stderr.splitlines() == ["error: --models=ViT-B/17: did you mean 'ViT-B/16'?"]
+
+
+@pytest.mark.slow
+def test_all_of_the_gpu_benchmark_on_a_cpu(tmp_path):
+    """With very small models; torch's side only where this environment has torch, and the result says so."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    flags = ["--tiny", f"--output={tmp_path}", "--steps=2", "--rounds=2", "--budget_s=1800"]  # GPUs are faster
+    command = ["bash", "benchmarks/gpu.sh", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["parity"]["passed"], done.stdout
+    values = result["models"]["tiny"]
+    assert set(values["errors"]) <= {"torch"}, values["errors"]
+    assert ("torch" in values["errors"]) == (values["ratio"] is None) == (done.returncode == 1)
+    assert values["images_per_s"] > 0 and values["fed_images_per_s"] > 0 and values["compile_s"] > 0
+    assert 0 <= values["data_wait_fraction"] < 1
+    assert values["mfu"] is None and values["flash_attention"] is None  # nothing is claimed on a CPU
+    assert json.loads((tmp_path / "gpu.json").read_text()) == result
+    assert "| tiny |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_gpu_benchmark_without_a_gpu(tmp_path):
+    command = ["bash", "benchmarks/gpu.sh", f"--output={tmp_path}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert done.stdout.startswith("no GPU here")
+    assert json.loads(done.stdout.splitlines()[-1])["models"] == {}
+
+
+def test_a_part_ends_at_its_deadline(tmp_path):
+    child = Child([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", time.monotonic() + 0.5, {})
+    with pytest.raises(RuntimeError, match="time was over"):
+        child.ask("")
+    child.close()
+
+
+def test_a_part_that_fails_says_why(tmp_path):
+    child = Child([sys.executable, "-c", "raise SystemExit('no kernel')"], tmp_path / "log", time.monotonic() + 60, {})
+    with pytest.raises(RuntimeError, match="exit code 1: no kernel"):
+        child.ask("")
+    child.close()
