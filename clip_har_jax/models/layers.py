@@ -55,6 +55,42 @@ class Runtime:
         return "cudnn" if self.attention == "cudnn" or (self.attention == "auto" and flash) else "xla"
 
 
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(inputs: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = inputs
+    of_x = jax.lax.dot_general(grad, kernel, (((grad.ndim - 1,), (1,)), ((), ())))
+    rows, of_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    return of_x, jax.lax.dot_general(rows, of_rows, (((0,), (0,)), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def last_dim_product(
+    x: Float[Array, "*b i"],
+    kernel: Float[Array, "i o"],
+    dimension_numbers: object,
+    precision: object = None,
+    **_: object,
+) -> Float[Array, "*b o"]:
+    """Return x @ kernel, in the form that `nnx.Linear` calls, with a gradient of the kernel that needs no transpose.
+
+    JAX's own rule computes that gradient as grad^T x and transposes the result. On CPUs the compiler then transposes
+    `grad` first, and the product runs at 0.5 to 0.8 of the rate of x^T grad.
+    """
+    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
+    assert precision is None, precision
+    return _product(x, kernel)
+
+
 def linear(
     in_dim: int,
     out_dim: int,
@@ -73,6 +109,7 @@ def linear(
         dtype=runtime.dtype,
         kernel_init=nnx.with_partitioning(nnx.initializers.normal(std), axes),
         bias_init=nnx.with_partitioning(nnx.initializers.zeros_init(), axes[1:]),
+        dot_general=last_dim_product,
         rngs=rngs,
     )
 
