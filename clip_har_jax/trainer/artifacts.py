@@ -14,7 +14,6 @@ from clip_har_jax.data.sources import Source
 from clip_har_jax.evaluation.calibration import Calibration
 from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import write_result
-from clip_har_jax.evaluation.report import Details
 from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.files import is_local, write_json
 from clip_har_jax.folders import replace_folder
@@ -49,6 +48,8 @@ def write_report(validation: Validation, step: int, result: EvalResult) -> epath
         about = {"run": str(run.workdir), "step": str(step), "data": validation.data_name}
         names = [_name(run.data.val, int(i)) for i in result.scores.index]
         if is_local(folder):
+            from clip_har_jax.evaluation.report import Details  # draws: a second of imports on the way to a step
+
             details = Details(history=read_history(Path(run.workdir / "model")))
             write_result(result, Path(folder), names, about, details)
         else:
