@@ -84,7 +84,7 @@ def make_report(
             num_classes=len(labels),
             matrix_named=len(labels) <= MAX_NAMED_CLASSES,
             headlines=HEADLINES,
-            intervals=bootstrap_intervals(result.scores, len(labels)),
+            intervals=bootstrap_intervals(result.scores, len(labels)) | {"top1": result.metrics["top1_interval"]},
             pictures=_pictures(result, labels),
             confusions=worst_confusions(result, labels),
             per_class=sorted(per_class, key=lambda item: (item[1]["support"] == 0, item[1]["f1"])),

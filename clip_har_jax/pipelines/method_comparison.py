@@ -23,6 +23,7 @@ from clip_har_jax.models.factory import make_base
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
 from clip_har_jax.pipelines.tuning import (
     Space,
+    fingerprints,
     finished,
     run_training,
     search,
@@ -123,7 +124,8 @@ def run_cell(config: RunConfig, output: Path, test: str) -> dict[str, Any]:
     """Return the result of one run and its evaluation, which is read if finished, and otherwise computed."""
     folder = _folder(config, output)
     done = folder / "cell.json"
-    if known := finished(done, config, test=test):
+    data = fingerprints(config, test)
+    if known := finished(done, config, data, test=test):
         return known
     result = run_training(config, folder / "run")
     metrics = evaluate_on(config, folder / "run/model", test)
@@ -138,6 +140,7 @@ def run_cell(config: RunConfig, output: Path, test: str) -> dict[str, Any]:
         "fit": {name: value for name, value in record["fit"].items() if not name.startswith("val_")},
         "test": test,
         "config_hash": config.digest,
+        "data": data,
         "val_top1": result.metrics["top1"],
         "top1": metrics["top1"],
         "ece": metrics["ece"],

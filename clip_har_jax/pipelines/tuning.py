@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from clip_har_jax.config import RetentionConfig, RunConfig
+from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
 from clip_har_jax.models.configuration import CLIPConfig
@@ -99,13 +101,15 @@ def try_setting(config: RunConfig, rate: float, decay: float, output: Path) -> d
     config = dataclasses.replace(config, retention=RetentionConfig())
     folder = output / "search" / config.method.name / setting_name(config)
     done = folder / "tried.json"
-    if known := finished(done, config):
+    data = fingerprints(config)
+    if known := finished(done, config, data):
         return known
     result = run_training(config, folder / "run")
     tried = {
         "learning_rate": rate,
         "weight_decay": decay,
         "config_hash": config.digest,
+        "data": data,
         "val_top1": result.metrics["top1"],
         "val_nll": result.metrics["nll"],
         "seconds": result.seconds,
@@ -121,17 +125,32 @@ def setting_name(config: RunConfig) -> str:
     return f"rate_{config.optim.learning_rate:.3g}_decay_{config.optim.weight_decay:.3g}"
 
 
-def finished(done: Path, config: RunConfig, **same: Any) -> dict[str, Any] | None:
+def fingerprints(config: RunConfig, test: str = "") -> dict[str, str]:
+    """Return the fingerprint of each part of the data, by its config key; it follows the contents."""
+    specs = [("data.train", config.data.train, "train"), ("data.val", config.data.val, "val"), ("test", test, "test")]
+    return {key: make_source(spec, split).fingerprint for key, spec, split in specs if spec}
+
+
+def finished(done: Path, config: RunConfig, data: Mapping[str, str], **same: Any) -> dict[str, Any] | None:
     """Return the result of a finished run; None if there is none yet.
 
+    Args:
+      done: the file of the cell.
+      config: that the cell must have been made with.
+      data: `fingerprints` that the cell must have been made from.
+      same: further values that must be equal.
+
     Raises:
-      UserError: it is of another config or other data.
+      UserError: it is of another config or other data, or the data changed since.
     """
     if not done.is_file():
         return None
     cell: dict[str, Any] = json.loads(done.read_text())
     if any(cell[key] != value for key, value in {"config_hash": config.digest, **same}.items()):
         raise UserError(f"{done} is of another config or test data; use another --output")
+    known = cell.get("data", data)  # cells of earlier versions don't say
+    if changed := [key for key, value in data.items() if known.get(key) != value]:
+        raise UserError(f"{done}: {', '.join(changed)} changed since it was made; use another --output")
     return cell
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from clip_har_jax.pipelines.tuning import Needs, Space, search, training_needs, 
 from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.run_data import validates_on_test
 from clip_har_jax.trainer.train import train
-from tests.support.model_folders import write_images, write_model
+from tests.support.model_folders import write_image, write_images, write_model
 
 LABELS = ("cycling", "running", "sleeping")
 
@@ -102,6 +103,12 @@ def test_the_search_looks_at_validation_alone(folders, tmp_path, monkeypatch):
     assert len(tried) == len(seen) == 4
     assert not any(each.retention.data for each in seen)
     assert search(config, Needs(1, has_decay=True), tmp_path, space)[0] == chosen
+    (picture,) = (Path(config.data.train.removeprefix("folder:")) / LABELS[0]).glob("0.png")
+    before = picture.read_bytes()
+    write_image(picture, seed=999)
+    with pytest.raises(UserError, match=r"tried\.json: data\.train changed since it was made"):
+        search(config, Needs(1, has_decay=True), tmp_path, space)
+    picture.write_bytes(before)
     assert search(config, Needs(1, has_decay=False), tmp_path, space)[0] == (1e-3, 0.1)
     assert len(seen) == 4  # what is tried is kept
 
