@@ -10,6 +10,8 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import sha256
+from clip_har_jax.inference import text_cache
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import make_prompts, phrase
 
@@ -173,7 +175,14 @@ class JaxBackend:
             return directions / np.linalg.norm(directions, axis=-1, keepdims=True)
         prompts = [actions.prompts[label] for label in actions.labels]
         ids = self.tokenize([text for group in prompts for text in group])
-        return mean_by_class(self.embed_texts(ids), [len(group) for group in prompts])
+        counts = [len(group) for group in prompts]
+        if len(ids) < text_cache.CACHED_FROM:
+            return mean_by_class(self.embed_texts(ids), counts)
+        import jax
+
+        program = f"{jax.__version__} {jax.default_backend()} {ids.shape} {counts}"
+        key = sha256([text_cache.weights_digest(self.path), ids.tobytes(), program])
+        return text_cache.cached(key, lambda: mean_by_class(self.embed_texts(ids), counts))
 
     def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "p t"]:
         """Token ids, padded to the model's context length."""
