@@ -22,6 +22,12 @@ def baselines_of(state: ClassificationState) -> dict[str, float]:
     return {"chance": 1 / len(support), "majority": float(support.max() / support.sum())}
 
 
+def zero_shot_on(record: Mapping[str, Any], data: str) -> float | None:
+    """Return the start's zero-shot accuracy from run.json, if it was measured on these data; None: it wasn't."""
+    known = record.get("baselines", {})
+    return known.get("zero_shot") if known.get("data") == data else None
+
+
 def verdict(metrics: Mapping[str, Any], zero_shot: float | None = None) -> str:
     """Say in a sentence or two how top-1 compares with the baselines.
 
