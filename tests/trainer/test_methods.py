@@ -106,6 +106,9 @@ def test_each_method_beats_zero_shot_and_changes_what_it_says(name, start, zero_
     rate = {"learning_rate": RATES[name]} if name in RATES else {}
     result = train(config_for(start, name, optim=rate), tmp_path, quiet=True)
     assert result.metrics["top1"] > zero_shot + 0.05
+    baselines = json.loads((tmp_path / "model" / "run.json").read_text())["baselines"]
+    assert baselines["zero_shot"] == result.zero_shot == pytest.approx(zero_shot)
+    assert (baselines["chance"], baselines["data"]) == (1 / len(NEW), "synthetic?split=val")
     before, after = params_of(start), params_of(result.model)
     for key, value in before.items():
         if not changes(key):

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -341,6 +342,18 @@ def test_a_trace_is_written_to_a_disk_only(folders):
     data, base = load_data(config_for(folders)), make_base(str(folders[0]), [])
     with pytest.raises(UserError, match="--profile_steps: a trace is written to a disk only, not to gs://bucket/run"):
         setup(config_for(folders), epath.Path("gs://bucket/run"), data, base, {}, (1, 2))
+
+
+def test_an_array_that_moves_by_accident_ends_the_run(folders, tmp_path):
+    class Moving:
+        def write(self, step, metrics):
+            jnp.add(jnp.ones(2), np.ones(2, np.float32))
+
+        def close(self):
+            pass
+
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(config_for(folders), tmp_path, sinks=[Moving()], quiet=True)
 
 
 def test_other_files_under_the_same_name_are_warned_of(folders, tmp_path, capsys):
