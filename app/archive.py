@@ -1,42 +1,129 @@
-"""Pictures in a zip that a stranger made."""
+"""Pictures in a zip that a stranger made, within bounds that are checked before anything is unpacked.
+
+Nothing is written, so that no name in the archive can do harm, and one picture is in memory at a time.
+"""
 
 import io
 import stat
+import struct
 import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import PurePosixPath
+from typing import overload
 
-import parts
-from service import Trouble
+from app.client import Trouble
 
 MAX_PICTURES = 500
-SUFFIXES = tuple(f".{kind}" for kind in parts.KINDS)
+MAX_PICTURE_BYTES = 10_000_000
+MAX_TOTAL_BYTES = 1_000_000_000  # of all pictures, unpacked
+MAX_RATIO = 200  # unpacked to packed; photographs have about 1, flat drawings up to 100
+HARMLESS_BYTES = 50_000_000  # unpacked; below this the ratio doesn't matter
+MAX_DEPTH = 16  # folders in one another
+MAX_DIRECTORY_BYTES = 2_000_000  # of the list of entries, which zipfile reads whole
+END = struct.Struct("<4s4H2LH")  # the end of a zip: signature, disks, counts, size and offset of the list, comment
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may ask for gigabytes to unpack with
+ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError)
 
 
-def unpack(name: str, content: bytes) -> list[tuple[str, bytes]]:
-    """Return the pictures in a zip, by their place in it. Nothing is written anywhere, so that no path in it can harm.
+class Pictures(Sequence[tuple[str, bytes]]):
+    """The pictures of an archive, each read when it is asked for; at most MAX_PICTURE_BYTES + 1 of its bytes."""
+
+    def __init__(self, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]):
+        self._archive, self._entries = archive, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, bytes]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, bytes]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, bytes] | list[tuple[str, bytes]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        entry = self._entries[index]
+        with self._archive.open(entry) as file:
+            return entry.filename, file.read(MAX_PICTURE_BYTES + 1)
+
+
+def unpack(name: str, content: bytes, suffixes: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")) -> Pictures:
+    """Return the pictures in a zip, by their place in it, after all of it was read once.
+
+    Args:
+      name: of the archive, for messages.
+      content: its bytes.
+      suffixes: of pictures, in lower case.
 
     Raises:
-      Trouble: no zip, a protected one, or too much in it.
+      Trouble: no zip, a damaged or protected one, names that lead out of it, links, or too much in it.
     """
+    _check_directory(name, content)
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = [entry for entry in archive.infolist() if _is_picture(entry)]
-            if len(entries) > MAX_PICTURES:
-                raise Trouble(f"{name} holds {len(entries)} pictures; {MAX_PICTURES} or fewer can be done at once.")
-            return [(entry.filename, _read(archive, entry)) for entry in entries]
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        entries = [entry for entry in archive.infolist() if not _is_junk(entry)]
+        for entry in entries:
+            _check_entry(name, entry)
+        pictures = [entry for entry in entries if _path(entry).suffix.lower() in suffixes and not entry.is_dir()]
+        _check_amount(name, pictures)
+        for entry in pictures:
+            _read_through(archive, entry)
+    except ERRORS as error:
         raise Trouble(f"{name} is a damaged zip, or none. Make it again and try once more.") from error
-    except RuntimeError as error:  # how zipfile says that a password is needed
-        raise Trouble(f"{name} is protected by a password. Make one without.") from error
+    return Pictures(archive, pictures)
 
 
-def _is_picture(entry: zipfile.ZipInfo) -> bool:
-    path = PurePosixPath(entry.filename.replace("\\", "/"))
-    hidden = any(part.startswith((".", "__MACOSX")) and part != ".." for part in path.parts)
-    link = stat.S_ISLNK(entry.external_attr >> 16)
-    return not entry.is_dir() and not hidden and not link and path.suffix.lower() in SUFFIXES
+def _check_directory(name: str, content: bytes) -> None:
+    """Refuse a list of entries that is too long to be read."""
+    tail = content[-(END.size + 65_536) :]
+    start = len(tail) - END.size
+    if tail[-END.size : -18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":  # as zipfile looks for it
+        start = tail.rfind(b"PK\x05\x06")
+    if start < 0 or start + END.size > len(tail):
+        raise Trouble(f"{name} is a damaged zip, or none. Make it again and try once more.")
+    size = END.unpack_from(tail, start)[5]
+    large_format = tail[max(0, start - 20) : start].startswith(b"PK\x06\x07")  # Zip64, whose list may be of any size
+    if size > MAX_DIRECTORY_BYTES or large_format:
+        raise Trouble(f"{name} holds too many files. Put the pictures alone into a zip, {MAX_PICTURES} or fewer.")
 
 
-def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+def _path(entry: zipfile.ZipInfo) -> PurePosixPath:
+    return PurePosixPath(entry.filename.replace("\\", "/"))
+
+
+def _is_junk(entry: zipfile.ZipInfo) -> bool:
+    """Return whether an entry is what systems add of their own accord: hidden files, macOS's folder."""
+    return any(part.startswith((".", "__MACOSX")) and part != ".." for part in _path(entry).parts)
+
+
+def _check_entry(name: str, entry: zipfile.ZipInfo) -> None:
+    path, kind = _path(entry), stat.S_IFMT(entry.external_attr >> 16)
+    if path.is_absolute() or ".." in path.parts or any(":" in part for part in path.parts[:1]):
+        raise Trouble(f"{name} holds a file whose name leads out of the zip. Make it again from one folder.")
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise Trouble(f"{name} holds a link or a device. Make it again with the pictures themselves.")
+    if len(path.parts) > MAX_DEPTH:
+        raise Trouble(f"{name} holds folders in one another, over {MAX_DEPTH} deep. Put the pictures into one folder.")
+    if entry.flag_bits & 1:
+        raise Trouble(f"{name} is protected by a password. Make one without.")
+    if entry.compress_type not in METHODS:
+        raise Trouble(f"{name} is compressed in a way that isn't read here. Make an ordinary zip.")
+
+
+def _check_amount(name: str, pictures: list[zipfile.ZipInfo]) -> None:
+    if len(pictures) > MAX_PICTURES:
+        raise Trouble(f"{name} holds {len(pictures)} pictures; {MAX_PICTURES} or fewer can be done at once.")
+    # zipfile gives no more of an entry than the size in its list, so these sums can't be exceeded.
+    unpacked, packed = sum(one.file_size for one in pictures), sum(one.compress_size for one in pictures)
+    if unpacked > MAX_TOTAL_BYTES or (unpacked > HARMLESS_BYTES and unpacked > MAX_RATIO * packed):
+        raise Trouble(
+            f"{name} would unpack to {unpacked / 1e6:.0f} MB, more than is taken. Send fewer pictures at once."
+        )
+
+
+def _read_through(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Read an entry to its end, where its checksum stands; one that is too large anyhow only to the limit."""
+    left = MAX_PICTURE_BYTES + 1
     with archive.open(entry) as file:
-        return file.read(parts.MAX_IMAGE_BYTES + 1)  # one more than is allowed, whatever the header claims
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            left -= len(part)

@@ -4,14 +4,19 @@ It speaks to a running service (HAR_URL, HAR_KEY), or starts one on the demo's m
 """
 
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import own_service
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Streamlit puts only this file's folder there
+
 import streamlit as st
-from parts import STYLE
-from service import Service, Trouble, configured
+
+from app import own_service
+from app.client import AppClient, Trouble, configured
+from app.widgets import STYLE
 
 PAGES = (
     ("try_it", "Try it", ":material/image_search:"),
@@ -28,11 +33,11 @@ WITHOUT_SERVICE = ("runs",)
 
 @st.cache_resource(show_spinner="Starting the service; this takes a few seconds ...")
 def own_url(_origin: str | None) -> str:
-    """Where the app's own service is; one for all visitors."""
+    """Return the address of the app's own service; one for all visitors."""
     return own_service.start(_origin)
 
 
-def connect() -> Service:
+def connect() -> AppClient:
     """Return the service that this visitor uses."""
     if "service" not in st.session_state:
         url, key = configured()
@@ -40,12 +45,20 @@ def connect() -> Service:
         origin = f"{page.scheme}://{page.netloc}" if page.netloc else None
         if url is None and not own_service.is_ready(own_url(origin)):
             own_url.clear()  # it ended; the next call starts another
-        st.session_state.service = Service(url or own_url(origin), key)
+        st.session_state.service = AppClient(url or own_url(origin), key)
     return st.session_state.service
 
 
+def open_to_others() -> str | None:
+    """Return a warning where other machines can reach the page, which asks nobody for a key; else None."""
+    address = str(st.get_option("server.address") or "")
+    if address in ("localhost", "127.0.0.1", "::1") or os.environ.get("APP_BEHIND_PROXY") == "true":
+        return None
+    return "Everyone who reaches this address can use this page: it has no key. Put a proxy with a login in front."
+
+
 def show_trouble(trouble: Trouble) -> None:
-    """Return the sentence, and what helps."""
+    """Show the sentence, and what helps."""
     st.error(str(trouble), icon=":material/error:")
     if isinstance(trouble, own_service.NoModel):
         st.code(own_service.COMMANDS, language="bash", wrap_lines=True)
@@ -58,7 +71,8 @@ def show(title: str, run: Callable[[], None], with_service: bool = True) -> None
     """Run a page; whatever happens in it, a person reads a sentence."""
     try:
         if with_service:
-            st.session_state.models = connect().models()
+            answer = connect().models()
+            st.session_state.models, st.session_state.limits = answer.models, answer.limits
         run()
     except Trouble as trouble:
         show_trouble(trouble)
@@ -70,6 +84,8 @@ def show(title: str, run: Callable[[], None], with_service: bool = True) -> None
 def main() -> None:
     st.set_page_config(page_title="Human actions", page_icon=str(ICON), layout="wide")
     st.html(STYLE)
+    if warning := open_to_others():
+        st.warning(warning, icon=":material/lock_open:")
     pages = [
         st.Page(f"views/{name}.py", title=title, icon=icon, url_path=name, default=name == "try_it")
         for name, title, icon in PAGES

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import httpx
-from service import Trouble
+
+from app.client import Trouble
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 60.0
@@ -24,7 +25,7 @@ class NoModel(Trouble):
 
 
 def start(origin: str | None = None) -> str:
-    """Start the service and wait until it is ready; gives its address.
+    """Start the service on loopback, wait until it is ready, and return its address.
 
     Args:
       origin: of the app's own page, which may then send it what a camera sees.
@@ -46,7 +47,8 @@ def start(origin: str | None = None) -> str:
         cwd=ROOT,
         env={
             **os.environ,
-            "HAR_RATE_LIMIT_PER_S": "0",
+            "HAR_HOST": "127.0.0.1",  # without a key it is for this machine alone, whatever the environment says
+            "HAR_API_KEYS": "",
             **{name: json.dumps(value) for name, value in settings.items()},
         },
         stdin=subprocess.DEVNULL,

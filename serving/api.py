@@ -7,22 +7,14 @@ import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 
-from serving.classes import Classes, Prompts
+from clip_har_jax.formats import format_titles, readable_formats
+from serving.calls import Call, QueryCall, deadline_after, service_of
+from serving.classes import Prompts, TextClasses
 from serving.images import overlay
-from serving.models import Model, softmax
+from serving.loaded_models import Entry
+from serving.models import softmax
 from serving.problems import Problem, responses
-from serving.registry import Entry
-from serving.requests import (
-    LONGEST_MS,
-    HowAsked,
-    Timeout,
-    Upload,
-    WhichModel,
-    deadline_of,
-    free_classes,
-    read_uploads,
-    while_wanted,
-)
+from serving.requests import AnswerQuery, Upload
 from serving.schemas import (
     ActivateRequest,
     Answer,
@@ -31,14 +23,16 @@ from serving.schemas import (
     ClassesRequest,
     Embedding,
     Explanation,
+    ImageKind,
+    Limits,
     LoadRequest,
     Models,
     ModelStatus,
-    Prediction,
+    PredictionBody,
     to_scored,
 )
 from serving.service import Service
-from serving.settings import NAME
+from serving.settings import NAME, Settings
 
 router = APIRouter(prefix="/v1")
 ModelName = Annotated[str, Path(pattern=NAME, examples=["har"])]
@@ -68,113 +62,91 @@ def image_body(field: dict[str, Any], raw: bool = True, classes: bool = True) ->
     content: dict[str, Any] = {"multipart/form-data": {"schema": form}}
     if raw:
         binary = {"schema": {"type": "string", "format": "binary"}}
-        content |= dict.fromkeys(("image/jpeg", "image/png", "image/webp"), binary)
+        content |= {one.media_type: binary for one in readable_formats()}
     return {"requestBody": {"required": True, "content": content}}
 
 
-BINARY = {"type": "string", "format": "binary", "description": "a JPEG, PNG or WebP file"}
+BINARY = {"type": "string", "format": "binary", "description": f"a file: {format_titles()}"}
 ONE_IMAGE, ONE_IMAGE_ALONE = image_body(BINARY), image_body(BINARY, classes=False)
 MANY_IMAGES = image_body({"type": "array", "items": BINARY, "minItems": 1}, raw=False)
 
 
-def service_of(request: Request) -> Service:
-    """Return the service that a request came to."""
-    return request.app.state.service
-
-
-async def _one_image(request: Request, service: Service) -> tuple[Upload, str | None]:
-    (upload,), classes = await read_uploads(request, "image", 1)
-    return upload, classes
-
-
-async def _classes(
-    service: Service, model: Model, prompts: dict[str, Prompts] | None, deadline: float
-) -> Classes | None:
-    """What an embedding is compared with; None: the classifier's own classes."""
+async def _classes(call: Call, prompts: dict[str, Prompts] | None) -> TextClasses | None:
+    """Return the classes that an embedding is compared with; None: the classifier's own."""
     if prompts is None:
-        return model.classes
-    if not model.accepts_classes:
-        raise model.refusal()
-    return await model.open_vocabulary(prompts, service.batcher, deadline)
+        return call.model.classes
+    if not call.model.accepts_classes:
+        raise call.model.refusal()
+    return await call.model.open_vocabulary(prompts, call.service.batcher, call.deadline)
 
 
-async def _probs(
-    service: Service, model: Model, classes: Classes | None, pixels: np.ndarray, deadline: float
-) -> np.ndarray:
-    """Class probabilities of one decoded image."""
+async def _probs(call: Call, classes: TextClasses | None, pixels: np.ndarray) -> np.ndarray:
+    """Return the class probabilities of one decoded image."""
+    batcher, model = call.service.batcher, call.model
     if classes is None:
-        return softmax(await service.batcher.run(model.classify, pixels, deadline))
-    return softmax(classes.logits(await service.batcher.run(model.embed, pixels, deadline)))
+        return softmax(await batcher.run(model.classify, pixels, call.deadline))
+    return softmax(classes.logits(await batcher.run(model.embed, pixels, call.deadline)))
 
 
-def _answer(service: Service, model: Model, labels: tuple[str, ...], probs: np.ndarray, asked: HowAsked) -> Answer:
-    top = to_scored(labels, probs, asked.top)
+def _answer(call: Call, classes: TextClasses | None, probs: np.ndarray, options: AnswerQuery) -> Answer:
+    model, metrics = call.model, call.service.metrics
+    labels = classes.labels if classes else model.labels
+    top = to_scored(labels, probs, options.top)
     own = labels == model.labels
-    threshold = asked.threshold if asked.threshold is not None else (model.abstain_below if own else None)
+    threshold = options.threshold if options.threshold is not None else (model.abstain_below if own else None)
     abstained = threshold is not None and top[0].score < threshold
-    service.metrics.predictions.labels(model.name, top[0].label if own else "(free text)").inc()
+    metrics.predictions.labels(model.name, top[0].label if own else "(free text)").inc()
     if abstained:
-        service.metrics.abstentions.labels(model.name).inc()
+        metrics.abstentions.labels(model.name).inc()
     return Answer(label=None if abstained else top[0].label, score=top[0].score, top=top, abstained=abstained)
 
 
 @router.post("/predict", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE)
-async def predict(request: Request, which: WhichModel, asked: HowAsked, timeout_ms: Timeout = LONGEST_MS) -> Prediction:
-    """What the image shows: the most probable actions, of the model's own classes or of `classes` in free text."""
-    service = service_of(request)
-    deadline = deadline_of(service.settings, timeout_ms)
-    model = service.begin(request, which)
-    upload, field = await _one_image(request, service)
-    prompts = free_classes(list(asked.classes), field, service.settings)
+async def predict(call: QueryCall, options: AnswerQuery) -> PredictionBody:
+    """Return the most probable actions in the image, of the model's own classes or of `classes` in free text."""
+    upload, field = await call.read_image()
+    prompts = call.free_classes(options.classes, field)
+    service, model, deadline = call.service, call.model, call.deadline
 
-    async def work() -> Prediction:
-        classes = await _classes(service, model, prompts, deadline)
+    async def work() -> PredictionBody:
+        classes = await _classes(call, prompts)
         async with service.batcher.admit(model.embed if classes else model.classify):
             pixels = await service.decode(upload.data, model, deadline)
-            probs = await _probs(service, model, classes, pixels, deadline)
-        answer = _answer(service, model, classes.labels if classes else model.labels, probs, asked)
-        return Prediction(**dict(answer), model=model.ref)
+            probs = await _probs(call, classes, pixels)
+        return PredictionBody(**dict(_answer(call, classes, probs, options)), model=model.ref)
 
-    return await while_wanted(request, work())
+    return await call.answer(work())
 
 
 @router.post("/predict/batch", responses=IMAGE_ERRORS, openapi_extra=MANY_IMAGES, response_model_exclude_none=False)
-async def predict_batch(
-    request: Request, which: WhichModel, asked: HowAsked, timeout_ms: Timeout = LONGEST_MS
-) -> BatchPrediction:
+async def predict_batch(call: QueryCall, options: AnswerQuery) -> BatchPrediction:
     """As /v1/predict for several images, the form's field `image` repeated; one that can't be read has an error."""
-    service = service_of(request)
-    deadline = deadline_of(service.settings, timeout_ms)
-    model = service.begin(request, which)
-    uploads, field = await read_uploads(request, "image", service.settings.max_batch_images)
-    prompts = free_classes(list(asked.classes), field, service.settings)
-    service.limiter.take(request.state.client, len(uploads) - 1)
+    service, model, deadline = call.service, call.model, call.deadline
+    uploads, field = await call.read_uploads(service.settings.max_batch_images)
+    prompts = call.free_classes(options.classes, field)
 
-    async def one(upload: Upload, classes: Classes | None) -> BatchItem:
+    async def one(upload: Upload, classes: TextClasses | None) -> BatchItem:
         try:
             pixels = await service.decode(upload.data, model, deadline)
-            probs = await _probs(service, model, classes, pixels, deadline)
+            probs = await _probs(call, classes, pixels)
         except Problem as problem:
-            return BatchItem(filename=upload.filename, error=problem.to_body(request.state.request_id))
-        answer = _answer(service, model, classes.labels if classes else model.labels, probs, asked)
-        return BatchItem(filename=upload.filename, **dict(answer))
+            return BatchItem(filename=upload.filename, error=problem.to_body(call.request.state.request_id))
+        return BatchItem(filename=upload.filename, **dict(_answer(call, classes, probs, options)))
 
     async def work() -> BatchPrediction:
-        classes = await _classes(service, model, prompts, deadline)
+        classes = await _classes(call, prompts)
         async with service.batcher.admit(model.embed if classes else model.classify, len(uploads)):
             items = await asyncio.gather(*(one(upload, classes) for upload in uploads))
         return BatchPrediction(predictions=items, model=model.ref)
 
-    return await while_wanted(request, work())
+    return await call.answer(work())
 
 
 @router.post("/embed", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE_ALONE)
-async def embed(request: Request, which: WhichModel, timeout_ms: Timeout = LONGEST_MS) -> Embedding:
+async def embed(call: QueryCall) -> Embedding:
     """Return the image's embedding, to compare images or to search among them."""
-    service = service_of(request)
-    deadline = deadline_of(service.settings, timeout_ms)
-    model = service.begin(request, which)
-    upload, _ = await _one_image(request, service)
+    upload, _ = await call.read_image()
+    service, model, deadline = call.service, call.model, call.deadline
 
     async def work() -> Embedding:
         async with service.batcher.admit(model.embed):
@@ -182,7 +154,7 @@ async def embed(request: Request, which: WhichModel, timeout_ms: Timeout = LONGE
             embedding = await service.batcher.run(model.embed, pixels, deadline)
         return Embedding(embedding=embedding.tolist(), model=model.ref)
 
-    return await while_wanted(request, work())
+    return await call.answer(work())
 
 
 @router.post(
@@ -192,30 +164,26 @@ async def embed(request: Request, which: WhichModel, timeout_ms: Timeout = LONGE
     response_model=Explanation,
 )
 async def explain(
-    request: Request,
-    which: WhichModel,
-    asked: HowAsked,
+    call: QueryCall,
+    options: AnswerQuery,
     label: Annotated[
         str | SkipJsonSchema[None], Query(max_length=200, description="left out: the most probable class")
     ] = None,
-    timeout_ms: Timeout = LONGEST_MS,
 ) -> Explanation | Response:
-    """Where the model sees a class in the image; as a picture with `Accept: image/png`."""
-    service = service_of(request)
-    deadline = deadline_of(service.settings, timeout_ms)
-    model = service.begin(request, which)
-    upload, field = await _one_image(request, service)
-    prompts = free_classes(list(asked.classes), field, service.settings)
+    """Return where the model sees a class in the image; as a picture with `Accept: image/png`."""
+    upload, field = await call.read_image()
+    prompts = call.free_classes(options.classes, field)
+    service, model, deadline = call.service, call.model, call.deadline
 
     async def work() -> tuple[Explanation, np.ndarray]:
-        classes = await _classes(service, model, prompts, deadline)
+        classes = await _classes(call, prompts)
         labels = classes.labels if classes else model.labels
         if label is not None and label not in labels:
             raise Problem("not_found", f"label: {label!r} is no class; classes: {', '.join(labels)[:500]}")
         lane = model.explain_text if classes else model.explain
         async with service.batcher.admit(lane, 2):
             pixels = await service.decode(upload.data, model, deadline)
-            probs = await _probs(service, model, classes, pixels, deadline)
+            probs = await _probs(call, classes, pixels)
             index = int(np.argmax(probs)) if label is None else labels.index(label)
             direction = classes.embeddings[index] if classes else index
             heat = await service.batcher.run(lane, (pixels, direction), deadline)
@@ -224,8 +192,8 @@ async def explain(
         )
         return found, pixels
 
-    explanation, pixels = await while_wanted(request, work())
-    if "image/png" not in request.headers.get("accept", ""):
+    explanation, pixels = await call.answer(work())
+    if "image/png" not in call.request.headers.get("accept", ""):
         return explanation
     picture = await asyncio.to_thread(overlay, pixels, np.asarray(explanation.heat_map, np.float32))
     return Response(picture, media_type="image/png")
@@ -234,22 +202,25 @@ async def explain(
 @router.get("/models", responses=responses(*ALWAYS))
 async def list_models(request: Request) -> Models:
     """Return the models, and which of their versions answer."""
-    return Models(models=[entry.status() for entry in service_of(request).registry.entries.values()])
+    service = service_of(request)
+    return Models(
+        models=[entry.status() for entry in service.models.entries.values()], limits=_limits(service.settings)
+    )
 
 
 @router.post("/models/{name}/load", responses=MODEL_ERRORS)
 async def load_model(request: Request, name: ModelName, given: LoadRequest) -> ModelStatus:
     """Load a version: verified, warmed and proven aside, then switched to; if anything fails the old one stays."""
-    registry = _only_process(request).registry
-    registry.entry(name)
-    path = registry.folder(given.folder) if given.folder is not None else None
-    return _status(await registry.load(name, path, given.activate))
+    models = _only_process(request).models
+    models.entry(name)
+    path = models.folder(given.folder) if given.folder is not None else None
+    return _status(await models.load(name, path, given.activate))
 
 
 @router.post("/models/{name}/activate", responses=MODEL_ERRORS)
 async def activate_model(request: Request, name: ModelName, given: ActivateRequest) -> ModelStatus:
     """Switches to a version that is loaded."""
-    return _status(await _only_process(request).registry.activate(name, given.version))
+    return _status(await _only_process(request).models.activate(name, given.version))
 
 
 @router.post("/models/{name}/classes", responses=MODEL_ERRORS)
@@ -259,8 +230,8 @@ async def change_classes(request: Request, name: ModelName, given: ClassesReques
     With a state_dir the change outlasts loads and restarts of the same model; `reset` takes all changes back.
     """
     service = _only_process(request)
-    deadline = deadline_of(service.settings)
-    return _status(await service.registry.change_classes(name, given.add, given.remove, given.reset, deadline))
+    deadline = deadline_after(service)
+    return _status(await service.models.change_classes(name, given.add, given.remove, given.reset, deadline))
 
 
 @router.delete("/models/{name}/versions/{version}", status_code=204, responses=MODEL_ERRORS)
@@ -268,7 +239,21 @@ async def unload_version(
     request: Request, name: ModelName, version: Annotated[str, Path(max_length=100, examples=["3f2a9c01b7de"])]
 ) -> None:
     """Drop a version that isn't active."""
-    await _only_process(request).registry.unload(name, version)
+    await _only_process(request).models.unload(name, version)
+
+
+def _limits(settings: Settings) -> Limits:
+    kinds = [
+        ImageKind(name=one.name, title=one.title, suffixes=[suffix.removeprefix(".") for suffix in one.suffixes])
+        for one in readable_formats()
+    ]
+    return Limits(
+        max_image_bytes=settings.max_body_bytes,
+        max_video_bytes=settings.max_video_bytes,
+        max_megapixels=settings.max_megapixels,
+        max_classes=settings.max_classes,
+        image_formats=kinds,
+    )
 
 
 def _only_process(request: Request) -> Service:

@@ -9,11 +9,13 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
 from serving import api, kserve, streams, videos
+from serving.calls import ClientGone
+from serving.methods import Methods, allowed_methods
 from serving.problems import Problem, responses
-from serving.requests import ClientGone
 from serving.security import Gate
 from serving.service import Service
 from serving.settings import Settings
@@ -70,7 +72,9 @@ def make_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(WebSocketRequestValidationError, _on_invalid)
     app.add_exception_handler(ClientGone, _on_client_gone)
+    app.add_exception_handler(ClientDisconnect, _on_client_gone)
     # The last one added is the outermost.
+    app.add_middleware(Methods, routes=app.router.routes)
     app.add_middleware(Gate, settings=settings, metrics=service.metrics)
     if settings.allowed_origins:
         app.add_middleware(
@@ -109,7 +113,12 @@ async def _on_problem(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    problem = Problem(OF_STATUS.get(error.status_code, "internal"), str(error.detail), headers=error.headers)
+    headers, detail = dict(error.headers or {}), str(error.detail)
+    if error.status_code == 405:
+        found = allowed_methods(request.app.router.routes, request.scope)
+        allowed = ", ".join(found or ("GET", "HEAD", "OPTIONS"))  # none are found for mounted files
+        headers["Allow"], detail = allowed, f"{request.method} isn't allowed here; allowed: {allowed}"
+    problem = Problem(OF_STATUS.get(error.status_code, "internal"), detail, headers=headers)
     return problem_response(problem, request.scope)
 
 

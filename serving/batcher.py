@@ -103,14 +103,14 @@ class Lane:
       name: of the graph, in metrics.
       run: a batch -> one result for each item; called in a compute thread.
       costs: of its batches.
-      run_beside: as `run` but in one thread, so that several such batches run side by side; None: it can't.
+      run_in_one_thread: as `run` but in one thread, so that several such batches run side by side; None: it can't.
       load: admitted items that aren't done.
     """
 
     name: str
     run: Callable[[list[Any]], Iterable[Any]]
     costs: Costs
-    run_beside: Callable[[list[Any]], Iterable[Any]] | None = None
+    run_in_one_thread: Callable[[list[Any]], Iterable[Any]] | None = None
     load: int = 0
 
 
@@ -142,7 +142,7 @@ class Batcher:
         self._wake = asyncio.Event()
         self._lanes: dict[Lane, int] = {}  # those with a load -> requests that use them
         self._running: dict[asyncio.Task[None], float] = {}  # batches -> since when
-        self._beside = False  # whether those that run leave threads to others
+        self._in_one_thread = False  # whether those that run leave threads to others
         self._last_end = 0.0
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="compute")
         self._task = asyncio.get_running_loop().create_task(self._work())
@@ -225,7 +225,7 @@ class Batcher:
         while True:
             self._wake.clear()
             while self._queue and (batch := self._take()):
-                task = asyncio.get_running_loop().create_task(self._run(batch, self._beside))
+                task = asyncio.get_running_loop().create_task(self._run(batch, self._in_one_thread))
                 self._running[task] = time.perf_counter()
                 task.add_done_callback(self._done)
             await self._wake.wait()
@@ -242,7 +242,7 @@ class Batcher:
         Items that nobody waits for are dropped.
         """
         free = self._num_threads - len(self._running)
-        if self._running and not (self._beside and free):
+        if self._running and not (self._in_one_thread and free):
             return []
         now = asyncio.get_running_loop().time()
         self._queue = alive = deque(item for item in self._queue if not item.result.done() and item.deadline > now)
@@ -251,28 +251,28 @@ class Batcher:
         lane = alive[0].lane
         fitting = [item for item in alive if item.lane is lane]
         share = len(fitting) // (1 if self._running else free)  # for each thread that starts now
-        beside = lane.run_beside is not None and share >= lane.costs.enough
-        if self._running and not beside:
+        single = lane.run_in_one_thread is not None and share >= lane.costs.enough
+        if self._running and not single:
             return []
-        self._beside = beside
-        batch = fitting[: min(share, lane.costs.best) if beside else lane.costs.best]
+        self._in_one_thread = single
+        batch = fitting[: min(share, lane.costs.best) if single else lane.costs.best]
         taken = set(map(id, batch))
         self._queue = deque(item for item in alive if id(item) not in taken)
         return batch
 
-    async def _run(self, batch: list[_Item], beside: bool) -> None:
+    async def _run(self, batch: list[_Item], single: bool) -> None:
         loop, lane = asyncio.get_running_loop(), batch[0].lane
         start, now = time.perf_counter(), loop.time()
         for item in batch:
             self._metrics.queue_wait.observe(now - item.queued)
-        run = lane.run_beside if beside and lane.run_beside is not None else lane.run
+        run = lane.run_in_one_thread if single and lane.run_in_one_thread is not None else lane.run
         try:
             results = await loop.run_in_executor(self._threads, run, [item.value for item in batch])
         except Exception as error:
             if len(batch) > 1:  # one item's fault must not be another's: each by itself
                 for item in batch:
                     if not item.result.done():
-                        await self._run([item], beside)
+                        await self._run([item], single)
                 return
             if not batch[0].result.done():
                 problem = isinstance(error, UserError)  # what `check_finite` raises

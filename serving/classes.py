@@ -1,4 +1,4 @@
-"""Classes that come as text: what they are compared with, which can be told apart, and where changes are kept."""
+"""TextClasses that come as text: what they are compared with, which can be told apart, and where changes are kept."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Prompts = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Classes:
+class TextClasses:
     """What logits are over, where they don't come from the classifier's own classes."""
 
     prompts: dict[str, Prompts]  # of each label
@@ -102,7 +102,7 @@ class KeptClasses:
             raise UserError(f"{path}: the kept change of classes is of another model; delete it")
         return {label: tuple(texts) for label, texts in kept.classes.items()}, kept.changes
 
-    def write(self, name: str, digest: str | None, classes: Classes, changes: int) -> None:
+    def write(self, name: str, digest: str | None, classes: TextClasses, changes: int) -> None:
         """Keep a change; whoever reads sees the one before or this one.
 
         Raises:

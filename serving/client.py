@@ -21,13 +21,14 @@ import httpx
 from pydantic import BaseModel
 
 from serving.problems import ProblemBody
-from serving.schemas import BatchPrediction, Embedding, Explanation, Models, ModelStatus, Prediction, VideoEvents
+from serving.schemas import BatchPrediction, Embedding, Explanation, Models, ModelStatus, PredictionBody, VideoEvents
 
 Source = str | Path | bytes
-Classes = Sequence[str] | Mapping[str, Sequence[str]]  # names, or names with the texts that describe them
+ClassNames = Sequence[str] | Mapping[str, Sequence[str]]  # names, or names with the texts that describe them
 M = TypeVar("M", bound=BaseModel)
 RETRIED = frozenset({429, 503})
 LONGEST_WAIT_S = 10.0
+VIDEO_TIMEOUT_S = 600.0
 
 
 class ServiceError(Exception):
@@ -47,11 +48,22 @@ class Client:
       retries: how often what was refused for now (429, 503) or not connected is tried again, after what the service
         says or a random wait that doubles.
       timeout_s: for each try.
+      connect_timeout_s: of it, for the connection.
     """
 
-    def __init__(self, address: str, key: str | None = None, retries: int = 3, timeout_s: float = 30.0):
+    def __init__(
+        self,
+        address: str,
+        key: str | None = None,
+        retries: int = 3,
+        timeout_s: float = 30.0,
+        connect_timeout_s: float = 5.0,
+    ):
+        self.address = address.rstrip("/")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=address, headers=headers, timeout=timeout_s)
+        times = httpx.Timeout(timeout_s, connect=connect_timeout_s)
+        # No proxy and no password file of the environment: the address is what was given.
+        self._http = httpx.Client(base_url=self.address, headers=headers, timeout=times, trust_env=False)
         self._retries = retries
 
     def __enter__(self) -> "Client":
@@ -74,15 +86,22 @@ class Client:
             return False
 
     def predict(
-        self, image: Source, top: int = 5, threshold: float | None = None, classes: Classes | None = None
-    ) -> Prediction:
-        """What the image shows."""
-        return self._post("/v1/predict", Prediction, [("image", image)], classes, top=top, threshold=threshold)
+        self,
+        image: Source,
+        top: int = 5,
+        threshold: float | None = None,
+        classes: ClassNames | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> PredictionBody:
+        """Return what the image shows, by the active model or another one."""
+        query = {"top": top, "threshold": threshold, "model": model, "version": version}
+        return self._post("/v1/predict", PredictionBody, [("image", image)], classes, **query)
 
     def predict_batch(
-        self, images: Sequence[Source], top: int = 5, threshold: float | None = None, classes: Classes | None = None
+        self, images: Sequence[Source], top: int = 5, threshold: float | None = None, classes: ClassNames | None = None
     ) -> BatchPrediction:
-        """What each image shows; one that can't be read has an error."""
+        """Return what each image shows; one that can't be read has an error."""
         files = [("image", image) for image in images]
         return self._post("/v1/predict/batch", BatchPrediction, files, classes, top=top, threshold=threshold)
 
@@ -90,32 +109,51 @@ class Client:
         """Return the image's embedding."""
         return self._post("/v1/embed", Embedding, [("image", image)])
 
-    def explain(self, image: Source, label: str | None = None, classes: Classes | None = None) -> Explanation:
-        """Where the model sees a class."""
+    def explain(self, image: Source, label: str | None = None, classes: ClassNames | None = None) -> Explanation:
+        """Return where the model sees a class."""
         return self._post("/v1/explain", Explanation, [("image", image)], classes, label=label)
 
-    def events(self, video: Source, classes: Classes | None = None, **rules: Any) -> VideoEvents:
+    def explain_picture(self, image: Source, label: str | None = None) -> bytes:
+        """Return the image as a PNG in which the places that speak for a class are marked."""
+        content = {"files": [("image", _file(image))], "headers": {"Accept": "image/png"}}
+        return self.send("POST", "/v1/explain", params={"label": label} if label else {}, **content).content
+
+    def events(self, video: Source, classes: ClassNames | None = None, **rules: Any) -> VideoEvents:
         """Return the actions in a video; `rules` as POST /v1/stream has them in its query."""
         return self._post("/v1/stream", VideoEvents, [("video", video)], classes, **rules)
 
     def models(self) -> Models:
         """Return the models and their versions."""
-        return Models.model_validate(self._send("GET", "/v1/models").json())
+        return Models.model_validate(self.send("GET", "/v1/models").json())
 
     def load(self, name: str, folder: str | None = None, activate: bool = True) -> ModelStatus:
         """Load a version, by default of the model's own folder."""
-        answer = self._send("POST", f"/v1/models/{name}/load", json={"folder": folder, "activate": activate})
+        answer = self.send("POST", f"/v1/models/{name}/load", json={"folder": folder, "activate": activate})
         return ModelStatus.model_validate(answer.json())
 
+    def change_classes(
+        self, name: str, add: Mapping[str, Sequence[str]], remove: Sequence[str] = (), reset: bool = False
+    ) -> ModelStatus:
+        """Add and remove classes by text; `reset`: starting from the model's own classes."""
+        body = {"add": {label: list(texts) for label, texts in add.items()}, "remove": list(remove), "reset": reset}
+        return ModelStatus.model_validate(self.send("POST", f"/v1/models/{name}/classes", json=body).json())
+
     def _post(
-        self, path: str, kind: type[M], files: list[tuple[str, Source]], classes: Classes | None = None, **query: Any
+        self, path: str, kind: type[M], files: list[tuple[str, Source]], classes: ClassNames | None = None, **query: Any
     ) -> M:
         opened = [(field, _file(source)) for field, source in files]
         data = {"classes": json.dumps(classes)} if classes else None
         params = {name: value for name, value in query.items() if value is not None}
-        return kind.model_validate(self._send("POST", path, files=opened, data=data, params=params).json())
+        content: dict[str, Any] = {"timeout": VIDEO_TIMEOUT_S} if path == "/v1/stream" else {}
+        return kind.model_validate(self.send("POST", path, files=opened, data=data, params=params, **content).json())
 
-    def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
+    def send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        """Send a request, again where that is worth it; `content` as httpx takes it.
+
+        Raises:
+          ServiceError: the service refused.
+          httpx.TransportError: it doesn't answer.
+        """
         for attempt in range(self._retries + 1):
             last = attempt == self._retries
             try:

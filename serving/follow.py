@@ -10,16 +10,16 @@ from pydantic.json_schema import SkipJsonSchema
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.stream import Event, EventDetector, EventRules
 from serving.batcher import Lane
-from serving.classes import Classes, Prompts
-from serving.models import Model
+from serving.classes import Prompts, TextClasses
+from serving.models import ServedModel
 from serving.problems import Problem
-from serving.requests import Threshold, WhichModel, on_the_loop
+from serving.requests import ModelQuery, Threshold, async_dependency
 from serving.service import Service
 
 
 @dataclasses.dataclass(frozen=True)
-class AskedEvents:
-    """How events are wanted; the defaults are those of the events' engine."""
+class EventOptions:
+    """The rules of events; the defaults are those of the detector."""
 
     smoothing: Annotated[str, Query(pattern="^(exponential|attention|none)$")] = EventRules.smoothing
     memory_s: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False)] = EventRules.memory_s
@@ -30,7 +30,7 @@ class AskedEvents:
     top: Annotated[int, Query(ge=1, le=100)] = 5
     classes: Annotated[list[str], Query(description="as /v1/predict takes them")] = ()  # type: ignore[assignment]
 
-    def rules(self, model: Model, free: bool) -> EventRules:
+    def rules(self, model: ServedModel, free: bool) -> EventRules:
         """Return the engine's rules for a model.
 
         Raises:
@@ -45,21 +45,21 @@ class AskedEvents:
             raise Problem("invalid_request", str(error)) from error
 
 
-HowEvents = Annotated[AskedEvents, Depends(on_the_loop(AskedEvents))]
+EventQuery = Annotated[EventOptions, Depends(async_dependency(EventOptions))]
 
 
 class Follower:
     """One stream of frames through a model, to events; a switch of the model ends what went on."""
 
-    def __init__(self, service: Service, which: WhichModel, asked: AskedEvents, prompts: dict[str, Prompts] | None):
-        self._service, self._which, self._asked, self._prompts = service, which, asked, prompts
-        self.model: Model | None = None
-        self._classes: Classes | None = None
+    def __init__(self, service: Service, choice: ModelQuery, options: EventOptions, prompts: dict[str, Prompts] | None):
+        self._service, self._choice, self._options, self._prompts = service, choice, options, prompts
+        self.model: ServedModel | None = None
+        self._classes: TextClasses | None = None
         self.detector = EventDetector(())
 
     async def choose(self, deadline: float) -> tuple[Event, ...]:
         """Take the model that is active now; gives the events that ended with another one."""
-        model = self._service.registry.get(self._which.model, self._which.version)
+        model = self._service.models.get(self._choice.model, self._choice.version)
         if model is self.model:
             return ()
         classes = model.classes
@@ -67,7 +67,7 @@ class Follower:
             if not model.accepts_classes:
                 raise model.refusal()
             classes = await model.open_vocabulary(self._prompts, self._service.batcher, deadline)
-        rules = self._asked.rules(model, self._prompts is not None)
+        rules = self._options.rules(model, self._prompts is not None)
         ended = self.detector.finish()
         self.model, self._classes = model, classes
         self.detector = EventDetector(classes.labels if classes else model.labels, rules)

@@ -1,6 +1,7 @@
 """Image bytes -> what the model takes, decoded in processes of their own so that no image can stop the service."""
 
 import asyncio
+import base64
 import io
 import time
 from collections.abc import Callable
@@ -12,38 +13,65 @@ from loky import ProcessPoolExecutor
 from PIL import Image
 
 from clip_har_jax import heatmap
+from clip_har_jax.formats import format_titles, readable_formats, sniff
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.processes import Lifeline, follow_parent, make_pool
 from serving.problems import Problem
 from serving.telemetry import Metrics, log
 
 T = TypeVar("T")
-ACCEPTED = "JPEG, PNG or WebP"
 SMOOTHING = 0.1
 
 
-def media_type(data: bytes) -> str | None:
-    """What the bytes are by their first ones, whatever a client says; None: nothing that is taken."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    return None
-
-
 def check_image(data: bytes) -> bytes:
-    """Refuses what can't be an image before a process is troubled with it.
+    """Refuse what can't be an image before a process is troubled with it.
 
     Raises:
-      Problem: empty, or of another type.
+      Problem: empty, or of a format that isn't read here.
     """
     if not data:
-        raise Problem("empty_body", f"no bytes came; send a {ACCEPTED} image")
-    if media_type(data) is None:
-        raise Problem("unsupported_media_type", f"not a {ACCEPTED} image by its first bytes; convert it")
+        raise Problem("empty_body", f"no bytes came; send an image ({format_titles()})")
+    found = sniff(data)
+    if found is None:
+        raise Problem("unsupported_media_type", f"{_guess(data)}; taken are {format_titles()}")
+    if found not in readable_formats():
+        raise Problem("unsupported_media_type", f"{found.title} isn't read here; send {format_titles()}")
     return data
+
+
+def _guess(data: bytes) -> str:
+    """Return what bytes that are no image seem to be, and what to do about it."""
+    start = data[:200].lstrip()
+    if start.startswith(b"data:") or sniff(decode_base64(data[:64].decode("latin-1"), strict=False)) is not None:
+        return "the image is base64 text; send the bytes of the file"
+    if start.startswith((b"{", b"[")):
+        return "this is JSON; send the bytes of the file, or a form with the file in the field 'image'"
+    if start.startswith((b"image=", b"file=")):
+        return "this is a form without a file; with curl write -F image=@FILE or --data-binary @FILE"
+    return "not an image by its first bytes"
+
+
+def decode_base64(text: str, strict: bool = True) -> bytes:
+    """Return the bytes of a base64 text: standard or URL-safe, wrapped or not, padded or not, with or without `data:`.
+
+    Args:
+      text: it.
+      strict: False: what isn't base64 gives no bytes.
+
+    Raises:
+      ValueError: not base64.
+    """
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("a data: address without ;base64")
+    plain = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError:
+        if strict:
+            raise
+        return b""
 
 
 def _decode(data: bytes, preprocess: Preprocess, max_megapixels: float) -> np.ndarray:
@@ -52,9 +80,9 @@ def _decode(data: bytes, preprocess: Preprocess, max_megapixels: float) -> np.nd
 
 def _warm() -> None:
     """Read an image of each kind, so that the first one that comes takes no longer than others."""
-    for kind in ("JPEG", "PNG", "WEBP"):
+    for name in ("JPEG", "PNG", "WEBP"):  # the usual ones
         buffer = io.BytesIO()
-        Image.new("RGB", (40, 30)).save(buffer, kind)
+        Image.new("RGB", (40, 30)).save(buffer, name)
         _decode(buffer.getvalue(), Preprocess(32), 1.0)
     time.sleep(0.05)  # so that each process gets one to do
 

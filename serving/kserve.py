@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, Field
 
-from serving.api import ALWAYS, BODY, COMPUTED, ModelName, service_of
-from serving.models import Model, softmax
+from serving.api import ALWAYS, BODY, COMPUTED, ModelName
+from serving.calls import LONGEST_MS, Call, Timeout, open_call, service_of
+from serving.models import ServedModel, softmax
 from serving.problems import Problem, responses
-from serving.requests import LONGEST_MS, Timeout, Which, deadline_of, while_wanted
-from serving.service import Service
+from serving.requests import ModelChoice
 from serving.tensors import LENGTH, OUTPUTS, OutputRequest, parse, read_input, respond
 
 router = APIRouter(prefix="/v2")
@@ -81,7 +81,7 @@ async def ready(request: Request) -> dict[str, bool]:
     """Return whether requests are answered."""
     service = service_of(request)
     if not service.ready:
-        waiting = [entry for entry in service.registry.entries.values() if entry.active is None]
+        waiting = [entry for entry in service.models.entries.values() if entry.active is None]
         states = ", ".join(f"model {entry.name}: {entry.status().status}" for entry in waiting)
         raise Problem("not_ready", states or "the service starts or ends", retry_after_s=2)
     return {"ready": True}
@@ -91,14 +91,14 @@ async def ready(request: Request) -> dict[str, bool]:
 @router.get("/models/{name}/versions/{version}", responses=responses(*ALWAYS, "unknown_model", "invalid_request"))
 async def model_metadata(request: Request, name: ModelName, version: VersionName | None = None) -> ModelMetadata:
     """Return a model's inputs and outputs, its digest and its labels."""
-    registry = service_of(request).registry
-    model = registry.get(name, version)
+    models = service_of(request).models
+    model = models.get(name, version)
     side = model.backend.preprocess.image_size_px
     inputs = [("image", "UINT8", [-1, side, side, 3]), ("image_bytes", "BYTES", [-1])]
     outputs = [(name, kind, _output_shape(model, name)) for name, kind in OUTPUTS.items()]
     return ModelMetadata(
         name=name,
-        versions=list(registry.entry(name).versions),
+        versions=list(models.entry(name).versions),
         platform=model.backend.graphs.format,
         inputs=[TensorMetadata(name=name, datatype=kind, shape=shape) for name, kind, shape in inputs],
         outputs=[TensorMetadata(name=name, datatype=kind, shape=shape) for name, kind, shape in outputs],
@@ -111,7 +111,7 @@ async def model_metadata(request: Request, name: ModelName, version: VersionName
     )
 
 
-def _output_shape(model: Model, name: str) -> list[int]:
+def _output_shape(model: ServedModel, name: str) -> list[int]:
     if name == "label":
         return [-1]
     return [-1, -1 if name == "image_embeds" else len(model.labels)]
@@ -121,7 +121,7 @@ def _output_shape(model: Model, name: str) -> list[int]:
 @router.get("/models/{name}/versions/{version}/ready", responses=responses(*ALWAYS, "unknown_model", "invalid_request"))
 async def model_ready(request: Request, name: ModelName, version: VersionName | None = None) -> dict[str, Any]:
     """Return whether a model answers."""
-    service_of(request).registry.get(name, version)
+    service_of(request).models.get(name, version)
     return {"name": name, "ready": True}
 
 
@@ -146,37 +146,35 @@ REQUEST = {
 INFER_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": REQUEST}}}}
 
 
+async def _named_call(
+    request: Request, name: ModelName, version: VersionName | None = None, timeout_ms: Timeout = LONGEST_MS
+) -> Call:
+    return open_call(request, ModelChoice(name, version), timeout_ms)
+
+
+NamedCall = Annotated[Call, Depends(_named_call)]
+
+
 @router.post("/models/{name}/infer", responses=ERRORS, openapi_extra=INFER_BODY, response_model=InferResponse)
 @router.post(
     "/models/{name}/versions/{version}/infer", responses=ERRORS, openapi_extra=INFER_BODY, response_model=InferResponse
 )
-async def infer(
-    request: Request,
-    name: ModelName,
-    version: VersionName | None = None,
-    timeout_ms: Timeout = LONGEST_MS,
-) -> Response:
-    """Predicts: `image` (UINT8, resized and cropped) or `image_bytes` (BYTES: image files; in JSON base64)."""
-    service = service_of(request)
-    deadline = deadline_of(service.settings, timeout_ms)
-    model = service.begin(request, Which(name, version))
-    body = await request.body()
-    asked, binary = parse(body, request.headers.get(LENGTH))
-    images = read_input(asked.inputs[0], binary, model, service.settings.max_batch_images)
-    service.limiter.take(request.state.client, len(images) - 1)
+async def infer(call: NamedCall) -> Response:
+    """Predict: `image` (UINT8, resized and cropped) or `image_bytes` (BYTES: image files; in JSON base64)."""
+    body = await call.request.body()
+    asked, binary = parse(body, call.request.headers.get(LENGTH))
+    images = read_input(asked.inputs[0], binary, call.model, call.service.settings.max_batch_images)
+    call.service.limiter.take(call.request.state.client, len(images) - 1)
     wanted = asked.outputs or [OutputRequest(name=name) for name in DEFAULT_OUTPUTS]
     if unknown := [output.name for output in wanted if output.name not in OUTPUTS]:
         raise Problem("invalid_request", f"output {unknown[0][:50]!r} is unknown; there are {', '.join(OUTPUTS)}")
-    names = [output.name for output in wanted]
-    arrays = await while_wanted(request, _compute(service, model, images, names, deadline))
-    outputs = [(output, arrays[output.name]) for output in wanted]
-    return respond(model, asked, outputs)
+    arrays = await call.answer(_compute(call, images, [output.name for output in wanted]))
+    return respond(call.model, asked, [(output, arrays[output.name]) for output in wanted])
 
 
-async def _compute(
-    service: Service, model: Model, images: Sequence[np.ndarray | bytes], names: Sequence[str], deadline: float
-) -> dict[str, np.ndarray]:
+async def _compute(call: Call, images: Sequence[np.ndarray | bytes], names: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the outputs that are wanted, each [n, ...]."""
+    service, model, deadline = call.service, call.model, call.deadline
     from_classifier = model.classes is None and set(names) != {"image_embeds"}
     with_embeddings = "image_embeds" in names or not from_classifier
     lanes = [model.classify] * from_classifier + [model.embed] * with_embeddings

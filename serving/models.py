@@ -14,9 +14,9 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.inference.backends import mean_by_class
 from clip_har_jax.inference.exported import ExportedBackend, exported_folder
 from serving.batcher import Batcher, Costs, Lane
-from serving.classes import Classes, Prompts, check_labels, checked_prompts
+from serving.classes import Prompts, TextClasses, check_labels, checked_prompts
 from serving.problems import Problem
-from serving.schemas import ModelRef, Version
+from serving.schemas import ModelRef, ModelVersion
 
 CACHED_TEXTS = 8192
 TEXTS_AT_ONCE = 8  # of a request; then it's the others' turn
@@ -40,7 +40,7 @@ def open_exported(path: Path, threads: int) -> ExportedBackend:
 
 
 @dataclass
-class Loaded:
+class LoadedExport:
     """An export that has passed every check.
 
     Attributes:
@@ -48,7 +48,7 @@ class Loaded:
       source: the path that it was loaded from.
       costs: of batches of images.
       text_costs: of batches of texts.
-      beside: the same in one thread, for batches side by side; None: there is none.
+      single_threaded: the same in one thread, for batches side by side; None: there is none.
       texts: embeddings of texts by the text, for all versions that differ in their classes alone.
     """
 
@@ -56,11 +56,11 @@ class Loaded:
     source: Path
     costs: Costs
     text_costs: Costs
-    beside: ExportedBackend | None = None
+    single_threaded: ExportedBackend | None = None
     texts: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
 
 
-class Model:
+class ServedModel:
     """One version: an export, its lanes in the batcher, and perhaps classes that were changed by text.
 
     Args:
@@ -70,8 +70,8 @@ class Model:
       classes: None: the export's own.
     """
 
-    def __init__(self, loaded: Loaded, name: str, version: str, classes: Classes | None = None):
-        self._loaded, self.backend, beside = loaded, loaded.backend, loaded.beside
+    def __init__(self, loaded: LoadedExport, name: str, version: str, classes: TextClasses | None = None):
+        self._loaded, self.backend, single_threaded = loaded, loaded.backend, loaded.single_threaded
         self.source = loaded.source
         self.name, self.version, self.classes = name, version, classes
         backend, costs = loaded.backend, loaded.costs
@@ -81,9 +81,9 @@ class Model:
         self.costs = costs
         self.classify = Lane("classifier", self._stacked(backend.logits), costs)
         self.embed = Lane("image_encoder", self._stacked(self._finite(backend.embed)), costs)
-        if beside is not None:
-            self.classify.run_beside = self._stacked(beside.logits)
-            self.embed.run_beside = self._stacked(self._finite(beside.embed))
+        if single_threaded is not None:
+            self.classify.run_in_one_thread = self._stacked(single_threaded.logits)
+            self.embed.run_in_one_thread = self._stacked(self._finite(single_threaded.embed))
         self.explain = Lane("explainer", self._explain, costs)
         self.explain_text = Lane("explainer", self._explain_text, costs)
         self.text = Lane("text_encoder", self._finite(self._embed_texts), loaded.text_costs)
@@ -125,9 +125,9 @@ class Model:
         """The score under which an answer abstains."""
         return self.actions.thresholds.get("abstain")
 
-    def describe(self) -> Version:
+    def describe(self) -> ModelVersion:
         """For /v1/models."""
-        return Version(
+        return ModelVersion(
             version=self.version,
             digest=self.backend.digest,
             labels=list(self.labels),
@@ -137,13 +137,13 @@ class Model:
             format=self.backend.graphs.format,
         )
 
-    async def open_vocabulary(self, prompts: Mapping[str, Prompts], batcher: Batcher, deadline: float) -> Classes:
-        """Classes in free text; their embeddings are remembered.
+    async def open_vocabulary(self, prompts: Mapping[str, Prompts], batcher: Batcher, deadline: float) -> TextClasses:
+        """TextClasses in free text; their embeddings are remembered.
 
         The temperature was fitted on the model's own classes, so it isn't used here.
         """
         embeddings = await self._embed_classes(list(prompts.values()), batcher, deadline)
-        return Classes(dict(prompts), embeddings, self.backend.logit_scale)
+        return TextClasses(dict(prompts), embeddings, self.backend.logit_scale)
 
     async def _embed_classes(self, groups: list[Prompts], batcher: Batcher, deadline: float) -> np.ndarray:
         """Of each class's texts. A few at a time, so that images of others are looked at in between."""
@@ -172,7 +172,7 @@ class Model:
 
     async def with_classes(
         self, add: Mapping[str, Sequence[str]], remove: Sequence[str], version: str, batcher: Batcher, deadline: float
-    ) -> "Model":
+    ) -> "ServedModel":
         """Return a version that tells more or fewer classes apart.
 
         Raises:
@@ -190,14 +190,14 @@ class Model:
         embeddings = await self._embed_classes(list(prompts.values()), batcher, deadline)
         return self.changed(prompts, embeddings, version)
 
-    def unchanged(self) -> "Model":
+    def unchanged(self) -> "ServedModel":
         """Return the same model with its own classes."""
-        return Model(self._loaded, self.name, self.version.partition("+")[0])
+        return ServedModel(self._loaded, self.name, self.version.partition("+")[0])
 
-    def changed(self, prompts: Mapping[str, Prompts], embeddings: np.ndarray, version: str) -> "Model":
+    def changed(self, prompts: Mapping[str, Prompts], embeddings: np.ndarray, version: str) -> "ServedModel":
         """Return the same model with other classes, whose scores come as those of its own do."""
         scale = self.backend.logit_scale / self.actions.temperature
-        return Model(self._loaded, self.name, version, Classes(dict(prompts), embeddings, scale))
+        return ServedModel(self._loaded, self.name, version, TextClasses(dict(prompts), embeddings, scale))
 
     def refusal(self) -> Problem:
         """Why classes in free text aren't taken."""

@@ -1,17 +1,16 @@
-"""What comes in with a request: its images and free-text classes, however they were sent; and whether anyone waits."""
+"""What a request holds: its files and its classes in free text, however they were sent."""
 
-import asyncio
 import inspect
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Header, Query, Request
+from fastapi import Depends, Query, Request
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
-from starlette.datastructures import UploadFile
 
 from serving.classes import Prompts, check_labels, checked_prompts
+from serving.forms import read_parts
 from serving.problems import Problem
 from serving.schemas import Label, Prompt
 from serving.settings import Settings
@@ -23,10 +22,6 @@ CLASSES: TypeAdapter[list[str] | dict[str, list[str]]] = TypeAdapter(list[Label]
 Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class ClientGone(Exception):  # noqa: N818
-    """Nobody waits for the answer any more."""
-
-
 @dataclass(frozen=True)
 class Upload:
     """An image as it was sent."""
@@ -36,7 +31,7 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Which:
+class ModelChoice:
     """The model that a request asks for."""
 
     model: Annotated[
@@ -46,8 +41,8 @@ class Which:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How an answer is wanted."""
+class AnswerOptions:
+    """The form of an answer."""
 
     top: Annotated[int, Query(ge=1, le=100, description="how many classes to name")] = 5
     threshold: Annotated[Threshold | SkipJsonSchema[None], Query(description="abstain below this score")] = None
@@ -56,50 +51,53 @@ class Asked:
     ] = ()  # type: ignore[assignment]
 
 
-LONGEST_MS = 600_000
-Timeout = Annotated[
-    int, Header(alias="X-Timeout-Ms", ge=1, le=LONGEST_MS, description="give up after so many milliseconds")
-]
-
-
-def deadline_of(settings: Settings, timeout_ms: int = LONGEST_MS) -> float:
-    """When an answer is of no use any more, by the loop's clock."""
-    return asyncio.get_running_loop().time() + min(timeout_ms / 1000, settings.request_timeout_s)
-
-
 def is_form(request: Request) -> bool:
     """Return whether the body is a multipart form."""
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
-async def read_uploads(request: Request, field: str, most: int) -> tuple[list[Upload], str | None]:
+async def read_uploads(request: Request, field: str, most: int = 1) -> tuple[list[Upload], str | None]:
     """Return the files of a request, and its form's field `classes`.
 
     Raises:
-      Problem: no file, an empty one, too many, or another field.
+      Problem: no file, too many, or another field.
+      ClientDisconnect: the client left before all of it had come.
     """
     if not is_form(request):
         return [Upload(await request.body())], None
-    async with request.form(max_files=most, max_fields=1, max_part_size=100_000) as form:
-        uploads, classes = [], None
-        for name, value in form.multi_items():
-            if name == field and isinstance(value, UploadFile):
-                uploads.append(Upload(await value.read(), value.filename or None))
-            elif name == "classes" and isinstance(value, str):
-                classes = value.strip() or None  # a field that was left empty in a page
-            elif name == field:
-                raise Problem("invalid_request", f"the form's part {field!r} isn't a file; send it with a filename")
-            else:
-                raise Problem(
-                    "invalid_request", f"the form has a part {name[:50]!r}; {field!r} (a file) and 'classes' are taken"
-                )
-        if not uploads:
-            raise Problem("invalid_request", f"the form has no file named {field!r}")
-        return uploads, classes
+    content_type = request.headers["content-type"]
+    uploads, classes = [], None
+    for part in await read_parts(content_type, request.stream(), most, _too_many(field, most)):
+        if part.name == field and part.filename is not None:
+            uploads.append(Upload(bytes(part.data), part.filename or None))
+        elif part.name == field:
+            raise Problem("invalid_request", f"the form's part {field!r} isn't a file; send it with a filename")
+        elif part.name != "classes" or part.filename is not None:
+            raise Problem(
+                "invalid_request",
+                f"the form has a part {part.name[:50]!r}; {field!r} (a file) and 'classes' are taken",
+            )
+        elif classes is not None:
+            raise Problem("invalid_request", "the form has the field 'classes' twice; send one JSON list")
+        else:
+            classes = bytes(part.data).decode("utf-8", "replace").strip()
+    if not uploads:
+        raise Problem("invalid_request", f"the form has no file named {field!r}")
+    return uploads, classes or None  # a field that was left empty in a page
+
+
+def _too_many(field: str, most: int) -> Problem:
+    if most > 1:
+        detail = f"over {most} images (HAR_MAX_BATCH_IMAGES) in one batch; send them in several"
+    elif field == "image":
+        detail = "one image is taken here; send several to /v1/predict/batch"
+    else:
+        detail = f"one {field} is taken in a request"
+    return Problem("too_many_images", detail)
 
 
 def free_classes(query: list[str], field: str | None, settings: Settings) -> dict[str, Prompts] | None:
-    """Classes in free text with their prompts; None: none were given.
+    """Return classes in free text with their prompts; None: none were given.
 
     Raises:
       Problem: an empty name, a wrong form, too many, or two that mean the same.
@@ -129,26 +127,8 @@ def free_classes(query: list[str], field: str | None, settings: Settings) -> dic
     return prompts
 
 
-async def while_wanted(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, which is ended when the client goes away. The body must have been read.
-
-    Raises:
-      ClientGone: it went.
-    """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        gone.cancel()
-        task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-def on_the_loop(make: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]:
-    """`make` as a dependency that is called where it is: what isn't a coroutine FastAPI calls in a thread."""
+def async_dependency(make: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]:
+    """Return `make` as a coroutine function: FastAPI calls other dependencies in a thread, which takes longer."""
 
     async def made(**given: Any) -> T:
         return make(**given)
@@ -157,5 +137,5 @@ def on_the_loop(make: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]
     return made
 
 
-WhichModel = Annotated[Which, Depends(on_the_loop(Which))]
-HowAsked = Annotated[Asked, Depends(on_the_loop(Asked))]
+ModelQuery = Annotated[ModelChoice, Depends(async_dependency(ModelChoice))]
+AnswerQuery = Annotated[AnswerOptions, Depends(async_dependency(AnswerOptions))]

@@ -46,7 +46,7 @@ class Answer(_Frozen):
     abstained: bool = Field(description="whether the score is below the threshold")
 
 
-class Prediction(Answer):
+class PredictionBody(Answer):
     """Answer of /v1/predict."""
 
     model: ModelRef
@@ -88,7 +88,16 @@ class Explanation(_Frozen):
     model: ModelRef
 
 
-class Version(_Frozen):
+class Origin(_Frozen):
+    """What a model was trained on, and how good it was on data that it hadn't seen."""
+
+    trained_on: str | None = Field(None, examples=["12,000 images of folder:photos"])
+    judged_on: str | None = Field(None, examples=["the validation images"])
+    top1: Probability | None = Field(None, examples=[0.91], description="the share whose class it named")
+    num_examples: int | None = Field(None, examples=[1200])
+
+
+class ModelVersion(_Frozen):
     """A version that is loaded."""
 
     version: str
@@ -98,6 +107,7 @@ class Version(_Frozen):
     abstain_below: float | None
     image_size_px: int
     format: str = Field(examples=["onnx"])
+    origin: Origin | None = Field(None, description="where the model comes from; null: the export doesn't say")
 
 
 class ModelStatus(_Frozen):
@@ -107,13 +117,36 @@ class ModelStatus(_Frozen):
     status: Literal["loading", "ready", "failed"]
     error: str | None = Field(None, description="why the last load failed; what was active stays so")
     active: str | None
-    versions: list[Version]
+    versions: list[ModelVersion]
+
+
+class ImageKind(_Frozen):
+    """An image format that is read."""
+
+    name: str = Field(examples=["JPEG"])
+    title: str = Field(examples=["JPEG"], description="as people name it")
+    suffixes: list[str] = Field(examples=[["jpg", "jpeg"]])
+
+
+class Limits(_Frozen):
+    """What the service takes."""
+
+    max_image_bytes: int = 10_000_000
+    max_video_bytes: int = 100_000_000
+    max_megapixels: float = 25.0
+    max_classes: int = 200
+    image_formats: list[ImageKind] = [
+        ImageKind(name="JPEG", title="JPEG", suffixes=["jpg", "jpeg"]),
+        ImageKind(name="PNG", title="PNG", suffixes=["png"]),
+        ImageKind(name="WEBP", title="WebP", suffixes=["webp"]),
+    ]
 
 
 class Models(_Frozen):
     """Answer of /v1/models."""
 
     models: list[ModelStatus]
+    limits: Limits = Limits()
 
 
 class LoadRequest(_Given):
@@ -148,7 +181,7 @@ class ClassesRequest(_Given):
     reset: StrictBool = Field(False, description="start from the model's own classes, not from those it has now")
 
 
-class Event(_Frozen):
+class EventBody(_Frozen):
     """An action from its start to its end."""
 
     label: str
@@ -160,7 +193,7 @@ class Event(_Frozen):
 class VideoEvents(_Frozen):
     """Answer of POST /v1/stream."""
 
-    events: list[Event]
+    events: list[EventBody]
     duration_s: float
     frames: int = Field(description="frames that were looked at")
     damage: str | None = Field(None, description="what of the video couldn't be read")

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 from typing import Literal
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -112,9 +113,15 @@ class Limiter:
 
 
 def needed_scope(method: str, path: str) -> KeyScope | None:
-    """Return the scope that a key needs for a path; None: none at all."""
-    if path in PUBLIC and method in ("GET", "HEAD"):
+    """Return the scope that a key needs for a path; None: none at all.
+
+    OPTIONS needs the least that any method of the path needs.
+    """
+    if path in PUBLIC and method in ("GET", "HEAD", "OPTIONS"):
         return None
+    if method == "OPTIONS":
+        needed = {needed_scope(verb, path) for verb in ("GET", "POST")}
+        return next(scope for scope in SCOPES if scope in needed)
     method = "GET" if method == "HEAD" else method
     for verb, known, scope in NEEDS:
         if method == verb and (path == known or (known.endswith("/") and path.startswith(known))):
@@ -159,18 +166,16 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         websocket = scope["type"] == "websocket"
-        host = headers.get("host", "").rsplit(":", 1)[0] if headers.get("host", "")[-1:] != "]" else headers["host"]
-        if (hosts := self._settings.hosts) and host not in hosts:
+        if (hosts := self._settings.hosts) and host_name(headers.get("host", "")) not in map(host_name, hosts):
             raise Problem("host_not_allowed", "the Host header names no host of this service; see HAR_ALLOWED_HOSTS")
         # A browser asks before it sends JSON to another site, but not before it opens a WebSocket or posts a form.
         origin = headers.get("origin")
         if origin is not None and origin not in self._settings.allowed_origins and not _same(origin, headers):
             raise Problem("forbidden", "web pages of this origin may not call; see HAR_ALLOWED_ORIGINS")
         needed = needed_scope("WS" if websocket else scope["method"], scope["path"])
-        address = scope["client"][0] if scope.get("client") else "local"
-        scope["state"]["client"] = address
+        scope["state"]["client"] = network_of(scope["client"][0] if scope.get("client") else "local")
         if needed is None or not self._keys:
-            return
+            return _check_encoding(headers)
         key = self._find(headers.get("authorization", ""))
         if key is None:
             raise Problem(
@@ -179,6 +184,7 @@ class Gate:
         scope["state"]["client"] = key.name
         if needed not in key.scopes and "admin" not in key.scopes:
             raise Problem("forbidden", f"this key may not do that; the scope {needed} is needed")
+        _check_encoding(headers)
 
     def _find(self, authorization: str) -> Key | None:
         scheme, _, given = authorization.partition(" ")
@@ -224,6 +230,38 @@ class Gate:
         return bounded
 
 
+def _check_encoding(headers: Headers) -> None:
+    """Refuse a compressed body: a small one can hold gigabytes."""
+    encoding = headers.get("content-encoding", "").strip()
+    if encoding.lower() not in ("", "identity"):
+        raise Problem(
+            "unsupported_media_type",
+            f"content encoding {encoding[:50]!r} isn't supported; send the body without Content-Encoding",
+            headers={"Accept-Encoding": "identity"},
+        )
+
+
+def network_of(address: str) -> str:
+    """Return what counts as one client: an IPv4 address, or the /64 network that one IPv6 customer is given."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if not isinstance(parsed, IPv6Address):
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return f"{IPv6Address(int(parsed) >> 64 << 64)}/64"
+
+
+def host_name(host: str) -> str:
+    """Return the name in a Host header, to compare: without port and trailing dot, in lower case (RFC 9110, 4.2.3)."""
+    name = host if host.endswith("]") else host.rsplit(":", 1)[0]
+    return name.lower().removesuffix(".")
+
+
 def _same(origin: str, headers: Headers) -> bool:
     """Return whether a page's origin is this service, as its own /docs is."""
-    return origin.partition("://")[2] == headers.get("host")
+    host = headers.get("host", "")
+    page = origin.partition("://")[2]
+    return host_name(page) == host_name(host) and page.rpartition(":")[2] == host.rpartition(":")[2]

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import functools
+import math
 import os
 import signal
 import socket
@@ -18,6 +20,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from clip_har_jax.errors import UserError
 from clip_har_jax.processes import Lifeline, make_process
 from serving.app import make_app
+from serving.connections import Connections, HttpConnection, WebSocketConnection, allow_open_files
 from serving.settings import Settings
 from serving.telemetry import MULTIPROCESS, configure_logging, log
 
@@ -44,15 +47,19 @@ class Server(uvicorn.Server):
         self.config.loaded_app.state.service.reload()
 
 
-def make_config(settings: Settings) -> uvicorn.Config:
-    """How uvicorn runs the application."""
+def uvicorn_config(settings: Settings) -> uvicorn.Config:
+    """Return how uvicorn runs the application."""
+    app = make_app(settings)
+    connections = Connections(settings, app.state.service.metrics)
     return uvicorn.Config(
-        make_app(settings),
+        app,
+        http=functools.partial(HttpConnection, connections),  # type: ignore[arg-type]  called as a class would be
+        ws=functools.partial(WebSocketConnection, connections),  # type: ignore[arg-type]
         access_log=False,
         log_config=None,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=30,
+        timeout_keep_alive=math.ceil(settings.keep_alive_s),
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
         ws_max_size=LARGEST_FRAME_BYTES,
         ws_max_queue=FRAMES_AHEAD,
@@ -82,11 +89,12 @@ def serve(settings: Settings) -> int:
     """Serve until a signal says otherwise; gives the exit code."""
     listener = listen(settings)
     configure_logging(settings.log_level)
+    allow_open_files(settings.max_connections)
     host, port = listener.getsockname()[:2]
     log.info("listening", extra={"fields": {"address": f"http://{host}:{port}", "models": list(settings.all_models)}})
     if settings.workers > 1:
         return supervise(settings, listener)
-    Server(make_config(settings)).run([listener])
+    Server(uvicorn_config(settings)).run([listener])
     return 0
 
 
@@ -135,4 +143,4 @@ def _work(settings: Settings, listener: socket.socket, lifeline: Lifeline) -> No
     """Serve in a process of its own, which ends in order when its supervisor has ended."""
     configure_logging(settings.log_level)
     lifeline.on_break(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    Server(make_config(settings)).run([listener])
+    Server(uvicorn_config(settings)).run([listener])

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from fastapi import Request
 
 from clip_har_jax.bundle import MANIFEST
 from clip_har_jax.errors import UserError
@@ -16,10 +15,10 @@ from clip_har_jax.signing import verify_signature
 from serving.batcher import Batcher
 from serving.classes import KeptClasses
 from serving.images import Decoder
-from serving.models import Model
+from serving.loaded_models import LoadedModels
+from serving.models import ServedModel
 from serving.problems import Problem
-from serving.registry import Registry
-from serving.requests import Which
+from serving.requests import ModelChoice
 from serving.security import Limiter
 from serving.settings import Settings
 from serving.telemetry import Metrics, log
@@ -31,7 +30,7 @@ class Service:
     batcher: Batcher
     decoder: Decoder
     video_decoder: Decoder
-    registry: Registry
+    models: LoadedModels
 
     def __init__(self, settings: Settings):
         self.settings, self.metrics = settings, Metrics()
@@ -50,7 +49,7 @@ class Service:
         self.batcher = Batcher(
             settings.max_wait_s, settings.compute_threads, self.metrics, lambda: self.decoder.estimated_wait_s
         )
-        self.registry = Registry(
+        self.models = LoadedModels(
             settings.all_models,
             settings.models_dir,
             self._check_folder,
@@ -66,11 +65,11 @@ class Service:
     @property
     def ready(self) -> bool:
         """Return whether requests are answered."""
-        return self._decoding and self.registry.ready
+        return self._decoding and self.models.ready
 
     def reload(self) -> None:
         """Read every model's folder again, as SIGHUP asks for."""
-        for name in self.registry.entries:
+        for name in self.models.entries:
             self._spawn(self._load(name))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -80,7 +79,7 @@ class Service:
 
     async def _load(self, name: str) -> None:
         with suppress(Problem):  # logged, and told by /v1/models; a later load may do
-            await self.registry.load(name)
+            await self.models.load(name)
         self.metrics.ready.set(self.ready)
 
     async def _warm_decoder(self) -> None:
@@ -96,14 +95,14 @@ class Service:
         if self.settings.signing_key is not None:
             verify_signature(folder, self.settings.signing_key)
 
-    def begin(self, request: Request, which: Which) -> Model:
-        """Return a request's model; refuses what would be refused later anyhow, before its body is read.
+    def begin(self, client: str, choice: ModelChoice) -> ServedModel:
+        """Return a request's model; refuse what would be refused later anyhow, before its body is read.
 
         Raises:
           Problem: no such model, not ready, too many from this client, or overloaded.
         """
-        self.limiter.take(request.state.client)
-        model = self.registry.get(which.model, which.version)
+        self.limiter.take(client)
+        model = self.models.get(choice.model, choice.version)
         self.batcher.check()
         return model
 
@@ -145,7 +144,7 @@ class Service:
         finally:
             self._videos -= 1
 
-    async def decode(self, data: bytes, model: Model, deadline: float) -> np.ndarray:
+    async def decode(self, data: bytes, model: ServedModel, deadline: float) -> np.ndarray:
         """Return an image as the model takes it."""
         return await self.decoder.decode(data, model.backend.preprocess, deadline)
 

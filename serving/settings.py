@@ -58,6 +58,15 @@ class Settings(BaseSettings):
     rate_limit_per_s: float = Field(100.0, ge=0, description="images a second of one key or address; 0: no limit")
     rate_burst: Count = Field(200, description="images that may come at once")
 
+    max_connections: Count = Field(
+        1000,
+        description="open connections, of each worker; a further one takes the place of one that waits for its client",
+    )
+    max_connections_per_address: Count = Field(250, description="the same of one address (of IPv6, one /64 network)")
+    max_header_bytes: Count = Field(65_536, description="of a request's address and headers together")
+    header_timeout_s: Seconds = Field(10.0, description="for a request's headers to arrive")
+    keep_alive_s: Seconds = Field(30.0, description="after which a connection without a request is closed")
+    send_timeout_s: Seconds = Field(30.0, description="for a client to take what it is sent")
     max_body_bytes: Count = Field(10_000_000, description="of a request")
     max_video_bytes: Count = Field(100_000_000, description="of an uploaded video")
     max_video_frames: Count = Field(600, description="of an uploaded video that are looked at")
@@ -75,6 +84,7 @@ class Settings(BaseSettings):
     max_sessions_per_client: Count = Field(8, description="WebSockets at once of one key or address")
     max_stream_fps: float = Field(30.0, gt=0, description="frames a second of one session that are looked at")
     stream_budget_s: Seconds = Field(0.5, description="a frame older than this isn't looked at any more")
+    stream_idle_s: Seconds = Field(60.0, description="without a frame, after which a WebSocket is closed")
     max_session_s: Seconds = Field(3600.0, description="after which a WebSocket is closed")
 
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR")

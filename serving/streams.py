@@ -8,9 +8,10 @@ from typing import Any
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from clip_har_jax.inference.stream import Event
-from serving.follow import Follower, HowEvents
+from serving.calls import deadline_after
+from serving.follow import EventQuery, Follower
 from serving.problems import Problem
-from serving.requests import WhichModel, deadline_of, free_classes
+from serving.requests import ModelQuery, free_classes
 from serving.schemas import to_scored
 from serving.service import Service
 
@@ -74,9 +75,13 @@ class Session:
 
     async def _read(self) -> None:
         number, second, in_second, next_s = 0, 0, 0, 0.0
-        fps = self._service.settings.max_stream_fps
+        fps, idle_s = self._service.settings.max_stream_fps, self._service.settings.stream_idle_s
         while True:
-            message = await self._websocket.receive()
+            try:
+                async with asyncio.timeout(idle_s):
+                    message = await self._websocket.receive()
+            except TimeoutError:
+                raise _Close(f"no frame came for {idle_s:g} s") from None
             if message["type"] == "websocket.disconnect":
                 return
             if (data := message.get("bytes")) is None:
@@ -163,13 +168,13 @@ class _Close(Exception):  # noqa: N818
 
 
 @router.websocket("/stream")
-async def stream(websocket: WebSocket, which: WhichModel, asked: HowEvents) -> None:
-    """JPEG, PNG or WebP frames in, each a binary message; what is seen, and events, out as JSON."""
+async def stream(websocket: WebSocket, choice: ModelQuery, options: EventQuery) -> None:
+    """Take image frames, each a binary message; give what is seen, and events, as JSON."""
     service: Service = websocket.app.state.service
-    prompts = free_classes(list(asked.classes), None, service.settings)
-    follower = Follower(service, which, asked, prompts)
+    prompts = free_classes(list(options.classes), None, service.settings)
+    follower = Follower(service, choice, options, prompts)
     async with service.one_session(websocket.state.client):
-        await follower.choose(deadline_of(service.settings))  # refused before it is accepted, with the reason
-        await websocket.accept()
+        await follower.choose(deadline_after(service))  # refused before it is accepted, with the reason
         with suppress(WebSocketDisconnect):
-            await Session(websocket, service, follower, asked.top).run()
+            await websocket.accept()
+            await Session(websocket, service, follower, options.top).run()

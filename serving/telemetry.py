@@ -21,6 +21,8 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable: where workers leave their numbers
 
+CLIENT_GAVE_UP = 499  # nginx's number for a client that left, or that allowed less time than the service
+
 log = logging.getLogger("har")
 
 
@@ -143,14 +145,16 @@ class Observe:
 
     def _count(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route, method = route_of(scope), scope.get("method", "WS")
-        self._metrics.requests.labels(route, method, str(status or 499)).inc()
+        if status == 0 or (status == 504 and scope["state"].get("own_deadline")):
+            status = CLIENT_GAVE_UP
+        self._metrics.requests.labels(route, method, str(status)).inc()
         if scope["type"] == "http":
             self._metrics.request_seconds.labels(route).observe(seconds)
         fields = {
             "request_id": request_id,
             "method": method,
             "route": route,
-            "status": status or 499,  # nginx's number for a client that went away
+            "status": status,
             "ms": round(1000 * seconds, 1),
             "client": scope["state"].get("client"),
         }

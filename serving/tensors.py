@@ -1,7 +1,5 @@
 """Tensors as KServe's v2 protocol sends them: in JSON, or in binary behind it."""
 
-import base64
-import binascii
 import json
 import math
 import re
@@ -13,7 +11,8 @@ import numpy as np
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serving.models import Model
+from serving.images import decode_base64
+from serving.models import ServedModel
 from serving.problems import Problem
 
 LENGTH = "Inference-Header-Content-Length"
@@ -67,7 +66,7 @@ def parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
         raise Problem(code, f"body {where}: {first['msg']}"[:300]) from error
 
 
-def read_input(tensor: InputTensor, binary: bytes, model: Model, most: int) -> Sequence[np.ndarray | bytes]:
+def read_input(tensor: InputTensor, binary: bytes, model: ServedModel, most: int) -> Sequence[np.ndarray | bytes]:
     """Images as pixels or as files.
 
     Raises:
@@ -127,12 +126,12 @@ def _split(binary: bytes) -> Iterator[bytes]:
 
 def _from_base64(data: list[Any]) -> list[bytes]:
     try:
-        return [base64.b64decode(item, validate=True) for item in data]
-    except (TypeError, ValueError, binascii.Error) as error:
+        return [decode_base64(item) for item in data]
+    except (AttributeError, ValueError) as error:
         raise Problem("invalid_request", "image_bytes: data must be base64 texts") from error
 
 
-def respond(model: Model, asked: InferRequest, outputs: list[tuple[OutputRequest, np.ndarray]]) -> Response:
+def respond(model: ServedModel, asked: InferRequest, outputs: list[tuple[OutputRequest, np.ndarray]]) -> Response:
     described, binary = [], b""
     all_binary = asked.parameters.get("binary_data_output") is True
     for output, array in outputs:

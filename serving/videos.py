@@ -11,11 +11,11 @@ from clip_har_jax.inference.stream import Event
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.video.clips import BadVideo, TooSlow, iter_frames
 from serving.api import ALWAYS, BODY, CLASSES_FIELD, COMPUTED
-from serving.follow import Follower, HowEvents
+from serving.calls import service_of, until_disconnect
+from serving.follow import EventQuery, Follower
 from serving.problems import Problem, responses
-from serving.requests import WhichModel, free_classes, read_uploads, while_wanted
-from serving.schemas import Event as EventBody
-from serving.schemas import VideoEvents
+from serving.requests import ModelQuery, free_classes, read_uploads
+from serving.schemas import EventBody, VideoEvents
 from serving.service import Service
 
 router = APIRouter(prefix="/v1")
@@ -71,22 +71,22 @@ VIDEO_ERRORS = responses(*ALWAYS, *BODY, *COMPUTED, "classes_not_supported", "ba
 @router.post("/stream", responses=VIDEO_ERRORS, openapi_extra=VIDEO)
 async def video(
     request: Request,
-    which: WhichModel,
-    asked: HowEvents,
+    choice: ModelQuery,
+    options: EventQuery,
     rate_hz: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False, description="frames looked at")] = 4.0,
 ) -> VideoEvents:
     """Return the actions in a video, from when to when."""
-    service: Service = request.app.state.service
+    service = service_of(request)
     settings = service.settings
-    service.begin(request, which)
+    service.begin(request.state.client, choice)
     async with service.one_video():
-        (upload,), field = await read_uploads(request, "video", 1)
+        (upload,), field = await read_uploads(request, "video")
         if not upload.data:
             raise Problem("empty_body", "no bytes came; send a video")
         deadline = asyncio.get_running_loop().time() + settings.video_timeout_s
-        prompts = free_classes(list(asked.classes), field, settings)
-        follower = Follower(service, which, asked, prompts)
-        return await while_wanted(request, _events(service, follower, upload.data, rate_hz, deadline))
+        prompts = free_classes(list(options.classes), field, settings)
+        follower = Follower(service, choice, options, prompts)
+        return await until_disconnect(request, _events(service, follower, upload.data, rate_hz, deadline))
 
 
 async def _events(service: Service, follower: Follower, data: bytes, rate_hz: float, deadline: float) -> VideoEvents:

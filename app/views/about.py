@@ -1,17 +1,18 @@
 """About: the model, what it learned from, what it can't do."""
 
-import parts
 import streamlit as st
 
+from app import widgets
+
 st.title("About this model")
-name, version = parts.active_model()
+name, version = widgets.active_model()
 one, two, three = st.columns(3)
-one.metric("Actions it knows", len(version["labels"]))
+one.metric("Actions it knows", len(version.labels))
 two.metric("Picture size it sees", f"{version['image_size_px']} px")
-limit = version["abstain_below"]
-three.metric("Says “not sure” below", parts.percent(limit) if limit else "never")
+limit = version.abstain_below
+three.metric("Says “not sure” below", widgets.percent(limit) if limit else "never")
 st.subheader("Actions")
-st.write(" · ".join(parts.words(label) for label in version["labels"]))
+st.write(" · ".join(widgets.words(label) for label in version.labels))
 st.subheader("What it learned from")
 st.write(
     "A model of this project starts from CLIP, which has seen pictures and texts of the web, or from nothing, as the "
@@ -32,6 +33,6 @@ st.markdown(
     "- It isn't made to identify people, to watch them, or to decide about them."
 )
 st.subheader("Which model this is")
-checksum = version["digest"] or "none: the folder is not sealed"
+checksum = version.digest or "none: the folder is not sealed"
 st.code(f"{name}\nversion {version['version']}\nchecksum {checksum}", None, wrap_lines=True)
 st.caption("Pictures that you give are sent to the service, answered and forgotten. Neither it nor the app keeps them.")

@@ -1,19 +1,23 @@
 """Batch: many pictures at once."""
 
 import json
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import pandas as pd
-import parts
 import streamlit as st
-from archive import MAX_PICTURES, unpack
-from service import Trouble
+
+from app import widgets
+from app.archive import MAX_PICTURES, unpack
+from app.client import Trouble
 
 AT_ONCE = 16
+MAX_UPLOAD_MB = 100  # of a file, as .streamlit/config.toml has it
 ROW_PX = 72
+RowAndPicture = tuple[dict[str, object], bytes]
 
 
-def answer_all(pictures: list[tuple[str, bytes]]) -> list[dict[str, object]]:
+def answer_all(pictures: Sequence[tuple[str, bytes]]) -> list[dict[str, object]]:
     """Return a row for each picture."""
     rows: list[dict[str, object]] = []
     progress = st.progress(0.0, f"0 of {len(pictures)} pictures")
@@ -24,31 +28,43 @@ def answer_all(pictures: list[tuple[str, bytes]]) -> list[dict[str, object]]:
     return rows
 
 
-def _answer(pictures: list[tuple[str, bytes]]) -> list[dict[str, object]]:
+def _answer(pictures: Sequence[tuple[str, bytes]]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    good = []
+    good: list[RowAndPicture] = []
     for name, content in pictures:
         row: dict[str, object] = {"picture": None, "file": name, "action": "", "sure": None, "note": ""}
         try:
-            row["picture"] = parts.thumbnail(parts.check_picture(content, PurePosixPath(name).name))
-            good.append((row, (name, content)))
+            row["picture"] = widgets.thumbnail(widgets.check_picture(content, PurePosixPath(name).name))
+            good.append((row, content))
         except Trouble as trouble:
             row["note"] = str(trouble)
         rows.append(row)
-    if good:
-        answers = parts.service().predict_batch([picture for _, picture in good])
-        for (row, _), answer in zip(good, answers, strict=True):
-            if answer.get("error"):
-                row["note"] = f"The service can't read it: {answer['error']['detail']}"
-            else:
-                best = answer["top"][0]
-                row |= {"action": parts.words(best["label"]), "sure": best["score"]}
-                row["note"] = "not sure" if answer["abstained"] else ""
+    for part in _within(good, widgets.limits().max_image_bytes):
+        answers = widgets.service().predict_batch([content for _, content in part]).predictions
+        for (row, _), answer in zip(part, answers, strict=True):
+            if answer.error is not None:
+                row["note"] = f"The service can't read it: {answer.error.detail}"
+            elif answer.top:
+                row |= {"action": widgets.words(answer.top[0].label), "sure": answer.top[0].score}
+                row["note"] = "not sure" if answer.abstained else ""
     return rows
 
 
+def _within(good: list[RowAndPicture], most_bytes: int) -> list[list[RowAndPicture]]:
+    """Divide pictures so that each part fits into one request."""
+    parts: list[list[RowAndPicture]] = []
+    size = 0
+    for one in good:
+        if not parts or size + len(one[1]) > most_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(one)
+        size += len(one[1]) + 1000  # of the form around it
+    return parts
+
+
 def show(rows: list[dict[str, object]]) -> None:
-    """Return the table, its filter and its downloads."""
+    """Show the table, its filter and its downloads."""
     table = pd.DataFrame(rows)
     told = sorted({str(action) for action in table["action"] if action})
     wanted = st.multiselect("Show only", told, placeholder="all actions", key="batch_filter")
@@ -75,23 +91,30 @@ def show(rows: list[dict[str, object]]) -> None:
 
 st.title("Many pictures at once")
 st.write("Give pictures, or a zip of them. Every one gets its action, in a table that you can filter and download.")
-files = st.file_uploader("Pictures, or a zip", [*parts.KINDS, "zip"], accept_multiple_files=True, key="batch_files")
+files = st.file_uploader(
+    f"Pictures ({widgets.kinds()}), or a zip of them",
+    [*widgets.suffixes(), "zip"],
+    accept_multiple_files=True,
+    key="batch_files",
+    max_upload_size=MAX_UPLOAD_MB,
+)
 samples = st.button("Use the sample pictures", icon=":material/photo_library:")
 if samples:
-    chosen = [(path.name, path.read_bytes()) for path in sorted(parts.SAMPLES.glob("*.jpg"))]
+    chosen = [(path.name, path.read_bytes()) for path in sorted(widgets.SAMPLES.glob("*.jpg"))]
     st.session_state.batch_rows = answer_all(chosen)
     st.session_state.batch_of = None
 elif files and st.session_state.get("batch_of") != [file.file_id for file in files]:
     try:
-        pictures: list[tuple[str, bytes]] = []
-        for file in files:
-            content = file.getvalue()
-            pictures += unpack(file.name, content) if file.name.lower().endswith(".zip") else [(file.name, content)]
-        if not pictures:
-            raise Trouble("There is no JPEG, PNG or WebP picture in it. Choose another file.")
-        if len(pictures) > MAX_PICTURES:
-            raise Trouble(f"{len(pictures)} pictures are too many; {MAX_PICTURES} or fewer can be done at once.")
-        st.session_state.batch_rows = answer_all(pictures)
+        endings = tuple(f".{suffix}" for suffix in widgets.suffixes())
+        zips = [unpack(file.name, file.getvalue(), endings) for file in files if file.name.lower().endswith(".zip")]
+        loose = [(file.name, file.getvalue()) for file in files if not file.name.lower().endswith(".zip")]
+        count = len(loose) + sum(map(len, zips))
+        if not count:
+            raise Trouble(f"There is no {widgets.kinds()} picture in it. Choose another file.")
+        if count > MAX_PICTURES:
+            raise Trouble(f"{count} pictures are too many; {MAX_PICTURES} or fewer can be done at once.")
+        rows = [row for pictures in (loose, *zips) if pictures for row in answer_all(pictures)]
+        st.session_state.batch_rows = rows
         st.session_state.batch_of = [file.file_id for file in files]
     except Trouble as trouble:
         st.session_state.pop("batch_rows", None)

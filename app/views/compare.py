@@ -2,20 +2,21 @@
 
 import time
 
-import parts
 import streamlit as st
-from service import Trouble
+
+from app import widgets
+from app.client import Trouble
 
 st.title("Two models, one picture")
 st.write("See where two versions agree, and how sure each of them is.")
-versions = parts.versions()
+versions = widgets.versions()
 names = list(versions)
 if len(names) < 2:
     st.info(
         "The service holds one version only. Save a set of actions on the page “Open vocabulary”, or start the service "
         "with further models, and compare them here."
     )
-picture = parts.choose_picture("compare", camera=False)
+picture = widgets.choose_picture("compare", camera=False)
 if picture:
     st.image(picture[2], width=260, alt=f"The picture: {picture[0]}")
 answers = []
@@ -27,11 +28,11 @@ for i, column in enumerate(st.columns(2, gap="large")):
             try:
                 start = time.perf_counter()
                 with st.spinner("Looking ..."):
-                    answer = parts.service().predict(picture[1], model=name, version=version["version"])
+                    answer = widgets.service().predict(picture[1], model=name, version=version.version)
                 took_ms = 1000 * (time.perf_counter() - start)
-                parts.show_answer(answer)
-                st.caption(f"Answered in {took_ms:.0f} ms. Knows {len(version['labels'])} actions.")
-                answers.append(answer["top"][0]["label"])
+                widgets.show_answer(answer)
+                st.caption(f"Answered in {took_ms:.0f} ms. Knows {len(version.labels)} actions.")
+                answers.append(answer.top[0].label)
             except Trouble as trouble:
                 st.error(str(trouble), icon=":material/error:")
 if len(answers) == 2:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
-from service import Trouble
+
+from app.client import Trouble
 
 ROOT = Path(__file__).resolve().parents[2]
 COLORS = ("#3b82d6", "#d97706")

@@ -2,34 +2,31 @@
 
 import io
 import json
-import re
+import os
+import stat
 import subprocess
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
+from app import archive, main, video_frames, widgets
+from app.client import AppClient, Trouble
 from tests.support.serving_setup import LABELS, running, write_export
 
 APP = Path(__file__).parents[2] / "app"
-sys.path.insert(0, str(APP))
-
-import archive  # noqa: E402
-import clip  # noqa: E402
-import main  # noqa: E402
-import parts  # noqa: E402
-from service import Service, Trouble  # noqa: E402
-
 PAGES = [name for name, _, _ in main.PAGES]
 SCRIPT = """
 import runpy
-import main
+from app import main
 main.show("{page}", lambda: runpy.run_path("{path}"), "{page}" not in main.WITHOUT_SERVICE)
 """
 
@@ -74,12 +71,6 @@ def flat(size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_app_imports_nothing_of_the_project() -> None:
-    for path in APP.rglob("*.py"):
-        if path.name != "make_samples.py":
-            assert not re.search(r"^\s*(from|import) (clip_har_jax|serving|export)", path.read_text(), re.M), path
-
-
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "runs"])
 def test_each_page_shows_without_a_mistake(open_page: Callable[[str], AppTest], name: str) -> None:
     page = open_page(name)
@@ -100,10 +91,9 @@ def test_each_page_says_what_helps_when_the_service_is_gone(
 
 def test_the_service_may_go_in_the_middle(open_page: Callable[[str], AppTest], service: str) -> None:
     page = open_page("try_it")
-    page.session_state["service"].url = "gone"
-    page.session_state["service"]._client.base_url = "http://127.0.0.1:9"
+    page.session_state["service"] = AppClient("http://127.0.0.1:9")
     assert "doesn't answer" in errors(run(page))
-    page.session_state["service"]._client.base_url = service
+    page.session_state["service"] = AppClient(service)
     assert not errors(run(page))
 
 
@@ -145,7 +135,7 @@ def test_a_service_of_its_own_is_started_and_started_again_when_it_ended(
 
 @pytest.mark.parametrize(("score", "told"), [(0.999, "over 99%"), (0.001, "under 1%"), (0.555, "56%")])
 def test_no_answer_claims_to_be_certain(score: float, told: str) -> None:
-    assert parts.percent(score) == told
+    assert widgets.percent(score) == told
 
 
 @pytest.mark.parametrize(
@@ -154,7 +144,7 @@ def test_no_answer_claims_to_be_certain(score: float, told: str) -> None:
         (b"", "empty"),
         (b"not a picture", "no picture, or a damaged one"),
         (picture()[:900], "no picture, or a damaged one"),
-        (picture(kind="BMP"), "no JPEG, PNG or WebP"),
+        (picture(kind="ICO"), "no JPEG, PNG or WebP"),
         (b"\xff\xd8" + bytes(50_000_000), "50 MB"),
         (flat((5200, 5000)), "over 25 megapixels"),
     ],
@@ -163,12 +153,12 @@ def test_a_bad_picture_gets_a_sentence(content: bytes, sentence: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(Trouble, match=sentence):
-            parts.check_picture(content, "a.jpg").load()
+            widgets.check_picture(content, "a.jpg").load()
 
 
 def test_pictures_of_all_kinds_are_shown() -> None:
     for kind in ("PNG", "JPEG", "WEBP"):
-        assert parts.check_picture(picture(kind=kind), "a").size == (64, 48)
+        assert widgets.check_picture(picture(kind=kind), "a").size == (64, 48)
 
 
 def test_own_words_change_the_result_and_are_checked(open_page: Callable[[str], AppTest]) -> None:
@@ -193,11 +183,11 @@ def test_a_set_of_words_is_saved_to_the_service(open_page: Callable[[str], AppTe
     run(page)
     next(button for button in page.button if "Save" in button.label).click()
     assert "tells these 2 actions apart" in run(page).success[0].value
-    client = Service(service)
+    client = AppClient(service)
 
     def known() -> set[str]:
-        (model,) = client.models()
-        return set(next(version["labels"] for version in model["versions"] if version["version"] == model["active"]))
+        (model,) = client.models().models
+        return set(next(version.labels for version in model.versions if version.version == model.active))
 
     assert known() == {"running", "jumping high"}
     next(button for button in page.button if "Back" in button.label).click()
@@ -222,31 +212,66 @@ def zipped(entries: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_zip_with_folders_junk_and_tricks_gives_its_pictures() -> None:
+def test_a_zip_with_folders_and_junk_gives_its_pictures() -> None:
     good = picture()
     content = zipped(
         {
             "a/": b"",
             "a/one.png": good,
-            "../../two.PNG": good,
-            "C:\\three.jpg": good,
+            "two.PNG": good,
+            "b\\three.jpg": good,
             "__MACOSX/._one.png": b"junk",
             "a/.DS_Store": b"junk",
             "notes.txt": b"junk",
-            "bomb.png": bytes(30_000_000),
+            "large.png": bytes(30_000_000),
         }
     )
     found = dict(archive.unpack("a.zip", content))
-    assert set(found) == {"a/one.png", "../../two.PNG", "C:\\three.jpg", "bomb.png"}
+    assert set(found) == {"a/one.png", "two.PNG", "b\\three.jpg", "large.png"}
     assert found["a/one.png"] == good
-    assert len(found["bomb.png"]) == parts.MAX_IMAGE_BYTES + 1  # and not more of it is read
+    assert len(found["large.png"]) == archive.MAX_PICTURE_BYTES + 1  # and not more of it is read
+
+
+def with_entry(**fields: Any) -> bytes:
+    """Return a zip whose one entry is unusual."""
+    buffer, entry = io.BytesIO(), zipfile.ZipInfo("a.png")
+    for name, value in fields.items():
+        setattr(entry, name, value)
+    with zipfile.ZipFile(buffer, "w") as made:
+        made.writestr(entry, b"x" * 1000)
+    return buffer.getvalue()
+
+
+def damaged(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes(255 - byte for byte in content[at : at + 2]) + content[at + 2 :]
+
+
+def marked_encrypted() -> bytes:
+    content = bytearray(zipped({"a.png": picture()}))
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + flags] |= 1
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (b"PK\x03\x04 no zip", "damaged zip"),
+        (b"", "damaged zip"),
+        (zipped({"a.png": picture()})[:-30], "damaged zip"),
+        (damaged(zipped({"a.png": picture()}), 300), "damaged zip"),
+        (damaged(zipped({"a.png": bytes(100_000)}), 45), "damaged zip"),
         (zipped({f"{i}.jpg": b"x" for i in range(501)}), "501 pictures; 500"),
+        (zipped({f"{i}.txt": b"" for i in range(40_000)}), "too many files"),
+        (zipped({"/".join("a" * 20) + ".png": b"x"}), "over 16 deep"),
+        (zipped({"../../two.png": b"x"}), "leads out"),
+        (zipped({"/etc/two.png": b"x"}), "leads out"),
+        (zipped({"C:\\two.png": b"x"}), "leads out"),
+        (with_entry(external_attr=(stat.S_IFLNK | 0o777) << 16), "a link or a device"),
+        (with_entry(external_attr=(stat.S_IFCHR | 0o777) << 16), "a link or a device"),
+        (with_entry(compress_type=zipfile.ZIP_LZMA), "isn't read here"),
+        (marked_encrypted(), "password"),
+        (zipped({f"{i}.png": bytes(11_000_000) for i in range(6)}), "66 MB"),
     ],
 )
 def test_a_bad_zip_gets_a_sentence(content: bytes, sentence: str) -> None:
@@ -254,11 +279,57 @@ def test_a_bad_zip_gets_a_sentence(content: bytes, sentence: str) -> None:
         archive.unpack("a.zip", content)
 
 
+def test_a_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
+    """4 GB in 4 MB, in a process whose memory is looked at after it."""
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as made:
+        for i in range(400):
+            made.writestr(f"{i}.png", bytes(11_000_000))
+    code = """
+import resource, sys
+from app.archive import Trouble, unpack
+try:
+    unpack("bomb.zip", open(sys.argv[1], "rb").read())
+except Trouble as trouble:
+    print(trouble)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "bomb.zip")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=APP.parent)
+    told, peak_kb = done.stdout.splitlines()
+    assert "would unpack to 4400 MB" in told and int(peak_kb) < 200_000
+
+
+def test_the_app_listens_on_loopback_unless_asked_otherwise(tmp_path: Path) -> None:
+    """By the settings in the repository; the address that it prints is of this machine alone."""
+    command = [sys.executable, "-m", "streamlit", "run", "app/main.py", "--server.port=0", "--server.headless=true"]
+    environment = {**os.environ, "HAR_URL": "http://127.0.0.1:9", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=APP.parent, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = ""
+        while "URL" not in told and process.poll() is None:
+            told += process.stdout.readline()
+        listening = {one.laddr.ip for one in psutil.Process(process.pid).net_connections() if one.status == "LISTEN"}
+        process.terminate()
+        told += process.stdout.read()
+    assert "localhost" in told and "Network URL" not in told and "External URL" not in told
+    assert listening <= {"127.0.0.1", "::1"} and listening
+
+
+@pytest.mark.parametrize(
+    ("address", "open_to_all"), [("localhost", False), ("127.0.0.1", False), ("0.0.0.0", True), ("", True)]
+)
+def test_a_page_open_to_others_says_that_it_has_no_key(
+    monkeypatch: pytest.MonkeyPatch, address: str, open_to_all: bool
+) -> None:
+    monkeypatch.setattr(main.st, "get_option", lambda name: address)
+    assert ("it has no key" in (main.open_to_others() or "")) == open_to_all
+
+
 def test_many_pictures_get_a_table(open_page: Callable[[str], AppTest]) -> None:
     page = open_page("batch")
     page.button[0].click()
     table = run(page).dataframe[0].value
-    assert len(table) == len(list(parts.SAMPLES.glob("*.jpg"))) == 8
+    assert len(table) == len(list(widgets.SAMPLES.glob("*.jpg"))) == 8
     assert set(table["action"]) <= set(LABELS)
     page.multiselect(key="batch_filter").select(table["action"][0])
     assert set(run(page).dataframe[0].value["action"]) == {table["action"][0]}
@@ -288,18 +359,18 @@ def test_an_answer_that_is_no_services_is_told(open_page: Callable[[str], AppTes
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(Trouble, match=r"isn't the service .status 404.*HAR_URL"):
-            Service(f"http://127.0.0.1:{server.server_port}").models()
+            AppClient(f"http://127.0.0.1:{server.server_port}").models()
         server.shutdown()
 
 
 def test_a_missing_key_is_told(tmp_path: Path) -> None:
     key_line = "alice:use:" + "0" * 64
     with running(None, wait=False, api_keys=key_line) as (client, _), pytest.raises(Trouble, match="HAR_KEY"):
-        Service(str(client.base_url)).models()
+        AppClient(str(client.base_url)).models()
 
 
 def test_moments_of_a_video() -> None:
-    assert clip.frame_at(b"no video", 0.0) is None
-    frame = clip.frame_at((parts.SAMPLES / "actions.mp4").read_bytes(), 5.0)
+    assert video_frames.frame_at(b"no video", 0.0) is None
+    frame = video_frames.frame_at((widgets.SAMPLES / "actions.mp4").read_bytes(), 5.0)
     assert frame is not None and frame.size == (384, 384)
-    assert clip.clock(61.25) == "1:01.2"
+    assert video_frames.clock(61.25) == "1:01.2"

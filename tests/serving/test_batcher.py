@@ -16,11 +16,11 @@ BEST = 4
 class Runs:
     """A lane that says which batches ran how; side by side they wait for one another, so that they must overlap."""
 
-    def __init__(self, beside: bool = True, meet: int = 2):
+    def __init__(self, single: bool = True, meet: int = 2):
         self.wide: list[list[int]] = []
         self.narrow: list[list[int]] = []
         self._at_once, self._barrier = 0, threading.Barrier(meet, timeout=10)
-        self.lane = Lane("test", self._run, Costs({1: 0.01, BEST: 0.02}), self._run_beside if beside else None)
+        self.lane = Lane("test", self._run, Costs({1: 0.01, BEST: 0.02}), self._run_in_one_thread if single else None)
 
     def _run(self, items: list[int]) -> list[int]:
         self._at_once += 1
@@ -30,7 +30,7 @@ class Runs:
         self._at_once -= 1
         return [10 * item for item in items]
 
-    def _run_beside(self, items: list[int]) -> list[int]:
+    def _run_in_one_thread(self, items: list[int]) -> list[int]:
         self.narrow.append(items)
         self._barrier.wait()
         return [10 * item for item in items]
@@ -72,7 +72,7 @@ def test_what_is_left_waits_for_those_side_by_side() -> None:
 
 
 def test_one_thread_and_lanes_that_cannot() -> None:
-    for runs, threads in ((Runs(beside=False), 2), (Runs(beside=False), 1)):
+    for runs, threads in ((Runs(single=False), 2), (Runs(single=False), 1)):
         answers([(runs, 2 * BEST)], threads)
         assert [len(batch) for batch in runs.wide] == [BEST, BEST]
 

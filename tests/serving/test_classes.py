@@ -114,8 +114,8 @@ def test_a_damaged_change_loads_nothing_else(served_folder: Path, tmp_path: Path
     path = tmp_path / f"har-{digest[:16]}.json"
     path.write_text(wrong if isinstance(wrong, str) else json.dumps(good | wrong))
     with running(served_folder, wait=False, state_dir=tmp_path) as (client, service):
-        wait_for(lambda: service.registry.entry(None).error)
-        error = service.registry.entry(None).error
+        wait_for(lambda: service.models.entry(None).error)
+        error = service.models.entry(None).error
         assert error is not None and error.startswith(f"{path.name}: ") and "\n" not in error
         assert client.get("/v2/health/ready").status_code == 503
         path.write_text(json.dumps(good))

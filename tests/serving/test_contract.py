@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from clip_har_jax.formats import readable_formats
 from tests.support.serving_setup import running
 
 
@@ -22,7 +23,7 @@ def client(served_folder: Path) -> Iterator[httpx.Client]:
     [
         (["--exclude-path=/v1/stream"], 19),
         # The hooks put a real video into every upload, a wrong one too, which the one check would take for accepted.
-        # Wrong videos have tests of their own (test_serving_streams.py).
+        # Wrong videos have tests of their own (test_streams.py).
         (["--include-path=/v1/stream", "--exclude-checks=negative_data_rejection"], 1),
     ],
 )
@@ -39,7 +40,8 @@ def test_schemathesis_with_every_check(client: httpx.Client, options: list[str],
 def test_the_document_has_examples_and_errors(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     predict = document["paths"]["/v1/predict"]["post"]
-    assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "image/jpeg", "image/png", "image/webp"}
+    taken = {one.media_type for one in readable_formats()}
+    assert set(predict["requestBody"]["content"]) == {"multipart/form-data", *taken}
     assert {"200", "401", "413", "415", "422", "429", "503", "504"} <= set(predict["responses"])
     assert document["components"]["schemas"]["ProblemBody"]["properties"]["code"]["examples"] == ["bad_image"]
     assert "swagger" in client.get("/docs").text

@@ -82,7 +82,9 @@ def bad_images() -> dict[str, tuple[bytes, int, str]]:
     return {
         "empty": (b"", 422, "empty_body"),
         "text": (b"hello", 415, "unsupported_media_type"),
-        "gif": (saved(small, "GIF"), 415, "unsupported_media_type"),
+        "animated gif": (saved(small, "GIF", save_all=True, append_images=frames[1:]), 422, "bad_image"),
+        "pages": (saved(small, "TIFF", save_all=True, append_images=frames[1:]), 422, "bad_image"),
+        "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n", 415, "unsupported_media_type"),
         "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "unsupported_media_type"),
         "only magic": (jpeg[:3], 422, "bad_image"),
         "truncated": (jpeg[: len(jpeg) // 2], 422, "bad_image"),
@@ -303,7 +305,7 @@ def test_a_folder_called_as_a_format_is(folder: Path, good: bytes, tmp_path: Pat
             assert client.post("/v1/predict", content=good).status_code == 200
     (whole / "manifest.json").unlink()
     with running(whole, wait=False) as (_, service):
-        wait_for(lambda: "not sealed" in (service.registry.entry(None).error or ""))
+        wait_for(lambda: "not sealed" in (service.models.entry(None).error or ""))
 
 
 @pytest.mark.parametrize("what", ["missing", "damaged"])
@@ -311,7 +313,7 @@ def test_without_a_model_it_lives_and_is_not_ready(folder: Path, good: bytes, tm
     if what == "damaged":
         damage(folder, tmp_path / "model")
     with running(tmp_path / "model", wait=False) as (client, service):
-        wait_for(lambda: service.registry.entry(None).error)
+        wait_for(lambda: service.models.entry(None).error)
         assert client.get("/v2/health/live").status_code == 200
         assert client.get("/v2/health/ready").status_code == 503
         answer = client.post("/v1/predict", content=good)
@@ -327,7 +329,7 @@ def test_an_output_that_is_not_finite_is_no_answer(
 ) -> None:
     """And spoils none of the others in its batch."""
     client, service = served
-    model = service.registry.get()
+    model = service.models.get()
     black = saved(Image.new("RGB", (40, 40)), "PNG")
     run = model.backend._run
 
@@ -403,7 +405,7 @@ def test_versions_side_by_side(served: tuple[httpx.Client, Service], folder: Pat
 
 def slow_down(service: Service, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Make a batch of any size take `seconds`, and the service know it."""
-    model = service.registry.get()
+    model = service.models.get()
     run = model.classify.run
 
     def slowly(items: list[Any]) -> Any:
@@ -411,7 +413,7 @@ def slow_down(service: Service, monkeypatch: pytest.MonkeyPatch, seconds: float)
         return run(items)
 
     monkeypatch.setattr(model.classify, "run", slowly)
-    monkeypatch.setattr(model.classify, "run_beside", None)
+    monkeypatch.setattr(model.classify, "run_in_one_thread", None)
     monkeypatch.setattr(model.costs, "factor", seconds / (model.costs.of_batch(1) / model.costs.factor))
     monkeypatch.setattr(model.costs, "best", 2)
 
@@ -495,7 +497,7 @@ def test_a_client_that_leaves_costs_no_batch(folder: Path, good: bytes, monkeypa
 def test_many_classes_hold_nobody_up(folder: Path, good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of texts are embedded a few at a time, and others' images are looked at in between."""
     with running(folder, request_timeout_s=60) as (client, service):
-        text, begun = service.registry.get().text, threading.Event()
+        text, begun = service.models.get().text, threading.Event()
         run = text.run
 
         def slowly(texts: list[str]) -> Any:
@@ -607,7 +609,7 @@ def test_a_signature_is_asked_for(folder: Path, tmp_path: Path, good: bytes) -> 
         (tmp_path / f"{name}.pub").write_bytes(public)
     model = Path(shutil.copytree(folder, tmp_path / "model"))
     with running(model, wait=False, signing_key=tmp_path / "mine.pub") as (client, service):
-        wait_for(lambda: "not signed" in (service.registry.entry(None).error or ""))
+        wait_for(lambda: "not signed" in (service.models.entry(None).error or ""))
         sign(model, tmp_path / "other.pem")
         assert "signature isn't good" in client.post("/v1/models/har/load", json={}).json()["detail"]
         (model / SIGNATURE_FILE).unlink()

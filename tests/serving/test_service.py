@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_har_jax import Predictor, bundle
+from clip_har_jax import Predictor
+from clip_har_jax.formats import readable_formats
 from serving.security import PUBLIC, needed_scope, new_key
 from serving.service import Service
 from serving.settings import Settings
@@ -47,7 +48,8 @@ def client(served: tuple[httpx.Client, Service]) -> httpx.Client:
 
 def encoded(photo: Path, format: str) -> bytes:
     buffer = io.BytesIO()
-    Image.open(photo).convert("RGB").save(buffer, format, lossless=True)
+    options = {"lossless": True} if format == "WEBP" else {}
+    Image.open(photo).convert("RGB").save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -64,8 +66,9 @@ def test_answers_as_the_model_does(client: httpx.Client, folder: Path, photo: Pa
     np.testing.assert_allclose(embedding, Predictor(folder).embed([photo])[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
 def test_takes_raw_bytes_by_what_they_are(client: httpx.Client, photo: Path, format: str) -> None:
+    assert format in [one.name for one in readable_formats()], "the pinned Pillow reads it"
     data = encoded(photo, format)
     answer = client.post("/v1/predict", content=data, headers={"Content-Type": "application/octet-stream"})
     assert answer.status_code == 200 and answer.json()["label"] in LABELS
@@ -210,6 +213,95 @@ def test_metrics_count(client: httpx.Client, photo: Path) -> None:
     text = client.get("/metrics").text
     assert re.search(r'har_requests_total\{method="POST",route="/v1/predict",status="200"\} [1-9]', text)
     assert re.search(r'har_predictions_total\{label="\w+",model="har"\}', text) and "har_ready 1.0" in text
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/health/live", "/v2/health/ready", "/v1/models", "/v2/models/har", "/metrics", "/docs"]
+)
+def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
+    answer, whole = client.head(path), client.get(path)
+    assert answer.status_code == 200 and not answer.content
+    assert answer.headers["content-type"] == whole.headers["content-type"]
+    counted = f'har_requests_total{{method="HEAD",route="{path.replace("/har", "/{name}")}",status="200"}}'
+    assert counted in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/predict", "POST, OPTIONS"),
+        ("/v1/stream", "POST, OPTIONS"),
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/v2/health/live", "GET, HEAD, OPTIONS"),
+        ("/v1/models/har/versions/x", "DELETE, OPTIONS"),
+        ("/docs/assets/swagger-ui.css", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_options_and_405_say_what_is_allowed(client: httpx.Client, path: str, allowed: str) -> None:
+    answer = client.options(path)
+    assert answer.status_code == 204 and answer.headers["allow"] == allowed
+    refused = client.patch(path)
+    assert refused.status_code == 405 and refused.headers["allow"] == allowed and allowed in refused.json()["detail"]
+    assert client.options("/nowhere").status_code == 404
+
+
+def form(*parts: bytes, end: bytes = b"--b--\r\n") -> dict[str, Any]:
+    """Return a request whose form is written out, as careless clients write theirs."""
+    return {"content": b"".join(parts) + end, "headers": {"Content-Type": "multipart/form-data; boundary=b"}}
+
+
+def part(data: bytes, disposition: str) -> bytes:
+    return f"--b\r\nContent-Disposition: form-data; {disposition}\r\n\r\n".encode() + data + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        'name="image"; filename="a.png"',
+        "name=\"image\"; filename*=UTF-8''%C3%A9t%C3%A9.png",
+        "name=image; filename=a.png",
+    ],
+)
+def test_a_file_is_a_file_however_it_is_named(client: httpx.Client, photo: Path, disposition: str) -> None:
+    content = form(part(photo.read_bytes(), disposition))
+    assert client.post("/v1/predict", **content).status_code == 200
+    (answer,) = client.post("/v1/predict/batch", **content).raise_for_status().json()["predictions"]
+    assert answer["filename"] == ("été.png" if "*" in disposition else "a.png")
+
+
+def test_messages_name_the_true_cause(client: httpx.Client, photo: Path) -> None:
+    data = photo.read_bytes()
+    image = part(data, 'name="image"; filename="a.png"')
+
+    def told(path: str = "/v1/predict", **request: Any) -> str:
+        answer = client.post(path, **request)
+        assert 400 <= answer.status_code < 500, answer.text
+        return answer.json()["detail"]
+
+    assert "send several to /v1/predict/batch" in told(**form(image, image))
+    assert "over 64 images (HAR_MAX_BATCH_IMAGES)" in told("/v1/predict/batch", **form(*[image] * 65))
+    for end in (b"", b"--b", image[:50]):
+        assert "cut off" in told(**form(image, end=end))
+    assert "isn't a file" in told(**form(part(data, 'name="image"')))
+    assert "isn't a file" not in told(**form(part(data, 'name="picture"; filename="a"')))
+    assert "is base64 text" in told(content=base64.b64encode(data))
+    assert "is base64 text" in told(content=b"data:image/png;base64," + base64.b64encode(data))
+    assert "is JSON" in told(json={"image": base64.b64encode(data).decode()})
+    assert "-F image=@FILE" in told(data={"image": "@photo.jpg"})
+    assert "JPEG, PNG, WebP" in told(content=b"hello")
+    encoded = client.post("/v1/predict", content=data, headers={"Content-Encoding": "br"})
+    assert encoded.status_code == 415 and "content encoding 'br'" in encoded.json()["detail"]
+    assert encoded.headers["accept-encoding"] == "identity"
+    assert client.post("/v1/predict", content=data, headers={"Content-Encoding": "identity"}).status_code == 200
+
+
+@pytest.mark.parametrize("write", [base64.b64encode, base64.urlsafe_b64encode, base64.encodebytes])
+@pytest.mark.parametrize("before", ["", "data:image/png;base64,"])
+def test_base64_is_taken_as_people_write_it(client: httpx.Client, photo: Path, write: Any, before: str) -> None:
+    text = before + write(photo.read_bytes()).decode()
+    for data in (text, text.rstrip("=\n")):
+        image = {"name": "image_bytes", "shape": [1], "datatype": "BYTES", "data": [data]}
+        assert client.post("/v2/models/har/infer", json={"inputs": [image]}).status_code == 200
 
 
 ROUTES = {  # every route, by what a key needs for it: a new one must be thought about here
@@ -383,11 +475,3 @@ finally:
         logged = [json.loads(line) for line in process.stderr.read().splitlines()]
         assert process.stdout.read().strip() == "[]"
     assert process.returncode == 0 and logged[-1]["message"] == "ended"
-
-
-def test_imports_only_what_a_server_needs() -> None:
-    """The light files of the package, and inference."""
-    light = {path.stem for path in Path(bundle.__file__).parent.glob("*.py")}
-    for path in (Path(__file__).parents[2] / "serving").glob("*.py"):
-        found = re.findall(r"^\s*(?:from|import) clip_har_jax\.?(\w*)", path.read_text(), re.M)
-        assert set(found) <= light | {"inference"} | {""}, path.name

@@ -12,6 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from clip_har_jax.formats import format_titles
 from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.inference.stream import EventRules, find_events
 from clip_har_jax.video.clips import TooSlow, iter_frames
@@ -113,7 +114,7 @@ def test_a_bad_frame_is_told_and_the_stream_goes_on(served: tuple[httpx.Client, 
             "frame": 1,
             "title": "Unsupported Media Type",
             "status": 415,
-            "detail": "not a JPEG, PNG or WebP image by its first bytes; convert it",
+            "detail": f"not an image by its first bytes; taken are {format_titles()}",
             "code": "unsupported_media_type",
             "request_id": "",
         }
@@ -143,7 +144,7 @@ def test_a_flood_is_cut_off(served: tuple[httpx.Client, Service], frame: bytes) 
 
 def test_the_newest_frame_wins(served_folder: Path, frame: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(served_folder, max_stream_fps=60, stream_budget_s=5) as (client, service):
-        model = service.registry.get()
+        model = service.models.get()
         run = model.classify.run
 
         def slowly(items: list[Any]) -> Any:

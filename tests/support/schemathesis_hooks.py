@@ -9,8 +9,8 @@ import schemathesis
 from hypothesis import strategies as st
 from PIL import Image
 
-from serving.images import media_type
-from serving.requests import LONGEST_MS
+from clip_har_jax.formats import readable_formats, sniff
+from serving.calls import LONGEST_MS
 from tests.support.videos import write_video
 
 with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
@@ -23,17 +23,18 @@ def images(draw: st.DrawFn) -> bytes:
     """Small images of all kinds that are taken."""
     size = draw(st.integers(2, 64)), draw(st.integers(2, 64))
     mode = draw(st.sampled_from(["RGB", "L", "RGBA", "P", "1"]))
-    kind = draw(st.sampled_from(["PNG", "WEBP", "JPEG"]))
+    kind = draw(st.sampled_from(sorted({one.name for one in readable_formats()} - {"MPO", "HEIF"})))
     image = Image.new(mode, size, draw(st.integers(0, 1)))
     buffer = io.BytesIO()
-    (image.convert("RGB") if kind == "JPEG" else image).save(buffer, kind)
+    (image.convert("RGB") if kind in ("JPEG", "AVIF", "BMP") else image).save(buffer, kind)
     return buffer.getvalue()
 
 
 schemathesis.openapi.format("binary", images())
 schemathesis.openapi.format("byte", images().map(lambda data: base64.b64encode(data).decode()))
-for kind in ("image/jpeg", "image/png", "image/webp"):
-    schemathesis.openapi.media_type(kind, images())
+for one in readable_formats():
+    if one.media_type != "image/jpeg" or one.name == "JPEG":
+        schemathesis.openapi.media_type(one.media_type, images())
 schemathesis.openapi.media_type("video/mp4", st.just(VIDEO))
 
 
@@ -68,5 +69,5 @@ def before_call(context: Any, case: schemathesis.Case, kwargs: Any) -> None:
     if case.path == "/v1/stream" and isinstance(case.body, dict):
         made = case.body.get("video")
         data = getattr(made, "data", made)
-        if isinstance(data, bytes) and media_type(data):
+        if isinstance(data, bytes) and sniff(data):
             case.body["video"] = type(made)(VIDEO)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from clip_har_jax import bundle
-from serving.server import Server, listen, make_config
+from serving.server import Server, listen, uvicorn_config
 from serving.service import Service
 from serving.settings import Settings
 from tests.support.model_folders import write_images, write_model
@@ -48,7 +48,7 @@ def running(folder: Path | None = None, wait: bool = True, **settings: Any) -> I
     settings = {"port": 0, "decode_processes": 1, "rate_limit_per_s": 0, "log_level": "ERROR", **settings}
     made = Settings(model=folder, **settings)
     listener = listen(made)
-    server = Server(make_config(made))
+    server = Server(uvicorn_config(made))
     service: Service = server.config.app.state.service  # type: ignore[union-attr]
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

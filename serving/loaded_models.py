@@ -1,4 +1,4 @@
-"""Models in and out: named versions, loaded and proven aside, switched in one assignment, dropped when unused."""
+"""The models that are loaded: named versions, opened and checked beside the active one, then switched to."""
 
 import asyncio
 import re
@@ -14,7 +14,7 @@ from clip_har_jax.inference import golden
 from clip_har_jax.inference.exported import ExportedBackend
 from serving.batcher import Batcher, Costs
 from serving.classes import KeptClasses
-from serving.models import TEXTS_AT_ONCE, Loaded, Model, open_exported
+from serving.models import TEXTS_AT_ONCE, LoadedExport, ServedModel, open_exported
 from serving.problems import Problem
 from serving.schemas import ModelStatus
 from serving.telemetry import Metrics, log
@@ -28,8 +28,8 @@ class Entry:
 
     name: str
     path: Path
-    active: Model | None = None
-    versions: dict[str, Model] = field(default_factory=dict)
+    active: ServedModel | None = None
+    versions: dict[str, ServedModel] = field(default_factory=dict)
     loading: bool = True
     error: str | None = None
     changes: int = 0  # how often classes were changed, and unsealed folders loaded
@@ -45,7 +45,7 @@ class Entry:
         return ModelStatus(name=self.name, status=state, error=self.error, active=active, versions=versions)
 
 
-class Registry:
+class LoadedModels:
     """All names; what changes them.
 
     Args:
@@ -88,7 +88,7 @@ class Registry:
             raise Problem("unknown_model", f"no model of this name; there are {', '.join(self.entries) or 'none'}")
         return self.entries[name]
 
-    def get(self, name: str | None = None, version: str | None = None) -> Model:
+    def get(self, name: str | None = None, version: str | None = None) -> ServedModel:
         """Return a model to answer with.
 
         Raises:
@@ -146,7 +146,7 @@ class Registry:
                 entry.versions.setdefault(model.version, model)
             return entry
 
-    def _open(self, entry: Entry, path: Path) -> Model:
+    def _open(self, entry: Entry, path: Path) -> ServedModel:
         """Verify, open, warm, prove: in a thread of its own."""
         self._checks(path)
         backend = open_exported(path, self._threads)
@@ -163,9 +163,9 @@ class Registry:
             "model loaded",
             extra={"fields": {"model": entry.name, "version": version, "best_batch": best, "path": str(path)}},
         )
-        return self._as_changed(entry, Model(loaded, entry.name, version))
+        return self._as_changed(entry, ServedModel(loaded, entry.name, version))
 
-    def _measured(self, backend: ExportedBackend, source: Path, active: Model | None) -> Loaded:
+    def _measured(self, backend: ExportedBackend, source: Path, active: ServedModel | None) -> LoadedExport:
         """Warms what requests will need, and measures what batches cost.
 
         While another version serves, times would be of a busy machine: what that one measured is a better start.
@@ -177,13 +177,13 @@ class Registry:
         else:
             costs = Costs.measure(backend.logits, example)
             text_costs = Costs.of_two(lambda count: backend.embed_classes([["a photo"]] * count), TEXTS_AT_ONCE)
-        beside = backend.in_one_thread() if self._threads > 1 else None
-        if beside is not None:
-            beside.logits(example[None])
-            beside.embed(example[None])
-        return Loaded(backend, source, costs, text_costs, beside)
+        single_threaded = backend.in_one_thread() if self._threads > 1 else None
+        if single_threaded is not None:
+            single_threaded.logits(example[None])
+            single_threaded.embed(example[None])
+        return LoadedExport(backend, source, costs, text_costs, single_threaded)
 
-    def _as_changed(self, entry: Entry, model: Model) -> Model:
+    def _as_changed(self, entry: Entry, model: ServedModel) -> ServedModel:
         """Return the model with the classes that it was changed to before, if it was."""
         found = self._kept.read(entry.name, model.backend.digest)
         if found is None:
@@ -194,7 +194,7 @@ class Registry:
         entry.changes = max(entry.changes, changes)
         return model.changed(prompts, model.backend.embed_classes(list(prompts.values())), changed(model, changes))
 
-    def _switch(self, entry: Entry, model: Model) -> None:
+    def _switch(self, entry: Entry, model: ServedModel) -> None:
         """From the next request on `model` answers; the one before goes when its last request has."""
         before = entry.active
         entry.active, entry.path = model, model.source  # which a later load reads again
@@ -262,6 +262,6 @@ class Registry:
         return entry
 
 
-def changed(model: Model, changes: int) -> str:
+def changed(model: ServedModel, changes: int) -> str:
     """Return the version of a model whose classes were changed."""
     return f"{model.version.partition('+')[0]}+c{changes}"

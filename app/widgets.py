@@ -1,4 +1,4 @@
-"""What several pages show: pictures that were checked, answers as bars, choices of a model."""
+"""Parts of several pages: pictures that were checked, answers as bars, the model and how good it is."""
 
 import base64
 import html
@@ -6,16 +6,14 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import streamlit as st
 from PIL import Image, ImageOps
-from service import Service, Trouble
+
+from app.client import AppClient, Trouble
+from serving.schemas import Answer, Limits, ModelVersion, Scored
 
 SAMPLES = Path(__file__).parent / "samples"
-MAX_IMAGE_BYTES = 10_000_000
-MAX_MEGAPIXELS = 25
-KINDS = ["jpg", "jpeg", "png", "webp"]
 
 STYLE = """<style>
 .block-container { padding-top: 3.5rem; max-width: 72rem; }
@@ -28,13 +26,32 @@ STYLE = """<style>
 .bars .track { height: .6rem; border-radius: .3rem; background: color-mix(in srgb, currentColor 14%, transparent); }
 .bars .fill { height: 100%; border-radius: .3rem; background: #3b82d6; min-width: 2px; }
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] p { color: inherit !important; opacity: .9; }
+.legend { display: flex; gap: .6rem; align-items: center; font-size: .9rem; }
+.legend .scale { flex: 1; height: .7rem; border-radius: .35rem; min-width: 4rem;
+  background: linear-gradient(90deg, #262626, #ff6a3a); }
 .bars .first .line { font-weight: 650; } .bars .unsure .fill { background: #8a94a3; }
 </style>"""
 
 
-def service() -> Service:
+def service() -> AppClient:
     """Return the service of this visitor."""
     return st.session_state.service
+
+
+def limits() -> Limits:
+    """Return what the service takes."""
+    return st.session_state.get("limits") or Limits()
+
+
+def suffixes() -> list[str]:
+    """Return the suffixes of the pictures that the service reads, without dots."""
+    return [suffix for kind in limits().image_formats for suffix in kind.suffixes]
+
+
+def kinds() -> str:
+    """Return the kinds of pictures that the service reads, as people name them."""
+    titles = list(dict.fromkeys(kind.title for kind in limits().image_formats))
+    return f"{', '.join(titles[:-1])} or {titles[-1]}"
 
 
 def words(label: str) -> str:
@@ -55,23 +72,24 @@ def check_picture(content: bytes, name: str) -> Image.Image:
     """
     if not content:
         raise Trouble(f"{name} is empty. Choose another picture.")
-    if len(content) > MAX_IMAGE_BYTES:
-        size = f"{len(content) / 1e6:.0f} MB, more than {MAX_IMAGE_BYTES // 1_000_000} MB"
+    allowed = limits()
+    if len(content) > allowed.max_image_bytes:
+        size = f"{len(content) / 1e6:.0f} MB, more than {allowed.max_image_bytes / 1e6:g} MB"
         raise Trouble(f"{name} has {size}. Save it smaller and try again.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; what can't be drawn raises
             image = Image.open(io.BytesIO(content))
-            if image.format not in ("JPEG", "PNG", "WEBP"):
-                raise Trouble(f"{name} is no JPEG, PNG or WebP picture. Save it as one and try again.")
-            if image.width * image.height > MAX_MEGAPIXELS * 1e6:
-                raise Trouble(f"{name} has over {MAX_MEGAPIXELS} megapixels. Make it smaller and try again.")
+            if image.format not in {kind.name for kind in allowed.image_formats}:
+                raise Trouble(f"{name} is no {kinds()} picture. Save it as one and try again.")
+            if image.width * image.height > allowed.max_megapixels * 1e6:
+                raise Trouble(f"{name} has over {allowed.max_megapixels:g} megapixels. Make it smaller and try again.")
             image.draft("RGB", (1024, 1024))
             return ImageOps.exif_transpose(image).convert("RGB")
     except Trouble:
         raise
     except Exception as error:  # decoders raise all kinds
-        raise Trouble(f"{name} is no picture, or a damaged one. Choose another (JPEG, PNG or WebP).") from error
+        raise Trouble(f"{name} is no picture, or a damaged one. Choose another ({kinds()}).") from error
 
 
 def thumbnail(image: Image.Image, size_px: int = 96) -> str:
@@ -83,11 +101,13 @@ def thumbnail(image: Image.Image, size_px: int = 96) -> str:
 
 
 def choose_picture(key: str, camera: bool = True) -> tuple[str, bytes, Image.Image] | None:
-    """Lets a person choose a picture; None while there is none. Says what is wrong with a bad one."""
+    """Let a person choose a picture; None while there is none. Say what is wrong with a bad one."""
     ways = ["Sample", "Upload", *(["Camera"] if camera else [])]
     way = st.segmented_control("Where the picture comes from", ways, default="Sample", required=True, key=f"{key}_way")
     if way == "Upload":
-        given = st.file_uploader("A picture", KINDS, key=f"{key}_file", help="JPEG, PNG or WebP, up to 10 MB")
+        most_mb = limits().max_image_bytes / 1e6
+        told = f"{kinds()}, up to {most_mb:g} MB"
+        given = st.file_uploader(f"A picture ({told})", suffixes(), key=f"{key}_file", max_upload_size=round(most_mb))
     elif way == "Camera":
         given = st.camera_input("Take a picture", key=f"{key}_camera")
     else:
@@ -106,46 +126,69 @@ def choose_picture(key: str, camera: bool = True) -> tuple[str, bytes, Image.Ima
         return None
 
 
-def show_answer(answer: dict[str, Any]) -> None:
-    """What the model says, or that it isn't sure enough to say."""
-    best = answer["top"][0]
-    if answer["abstained"]:
+def show_answer(answer: Answer) -> None:
+    """Show what the model says, or that it isn't sure enough to say."""
+    best = answer.top[0]
+    if answer.abstained:
         what = "Not sure"
-        guess = f"<b>{html.escape(words(best['label']))}</b>, at {percent(best['score'])}"
+        guess = f"<b>{html.escape(words(best.label))}</b>, at {percent(best.score)}"
         sure = f"The best guess would be {guess}. That is below the model's limit for an answer."
     else:
-        what, sure = html.escape(words(best["label"])), f"The model is {percent(best['score'])} sure."
+        what, sure = html.escape(words(best.label)), f"The model is {percent(best.score)} sure."
     st.html(f'<div class="answer" role="status"><div class="what">{what}</div><div class="sure">{sure}</div></div>')
-    show_bars(answer["top"], answer["abstained"])
+    show_bars(answer.top, answer.abstained)
 
 
-def show_bars(top: Sequence[dict[str, Any]], unsure: bool = False) -> None:
-    """Probabilities as bars."""
+def show_bars(top: Sequence[Scored], unsure: bool = False) -> None:
+    """Show probabilities as bars."""
     rows = [
-        f'<li class="{"first" if i == 0 else ""}"><div class="line"><span>{html.escape(words(one["label"]))}</span>'
-        f'<span>{percent(one["score"])}</span></div><div class="track" aria-hidden="true"><div class="fill" '
-        f'style="width:{100 * one["score"]:.1f}%"></div></div></li>'
+        f'<li class="{"first" if i == 0 else ""}"><div class="line"><span>{html.escape(words(one.label))}</span>'
+        f'<span>{percent(one.score)}</span></div><div class="track" aria-hidden="true"><div class="fill" '
+        f'style="width:{100 * one.score:.1f}%"></div></div></li>'
         for i, one in enumerate(top)
     ]
     st.html(f'<ol class="bars{" unsure" if unsure else ""}">{"".join(rows)}</ol>')
 
 
-def versions() -> dict[str, tuple[str, dict[str, Any]]]:
+def show_model(name: str, version: ModelVersion) -> None:
+    """Say which model answered, what it was trained on and how good it was."""
+    told = [f"Model {name}, version {version.version}, knows {len(version.labels)} actions."]
+    origin = version.origin
+    if origin is not None and origin.trained_on:
+        told.append(f"It was trained on {origin.trained_on}.")
+    if origin is not None and origin.top1 is not None:
+        of = f" of {origin.num_examples} pictures" if origin.num_examples else " of the pictures"
+        told.append(f"It named {percent(origin.top1)}{of} right that it hadn't seen ({origin.judged_on}).")
+    else:
+        told.append("How often it is right isn't recorded.")
+    st.caption(" ".join(told))
+
+
+def show_heat_legend(label: str) -> None:
+    """Show what the colours of a heat map mean."""
+    st.html(
+        '<div class="legend"><span>speaks for nothing</span><span class="scale" aria-hidden="true"></span>'
+        f"<span>speaks most for {html.escape(label)}</span></div>"
+    )
+    st.caption("The model sees the middle square of the picture only.")
+
+
+def versions() -> dict[str, tuple[str, ModelVersion]]:
     """All versions that the service holds: how they are called here -> (model's name, version)."""
     found = {}
     for model in st.session_state.models:
-        for version in model["versions"]:
-            active = ", in use" if version["version"] == model["active"] else ""
-            found[f"{model['name']} {version['version']} ({version['format']}{active})"] = (model["name"], version)
+        for version in model.versions:
+            active = ", in use" if version.version == model.active else ""
+            found[f"{model.name} {version.version} ({version.format}{active})"] = (model.name, version)
     if not found:
         raise Trouble("The service holds no model that is ready. Wait a few seconds and try again.")
     return found
 
 
-def active_model() -> tuple[str, dict[str, Any]]:
+def active_model() -> tuple[str, ModelVersion]:
     """Return the first model's name, and its version in use."""
     for model in st.session_state.models:
-        for version in model["versions"]:
-            if version["version"] == model["active"]:
-                return model["name"], version
+        for version in model.versions:
+            if version.version == model.active:
+                return model.name, version
     raise Trouble("The service holds no model that is ready. Wait a few seconds and try again.")

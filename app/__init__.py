@@ -1,0 +1,1 @@
+"""The web app; it speaks HTTP to the service, by serving.client."""

@@ -1,0 +1,43 @@
+"""HEAD wherever GET works, OPTIONS everywhere, and which methods a path allows (RFC 9110, 9.3)."""
+
+from collections.abc import Sequence
+
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+VERBS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+    """Return the methods that a request's path allows; empty where no route has the path."""
+    scope = {**scope, "type": "http"}
+    allowed = [verb for verb in VERBS if any(_allows(route, {**scope, "method": verb}) for route in routes)]
+    if not allowed:
+        return []
+    return [*allowed, *(["HEAD"] if "GET" in allowed else []), "OPTIONS"]
+
+
+def _allows(route: BaseRoute, scope: Scope) -> bool:
+    files = isinstance(route, Mount)  # which matches any method, and reads files
+    return route.matches(scope)[0] is Match.FULL and (not files or scope["method"] == "GET")
+
+
+class Methods:
+    """Below the checks of security: answers OPTIONS, and HEAD by what answers GET; the server leaves out the body."""
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]):
+        self._app, self._routes = app, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope.get("method")
+        if method == "OPTIONS" and (allowed := allowed_methods(self._routes, scope)):
+            await Response(status_code=204, headers={"Allow": ", ".join(allowed)})(scope, receive, send)
+        elif method == "HEAD":
+            as_get = {**scope, "method": "GET"}
+            try:
+                await self._app(as_get, receive, send)
+            finally:
+                scope["route"] = as_get.get("route")  # for metrics and logs
+        else:
+            await self._app(scope, receive, send)
