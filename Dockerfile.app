@@ -19,9 +19,11 @@ FROM base AS app
 COPY app/requirements.txt app/
 RUN pip install --no-cache-dir --only-binary=:all: -c constraints.txt -r app/requirements.txt
 COPY app app
+COPY serving/__init__.py serving/client.py serving/problems.py serving/schemas.py serving/
 COPY .streamlit .streamlit
 USER 10001
 EXPOSE 8501
+# The page asks nobody for a key, and says so to whom it is open. Behind a proxy with a login: APP_BEHIND_PROXY=true.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8501/_stcore/health', timeout=2)"]
 ENTRYPOINT ["streamlit", "run", "app/main.py", "--server.address=0.0.0.0", "--server.headless=true", "--browser.gatherUsageStats=false"]

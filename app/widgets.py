@@ -158,7 +158,7 @@ def show_model(name: str, version: ModelVersion) -> None:
         told.append(f"It was trained on {origin.trained_on}.")
     if origin is not None and origin.top1 is not None:
         of = f" of {origin.num_examples} pictures" if origin.num_examples else " of the pictures"
-        told.append(f"It named {percent(origin.top1)}{of} right that it hadn't seen ({origin.judged_on}).")
+        told.append(f"It named {percent(origin.top1)}{of} right that it hadn't learned from ({origin.judged_on}).")
     else:
         told.append("How often it is right isn't recorded.")
     st.caption(" ".join(told))

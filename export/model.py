@@ -13,9 +13,9 @@ from jaxtyping import Int32, UInt8
 from clip_har_jax import bundle
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
-from clip_har_jax.files import write_json
+from clip_har_jax.files import read_object, write_json
 from clip_har_jax.inference.backends import JaxBackend
-from clip_har_jax.inference.exported import SIGNATURE
+from clip_har_jax.inference.exported import ORIGIN, SIGNATURE
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
@@ -112,3 +112,23 @@ def write_contract(model: OpenedModel, folder: Path) -> None:
         for graph in model.graphs
     }
     write_json(folder / SIGNATURE, {"logit_scale": model.logit_scale, "graphs": json.loads(json.dumps(graphs))})
+    write_json(folder / ORIGIN, describe_origin(model.folder))
+
+
+def describe_origin(folder: Path) -> dict[str, Any]:
+    """Return what a model was trained on and how good it was, for who uses it elsewhere; unknown facts are None.
+
+    A data set is named without the folders of the machine that it lay on.
+    """
+    record, calibration = (
+        read_object(path) if path.is_file() else {} for path in (folder / "run.json", folder / "calibration.json")
+    )
+    train = record.get("data", {}).get("train", {})
+    kind, _, place = str(train.get("spec", "")).partition("?")[0].partition(":")
+    named = f"{kind}:{Path(place).name}" if place else kind
+    return {
+        "trained_on": f"{train['num_examples']:,} examples of {named}" if train.get("num_examples") else None,
+        "judged_on": "the validation data of its run",
+        "top1": calibration.get("abstention", {}).get("accuracy"),
+        "num_examples": calibration.get("num_examples"),
+    }

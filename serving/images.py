@@ -101,18 +101,21 @@ class Decoder:
       processes: how many.
       max_megapixels: what is refused above, told by the header.
       metrics: where times are counted.
+
+    Attributes:
+      seconds_per_image: the running mean of what an image takes.
     """
 
     def __init__(self, processes: int, max_megapixels: float, metrics: Metrics):
         self._processes, self._max_megapixels, self._metrics = processes, max_megapixels, metrics
-        self._waiting, self._seconds, self._last_end = 0, 0.0, 0.0
+        self._waiting, self.seconds_per_image, self._last_end = 0, 0.0, 0.0
         self._lifeline = Lifeline()
         self._pool = self._make_pool()
 
     @property
     def estimated_wait_s(self) -> float:
         """Until the images that are here are decoded."""
-        return self._waiting * self._seconds
+        return self._waiting * self.seconds_per_image
 
     def _make_pool(self) -> ProcessPoolExecutor:
         return make_pool(self._processes, follow_parent, self._lifeline)
@@ -144,7 +147,7 @@ class Decoder:
     def _observe(self, start: float) -> None:
         """Follows what images take; of those side by side each takes longer, but they end more often."""
         end = time.perf_counter()
-        self._seconds += SMOOTHING * (end - max(start, self._last_end) - self._seconds)
+        self.seconds_per_image += SMOOTHING * (end - max(start, self._last_end) - self.seconds_per_image)
         self._last_end = end
         self._metrics.decode_seconds.observe(end - start)
 

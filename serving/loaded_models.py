@@ -14,12 +14,15 @@ from clip_har_jax.inference import golden
 from clip_har_jax.inference.exported import ExportedBackend
 from serving.batcher import Batcher, Costs
 from serving.classes import KeptClasses
-from serving.models import TEXTS_AT_ONCE, LoadedExport, ServedModel, open_exported
+from serving.models import TEXTS_AT_ONCE, LoadedExport, ServedModel, open_exported, read_origin
 from serving.problems import Problem
 from serving.schemas import ModelStatus
 from serving.telemetry import Metrics, log
 
 FOLDERS = re.compile(r"(?<![\w/.:])/(?:[^/\s'\"]+/)+")  # of absolute paths, which are for the log alone
+
+# Digest, format and threads -> seconds of batches of images, and of texts, by size: measured once in a process.
+_measured_costs: dict[tuple[str, str, int], tuple[dict[int, float], dict[int, float]]] = {}
 
 
 @dataclass
@@ -157,7 +160,7 @@ class LoadedModels:
                 "no golden outputs: its graphs were only compared with one another; export it again to have them",
                 extra={"fields": {"model": entry.name, "path": str(path)}},
             )
-        loaded = self._measured(backend, path, entry.active)
+        loaded = self._measured(backend, path)
         best = loaded.costs.best
         log.info(
             "model loaded",
@@ -165,23 +168,30 @@ class LoadedModels:
         )
         return self._as_changed(entry, ServedModel(loaded, entry.name, version))
 
-    def _measured(self, backend: ExportedBackend, source: Path, active: ServedModel | None) -> LoadedExport:
-        """Warms what requests will need, and measures what batches cost.
+    def _measured(self, backend: ExportedBackend, source: Path) -> LoadedExport:
+        """Warm what requests will need, and measure what batches cost; of one export once in a process.
 
-        While another version serves, times would be of a busy machine: what that one measured is a better start.
+        Another export may be larger or smaller, so it is measured even beside one that serves; what the machine's load
+        adds to the times then is followed by `Costs.observe`.
         """
         size = backend.preprocess.image_size_px
         example = np.zeros((size, size, 3), np.uint8)
-        if active is not None:
-            costs, text_costs = Costs(active.costs.measured), Costs(active.text.costs.measured)
+        known = _measured_costs.get((backend.digest or "", backend.graphs.format, self._threads))
+        if known is not None:
+            backend.logits(example[None])
+            image_costs, text_costs = Costs(known[0]), Costs(known[1])
         else:
-            costs = Costs.measure(backend.logits, example)
+            image_costs = Costs.measure(backend.logits, example)
             text_costs = Costs.of_two(lambda count: backend.embed_classes([["a photo"]] * count), TEXTS_AT_ONCE)
+        if backend.digest is not None:
+            key = (backend.digest, backend.graphs.format, self._threads)
+            _measured_costs[key] = image_costs.measured, text_costs.measured
         single_threaded = backend.in_one_thread() if self._threads > 1 else None
         if single_threaded is not None:
             single_threaded.logits(example[None])
             single_threaded.embed(example[None])
-        return LoadedExport(backend, source, costs, text_costs, single_threaded)
+        origin = read_origin(backend.path)
+        return LoadedExport(backend, source, image_costs, text_costs, single_threaded, origin)
 
     def _as_changed(self, entry: Entry, model: ServedModel) -> ServedModel:
         """Return the model with the classes that it was changed to before, if it was."""

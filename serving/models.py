@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from clip_har_jax.bundle import Actions
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.backends import mean_by_class
-from clip_har_jax.inference.exported import ExportedBackend, exported_folder
+from clip_har_jax.inference.exported import ORIGIN, ExportedBackend, exported_folder
 from serving.batcher import Batcher, Costs, Lane
 from serving.classes import Prompts, TextClasses, check_labels, checked_prompts
 from serving.problems import Problem
-from serving.schemas import ModelRef, ModelVersion
+from serving.schemas import ModelRef, ModelVersion, Origin
 
 CACHED_TEXTS = 8192
 TEXTS_AT_ONCE = 8  # of a request; then it's the others' turn
@@ -39,6 +40,14 @@ def open_exported(path: Path, threads: int) -> ExportedBackend:
     raise UserError(f"{path}: not an exported folder; write one by `python -m export --model=... --output=...`")
 
 
+def read_origin(folder: Path) -> Origin | None:
+    """Return what an export says of its model's training; None where it says nothing that can be read."""
+    try:
+        return Origin.model_validate_json((folder / ORIGIN).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
 @dataclass
 class LoadedExport:
     """An export that has passed every check.
@@ -49,6 +58,7 @@ class LoadedExport:
       costs: of batches of images.
       text_costs: of batches of texts.
       single_threaded: the same in one thread, for batches side by side; None: there is none.
+      origin: what it was trained on, and how good it was.
       texts: embeddings of texts by the text, for all versions that differ in their classes alone.
     """
 
@@ -57,6 +67,7 @@ class LoadedExport:
     costs: Costs
     text_costs: Costs
     single_threaded: ExportedBackend | None = None
+    origin: Origin | None = None
     texts: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
 
 
@@ -135,6 +146,7 @@ class ServedModel:
             abstain_below=self.abstain_below,
             image_size_px=self.backend.preprocess.image_size_px,
             format=self.backend.graphs.format,
+            origin=self._loaded.origin,
         )
 
     async def open_vocabulary(self, prompts: Mapping[str, Prompts], batcher: Batcher, deadline: float) -> TextClasses:

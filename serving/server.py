@@ -26,6 +26,7 @@ from serving.telemetry import MULTIPROCESS, configure_logging, log
 
 LARGEST_FRAME_BYTES = 2_000_000  # of a WebSocket message
 FRAMES_AHEAD = 4
+METRICS_BYTES = 8_000_000  # of one worker: a file of a megabyte a kind of metric, and more as labels come
 RESTART_S = 0.5  # before a worker that died is replaced: one that dies at once shouldn't spin
 
 
@@ -101,9 +102,12 @@ def serve(settings: Settings) -> int:
 def supervise(settings: Settings, listener: socket.socket) -> int:
     """Several serving processes on one socket: one that dies is replaced, signals go to them all.
 
-    Prometheus's numbers are those of all: each leaves its own in files, of which any of them makes the sums.
+    Prometheus's numbers are those of all: each leaves its own in files, and any of them adds these up.
+
+    Raises:
+      UserError: there is no room for these files.
     """
-    with tempfile.TemporaryDirectory(prefix="har-metrics-") as numbers:
+    with _folder_for_metrics(settings.workers) as numbers:
         os.environ[MULTIPROCESS] = numbers  # before its client is imported, in the workers
         stopping, lifeline = False, Lifeline()
         workers: list[BaseProcess] = []
@@ -137,6 +141,21 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
                     if not stopping:  # a signal may have come while it slept
                         start()
     return 0
+
+
+def _folder_for_metrics(workers: int) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder with room for the workers' metrics; they write through memory maps, and die of a full disk."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="har-metrics-")
+        with tempfile.TemporaryFile(dir=folder.name) as room:
+            room.write(bytes(workers * METRICS_BYTES))
+            room.flush()
+    except OSError as error:
+        raise UserError(
+            f"--workers={workers}: no room for the metrics of several workers among the temporary files "
+            f"({error.strerror}); set TMPDIR to a folder that can be written"
+        ) from error
+    return folder
 
 
 def _work(settings: Settings, listener: socket.socket, lifeline: Lifeline) -> None:

@@ -8,12 +8,13 @@ st.title("About this model")
 name, version = widgets.active_model()
 one, two, three = st.columns(3)
 one.metric("Actions it knows", len(version.labels))
-two.metric("Picture size it sees", f"{version['image_size_px']} px")
+two.metric("Picture size it sees", f"{version.image_size_px} px")
 limit = version.abstain_below
 three.metric("Says “not sure” below", widgets.percent(limit) if limit else "never")
 st.subheader("Actions")
 st.write(" · ".join(widgets.words(label) for label in version.labels))
 st.subheader("What it learned from")
+widgets.show_model(name, version)
 st.write(
     "A model of this project starts from CLIP, which has seen pictures and texts of the web, or from nothing, as the "
     "demo's does. It is then trained on pictures with a known action. The report of its run, on the page “Runs”, names "

@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -46,6 +47,16 @@ def read_json(path: Path) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
+def as_date(moment: object) -> str:
+    """Return a moment of a record as people read it, in UTC; what is no moment, as it stands there."""
+    try:
+        read = datetime.fromisoformat(str(moment))
+    except ValueError:
+        return str(moment or "at an unknown time")
+    read = read.astimezone(UTC) if read.tzinfo else read
+    return f"on {read.day} {read:%B %Y at %H:%M} UTC"
+
+
 def show_curves(metrics: pd.DataFrame) -> None:
     """Each curve, with what it ends at."""
     for column, (title, names, unit) in zip(st.columns(len(CURVES)), CURVES, strict=True):
@@ -79,7 +90,7 @@ if not runs:
 run = folder / st.selectbox("Run", [path.name for path in runs])
 record = read_json(run / "run.json")
 steps = f"step {record.get('last_step', '?')} of {record.get('num_steps', '?')}"
-st.caption(f"Started {record.get('started', 'at an unknown time')} · {steps}")
+st.caption(f"Started {as_date(record.get('started'))} · {steps}")
 curves, report, settings = st.tabs(["Curves", "Report", "Settings"])
 with curves:
     show_curves(read_metrics(run / "metrics.jsonl"))

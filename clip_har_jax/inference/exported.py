@@ -30,6 +30,7 @@ from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
 from clip_har_jax.text import Tokenizer
 
 SIGNATURE = "signature.json"
+ORIGIN = "origin.json"  # what the model was trained on, and how good it was
 GRAPHS = ("image_encoder", "text_encoder", "classifier", "explainer")
 PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "OpenVINOExecutionProvider", "CPUExecutionProvider")
 

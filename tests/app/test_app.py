@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from app import archive, main, video_frames, widgets
+from app import archive, main, own_service, video_frames, widgets
 from app.client import AppClient, Trouble
 from tests.support.serving_setup import LABELS, running, write_export
 
@@ -131,6 +131,21 @@ def test_a_service_of_its_own_is_started_and_started_again_when_it_ended(
         for process in started:
             process.kill()
             process.wait()
+
+
+def test_the_apps_own_service_stays_on_loopback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says: it has no key."""
+    for name, value in (("APP_MODEL", str(folder)), ("HAR_HOST", "0.0.0.0"), ("HAR_API_KEYS", "a:use:" + "0" * 64)):
+        monkeypatch.setenv(name, value)
+    before = set(psutil.Process().children())
+    url = own_service.start()
+    (process,) = set(psutil.Process().children()) - before
+    try:
+        assert {one.laddr.ip for one in process.net_connections() if one.status == "LISTEN"} == {"127.0.0.1"}
+        assert AppClient(url).models().models
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 @pytest.mark.parametrize(("score", "told"), [(0.999, "over 99%"), (0.001, "under 1%"), (0.555, "56%")])
@@ -285,13 +300,14 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
         for i in range(400):
             made.writestr(f"{i}.png", bytes(11_000_000))
     code = """
-import resource, sys
+import sys
+from pathlib import Path
 from app.archive import Trouble, unpack
 try:
     unpack("bomb.zip", open(sys.argv[1], "rb").read())
 except Trouble as trouble:
     print(trouble)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """
     command = [sys.executable, "-c", code, str(tmp_path / "bomb.zip")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=APP.parent)
@@ -342,10 +358,10 @@ def test_a_run_shows_its_curves_and_settings(open_page: Callable[[str], AppTest]
     rows = [json.dumps({"step": i, "train/loss": 1 / (i + 1), "val/nll": 0.5}) for i in range(3)]
     (folder / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 3, "tr']))  # of a run that goes on
     (folder / "config.json").write_text("{damaged")
-    (folder / "run.json").write_text('{"started": "today", "last_step": 2, "num_steps": 9}')
+    (folder / "run.json").write_text('{"started": "2026-11-07T09:05:00+01:00", "last_step": 2, "num_steps": 9}')
     page = open_page("runs")
     assert not page.error
-    assert "step 2 of 9" in page.caption[0].value
+    assert "Started on 7 November 2026 at 08:05 UTC · step 2 of 9" in page.caption[0].value
     assert any("training 0.333" in caption.value for caption in page.caption)
     assert "scripts/evaluate.py" in page.info[0].value
 

@@ -362,7 +362,7 @@ def test_compose_sets_what_is_read():
     given = {name for name in services["server"]["environment"] if name.startswith("HAR_")}
     given |= set(re.findall(r"\b(HAR_\w+)=", (ROOT / "Dockerfile.app").read_text()))
     assert {name.removeprefix("HAR_").lower() for name in given} <= set(Settings.model_fields)
-    app = (ROOT / "app" / "service.py").read_text() + (ROOT / "app" / "views" / "runs.py").read_text()
+    app = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py"))
     assert all(f'"{name}"' in app for name in services["app"]["environment"])
     grace = float(services["server"]["stop_grace_period"].removesuffix("s"))
     assert grace > Settings.model_fields["drain_timeout_s"].default

@@ -1,5 +1,7 @@
 """A tiny exported folder, and a service on a free port of this process, so that tests can reach inside it."""
 
+import io
+import re
 import threading
 import time
 import warnings
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
 
 from clip_har_jax import bundle
 from serving.server import Server, listen, uvicorn_config
@@ -68,3 +71,16 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.02)
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    """Return the sum of a metric over its labels."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[ {{]", line))
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    """Return the bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
