@@ -11,7 +11,7 @@ import streamlit as st
 from PIL import Image, ImageOps
 
 from app.client import AppClient, Trouble
-from serving.schemas import Answer, Limits, ModelVersion, Scored
+from serving.schemas import Answer, ImageKind, Limits, ModelVersion, Scored
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -28,7 +28,7 @@ STYLE = """<style>
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] p { color: inherit !important; opacity: .9; }
 .legend { display: flex; gap: .6rem; align-items: center; font-size: .9rem; }
 .legend .scale { flex: 1; height: .7rem; border-radius: .35rem; min-width: 4rem;
-  background: linear-gradient(90deg, #262626, #ff6a3a); }
+  background: linear-gradient(90deg, rgb(45, 45, 45), rgb(179, 105, 89)); }
 .bars .first .line { font-weight: 650; } .bars .unsure .fill { background: #8a94a3; }
 </style>"""
 
@@ -43,14 +43,20 @@ def limits() -> Limits:
     return st.session_state.get("limits") or Limits()
 
 
+def formats() -> list[ImageKind]:
+    """Return the kinds of pictures that the service and this page can read."""
+    Image.init()
+    return [kind for kind in limits().image_formats if kind.name in Image.OPEN]
+
+
 def suffixes() -> list[str]:
-    """Return the suffixes of the pictures that the service reads, without dots."""
-    return [suffix for kind in limits().image_formats for suffix in kind.suffixes]
+    """Return the suffixes of these pictures, without dots."""
+    return [suffix for kind in formats() for suffix in kind.suffixes]
 
 
 def kinds() -> str:
-    """Return the kinds of pictures that the service reads, as people name them."""
-    titles = list(dict.fromkeys(kind.title for kind in limits().image_formats))
+    """Return the kinds of these pictures, as people name them."""
+    titles = list(dict.fromkeys(kind.title for kind in formats()))
     return f"{', '.join(titles[:-1])} or {titles[-1]}"
 
 
@@ -80,7 +86,7 @@ def check_picture(content: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; what can't be drawn raises
             image = Image.open(io.BytesIO(content))
-            if image.format not in {kind.name for kind in allowed.image_formats}:
+            if image.format not in {kind.name for kind in formats()}:
                 raise Trouble(f"{name} is no {kinds()} picture. Save it as one and try again.")
             if image.width * image.height > allowed.max_megapixels * 1e6:
                 raise Trouble(f"{name} has over {allowed.max_megapixels:g} megapixels. Make it smaller and try again.")
@@ -157,7 +163,7 @@ def show_model(name: str, version: ModelVersion) -> None:
     if origin is not None and origin.trained_on:
         told.append(f"It was trained on {origin.trained_on}.")
     if origin is not None and origin.top1 is not None:
-        of = f" of {origin.num_examples} pictures" if origin.num_examples else " of the pictures"
+        of = f" of {origin.num_examples:,} pictures" if origin.num_examples else " of the pictures"
         told.append(f"It named {percent(origin.top1)}{of} right that it hadn't learned from ({origin.judged_on}).")
     else:
         told.append("How often it is right isn't recorded.")

@@ -35,5 +35,5 @@ st.markdown(
 )
 st.subheader("Which model this is")
 checksum = version.digest or "none: the folder is not sealed"
-st.code(f"{name}\nversion {version['version']}\nchecksum {checksum}", None, wrap_lines=True)
+st.code(f"{name}\nversion {version.version}\nchecksum {checksum}", None, wrap_lines=True)
 st.caption("Pictures that you give are sent to the service, answered and forgotten. Neither it nor the app keeps them.")

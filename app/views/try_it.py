@@ -19,6 +19,7 @@ with left:  # on a narrow page the first column comes first: the answer, then th
                 answer = widgets.service().predict(content)
             widgets.show_answer(answer)
             widgets.show_model(*widgets.active_model())
+            st.image(image, width="stretch", alt=f"The picture: {name}")
         except Trouble as trouble:
             st.error(str(trouble), icon=":material/error:")
             st.stop()
@@ -35,4 +36,3 @@ with right:
             widgets.show_heat_legend(widgets.words(label))
         except Trouble as trouble:
             st.error(str(trouble), icon=":material/error:")
-        st.image(image, width="stretch", alt=f"The picture: {name}", caption="The picture as it was given")

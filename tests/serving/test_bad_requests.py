@@ -72,10 +72,10 @@ def test_a_wrong_length_of_kserves_header_is_told(client: httpx.Client, length: 
 
 def test_a_full_disk_fails_no_upload(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forms are read in memory; there is nowhere to put a file here."""
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     large = saved(Image.effect_noise((2400, 1000), 90).convert("RGB"), "PNG")
     assert len(large) > 2_000_000
     with running(folder) as (client, _):
+        monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
         assert client.post("/v1/predict", files={"image": large}).status_code == 200
 
 
