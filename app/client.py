@@ -28,7 +28,7 @@ SENTENCES = {
 
 
 class Trouble(Exception):  # noqa: N818
-    """What a person reads when something can't be done; the message is a whole sentence."""
+    """A failure, told to a person in a whole sentence."""
 
 
 class AppClient(Client):

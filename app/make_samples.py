@@ -1,4 +1,4 @@
-"""Draws the app's sample pictures and video from the embedded action set: python app/make_samples.py
+"""Draw the app's sample pictures and video from the embedded action set: python app/make_samples.py
 
 It is not part of the app: it needs the project, which the app doesn't.
 """

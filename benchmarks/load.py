@@ -22,7 +22,7 @@ CLIENTS = 32
 
 @dataclass
 class Load:
-    """What came back: seconds by status, and how long it all took."""
+    """The answers to a load: seconds by status, and the wall time."""
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     wall_s: float = 0.0
@@ -41,7 +41,7 @@ class Load:
 
 
 class Connection:
-    """One kept-alive HTTP connection; as little work as can be, since the cores are the service's too."""
+    """One kept-alive HTTP connection, which does little work, since it shares the cores with the service."""
 
     def __init__(self, port: int):
         self._port = port
@@ -68,7 +68,7 @@ def make_request(path: str, body: bytes, kind: str) -> bytes:
 
 
 async def closed_loop(port: int, requests: list[bytes], clients: int, seconds: float, warm_s: float = 2.0) -> Load:
-    """Each client asks again as soon as it is answered."""
+    """Load a server by clients that each ask again as soon as they are answered."""
     load, start = Load(), time.perf_counter()
 
     async def client(number: int) -> None:
@@ -182,7 +182,7 @@ def busy_s() -> float:
 
 
 class Measured(NamedTuple):
-    """Of a server under load: answers a second, its processor time for each, and the others' share of the machine."""
+    """A server under load: answers a second, its processor time for each, and the others' share of the machine."""
 
     rate: float
     cpu_s: float
@@ -212,7 +212,7 @@ def measure(port: int, requests: list[bytes], session: int, seconds: float) -> M
 
 
 def resident_mb(pid: int) -> float:
-    """Of a process and its children."""
+    """Return the resident memory of a process and its children, in MB."""
     total = 0.0
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

@@ -192,7 +192,7 @@ def latency(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
 
 
 def memory(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
-    """Resident memory as requests go by; the first tenth warms what grows once."""
+    """Measure resident memory over many requests; the first tenth is a warm-up."""
     raw = [make_request("/v1/predict", image, "image/jpeg") for image in images]
     taken: list[tuple[int, float]] = []
     with ours(arguments.model, port) as (pid, _):
@@ -228,7 +228,7 @@ def memory(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
 
 
 def stream(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
-    """Frames answered a second, and from a frame's sending to its answer."""
+    """Measure the frames answered a second, and the time from sending a frame to its answer."""
     import websockets
 
     result: dict[str, Any] = {}

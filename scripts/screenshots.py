@@ -1,4 +1,4 @@
-"""Takes the pictures of the documentation from the real app and the real report, on the embedded action set.
+"""Take the pictures of the documentation from the real app and the real report, on the embedded action set.
 
   python scripts/train.py --config=configs/demo.py --workdir=runs/demo
   python -m export --model=runs/demo/model --formats=onnx,onnx_int8 --output=runs/demo/export
@@ -65,7 +65,7 @@ def running_app(run: Path) -> Iterator[str]:
 
 
 def wait_for_app(page: Any) -> None:
-    """Until the app has drawn all that it has to say."""
+    """Wait until the app has drawn its page."""
     page.wait_for_selector("h1", timeout=90_000)
     page.wait_for_timeout(500)
     page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]', timeout=90_000)
@@ -88,7 +88,7 @@ def save(picture: bytes, path: Path) -> None:
 
 
 def take_app(browser: Any, url: str, output: Path, width_px: int, scheme: str, pages: dict[str, str]) -> None:
-    """Each page, as tall as it is."""
+    """Take a picture of each page, at its full height."""
     suffix = f"{width_px}{'-dark' if scheme == 'dark' else ''}"
     page = browser.new_page(viewport={"width": width_px, "height": 900}, color_scheme=scheme)
     for name, path in pages.items():

@@ -1,4 +1,4 @@
-"""Serves exported models over HTTP and WebSockets.
+"""Serve exported models over HTTP and WebSockets.
 
   python -m serving --model=runs/demo/export
   curl -F image=@photo.jpg http://127.0.0.1:8000/v1/predict

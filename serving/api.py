@@ -1,4 +1,4 @@
-"""The routes of /v1: what an image shows, its embedding, where the model looks; and the models themselves."""
+"""The routes of /v1: predictions, embeddings and explanations of images, and the management of models."""
 
 import asyncio
 from typing import Annotated, Any
@@ -54,7 +54,7 @@ CLASSES_FIELD = {
 
 
 def image_body(field: dict[str, Any], raw: bool = True, classes: bool = True) -> dict[str, Any]:
-    """What OpenAPI says of a body that FastAPI doesn't read itself."""
+    """Describe, for OpenAPI, a body that FastAPI doesn't read itself."""
     properties: dict[str, Any] = {"image": field}
     if classes:
         properties["classes"] = CLASSES_FIELD
@@ -120,7 +120,7 @@ async def predict(call: QueryCall, options: AnswerQuery) -> PredictionBody:
 
 @router.post("/predict/batch", responses=IMAGE_ERRORS, openapi_extra=MANY_IMAGES, response_model_exclude_none=False)
 async def predict_batch(call: QueryCall, options: AnswerQuery) -> BatchPrediction:
-    """As /v1/predict for several images, the form's field `image` repeated; one that can't be read has an error."""
+    """Predict several images, the form's field `image` repeated; an unreadable image has an error of its own."""
     service, model, deadline = call.service, call.model, call.deadline
     uploads, field = await call.read_uploads(service.settings.max_batch_images)
     prompts = call.free_classes(options.classes, field)
@@ -219,7 +219,7 @@ async def load_model(request: Request, name: ModelName, given: LoadRequest) -> M
 
 @router.post("/models/{name}/activate", responses=MODEL_ERRORS)
 async def activate_model(request: Request, name: ModelName, given: ActivateRequest) -> ModelStatus:
-    """Switches to a version that is loaded."""
+    """Switch to a version that is loaded."""
     return _status(await _only_process(request).models.activate(name, given.version))
 
 

@@ -1,4 +1,4 @@
-"""The application: its routes, how errors are told, what wraps every request."""
+"""The application: its routes, its error handlers and its middleware."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -123,7 +123,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
-    """Names what is wrong, without repeating what was sent."""
+    """Name the mistake, without repeating the input."""
     assert isinstance(error, RequestValidationError | WebSocketRequestValidationError)
     first = error.errors()[0]
     where = " ".join(str(part) for part in first["loc"])

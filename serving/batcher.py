@@ -51,7 +51,7 @@ class Costs:
 
     @classmethod
     def measure(cls, run: Callable[[np.ndarray], Any], example: np.ndarray) -> "Costs":
-        """Times growing batches of `example`, until they no longer pay."""
+        """Time growing batches of `example`, until a larger one gains no throughput."""
         measured: dict[int, float] = {}
         for size in SIZES:
             batch = np.repeat(example[None], size, axis=0)
@@ -71,7 +71,7 @@ class Costs:
 
     @classmethod
     def of_two(cls, run: Callable[[int], Any], most: int) -> "Costs":
-        """Times one item and `most` of them, where each more costs about the same."""
+        """Time one item and `most` items, where each further item costs about the same."""
         measured: dict[int, float] = {}
         for size in (1, most):
             run(size)
@@ -90,7 +90,7 @@ class Costs:
         return whole * self.of_batch(self.best) + (self.of_batch(rest) if rest else 0.0)
 
     def observe(self, size: int, seconds: float) -> None:
-        """Follows what batches really take."""
+        """Adapt the factor to the time that a batch took."""
         ratio = seconds / max(self.of_batch(size) / self.factor, 1e-9)
         self.factor += SMOOTHING * (min(max(ratio, 0.1), 50.0) - self.factor)
 
@@ -130,7 +130,7 @@ class Batcher:
       max_wait_s: what would wait longer is refused.
       threads: that compute.
       metrics: where waits and batch sizes are counted.
-      decoding_s: the estimated wait before an item comes here; who waits there needs no place here meanwhile.
+      decoding_s: the estimated wait in the decoder; the longer of both waits decides, since they overlap.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class Batcher:
 
     @property
     def estimated_wait_s(self) -> float:
-        """Until what is admitted is done."""
+        """Return the estimated time until all admitted items are done."""
         total = sum(lane.costs.of_queue(lane.load) for lane in self._lanes)
         now = time.perf_counter()
         elapsed = sum(now - start for start in self._running.values()) / max(1, len(self._running))
         return max(0.0, total - elapsed, self._decoding_s())
 
     def check(self) -> None:
-        """Refuses a request that would wait too long.
+        """Refuse a request that would wait too long.
 
         Raises:
           Problem: overloaded; the estimated wait is above the limit.
@@ -237,9 +237,9 @@ class Batcher:
             task.result()  # raises what nobody has foreseen, for the loop to log
 
     def _take(self) -> list[_Item]:
-        """What starts now: the oldest item and those of its lane that fit into one batch with it; perhaps nothing.
+        """Return the next batch: the oldest item and those of its lane that fit; empty where none can start.
 
-        Items that nobody waits for are dropped.
+        Items whose requests have ended are dropped.
         """
         free = self._num_threads - len(self._running)
         if self._running and not (self._in_one_thread and free):

@@ -1,4 +1,4 @@
-"""TextClasses that come as text: what they are compared with, which can be told apart, and where changes are kept."""
+"""Classes given as text: their embeddings, the check that they differ, and the files that keep changes of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Prompts = tuple[str, ...]
 
 @dataclass(frozen=True)
 class TextClasses:
-    """What logits are over, where they don't come from the classifier's own classes."""
+    """Classes given as text, with their embeddings; logits are scaled cosines."""
 
     prompts: dict[str, Prompts]  # of each label
     embeddings: np.ndarray  # [c, d], of length 1
@@ -27,16 +27,16 @@ class TextClasses:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """In the order of the logits."""
+        """Return the labels in the order of the logits."""
         return tuple(self.prompts)
 
     def logits(self, embeddings: np.ndarray) -> np.ndarray:
-        """Of one image's embedding, or of several."""
+        """Return the logits of image embeddings, [c] of one or [n, c] of several."""
         return self.scale * embeddings @ self.embeddings.T
 
 
 def check_labels(labels: Sequence[str], code: str = "invalid_request") -> None:
-    """Refuses classes that no model could tell apart.
+    """Refuse classes that no model could tell apart.
 
     Raises:
       Problem: fewer than two, or two that are said alike.
@@ -49,7 +49,7 @@ def check_labels(labels: Sequence[str], code: str = "invalid_request") -> None:
 
 
 def checked_prompts(given: Mapping[str, Sequence[str]]) -> dict[str, Prompts]:
-    """Label -> its texts: those given, else the usual ones.
+    """Return the texts of each label: the given ones, else the default prompts.
 
     Raises:
       Problem: a label without words.

@@ -1,4 +1,4 @@
-"""A client of the service, in Python: typed answers, and tries again what is worth it.
+"""A Python client of the service: typed answers, and retries of requests that were refused for the moment.
 
     from serving.client import Client
 
@@ -40,7 +40,7 @@ class ServiceError(Exception):
 
 
 class Client:
-    """One service; safe to share between threads.
+    """A client of one service; safe to share between threads.
 
     Args:
       address: as http://127.0.0.1:8000.

@@ -1,4 +1,4 @@
-"""Frames of one stream, through a model, to events; wherever the frames come from."""
+"""The way from the frames of one stream, through a model, to events."""
 
 import dataclasses
 from typing import Annotated
@@ -49,7 +49,7 @@ EventQuery = Annotated[EventOptions, Depends(async_dependency(EventOptions))]
 
 
 class Follower:
-    """One stream of frames through a model, to events; a switch of the model ends what went on."""
+    """Turns the frames of one stream into events; a switch of the model ends the events in progress."""
 
     def __init__(self, service: Service, choice: ModelQuery, options: EventOptions, prompts: dict[str, Prompts] | None):
         self._service, self._choice, self._options, self._prompts = service, choice, options, prompts
@@ -75,7 +75,7 @@ class Follower:
 
     @property
     def lane(self) -> Lane:
-        """What most of a frame's time goes to."""
+        """Return the lane that takes most of a frame's time."""
         assert self.model is not None, "choose comes first"
         return self.model.embed if self._classes is not None else self.model.classify
 

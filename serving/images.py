@@ -1,4 +1,4 @@
-"""Image bytes -> what the model takes, decoded in processes of their own so that no image can stop the service."""
+"""Decoding of images in separate processes, so that no image can stop the service."""
 
 import asyncio
 import base64
@@ -114,7 +114,7 @@ class Decoder:
 
     @property
     def estimated_wait_s(self) -> float:
-        """Until the images that are here are decoded."""
+        """Return the estimated time until the waiting images are decoded."""
         return self._waiting * self.seconds_per_image
 
     def _make_pool(self) -> ProcessPoolExecutor:
@@ -126,7 +126,7 @@ class Decoder:
         await asyncio.gather(*tasks)
 
     async def decode(self, data: bytes, preprocess: Preprocess, deadline: float) -> np.ndarray:
-        """One image as the model takes it, uint8 [size, size, 3].
+        """Return one image as the model takes it, uint8 [size, size, 3].
 
         Raises:
           Problem: not an image that can be read, one that ends the process which reads it, or the deadline has passed.
@@ -145,14 +145,14 @@ class Decoder:
         return pixels
 
     def _observe(self, start: float) -> None:
-        """Follows what images take; of those side by side each takes longer, but they end more often."""
+        """Update the mean time of an image. Images decoded side by side overlap, so time counts from the last end."""
         end = time.perf_counter()
         self.seconds_per_image += SMOOTHING * (end - max(start, self._last_end) - self.seconds_per_image)
         self._last_end = end
         self._metrics.decode_seconds.observe(end - start)
 
     async def run(self, deadline: float, function: Callable[..., T], *arguments: Any) -> T:
-        """What `function` gives in a decoding process.
+        """Return the result of `function`, called in a decoding process.
 
         Raises:
           Problem: the process died, and so did the next one, or the deadline has passed.

@@ -33,7 +33,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """What a client needs to know of a model."""
+    """The inputs, outputs and parameters of a model."""
 
     name: str
     versions: list[str]
@@ -66,7 +66,7 @@ class InferResponse(BaseModel):
 
 @router.get("", responses=responses(*ALWAYS))
 async def server_metadata() -> dict[str, Any]:
-    """What the server is."""
+    """Return the server's name, version and protocol extensions."""
     return {"name": "clip_har_jax", "version": "1", "extensions": ["binary_tensor_data"]}
 
 

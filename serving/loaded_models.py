@@ -39,7 +39,7 @@ class Entry:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def status(self) -> ModelStatus:
-        """For /v1/models."""
+        """Return the entry as /v1/models shows it."""
         state: Literal["ready", "loading", "failed"] = (
             "ready" if self.active else "loading" if self.loading else "failed"
         )

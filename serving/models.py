@@ -1,4 +1,4 @@
-"""One version of a model: what runs it, what it is compared with, and what each of its graphs does with a batch."""
+"""One served version of a model: its runtime, its classes, and a lane of the batcher for each of its graphs."""
 
 import asyncio
 from collections import OrderedDict
@@ -24,7 +24,7 @@ TEXTS_AT_ONCE = 8  # of a request; then it's the others' turn
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Return the softmax over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
@@ -72,7 +72,7 @@ class LoadedExport:
 
 
 class ServedModel:
-    """One version: an export, its lanes in the batcher, and perhaps classes that were changed by text.
+    """One version: an export, its lanes in the batcher, and classes given as text where they were changed.
 
     Args:
       loaded: the export.
@@ -117,12 +117,12 @@ class ServedModel:
         return self.backend.embed_classes([[text] for text in texts])
 
     def _explain(self, items: list[tuple[np.ndarray, int]]) -> np.ndarray:
-        """Heat maps of (image, number of one of the model's own classes)."""
+        """Return heat maps, [n, g, g], of pairs of an image and the index of a class of the model."""
         images, indices = zip(*items, strict=True)
         return self._finite(lambda batch: self.backend.explain(batch, indices))(np.stack(images))
 
     def _explain_text(self, items: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Heat maps of (image, class embedding)."""
+        """Return heat maps, [n, g, g], of pairs of an image and a class embedding."""
         images, classes = (np.stack(part) for part in zip(*items, strict=True))
         return self._finite(lambda batch: self.backend.explain_embeddings(batch, classes))(images)
 
@@ -137,7 +137,7 @@ class ServedModel:
         return self.actions.thresholds.get("abstain")
 
     def describe(self) -> ModelVersion:
-        """For /v1/models."""
+        """Return the version as /v1/models shows it."""
         return ModelVersion(
             version=self.version,
             digest=self.backend.digest,
@@ -158,7 +158,7 @@ class ServedModel:
         return TextClasses(dict(prompts), embeddings, self.backend.logit_scale)
 
     async def _embed_classes(self, groups: list[Prompts], batcher: Batcher, deadline: float) -> np.ndarray:
-        """Of each class's texts. A few at a time, so that images of others are looked at in between."""
+        """Return class embeddings, [c, d]. Texts are embedded a few at a time; other requests run in between."""
         known = self._loaded.texts
         texts = list(dict.fromkeys(text for group in groups for text in group))
         found = {text: known[text] for text in texts if text in known}
@@ -212,7 +212,7 @@ class ServedModel:
         return ServedModel(self._loaded, self.name, version, TextClasses(dict(prompts), embeddings, scale))
 
     def refusal(self) -> Problem:
-        """Why classes in free text aren't taken."""
+        """Return the refusal of classes in free text."""
         return Problem(
             "classes_not_supported",
             f"the model's {self.actions.head} head was trained for its own {len(self.labels)} classes; only a cosine "

@@ -41,7 +41,7 @@ CODES = {
 
 
 class ProblemBody(BaseModel):
-    """What every error answers (RFC 9457)."""
+    """The body of every error (RFC 9457)."""
 
     type: str = "about:blank"
     title: str = Field(examples=["Unprocessable Content"])
@@ -70,13 +70,13 @@ class Problem(Exception):  # noqa: N818  RFC 9457's word
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
 
     def to_body(self, request_id: str) -> ProblemBody:
-        """What its sender reads."""
+        """Return the body of the answer."""
         title = HTTPStatus(self.status).phrase
         return ProblemBody(title=title, status=self.status, detail=self.detail, code=self.code, request_id=request_id)
 
 
 def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of a route's errors."""
+    """Describe a route's errors for OpenAPI."""
     by_status: dict[int, list[str]] = {}
     for code in codes:
         by_status.setdefault(CODES[code], []).append(code)

@@ -1,4 +1,4 @@
-"""What a request holds: its files and its classes in free text, however they were sent."""
+"""The files and the free-text classes of a request, from a form, the query or the raw body."""
 
 import inspect
 from collections.abc import Callable, Coroutine

@@ -17,13 +17,13 @@ class _Frozen(BaseModel):
 
 
 class _Given(BaseModel):
-    """What clients send; a key that isn't known is a mistake of theirs."""
+    """A body that clients send; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class ModelRef(_Frozen):
-    """Which model answered."""
+    """The model that answered."""
 
     name: str = Field(examples=["har"])
     version: str = Field(examples=[DIGEST[:12]])
@@ -38,7 +38,7 @@ class Scored(_Frozen):
 
 
 class Answer(_Frozen):
-    """What is seen in one image."""
+    """The prediction for one image."""
 
     label: str | None = Field(examples=["cycling"], description="the most probable class; null: abstained")
     score: Probability = Field(examples=[0.91], description="probability of the most probable class")
@@ -53,7 +53,7 @@ class PredictionBody(Answer):
 
 
 class BatchItem(_Frozen):
-    """One image of a batch: an answer, or why there is none."""
+    """The answer for one image of a batch, or its error."""
 
     filename: str | None = Field(None, examples=["bike.jpg"])
     label: str | None = None
@@ -89,7 +89,7 @@ class Explanation(_Frozen):
 
 
 class Origin(_Frozen):
-    """What a model was trained on, and how good it was on data that it hadn't seen."""
+    """The training data of a model, and its accuracy on data that it didn't learn from."""
 
     trained_on: str | None = Field(None, examples=["12,000 images of folder:photos"])
     judged_on: str | None = Field(None, examples=["the validation images"])
@@ -129,7 +129,7 @@ class ImageKind(_Frozen):
 
 
 class Limits(_Frozen):
-    """What the service takes."""
+    """The sizes and formats that the service takes."""
 
     max_image_bytes: int = 10_000_000
     max_video_bytes: int = 100_000_000

@@ -1,4 +1,4 @@
-"""Who may do what, how much of it, and what may come in: keys, scopes, limits, headers. Closed by default."""
+"""Access control, closed by default: keys and scopes, hosts and origins, limits of bodies and rates, headers."""
 
 import asyncio
 import hashlib
@@ -130,7 +130,7 @@ def needed_scope(method: str, path: str) -> KeyScope | None:
 
 
 class Gate:
-    """In front of every route: host, origin, key and scope; the body's size and time; headers of the answer."""
+    """Middleware before every route: checks host, origin, key and scope, bounds the body, adds headers."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics):
         self._app, self._settings, self._metrics = app, settings, metrics

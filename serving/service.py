@@ -25,7 +25,7 @@ from serving.telemetry import Metrics, log
 
 
 class Service:
-    """Everything that a request needs. It is made before the loop runs, and works between `start` and `close`."""
+    """The parts that requests share. Made before the event loop runs; usable between `start` and `close`."""
 
     batcher: Batcher
     decoder: Decoder
@@ -41,7 +41,7 @@ class Service:
         self._decoding = False
 
     def start(self) -> None:
-        """Start the parts and begins to load; what isn't loaded yet answers "not ready"."""
+        """Start the parts and begin to load the models; a model that isn't loaded yet answers "not ready"."""
         settings = self.settings
         self.decoder = Decoder(settings.decode_processes, settings.max_megapixels, self.metrics)
         # Of their own, so that images don't wait for videos; its processes start with the first ones.

@@ -1,4 +1,4 @@
-"""What can be set, by HAR_ variables of the environment or by flags; every default stands here once."""
+"""The settings, by HAR_ variables of the environment or by flags, with all defaults."""
 
 import os
 from ipaddress import ip_address
@@ -134,5 +134,5 @@ class Settings(BaseSettings):
         return ({self.name: self.model} if self.model else {}) | self.models
 
     def shown(self) -> dict[str, Any]:
-        """For people; secrets masked."""
+        """Return the settings with secrets masked."""
         return self.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Frames over a WebSocket as they come, to action events; the newest one counts."""
+"""Action events from frames that come over a WebSocket; only the newest frame is looked at."""
 
 import asyncio
 import time
@@ -45,14 +45,14 @@ class Newest:
 
 
 class Session:
-    """One WebSocket: a task that reads frames as fast as they come, and one that looks at the newest."""
+    """One WebSocket: a task that reads frames as they come, and one that looks at the newest."""
 
     def __init__(self, websocket: WebSocket, service: Service, follower: Follower, top: int):
         self._websocket, self._service, self._follower, self._top = websocket, service, follower, top
         self._newest, self._skipped, self._start = Newest(), 0, time.perf_counter()
 
     async def run(self) -> None:
-        """Until the client leaves, breaks a rule, or has been here long enough."""
+        """Serve until the client leaves, breaks a rule, or reaches the longest session."""
         tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._look())]
         try:
             async with asyncio.timeout(self._service.settings.max_session_s):

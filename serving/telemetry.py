@@ -1,4 +1,4 @@
-"""What the service tells of itself: Prometheus metrics, and one JSON object a line, never with what was sent."""
+"""Prometheus metrics, and a log of one JSON object a line; neither holds what clients send."""
 
 import json
 import logging

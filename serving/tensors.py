@@ -67,7 +67,7 @@ def parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
 
 
 def read_input(tensor: InputTensor, binary: bytes, model: ServedModel, most: int) -> Sequence[np.ndarray | bytes]:
-    """Images as pixels or as files.
+    """Return the images of a request, as pixels or as files.
 
     Raises:
       Problem: another tensor, or data that doesn't fit its shape.

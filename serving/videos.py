@@ -1,4 +1,4 @@
-"""A whole video at once: the events in it."""
+"""The events of an uploaded video."""
 
 import asyncio
 import io
@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1")
 def read_frames(
     data: bytes, rate_hz: float, most: int, preprocess: Preprocess, max_megapixels: float, time_limit_s: float
 ) -> Any:
-    """Times and pixels of a video's frames, and what is damaged; runs in a decoding process.
+    """Return the times and pixels of a video's frames, and its damage; called in a decoding process.
 
     Raises:
       BadVideo: not a video, or more frames than are taken.

@@ -27,7 +27,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """metrics.jsonl, a row a step; lines that can't be read are left out, as the last of a run that goes on may be."""
+    """Read metrics.jsonl, a row a step; skip unreadable lines, as the last one of a running training can be."""
     rows: dict[int, dict[str, float]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -58,7 +58,7 @@ def as_date(moment: object) -> str:
 
 
 def show_curves(metrics: pd.DataFrame) -> None:
-    """Each curve, with what it ends at."""
+    """Show each curve, with its last value."""
     for column, (title, names, unit) in zip(st.columns(len(CURVES)), CURVES, strict=True):
         known = [name for name in names if name in metrics]
         if not known:

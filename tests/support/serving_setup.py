@@ -40,14 +40,14 @@ def write_export(root: Path, temperature: float = 2.0, labels: tuple[str, ...] =
 
 
 def reseal(folder: Path) -> str:
-    """Seals a folder that was changed on purpose."""
+    """Seal a folder that was changed on purpose."""
     (folder / bundle.MANIFEST).unlink(missing_ok=True)
     return bundle.seal(folder)
 
 
 @contextmanager
 def running(folder: Path | None = None, wait: bool = True, **settings: Any) -> Iterator[tuple[httpx.Client, Service]]:
-    """Return a service, and a client of it."""
+    """Run a service; give a client of it, and the service."""
     settings = {"port": 0, "decode_processes": 1, "rate_limit_per_s": 0, "log_level": "ERROR", **settings}
     made = Settings(model=folder, **settings)
     listener = listen(made)
@@ -66,7 +66,7 @@ def running(folder: Path | None = None, wait: bool = True, **settings: Any) -> I
 
 
 def wait_for(condition: Any, seconds: float = 30) -> None:
-    """Until `condition()` holds."""
+    """Wait until `condition()` holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came true"
