@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from serving.service import Service
-from tests.support.serving_setup import running, wait_for
+from tests.support.serving_setup import metric, running, wait_for
 
 
 def slow_down(service: Service, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
