@@ -24,6 +24,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_MEGAPIXELS = 50.0
 MIN_SIDE_PX = 2
 MAX_ASPECT = 200  # longer side over shorter
+ARITHMETIC_FRAMES = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})  # markers of ITU T.81, table B.1
+JPEG_FRAMES = ARITHMETIC_FRAMES | {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7}
 
 
 class BadImage(ValueError):  # noqa: N818  its name says what is bad, not that a program erred
@@ -180,7 +182,7 @@ class _QuietPillow:
                 self._filters.__exit__(None, None, None)
 
 
-_quiet_pillow = _QuietPillow()
+quiet_pillow = _QuietPillow()
 
 
 def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "h w 3"]:
@@ -198,10 +200,12 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndar
     if not data:
         raise BadImage("empty file")
     formats = [one.name for one in readable_formats() if one.name != "MPO"]  # which Pillow opens as a JPEG
-    with _quiet_pillow:
+    with quiet_pillow:
         try:
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_header(image, max_megapixels)
+                if image.format in ("JPEG", "MPO") and is_arithmetic_jpeg(data):
+                    raise BadImage("a JPEG with arithmetic coding, which few programs read; save it again")
                 image.load()
                 return np.asarray(_to_rgb(_upright(image)))
         except BadImage:
@@ -215,6 +219,22 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndar
         except Exception as error:  # Pillow's decoders raise many kinds on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadImage(f"damaged ({reason}); save it again") from error
+
+
+def is_arithmetic_jpeg(data: bytes) -> bool:
+    """Return whether the frame header of a JPEG names arithmetic coding, which not every build of its decoders has."""
+    at = 2
+    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker in JPEG_FRAMES:
+            return marker in ARITHMETIC_FRAMES
+        elif marker == 0xDA:  # the pixels
+            return False
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def _check_header(image: Image.Image, max_megapixels: float) -> None:

@@ -3,6 +3,7 @@
 Other kernels than evaluation's: faster, and never used where a model is judged.
 """
 
+import io
 import math
 
 import cv2
@@ -11,8 +12,9 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_har_jax.preprocess import check_size, decode
+from clip_har_jax.preprocess import check_size, decode, is_arithmetic_jpeg, quiet_pillow
 
+ORIENTATION = 0x0112  # of Exif; 1: upright
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the whole image
 
 cv2.setNumThreads(1)  # batches are decoded side by side already
@@ -44,7 +46,7 @@ class TrainingImage:
         if isinstance(image, bytes):
             need = max(size_px / (bottom - top), size_px / (right - left))
             pixels = _decode_jpeg(image, math.ceil(self.height * need), math.ceil(self.width * need))
-            # None: damaged, or of a kind that this decoder doesn't do
+            # None: damaged, or a kind of JPEG that this decoder doesn't read
             image = decode(image, self._max_megapixels) if pixels is None else pixels
             down, across = image.shape[0] / self.height, image.shape[1] / self.width
             top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
@@ -64,18 +66,19 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if colorspace not in ("YCbCr", "Gray", "RGB") or (data.find(b"Exif\0", 0, 2**16) >= 0 and _is_turned(data)):
+    if colorspace not in ("YCbCr", "Gray", "RGB") or is_arithmetic_jpeg(data):
+        return None
+    if (b"Exif\0" in data or b"tiff:Orientation" in data) and _is_turned(data):  # segments stand in any order
         return None
     return height, width
 
 
 def _is_turned(data: bytes) -> bool:
-    import io
-
+    """Return whether the metadata of a JPEG, or what can't be read of it, may turn the image."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return image.getexif().get(0x0112, 1) != 1
-    except Exception:  # metadata that can't be read turns nothing, but who knows
+        with quiet_pillow, Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return image.getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # damaged metadata: Pillow decides, when it decodes the whole image
         return True
 
 

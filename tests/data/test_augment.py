@@ -98,7 +98,7 @@ def test_jitter_and_erasing_change_what_they_say() -> None:
 
 
 def test_augmentation_that_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="at most 30"):
+    with pytest.raises(UserError, match="from 0 to 30"):
         make_config({"data": {"augment": {"randaugment_magnitude": 31.0}}})
     with pytest.raises(UserError, match="did you mean 'running'"):
         load_data(make_config({"data": {"train": "synthetic?split=test", "augment": {"no_flip_labels": ("runing",)}}}))
