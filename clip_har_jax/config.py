@@ -209,6 +209,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     The file's `get_config` takes no argument, or the overrides: then it may choose values that depend on them.
 
+    >>> config = load_config("configs/demo.py", ["--config.train.num_steps=10"])
+    >>> config.train.num_steps
+    10
+
     Raises:
       UserError: no such file, no `get_config` in it, an unknown key, a value of the wrong type or out of range.
     """
@@ -243,6 +247,9 @@ def _mistakes_in(path: Path) -> Iterator[None]:
 
 def make_config(values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the defaults, changed by nested `values`, then by `--config.KEY=VALUE` overrides; checked.
+
+    >>> make_config({"optim": {"learning_rate": 1e-4}}, ["--config.seed=3"]).seed
+    3
 
     Raises:
       UserError: an unknown key, a value of the wrong type or out of range.

@@ -47,6 +47,10 @@ def parse_spec(text: str) -> Spec:
     A path that is there as it is written wins, with `?`, `#` and `%` in it; else options begin at the `?`, and escapes
     of an address (`%3F`) are read where the path as written isn't there. Options are taken as typed.
 
+    >>> spec = parse_spec("synthetic?split=test")
+    >>> spec.kind, spec.options
+    ('synthetic', {'split': 'test'})
+
     Raises:
       UserError: an unknown kind or option, an option without a value, a path missing or where none goes.
     """

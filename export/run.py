@@ -68,6 +68,10 @@ class Proof:
 def export_model(path: str, formats: Sequence[str], output: str | Path, options: Options = Options()) -> dict[str, Any]:
     """Write an exported folder of the formats that pass; return what parity.json says of all.
 
+    >>> parity = export_model("model", ["stablehlo"], "exported", Options(num_examples=4))
+    >>> parity["stablehlo"]["passed"]
+    True
+
     Args:
       path: a model folder.
       formats: of `formats.FORMATS`.

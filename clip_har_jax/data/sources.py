@@ -156,6 +156,10 @@ class SubsetSource(Source):
 def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False) -> Source:
     """Return the examples that a SPEC names.
 
+    >>> source = make_source("folder:images", "train")
+    >>> len(source), source.labels
+    (6, ('dancing', 'running'))
+
     Args:
       text: the SPEC.
       default_split: train, val or test; where the SPEC leaves it open.

@@ -50,6 +50,10 @@ class Prediction:
 class Predictor:
     """A model with its classes, ready to tell actions in images.
 
+    >>> predictor = Predictor("model")
+    >>> predictor.labels
+    ('dancing', 'running')
+
     Args:
       path: a model folder, any CLIP in the Hugging Face layout, or an exported folder (or one format in it).
       classes: the actions to tell apart, in any words; None: those of the model folder.
@@ -69,7 +73,15 @@ class Predictor:
         return self.backend.labels
 
     def predict(self, inputs: Iterable[ImageLike]) -> list[Prediction]:
-        """One prediction for each input, in order; an input that can't be read has an error, and the rest go on."""
+        """One prediction for each input, in order; an input that can't be read has an error, and the rest go on.
+
+        >>> predictor = Predictor("model")
+        >>> good, bad = predictor.predict(["photo.jpg", "missing.jpg"])
+        >>> good.label in predictor.labels, 0.5 <= good.score <= 1
+        (True, True)
+        >>> bad.error
+        "can't be read (No such file or directory)"
+        """
         return list(self.stream(inputs))
 
     def stream(self, inputs: Iterable[ImageLike]) -> Iterator[Prediction]:

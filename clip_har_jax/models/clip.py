@@ -171,6 +171,11 @@ class FlaxCLIPModel(nnx.Module):
     ) -> CLIPOutput:
         """Return the similarity of each image to each text.
 
+        >>> model = FlaxCLIPModel.from_pretrained("model")
+        >>> texts, images = jnp.zeros((2, 24), jnp.int32), jnp.zeros((3, 3, 32, 32))
+        >>> model(texts, images).logits_per_image.shape
+        (3, 2)
+
         Args:
           input_ids: token ids, padded after the end token.
           pixel_values: normalised images, channels first as in Hugging Face's model.
@@ -192,11 +197,21 @@ class FlaxCLIPModel(nnx.Module):
         return self.visual_projection(self.vision(pixel_values.transpose(0, 2, 3, 1)))
 
     def encode_text(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
-        """Return L2-normalised text embeddings in float32."""
+        """Return L2-normalised text embeddings in float32.
+
+        >>> model = FlaxCLIPModel.from_pretrained("model")
+        >>> model.encode_text(jnp.zeros((2, 24), jnp.int32)).shape
+        (2, 16)
+        """
         return l2_normalize(self.get_text_features(input_ids))
 
     def encode_image(self, images: Float[Array, "b *t h w 3"], drop: DropPath | None = None) -> Float[Array, "b d"]:
         """Return L2-normalised embeddings in float32.
+
+        >>> model = FlaxCLIPModel.from_pretrained("model")
+        >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
+        >>> model.encode_image(normalize_images(images, (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))).shape
+        (2, 16)
 
         Args:
           images: normalised, channels last. For clips [b, t, h, w, 3] the embeddings of the frames are averaged.

@@ -90,6 +90,10 @@ def evaluate_model(
 ) -> EvalResult:
     """Evaluate a model folder, or any CLIP in the Hugging Face layout, and write metrics, predictions and report.
 
+    >>> result = evaluate_model("model", "folder:images", "evaluation")
+    >>> result.metrics["num_examples"]
+    6
+
     Args:
       model: a folder or a Hub name.
       data: the SPEC of the data.

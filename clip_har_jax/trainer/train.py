@@ -72,6 +72,19 @@ def train(
 
     With several processes all of them call this; the first one writes the files and speaks.
 
+    >>> from clip_har_jax import make_config
+    >>> config = make_config(
+    ...     {
+    ...         "data": {"train": "folder:images", "val": "folder:images", "num_workers": 0},
+    ...         "model": {"name": "model"},
+    ...         "train": {"num_steps": 2, "global_batch_size": 8},
+    ...         "eval": {"batch_size": 8},
+    ...     }
+    ... )
+    >>> result = train(config, "runs/mine", quiet=True)
+    >>> result.model.name, result.exit_code
+    ('model', 0)
+
     Args:
       config: the run.
       workdir: config.json, run.json, metrics.jsonl, checkpoints/, eval/ and model/ are written there. A folder, or an
