@@ -91,14 +91,13 @@ def read_actions(folder: str | Path) -> Actions:
 
 
 def _video(value: Any, path: Path) -> dict[str, Any]:
-    from clip_har_jax.video.clips import METHODS
 
     if not isinstance(value, dict):
         raise UserError(f"{path}: key 'video' is {value!r}; an object is needed")
     for name, given in value.items():
         if name not in VIDEO:
             raise UserError(f"{path}: key 'video.{name}' is unknown; {nearest(name, list(VIDEO))}")
-        wanted = given in METHODS if name == "sampling" else type(given) in (int, float) and given > 0
+        wanted = given in SAMPLING_METHODS if name == "sampling" else type(given) in (int, float) and given > 0
         if not wanted or (name.startswith("num_") and type(given) is not int):
             raise UserError(f"{path}: key 'video.{name}' is {given!r}; copy the file again")
     return dict(value)

@@ -50,7 +50,8 @@ def main() -> int:
 def _print_events(predictor: "Predictor", videos: Iterable[str], arguments: argparse.Namespace) -> int:
     """Return the actions of each video, one after the other."""
     from clip_har_jax.inference.stream import EventRules, find_events
-    from clip_har_jax.video.clips import BadVideo, iter_frames
+    from clip_har_jax.video.clips import iter_frames
+    from clip_har_jax.video.decoding import BadVideo
 
     names = ("smoothing", "memory_s", "start_score", "end_score", "min_duration_s")
     rules = EventRules(**{name: getattr(arguments, name) for name in names})

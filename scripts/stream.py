@@ -32,7 +32,7 @@ def main() -> int:
     from clip_har_jax.inference.backends import split_classes
     from clip_har_jax.inference.exported import open_backend
     from clip_har_jax.inference.stream import EventDetector, EventRules, Latest, watch
-    from clip_har_jax.video.clips import BadVideo
+    from clip_har_jax.video.decoding import BadVideo
     from clip_har_jax.video.live import shown
 
     if not 0 < arguments.rate_hz < float("inf") or not 0 <= arguments.reconnect_s < float("inf"):
@@ -67,7 +67,8 @@ def main() -> int:
 
 
 def _frames(source: str, rate_hz: float, reconnect_s: float) -> Iterator["TimedFrame"]:
-    from clip_har_jax.video.clips import is_live, iter_frames
+    from clip_har_jax.video.clips import iter_frames
+    from clip_har_jax.video.decoding import is_live
     from clip_har_jax.video.live import iter_camera, iter_live
 
     if source.startswith("/dev/video"):

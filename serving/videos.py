@@ -9,7 +9,8 @@ from fastapi import APIRouter, Query, Request
 
 from clip_har_jax.inference.stream import Event
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
-from clip_har_jax.video.clips import BadVideo, TooSlow, iter_frames
+from clip_har_jax.video.clips import iter_frames
+from clip_har_jax.video.decoding import BadVideo, TooSlow
 from serving.api import ALWAYS, BODY, CLASSES_FIELD, COMPUTED
 from serving.calls import service_of, until_disconnect
 from serving.follow import EventQuery, Follower

@@ -1,7 +1,8 @@
 """Batches read in worker processes, straight into memory that these share with the trainer.
 
 Threads of one process wait for one another between decoders: two of them read photographs of 12 KB 1.2 to 1.4 times as
-fast as one, two processes 1.9 times (docs/performance.md). The memory has no name and is gone with its processes.
+fast as one, two processes 1.9 times (`python -m benchmarks.input_pipeline`; docs/adr/0003-own-batch-workers.md says why
+grain's processes aren't used). The memory has no name and is gone with its processes.
 """
 
 import atexit

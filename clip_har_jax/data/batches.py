@@ -12,7 +12,8 @@ from clip_har_jax.data.augment import augment
 from clip_har_jax.data.sampling import Order
 from clip_har_jax.data.sources import ClipFile, Example, Source
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
-from clip_har_jax.video.clips import FrameSampling, read_clip
+from clip_har_jax.video.clips import read_clip
+from clip_har_jax.video.sampling import FrameSampling
 
 BadInput = tuple[int, str, str]  # index, name, reason
 

@@ -25,7 +25,8 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.files import sha256, sha256_file
 from clip_har_jax.names import label_ids, sort_labels
 from clip_har_jax.preprocess import BadImage, decode
-from clip_har_jax.video.clips import FrameSampling, read_clip
+from clip_har_jax.video.clips import read_clip
+from clip_har_jax.video.sampling import FrameSampling
 
 # Clips cut from one recording: UCF101's v_CLASS_gGROUP_cCLIP, HMDB51's RECORDING_CLASS_<five properties>_CLIP
 RECORDINGS = (

@@ -17,7 +17,8 @@ from clip_har_jax.formats import IMAGE_SUFFIXES
 from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
-from clip_har_jax.video.clips import FrameSampling, read_clip
+from clip_har_jax.video.clips import read_clip
+from clip_har_jax.video.sampling import FrameSampling
 
 # A path, an encoded image, a PIL image, or uint8 [h, w, 3] in RGB.
 ImageLike = str | Path | bytes | Image.Image | np.ndarray

@@ -18,7 +18,8 @@ from jaxtyping import Float32
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.inference.backends import Backend
 from clip_har_jax.preprocess import evaluation_transform
-from clip_har_jax.video.clips import BadVideo, TimedFrame
+from clip_har_jax.video.clips import TimedFrame
+from clip_har_jax.video.decoding import BadVideo
 
 T = TypeVar("T")
 SMOOTHING = ("exponential", "attention", "none")

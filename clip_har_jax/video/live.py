@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from clip_har_jax.video.clips import LIVE_TIMEOUT_S, BadVideo, TimedFrame, import_av, open_video, timed_frames
+from clip_har_jax.video.clips import TimedFrame, timed_frames
+from clip_har_jax.video.decoding import LIVE_TIMEOUT_S, BadVideo, import_av, open_video
 
 PAUSES_S = (0.5, 1.0, 2.0, 5.0)  # between attempts to connect; the last one again and again
 

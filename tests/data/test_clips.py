@@ -23,7 +23,8 @@ from clip_har_jax.pipelines.evaluate import evaluate_model
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.trainer.features import cache_folder
 from clip_har_jax.trainer.train import train
-from clip_har_jax.video.clips import FrameSampling, read_clip
+from clip_har_jax.video.clips import read_clip
+from clip_har_jax.video.sampling import FrameSampling
 from tests.support.model_folders import write_model
 from tests.support.videos import write_clip
 

@@ -15,7 +15,8 @@ from websockets.sync.client import ClientConnection, connect
 from clip_har_jax.formats import format_titles
 from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.inference.stream import EventRules, find_events
-from clip_har_jax.video.clips import TooSlow, iter_frames
+from clip_har_jax.video.clips import iter_frames
+from clip_har_jax.video.decoding import TooSlow
 from serving.security import new_key
 from serving.service import Service
 from serving.videos import read_frames

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_har_jax.video.clips import BadVideo, FrameSampling, TimedFrame, iter_frames, read_clip, sample_times
+from clip_har_jax.video.clips import TimedFrame, iter_frames, read_clip
+from clip_har_jax.video.decoding import BadVideo
+from clip_har_jax.video.sampling import FrameSampling, sample_times
 from tests.support.videos import SIZE, level, write_clip
 
 

@@ -1,0 +1,181 @@
+"""Videos opened and decoded by PyAV: files and live streams, past damage, within limits."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
+
+from clip_har_jax.errors import UserError
+from clip_har_jax.preprocess import BadImage
+
+if TYPE_CHECKING:
+    import av
+
+# Formats that hold their pictures themselves: a playlist would have FFmpeg open other files and addresses.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,flv,asf,ogg"
+LIVE = ("rtsp://", "rtsps://", "rtmp://", "rtmps://", "srt://", "udp://", "tcp://", "http://", "https://")
+LIVE_FORMATS = CONTAINERS + ",rtsp,rtp,live_flv,mjpeg,mpjpeg"
+LIVE_TIMEOUT_S = 10.0
+MIN_READABLE = 0.5  # share of a clip's packets that must decode for its prediction to be worth something
+
+VideoLike = str | os.PathLike[str] | BinaryIO | io.IOBase
+
+
+class BadVideo(BadImage):
+    """A clip that can't serve; as for an image, the message is the reason alone."""
+
+
+class TooSlow(BadVideo):
+    """Reading it takes longer than was allowed."""
+
+
+def import_av() -> Any:
+    """Return PyAV, which only those who have videos need.
+
+    Raises:
+      UserError: it isn't installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"videos need PyAV ({error}); pip install 'clip-har-jax[data]'") from error
+    av.logging.set_level(None)  # what FFmpeg finds is told by us, with the file's name
+    return av
+
+
+def is_live(source: VideoLike) -> bool:
+    """Return whether a source is the address of a stream, not a file."""
+    return isinstance(source, str) and source.lower().startswith(LIVE)
+
+
+@contextmanager
+def open_video(source: VideoLike, num_threads: int) -> Iterator[Any]:
+    """Return an open PyAV container of a file or a live stream.
+
+    Raises:
+      BadVideo: no video that can be read; as well where the block fails to read on.
+    """
+    av = import_av()
+    live = is_live(source)
+    formats = {"format_whitelist": LIVE_FORMATS if live else CONTAINERS}
+    try:
+        if live:
+            # By UDP a camera's packets are lost on the way, and by firewalls; where it has TCP, that is taken.
+            options = formats | {"rtsp_flags": "prefer_tcp"} if str(source).lower().startswith("rtsp") else formats
+            with av.open(source, container_options=options, timeout=LIVE_TIMEOUT_S) as container:
+                yield _with_threads(container, num_threads)
+        elif isinstance(source, str | os.PathLike):
+            with open(source, "rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    raise BadVideo("empty file")
+                with av.open(file, container_options=formats) as container:
+                    yield _with_threads(container, num_threads)
+        else:
+            with av.open(source, container_options=formats) as container:
+                yield _with_threads(container, num_threads)
+    except av.error.FFmpegError as error:  # most of its kinds are an OSError too
+        text = (error.strerror or type(error).__name__).lower()
+        if live:
+            text = "nothing came for too long" if isinstance(error, av.error.ExitError) else text
+            raise BadVideo(f"no stream that can be read ({text}); check the address, and that it sends") from error
+        raise BadVideo(f"not a video that FFmpeg can read ({text}); convert or remove it") from error
+    except OSError as error:
+        raise BadVideo(f"can't be read ({error.strerror or error})") from error
+
+
+def _with_threads(container: Any, num_threads: int) -> Any:
+    for stream in container.streams.video:
+        stream.codec_context.thread_count = num_threads
+        stream.thread_type = "SLICE" if num_threads == 1 else "AUTO"
+    return container
+
+
+def find_stream(container: Any) -> Any:
+    """Return the first video stream that is no cover picture.
+
+    Raises:
+      BadVideo: there is none.
+    """
+    # A song's cover is a video stream of one picture.
+    streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+    if not streams:
+        raise BadVideo("no video in it")
+    return streams[0]
+
+
+def _is_cover(stream: Any) -> bool:
+    return bool(stream.disposition & type(stream.disposition).attached_pic)
+
+
+class Decoding:
+    """The frames of a stream with their times, in order; counts what can't be decoded and goes on behind it."""
+
+    def __init__(self, container: Any, stream: Any, max_megapixels: float):
+        self.container, self.stream, self.max_megapixels = container, stream, max_megapixels
+        self.good, self.bad = 0, 0
+        self.reason = ""
+        self.last_s = 0.0
+
+    def __iter__(self) -> Iterator[tuple[float, "av.VideoFrame"]]:
+        from av.error import FFmpegError
+
+        last_s: float | None = None
+        rate = self.stream.average_rate or self.stream.guessed_rate or 25
+        packets = self.container.demux(self.stream)
+        while True:
+            try:
+                packet = next(packets)
+                frames = packet.decode()
+            except StopIteration:
+                return
+            except EOFError:
+                return
+            except FFmpegError as error:
+                self.bad, self.reason = self.bad + 1, (error.strerror or type(error).__name__).lower()
+                if self.bad > 100 and self.bad > self.good:  # a demuxer that fails for good would fail for ever
+                    return
+                continue
+            for frame in frames:
+                self._check_size(frame)
+                time_s = frame.time if frame.time is not None else (0.0 if last_s is None else last_s + 1 / float(rate))
+                last_s = self.last_s = time_s if last_s is None else max(last_s, time_s)
+                self.good, self.bad = self.good + (not frame.is_corrupt), self.bad + frame.is_corrupt
+                yield last_s, frame
+
+    def seek(self, time_s: float) -> None:
+        """Go to the last keyframe before a time."""
+        self.container.seek(int(time_s / self.stream.time_base), stream=self.stream)
+
+    def _check_size(self, frame: "av.VideoFrame") -> None:
+        if frame.width * frame.height > self.max_megapixels * 1e6:
+            raise BadVideo(
+                f"frames of {frame.width}x{frame.height} px, over {self.max_megapixels:g} megapixels; make it smaller"
+            )
+
+    def why(self) -> str:
+        """Return the last reason in brackets, to be put behind a message."""
+        return f" ({self.reason})" if self.reason else ""
+
+    def damage(self) -> str | None:
+        """Return what couldn't be decoded; None where all could.
+
+        Raises:
+          BadVideo: more than half.
+        """
+        if not self.bad:
+            return None
+        found = f"{self.bad} of {self.good + self.bad} frames are damaged{self.why()}"
+        if self.good < MIN_READABLE * (self.good + self.bad):
+            raise BadVideo(f"{found}; save it again")
+        return found
+
+
+def upright(frame: "av.VideoFrame") -> UInt8[np.ndarray, "h w 3"]:
+    """Return a frame in RGB, turned as the container's display matrix says (PyAV gives degrees counterclockwise)."""
+    image = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
