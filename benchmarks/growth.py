@@ -2,6 +2,7 @@
 
   python -m benchmarks.growth
   python -m benchmarks.growth --parts=manifest,duplicates --largest=1000000
+  python -m benchmarks.growth --parts=evaluation,report,classes,texts,cached_texts
 
 Each part runs at each size in a process of its own, whose peak memory is the part's. The exponent is the slope of the
 processor time on logarithmic axes between the two largest sizes: 1 is a straight line. Prints a table and, last, one
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks import growth_evaluation
 
 SMALLEST = 10_000
 NUM_FILES = 1000  # that the rows of a manifest share: what grows is the listing, not the disk
@@ -79,7 +82,17 @@ def duplicates(count: int) -> Callable[[], object]:
     return run
 
 
-PARTS = {"manifest": manifest, "duplicates": duplicates}
+PARTS: dict[str, Callable[[int], Callable[[], object]]] = {
+    "manifest": manifest,
+    "duplicates": duplicates,
+    "evaluation": growth_evaluation.evaluation,
+    "report": growth_evaluation.report,
+    "classes": growth_evaluation.classes,
+    "texts": growth_evaluation.texts,
+    "cached_texts": growth_evaluation.cached_texts,
+}
+# The largest sizes of parts that people use with fewer than a million.
+LARGEST = {"report": 100_000, "classes": 10_000, "texts": 10_000, "cached_texts": 10_000}
 
 
 def measure(part: str, count: int) -> dict[str, float]:
@@ -102,12 +115,11 @@ def main() -> None:
         print(json.dumps(measure(arguments.one[0], int(arguments.one[1]))))
         return
     steps = max(1, round(math.log10(arguments.largest / SMALLEST)))
-    sizes = [arguments.largest // 10**step for step in reversed(range(steps + 1))]
     results: dict[str, dict[str, object]] = {}
     print(f"{'part':<12}{'size':>10}{'seconds':>10}{'processor':>11}{'peak GB':>9}")
     for part in arguments.parts.split(","):
-        rows = []
-        for size in sizes:
+        rows, largest = [], min(arguments.largest, LARGEST.get(part, arguments.largest))
+        for size in [largest // 10**step for step in reversed(range(steps + 1))]:
             command = [sys.executable, "-m", "benchmarks.growth", "--one", part, str(size)]
             rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             row = rows[-1]

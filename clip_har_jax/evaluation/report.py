@@ -10,7 +10,7 @@ from markupsafe import Markup
 from scipy.sparse import coo_array
 
 from clip_har_jax.evaluation import charts
-from clip_har_jax.evaluation.baselines import verdict
+from clip_har_jax.evaluation.baselines import verdict, zero_shot_on
 from clip_har_jax.evaluation.history import History
 from clip_har_jax.evaluation.pages import data_uri, spoken, templates, thumbnail
 from clip_har_jax.evaluation.plots import MAX_NAMED_CLASSES, draw_confusion
@@ -50,12 +50,6 @@ class Details:
     history: History = field(default_factory=History)
 
 
-def _zero_shot(record: Mapping[str, Any], about: Mapping[str, str]) -> float | None:
-    """Return the base model's accuracy, if the run that made the model measured it on the data of this report."""
-    baselines = record.get("baselines", {})
-    return baselines.get("zero_shot") if baselines.get("data") == about.get("data") else None
-
-
 def make_report(
     result: EvalResult, name_of: Callable[[int], str], about: Mapping[str, str], details: Details | None = None
 ) -> str:
@@ -80,7 +74,7 @@ def make_report(
             metrics=result.metrics,
             subject=about.get("model") or about.get("run") or "",
             data=about.get("data", ""),
-            verdict=verdict(result.metrics, _zero_shot(record, about)),
+            verdict=verdict(result.metrics, zero_shot_on(record, about.get("data", ""))),
             num_classes=len(labels),
             matrix_named=len(labels) <= MAX_NAMED_CLASSES,
             headlines=HEADLINES,

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.baselines import verdict
+from clip_har_jax.evaluation.baselines import verdict, zero_shot_on
 from clip_har_jax.files import read_object
 
 LICENSE = "apache-2.0"
@@ -137,7 +137,7 @@ def _table_of(metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     told = ", ".join(f"{_plain(label)} (F1 {values['f1']:.2f})" for label, values in worst)
     lines = [f"{of}:", "", "| metric | value |", "|---|---|", *rows, ""]
     if "baselines" in metrics:
-        lines += [verdict(metrics, record.get("baselines", {}).get("zero_shot")), ""]
+        lines += [verdict(metrics, zero_shot_on(record, str(metrics.get("data")))), ""]
     return "\n".join([*lines, f"The actions with the lowest F1: {told}."])
 
 

@@ -293,10 +293,15 @@ def test_the_card_says_what_the_model_was_made_from(tmp_path):
     bundle.write_actions(tuned, bundle.Actions(LABELS, make_prompts(LABELS)))
     data["train"]["spec"] = "folder:/home/somebody/images"
     start = {"model": "openai/clip-vit-base-patch32", "weights": "pretrained"}
-    write_json(tuned / "run.json", {"data": data, "start": start, "method": "lora", "baselines": {"zero_shot": 0.5}})
+    write_json(
+        tuned / "run.json",
+        {"data": data, "start": start, "method": "lora", "baselines": {"zero_shot": 0.5, "data": "synthetic"}},
+    )
     bundle.seal(tuned)
     better = metrics | {"top1": 0.9, "top1_interval": [0.85, 0.93], "model_digest": bundle.verify(tuned)}
     card = make_card(tuned, better, "me/tuned")
     assert "from the pretrained weights of `openai/clip-vit-base-patch32`, by the method `lora`" in card
     assert "drawings" not in card and "somebody" not in card
+    other = make_card(tuned, better | {"data": "folder:other"}, "me/tuned")
+    assert "the start without training" not in other  # it was measured on other images
     assert "It is better than guessing (0.333), the most frequent class (0.400) and the start without training" in card
