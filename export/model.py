@@ -14,8 +14,8 @@ from clip_har_jax import bundle
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import read_object, write_json
-from clip_har_jax.inference.backends import JaxBackend
 from clip_har_jax.inference.exported import ORIGIN, SIGNATURE
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform

@@ -17,15 +17,8 @@ from jaxtyping import Float32, UInt8
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import read_object
-from clip_har_jax.inference.backends import (
-    Backend,
-    JaxBackend,
-    check_finite,
-    check_indices,
-    choose_actions,
-    mean_by_class,
-    pad,
-)
+from clip_har_jax.inference.backends import Backend, check_finite, check_indices, choose_actions, mean_by_class, pad
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
 from clip_har_jax.text import Tokenizer
 

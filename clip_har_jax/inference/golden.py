@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.backends import Backend, JaxBackend
+from clip_har_jax.inference.backends import Backend
 from clip_har_jax.inference.exported import ExportedBackend
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.preprocess import evaluation_transform
 
 FILE = "golden.npz"

@@ -7,17 +7,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from clip_har_jax.caches import cache_folder
 from clip_har_jax.files import atomic, sha256, sha256_file
 
 CACHED_FROM = 512  # texts; fewer take less time than their weights take to digest
 MOST_FILES = 20  # the files that were used last are kept
 WEIGHTS = ("*.safetensors", "*.msgpack", "*.bin", "config.json")
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached embeddings."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "clip_har_jax" / "texts"
 
 
 def weights_digest(folder: Path) -> str:
@@ -31,7 +26,7 @@ def cached(key: str, compute: Callable[[], Float32[np.ndarray, "c d"]]) -> Float
 
     A damaged file is computed anew; a folder that can't be written keeps nothing.
     """
-    path = cache_folder() / f"{key}.npy"
+    path = cache_folder("texts") / f"{key}.npy"
     try:
         with path.open("rb") as file:
             found = np.load(file, allow_pickle=False)

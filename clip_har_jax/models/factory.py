@@ -15,7 +15,8 @@ from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConf
 from clip_har_jax.models.heads import read_head
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, make_model
-from clip_har_jax.models.pretrained import read_config, read_params, resize_positions, resolve_folder
+from clip_har_jax.models.pretrained import read_config, read_params, resize_positions
+from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer
 

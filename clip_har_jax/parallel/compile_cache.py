@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 
+from clip_har_jax.caches import cache_folder
 from clip_har_jax.files import sha256
 
 MAX_BYTES = 512 * 2**20
@@ -35,8 +36,8 @@ def keep_compiled() -> Path | None:
     """
     if given := jax.config.jax_compilation_cache_dir:
         return Path(given)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_har_jax" / "compiled"
     try:
+        folder = cache_folder("compiled")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
         if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -12,7 +12,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import Calibration, calibrate
 from clip_har_jax.files import write_json
 from clip_har_jax.folders import replace_folder
-from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.pipelines.evaluate import ClassedSource, run_backend
 
 REWRITTEN = (bundle.MANIFEST, "actions.json", "calibration.json")

@@ -22,7 +22,7 @@ from clip_har_jax.evaluation.report import HEADLINES, Details
 from clip_har_jax.evaluation.report_sums import ReportSums
 from clip_har_jax.evaluation.result import EvalResult, Predictions
 from clip_har_jax.folders import output_folder
-from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.text import phrase
 
 NUM_SHOWN = 8  # examples of a kind in the report

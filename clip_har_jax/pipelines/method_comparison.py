@@ -18,7 +18,7 @@ from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.method_table import make_table, summarize
 from clip_har_jax.files import write_json
 from clip_har_jax.folders import output_folder, replace_folder
-from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.models.factory import make_base
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
 from clip_har_jax.pipelines.tuning import (

@@ -1,7 +1,6 @@
 """Image embeddings, computed once and kept on disk under a digest of the images, the model and the preprocessing."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,16 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from clip_har_jax.caches import cache_folder
 from clip_har_jax.data.sources import ClipFile, Source
 from clip_har_jax.files import atomic, sha256, sha256_file
 from clip_har_jax.parallel import distributed
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage
 from clip_har_jax.training.probe import LabeledFeatures
-
-
-def cache_folder() -> Path:
-    """Return the folder of kept features, in $XDG_CACHE_HOME/clip_har_jax (default ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_har_jax" / "features"
 
 
 def content_digest(source: Source) -> str:
@@ -60,7 +55,7 @@ def cached_features(
       compute: reads and embeds each image once; all processes together.
     """
     key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, dict(depends_on)])
-    path = cache_folder() / f"{sha256(key)}.safetensors"
+    path = cache_folder("features") / f"{sha256(key)}.safetensors"
     kept = _read(path, len(source))
     if distributed.agree(kept is not None):
         assert kept is not None

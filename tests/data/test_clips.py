@@ -13,6 +13,7 @@ import pytest
 
 from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
+from clip_har_jax.caches import cache_folder
 from clip_har_jax.config import DataConfig, VideoConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, train_batches
 from clip_har_jax.data.sources import ClipFile, Source, SubsetSource, make_source
@@ -21,7 +22,6 @@ from clip_har_jax.inference.predictor import Predictor, list_inputs
 from clip_har_jax.models.heads import Features, head_logits, init_head, read_head
 from clip_har_jax.pipelines.evaluate import evaluate_model
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
-from clip_har_jax.trainer.features import cache_folder
 from clip_har_jax.trainer.train import train
 from clip_har_jax.video.clips import read_clip
 from clip_har_jax.video.sampling import FrameSampling
@@ -237,7 +237,7 @@ def test_features_of_other_frames_are_others(clips: Path, tmp_path: Path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for num_frames, kept in ((2, 1), (3, 2)):
         trained_with(tmp_path / str(num_frames), clips, {"name": "linear_probe"}, num_frames)
-        assert len(list(cache_folder().iterdir())) == kept
+        assert len(list(cache_folder("features").iterdir())) == kept
 
 
 def test_training_on_clips_leaves_a_model_that_knows_how_to_sample(trained: Path) -> None:

@@ -14,7 +14,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation import calibration
-from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.predictor import Predictor
 from clip_har_jax.pipelines.calibrate import calibrate_model
 from tests.support.model_folders import write_images, write_model

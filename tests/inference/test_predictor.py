@@ -14,7 +14,8 @@ from PIL import Image
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.backends import Backend, JaxBackend, split_classes
+from clip_har_jax.inference.backends import Backend, split_classes
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.predictor import Prediction, Predictor, list_inputs
 from clip_har_jax.preprocess import BadImage
 from tests.support.model_folders import IMAGE_SIZE_PX, write_image, write_model
@@ -143,7 +144,7 @@ def test_only_two_sizes_are_compiled(model: Path) -> None:
     backend = JaxBackend(model, batch_size=4)
     for count in (1, 2, 3, 4, 5, 9, 1):
         backend.predict(np.zeros((count, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8))
-    assert backend._forward._cache_size() == 2
+    assert [program._cache_size() for program in backend._programs.values()] == [1, 1]
 
 
 def test_many_prompts_are_embedded_in_parts(plain: Path) -> None:
@@ -204,7 +205,8 @@ def test_the_command_prints_json(model: Path, photos: Path, predictor: Predictor
         check=False,
         timeout=120,
     )
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done.returncode == 1
+    assert done.stderr == f"note: INPUT: left out: 1 .txt ({photos / 'notes.txt'})\n"
     entries = [json.loads(line) for line in done.stdout.splitlines()]
     names = ["a.png", "b.png", "bad.jpg", "deep/er/c.png", "a.png", "gone.png"]
     assert [entry["input"] for entry in entries] == [str(photos / name) for name in names]

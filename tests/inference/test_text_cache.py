@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from clip_har_jax.inference import text_cache
-from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.inference.jax_backend import JaxBackend
+from clip_har_jax.inference.kept import KeptEntry
 from tests.support.model_folders import write_model
 
 CLASSES = tuple(f"action number {i}" for i in range(20))
@@ -26,6 +27,7 @@ def embeddings(model, monkeypatch, encoded):
         return embed(self, ids)
 
     monkeypatch.setattr(JaxBackend, "embed_texts", counting)
+    monkeypatch.setattr(KeptEntry, "tensors", lambda self: None)  # the embeddings of this very model and classes
     return JaxBackend(model, CLASSES).class_embeddings
 
 

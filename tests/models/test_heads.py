@@ -8,7 +8,7 @@ from scipy.special import erf, softmax
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.backends import JaxBackend
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.models.factory import load, make_base
 from clip_har_jax.models.heads import (
     HEAD_FILE,

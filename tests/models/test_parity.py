@@ -13,9 +13,9 @@ import pytest
 from clip_har_jax.models.clip import CLIPOutput
 from clip_har_jax.models.configuration import CLIPConfig, config_from_hf
 from clip_har_jax.models.factory import NAMED_SIZES
+from clip_har_jax.models.hf_layout import TABLE, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, make_model
-from clip_har_jax.models.pretrained import TABLE, params_from_hf, params_to_hf
 from tests.support.make_golden import CASES, GOLDEN, make_inputs, make_weight, small
 
 TOLERANCE = 1e-5  # largest error over largest value of the reference, in float32

@@ -248,7 +248,7 @@ def test_features_that_another_process_lacks_are_computed_by_all(tmp_path, monke
     monkeypatch.setattr(features.distributed, "agree", lambda yes: False)
     cached()
     assert len(calls) == 2
-    assert [path.suffix for path in features.cache_folder().iterdir()] == [".safetensors"]
+    assert [path.suffix for path in features.cache_folder("features").iterdir()] == [".safetensors"]
 
 
 def test_merged_updates_are_the_papers_formula():

@@ -1,0 +1,276 @@
+"""A model folder, or any CLIP in the Hugging Face layout, run by JAX, which is imported when one is opened."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from clip_har_jax import bundle
+from clip_har_jax.errors import UserError
+from clip_har_jax.files import sha256
+from clip_har_jax.inference import text_cache
+from clip_har_jax.inference.backends import check_finite, check_indices, choose_actions, mean_by_class, pad
+from clip_har_jax.inference.kept import KeptEntry, content_digest, read_tensors
+from clip_har_jax.models.hf_layout import hf_names, params_from_hf
+from clip_har_jax.models.resolve import resolve_folder
+from clip_har_jax.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from clip_har_jax.models.factory import LoadedModel
+
+PROMPTS_AT_ONCE = 64  # bounds the text tower's memory for long lists of classes
+IMAGE_TOWER = ("vision.", "visual_projection.")  # the parameters that predictions need
+
+
+class JaxBackend:
+    """A model folder, or any CLIP in the Hugging Face layout, run by JAX.
+
+    The first prediction of a folder keeps its traced program and class embeddings (`inference.kept`). A later process
+    reads them in place of flax, the text tower and the tracing; it loads the whole model only for what needs it.
+
+    Args:
+      name_or_folder: a model folder or a Hub name.
+      classes: the actions to tell apart; empty: the folder's own.
+      default_classes: the actions where neither is given.
+      batch_size: images that are computed at once; fewer are padded, so that nothing is compiled again.
+
+    Raises:
+      UserError: not a whole model, a sealed one with a changed file, or no classes.
+    """
+
+    takes_clips = True  # [b, frames, h, w, 3] where images are [b, h, w, 3]
+
+    def __init__(
+        self,
+        name_or_folder: str | os.PathLike[str],
+        classes: Sequence[str] = (),
+        default_classes: Sequence[str] = (),
+        batch_size: int = 32,
+    ):
+        if batch_size < 1:
+            raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
+        self.path, self.batch_size = resolve_folder(os.fspath(name_or_folder)), batch_size
+        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as importing JAX, and leaves Python's lock free
+            verifying = pool.submit(bundle.verify, self.path)
+            import jax
+
+            from clip_har_jax.parallel.compile_cache import keep_compiled
+
+            keep_compiled()
+        self.digest = verifying.result()
+        self.actions = choose_actions(self.path, classes, default_classes)
+        self.labels = self.actions.labels
+        machine = (jax.default_backend(), jax.devices()[0].device_kind, jax.__version__, np.__version__)
+        self._entry = KeptEntry(content_digest(self.path, self.digest), self.actions, machine)
+        self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._tensors = self._entry.tensors() or self._make_tensors()
+        size = int(self._tensors["image_size_px"])
+        self.preprocess = Preprocess.from_folder(self.path, size)
+
+    @property
+    def scale(self) -> float:
+        """Return the factor from cosines to logits."""
+        return float(self._tensors["scale"])
+
+    @property
+    def class_embeddings(self) -> Float32[np.ndarray, "c d"]:
+        """Return the directions that stand for the classes: of their texts, or those that the head has learned."""
+        return self._tensors["class_embeddings"]
+
+    @cached_property
+    def head_params(self) -> dict[str, np.ndarray]:
+        """Return the parameters of any head but the cosine, whose parameters are the class embeddings and the scale."""
+        return {name.removeprefix("head."): self._tensors[name] for name in self._tensors if name.startswith("head.")}
+
+    def _make_tensors(self) -> dict[str, np.ndarray]:
+        """Compute what depends on the classes alone, and keep it."""
+        from clip_har_jax.models.heads import read_head
+
+        config, head = self._loaded.model.config, self.actions.head
+        labels, temperature = self.labels, self.actions.temperature
+        params = {} if head == "cosine" else read_head(self.path, head, config.projection_dim, len(labels))
+        if params:
+            directions = params["classes.kernel"].T
+            embeddings = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+        else:
+            embeddings = self._embed_classes()
+        tensors = {
+            "class_embeddings": embeddings,
+            "scale": np.asarray(float(np.exp(self._loaded.model.logit_scale[...])) / temperature),
+            "image_size_px": np.asarray(config.vision.image_size),
+            **{f"head.{name}": np.asarray(value) for name, value in params.items()},
+        }
+        self._entry.write_tensors(tensors)
+        return tensors
+
+    def _embed_classes(self) -> Float32[np.ndarray, "c d"]:
+        """Return the class embeddings of the prompts; of many texts, those that any folder of these weights has."""
+        import jax
+
+        prompts = [self.actions.prompts[label] for label in self.labels]
+        ids = self.tokenize([text for group in prompts for text in group])
+        counts = [len(group) for group in prompts]
+        if len(ids) < text_cache.CACHED_FROM:
+            return mean_by_class(self.embed_texts(ids), counts)
+        program = f"{jax.__version__} {jax.default_backend()} {ids.shape} {counts}"
+        key = sha256([text_cache.weights_digest(self.path), ids.tobytes(), program])
+        return text_cache.cached(key, lambda: mean_by_class(self.embed_texts(ids), counts))
+
+    @cached_property
+    def _loaded(self) -> "LoadedModel":
+        from clip_har_jax.models.factory import load
+
+        return load(str(self.path))
+
+    @cached_property
+    def _params(self) -> dict[str, Any]:
+        from clip_har_jax.models.params import flat_params
+
+        return flat_params(self._loaded.model)
+
+    @cached_property
+    def _restore(self) -> Callable[[Mapping[str, Any]], Any]:
+        """Return the function from flat parameters to a model; those that aren't given must not be used."""
+        from flax import nnx
+
+        from clip_har_jax.models.params import unflatten
+
+        graphdef, names = nnx.graphdef(self._loaded.model), tuple(self._params)
+        return lambda given: nnx.merge(graphdef, unflatten({name: given.get(name, np.float32(0)) for name in names}))
+
+    @cached_property
+    def _image_params(self) -> dict[str, Any]:
+        return {name: value for name, value in self._params.items() if name.startswith(IMAGE_TOWER)}
+
+    @cached_property
+    def _classes(self) -> Any:
+        """Return the program's second argument: a head's parameters, or class embeddings and their scale."""
+        import jax
+
+        classes = self.head_params or (self.class_embeddings, np.float32(self.scale))
+        return jax.tree.map(jax.numpy.asarray, classes)
+
+    def _program(self, shape: tuple[int, ...]) -> Callable[..., Any]:
+        """Return the function from images of this shape to logits, probabilities and embeddings."""
+        import jax
+
+        if shape not in self._programs:
+            name = f"forward-{'x'.join(map(str, shape))}"
+            exported = self._entry.program(name)
+            if exported is None or (params := self._read_image_params(exported)) is None:
+                exported, params = self._trace(shape), self._image_params
+                self._entry.write_program(name, exported)
+            self.__dict__["_image_params"] = params
+            self._programs[shape] = jax.jit(exported.call)
+        return self._programs[shape]
+
+    def _read_image_params(self, exported: Any) -> dict[str, Any] | None:
+        """Return the parameters of a kept program, without loading the model; None: they have to be loaded."""
+        import jax
+
+        if "_image_params" in self.__dict__:
+            return self._image_params
+        (avals, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        shapes = {name: aval.shape for name, aval in avals.items()}
+        file = self.path / "model.safetensors"
+        tensors = read_tensors(file, hf_names(shapes)) if file.is_file() else None
+        return None if tensors is None else jax.device_put(params_from_hf(tensors, shapes, str(self.path)))
+
+    def _trace(self, shape: tuple[int, ...]) -> Any:
+        import jax
+        from jax import export
+
+        from clip_har_jax.models.clip import normalize_images
+        from clip_har_jax.models.heads import image_features, make_head
+
+        restore, head_name, temperature = self._restore, self.actions.head, self.actions.temperature
+        mean, std = self.preprocess.mean, self.preprocess.std
+
+        def forward(params: Mapping[str, Any], classes: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+            model, pixels = restore(params), normalize_images(images, mean, std)
+            if head_name == "cosine":
+                embeddings, scale = classes
+                features = image_features(model, pixels, with_patches=False)
+                logits = scale * features.image @ embeddings.T
+            else:
+                head = make_head(head_name, classes)
+                features = image_features(model, pixels, head.needs_patches)
+                logits = head(features) / temperature
+            return logits, jax.nn.softmax(logits), features.image
+
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._image_params, self._classes))
+        return export.export(jax.jit(forward))(*shapes, jax.ShapeDtypeStruct(shape, np.uint8))
+
+    @cached_property
+    def _explain(self) -> Callable[..., Any]:
+        import jax
+
+        from clip_har_jax.models.clip import normalize_images
+        from clip_har_jax.models.explain import heat_map, patch_embeds
+
+        restore, mean, std = self._restore, self.preprocess.mean, self.preprocess.std
+
+        def explain(params: Mapping[str, Any], classes: jax.Array, images: jax.Array) -> jax.Array:
+            model, pixels = restore(params), normalize_images(images, mean, std)
+            return heat_map(patch_embeds(model.vision, model.visual_projection.kernel[...], pixels), classes)
+
+        return jax.jit(explain)
+
+    @cached_property
+    def _encode_text(self) -> Callable[..., Any]:
+        import jax
+
+        restore = self._restore
+        return jax.jit(lambda params, ids: restore(params).encode_text(ids))
+
+    def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "p t"]:
+        """Return token ids, padded to the model's context length."""
+        return self._loaded.tokenizer(texts, self._loaded.model.config.text.context_length)[0]
+
+    def embed_texts(self, ids: Int32[np.ndarray, "p t"]) -> Float32[np.ndarray, "p d"]:
+        """Return L2-normalised text embeddings of token ids."""
+        size, parts = min(PROMPTS_AT_ONCE, len(ids)), []
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
+            parts.append(np.asarray(self._encode_text(self._params, pad(part, size)))[: len(part)])
+        return np.concatenate(parts)
+
+    def outputs(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> tuple[np.ndarray, ...]:
+        """Return logits, probabilities and embeddings; compiled for one image and for `batch_size` images alone."""
+        size, parts = 1 if len(images) == 1 else self.batch_size, []
+        program = self._program((size, *images.shape[1:]))
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            outputs = program(self._image_params, self._classes, pad(part, size))
+            parts.append([np.asarray(output)[: len(part)] for output in outputs])
+        logits, probs, embeddings = (np.concatenate(output) for output in zip(*parts, strict=True))
+        check_finite(logits, self.path)
+        return logits, probs, embeddings
+
+    def logits(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Return class logits, temperature included."""
+        return self.outputs(images)[0]
+
+    def predict(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Return class probabilities."""
+        return self.outputs(images)[1]
+
+    def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
+        """Return L2-normalised image embeddings."""
+        return self.outputs(images)[2]
+
+    def explain(
+        self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
+    ) -> Float32[np.ndarray, "b g g"]:
+        """Return a heat map of the class in each image, by `models.explain`."""
+        size, parts = 1 if len(images) == 1 else self.batch_size, []
+        classes = self.class_embeddings[check_indices(class_indices, len(images), len(self.labels))]
+        for start in range(0, len(images), size):
+            part, rows = images[start : start + size], classes[start : start + size]
+            heat = self._explain(self._image_params, pad(rows, size), pad(part, size))
+            parts.append(np.asarray(heat)[: len(part)])
+        return np.concatenate(parts)

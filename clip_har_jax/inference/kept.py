@@ -1,0 +1,107 @@
+"""What a model folder's first prediction leaves on disk, by content, so that the next one starts faster.
+
+An entry holds the traced programs (StableHLO, in `jax.export`'s versioned format; no weights in them) and the class
+embeddings. With them neither flax nor the text tower's weights are needed. JAX's compilation cache, another folder,
+holds the compiled programs.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_har_jax.bundle import Actions
+from clip_har_jax.caches import cache_folder
+from clip_har_jax.files import sha256, sha256_file, write_bytes
+
+MAX_ENTRIES = 100
+_DIGEST_BYTES = 64  # of the hex digits before a program
+_CODE = ("inference/jax_backend.py", "inference/kept.py", "models/*.py", "text.py", "preprocess.py")
+
+
+class KeptEntry:
+    """The entry of a model folder with its classes; a damaged file in it counts as missing.
+
+    Args:
+      content: the digest of the model folder, see `content_digest`.
+      actions: the classes to tell apart.
+      machine: what else programs depend on: platform and versions.
+    """
+
+    def __init__(self, content: str, actions: Actions, machine: Sequence[str]):
+        package = Path(__file__).parents[1]
+        code = [path.read_bytes() for pattern in _CODE for path in sorted(package.glob(pattern))]
+        key = sha256(repr(part) for part in (content, actions, tuple(machine), sha256(code)))
+        self.folder = cache_folder("programs") / key
+
+    def tensors(self) -> dict[str, np.ndarray] | None:
+        """Return what `write_tensors` kept; None: nothing, or damaged."""
+        from safetensors.numpy import load
+
+        data = self._read("classes.safetensors")
+        return None if data is None else load(data)
+
+    def write_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Keep small arrays: class embeddings, their scale, a head."""
+        from safetensors.numpy import save
+
+        self._write("classes.safetensors", save({name: np.array(value, order="C") for name, value in tensors.items()}))
+
+    def program(self, name: str) -> Any | None:
+        """Return a `jax.export.Exported` that `write_program` kept; None: there is none, or it is damaged."""
+        from jax import export
+
+        data = self._read(f"{name}.jax_export")
+        return None if data is None else export.deserialize(bytearray(data))
+
+    def write_program(self, name: str, exported: Any) -> None:
+        """Keep a `jax.export.Exported`."""
+        self._write(f"{name}.jax_export", bytes(exported.serialize()))
+
+    def _read(self, name: str) -> bytes | None:
+        """Return a file's contents without the digest before them; None: there is none, or it doesn't fit."""
+        try:
+            data = (self.folder / name).read_bytes()
+        except OSError:
+            return None
+        contents = data[_DIGEST_BYTES:]
+        return contents if data[:_DIGEST_BYTES] == sha256(contents).encode() else None
+
+    def _write(self, name: str, contents: bytes) -> None:
+        with suppress(OSError):  # a cache that can't be written costs time alone
+            _make_room(self.folder)
+            write_bytes(self.folder / name, sha256(contents).encode() + contents)
+
+
+def _make_room(folder: Path) -> None:
+    """Make an entry's folder, and remove the entries that were written longest ago."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+    for old in entries[:-MAX_ENTRIES]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def content_digest(folder: Path, sealed: str | None) -> str:
+    """Return the digest of a model folder: the one it is sealed with, else one over the files that models have."""
+    if sealed is not None:
+        return sealed
+    files = [path for ending in ("safetensors", "json", "txt", "msgpack") for path in folder.glob(f"*.{ending}")]
+    return sha256(f"{path.name} {sha256_file(path)}\n" for path in sorted(files))
+
+
+def read_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Return these tensors of a safetensors file and no others; None where numpy lacks their type (bfloat16).
+
+    Raises:
+      OSError: the file can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (TypeError, SafetensorError):
+        return None
