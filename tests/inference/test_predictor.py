@@ -240,7 +240,9 @@ def test_the_command_prints_aligned_lines(
     shown = capsys.readouterr()
     columns = [line.index(str(photos)) for line in shown.out.splitlines()]
     assert columns == [len("0.000  riding a bike  ")] * 3
-    assert shown.err == f"error: {gone}: can't be read (No such file or directory)\n"
+    note, error = shown.err.splitlines()
+    assert note == f"note: INPUT: left out: 1 .txt ({photos / 'notes.txt'})"
+    assert error == f"error: {gone}: can't be read (No such file or directory)"
 
 
 def test_the_command_names_mistakes(
