@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, shapes checked at run time, warnings as errors, one compilation cache for all tests."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,11 +16,17 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from jaxtyping import install_import_hook
 
+# Imported before the hook: checking each of its small drawing functions takes seven times as long as the drawing.
+import clip_har_jax.data.synthetic  # noqa: F401
+
 install_import_hook("clip_har_jax", "beartype.beartype").__enter__()
 
 import jax
 import pytest
+from filelock import FileLock
 from hypothesis import settings
+
+from tests.support.order import LONGEST
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # CI's slow step asks for more examples: HYPOTHESIS_PROFILE=thorough.
@@ -28,12 +35,29 @@ settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first, and leave the order within a file."""
+    rank = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the exported folder that the tests of the service share; its photographs lie beside it."""
+    """Return the exported folder that the tests share, in all processes; its photographs lie beside it.
+
+    Nothing changes it: what needs another folder copies it.
+    """
     from tests.support.serving_setup import write_export
 
-    return write_export(tmp_path_factory.mktemp("served"))
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of the whole test run
+    with FileLock(root / "served.lock"):
+        if not (root / "served" / "export" / "manifest.json").is_file():
+            shutil.rmtree(root / "served", ignore_errors=True)
+            (root / "served").mkdir()
+            write_export(root / "served")
+    return root / "served" / "export"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.order import LONGEST
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 # What the tests share, what golden files hold, and what stands at the root: images, manifests, the DVC pipeline.
@@ -51,6 +53,10 @@ def is_duration(tree: ast.AST) -> bool:
 
 def name_of(function: ast.Attribute | ast.Name) -> str:
     return function.attr if isinstance(function, ast.Attribute) else function.id
+
+
+def test_the_files_that_come_first_are_there() -> None:
+    assert [name for name in LONGEST if not (TESTS / name).is_file()] == []
 
 
 def test_each_folder_is_of_a_package_of_the_same_name() -> None:

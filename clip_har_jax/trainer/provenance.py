@@ -1,6 +1,7 @@
 """The facts of run.json that identify a run: a model can be traced to its code, config, data and environment."""
 
 import datetime
+import functools
 import os
 import secrets
 import subprocess
@@ -38,6 +39,7 @@ def has_code_changes() -> bool | None:
     return None if changed is None or untracked is None else bool(changed or untracked)
 
 
+@functools.cache
 def environment_hash() -> str:
     """Return the SHA-256 of the names and versions of all installed distributions."""
     names = sorted({f"{item.metadata['Name']}=={item.version}" for item in metadata.distributions()})

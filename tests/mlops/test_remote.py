@@ -91,6 +91,7 @@ def test_a_first_use_that_is_killed_leaves_no_half_store(models, tmp_path):
         assert store.execute("select count(*) from model_versions").fetchone() == (1,)
 
 
+@pytest.mark.timeout(60)  # without the bound it would wait for good
 @pytest.mark.parametrize("kind", ["dead", "silent"])
 def test_a_server_that_is_down_is_one_line_within_the_bound(kind, monkeypatch):
     with contextlib.ExitStack() as stack:
@@ -100,11 +101,9 @@ def test_a_server_that_is_down_is_one_line_within_the_bound(kind, monkeypatch):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        begin = time.monotonic()
         with pytest.raises(UserError, match=r"^the store: .*; try again$") as told:
             SERVICE.check_reachable(f"{address}/health", timeout_s=1.0)
         assert "\n" not in str(told.value)
-        assert time.monotonic() - begin < 60  # without the bound it would wait for good
 
 
 def test_a_store_that_is_no_store_is_one_line(models, tmp_path):
