@@ -91,6 +91,7 @@ def read_actions(folder: str | Path) -> Actions:
 
 
 def _video(value: Any, path: Path) -> dict[str, Any]:
+    from clip_har_jax.video.sampling import SAMPLING_METHODS
 
     if not isinstance(value, dict):
         raise UserError(f"{path}: key 'video' is {value!r}; an object is needed")
