@@ -10,7 +10,7 @@ from pydantic.json_schema import SkipJsonSchema
 from clip_har_jax.formats import format_titles, readable_formats
 from serving.calls import Call, QueryCall, deadline_after, service_of
 from serving.classes import Prompts, TextClasses
-from serving.images import overlay
+from serving.images import draw_heat_map
 from serving.loaded_models import Entry
 from serving.models import softmax
 from serving.problems import Problem, responses
@@ -195,7 +195,7 @@ async def explain(
     explanation, pixels = await call.answer(work())
     if "image/png" not in call.request.headers.get("accept", ""):
         return explanation
-    picture = await asyncio.to_thread(overlay, pixels, np.asarray(explanation.heat_map, np.float32))
+    picture = await asyncio.to_thread(draw_heat_map, pixels, np.asarray(explanation.heat_map, np.float32))
     return Response(picture, media_type="image/png")
 
 

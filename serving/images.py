@@ -87,7 +87,7 @@ def _warm() -> None:
     time.sleep(0.05)  # so that each process gets one to do
 
 
-def overlay(pixels: np.ndarray, heat: np.ndarray) -> bytes:
+def draw_heat_map(pixels: np.ndarray, heat: np.ndarray) -> bytes:
     """Return a PNG of the image, dark where nothing speaks for the class and reddish where much does."""
     buffer = io.BytesIO()
     Image.fromarray(heatmap.overlay(pixels, heat)).save(buffer, "PNG")

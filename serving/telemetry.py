@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.utils import ClientDisconnected
 
 from serving.problems import MEDIA_TYPE, Problem
 
@@ -135,6 +136,8 @@ class Observe:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnected:  # what uvicorn raises where a WebSocket's client left before it was answered
+            status = CLIENT_GAVE_UP
         except Exception:
             log.exception("unforeseen error", extra={"fields": {"request_id": request_id, "route": route_of(scope)}})
             if status == 0 and scope["type"] == "http":

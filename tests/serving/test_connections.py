@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from websockets.sync.client import connect as open_websocket
 
 from serving.service import Service
 from serving.settings import Settings
-from tests.support.serving_setup import running, wait_for
+from tests.support.serving_setup import metric, running, wait_for
 
 LIMITS = {
     "header_timeout_s": 0.5,
@@ -219,6 +220,27 @@ def test_a_client_that_leaves_is_no_error_of_the_service(
     new = {status for status, count in requests_by_status(client).items() if count > before.get(status, 0)}
     assert not [status for status in new if status.startswith("5")]
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_websocket_that_leaves_is_no_error_of_the_service(
+    served: tuple[httpx.Client, Service], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reset before its handshake is answered, after it, and in the middle of a frame."""
+    client, _ = served
+    before = metric(client, "har_requests_total")
+    head = b"GET /v1/stream?classes=a,b HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    head += b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    for i in range(12):
+        connection = connect(client.base_url.port or 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
+        connection.sendall(head)
+        if i % 2:
+            connection.recv(1)
+            connection.sendall((b"\x82\xfe\xff", b"\xff" * 10, b"\x81\x85abcd12345")[i % 3])
+        connection.close()
+    wait_for(lambda: metric(client, "har_requests_total") >= before + 12)
+    assert not [record.getMessage() for record in caplog.records if record.exc_info]
+    assert not [status for status in requests_by_status(client, "/v1/stream") if status.startswith("5")]
 
 
 def test_a_deadline_of_the_clients_own_is_no_error_of_the_service(
