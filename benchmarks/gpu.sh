@@ -5,11 +5,11 @@
 #   bash benchmarks/gpu.sh wheels DIR [3.12]                            on a machine with a network: what to take along
 #
 # The GPU machine needs jax with CUDA, flax, optax, orbax-checkpoint, transformers, torch, opencv and jaxtyping. What
-# else the way needs are pure or small wheels (7 MB); with WHEELS=DIR they are used from there, nothing is installed.
+# else the way needs are small wheels (8 MB); with WHEELS=DIR they are used from there, nothing is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages="array-record beartype cloudpickle clu grain iniconfig ml-collections pluggy pytest simplejpeg wrapt"
+packages="array-record beartype cloudpickle clu grain iniconfig loky ml-collections pluggy portpicker psutil pytest simplejpeg wrapt"
 
 if [ "${1:-}" = wheels ]; then
   pins=$(for package in $packages; do grep -E "^$package==" requirements.txt; done)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -104,3 +105,58 @@ def test_a_part_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="exit code 1: no kernel"):
         child.ask("")
     child.close()
+
+
+# Imports the benchmark's way where only these packages, what they require, and the wheels of gpu.sh can be found.
+ON_THE_MACHINE = """
+import re, sys
+from importlib import metadata
+from packaging.requirements import Requirement
+
+known, open_ = set(), [(name, "") for name in "MACHINE".split()]
+while open_:
+    name, extra = open_.pop()
+    if (name, extra) in known:
+        continue
+    known.add((name, extra))
+    try:
+        requires = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        continue
+    for requirement in map(Requirement, requires):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            needed = re.sub("[-_.]+", "-", requirement.name).lower()
+            open_ += [(needed, each) for each in ("", *requirement.extras)]
+found = {name for name, _ in known} | set("WHEELS".split())
+tops = {
+    top for top, names in metadata.packages_distributions().items()
+    if not {re.sub("[-_.]+", "-", name).lower() for name in names} & found
+} - {"clip_har_jax", "benchmarks", "tests"}
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in tops and "jaxtyping" not in sys._getframe(2).f_globals.get("__name__", ""):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Missing())
+import benchmarks.gpu
+import benchmarks.gpu_train_step
+import clip_har_jax.data.batch_workers, clip_har_jax.data.pipeline, clip_har_jax.data.sources
+import clip_har_jax.parallel.topology, clip_har_jax.parallel.xla_flags, clip_har_jax.training.program
+from clip_har_jax.config import make_config
+make_config({"model": {"compute_dtype": "bfloat16"}})
+import tests.models.test_parity
+print("all found")
+"""
+MACHINE = (
+    "jax flax optax orbax-checkpoint transformers onnx onnxruntime safetensors tokenizers opencv-python-headless "
+    "pyarrow etils jaxtyping numpy pillow pip setuptools packaging"
+)
+
+
+def test_the_gpu_benchmark_needs_no_more_than_the_machine_and_the_wheels_have():
+    (wheels,) = re.findall(r'^packages="(.*)"$', (ROOT / "benchmarks" / "gpu.sh").read_text(), re.MULTILINE)
+    program = ON_THE_MACHINE.replace("MACHINE", MACHINE).replace("WHEELS", wheels)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip().endswith("all found"), done.stderr[-1500:]
