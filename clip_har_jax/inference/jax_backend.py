@@ -88,7 +88,7 @@ class JaxBackend:
 
     def _make_tensors(self) -> dict[str, np.ndarray]:
         """Compute what depends on the classes alone, and keep it."""
-        from clip_har_jax.models.heads import read_head
+        from clip_har_jax.models.head_file import read_head
 
         config, head = self._loaded.model.config, self.actions.head
         labels, temperature = self.labels, self.actions.temperature

@@ -106,7 +106,7 @@ class TextTransformer(nnx.Module):
 
 
 class CLIPOutput(NamedTuple):
-    """What `FlaxCLIPModel` returns, under Hugging Face's names; embeddings are L2-normalised."""
+    """The outputs of `FlaxCLIPModel`, with Hugging Face's names; embeddings are L2-normalised."""
 
     logits_per_image: Float[Array, "i t"]
     logits_per_text: Float[Array, "t i"]

@@ -12,7 +12,7 @@ from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
-from clip_har_jax.models.heads import read_head
+from clip_har_jax.models.head_file import read_head
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, make_model
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions

@@ -7,7 +7,6 @@ embeddings, so an untrained head predicts as CLIP does. Logits are before the ca
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +18,8 @@ from jaxtyping import Array, Float, Float32
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import FlaxCLIPModel, l2_normalize
 from clip_har_jax.models.layers import DropPath, Runtime, linear
-from clip_har_jax.models.params import Params, axis_names, flat_params, unflatten, write_tensors
+from clip_har_jax.models.params import axis_names, flat_params, unflatten
 
-HEAD_FILE = "head.safetensors"
 FLOAT32 = Runtime()  # heads are small, so they always compute in float32
 MLP_DIM = 256
 ADAPTER_REDUCTION = 4  # Gao et al. 2021, section 4.1
@@ -297,41 +295,3 @@ def _clip_features(
     if with_patches:
         patches = of_frames.patches.reshape(count, -1, of_frames.patches.shape[-1])
     return Features(l2_normalize(frames.mean(axis=1)), patches, frames)
-
-
-def write_head(folder: str | Path, params: Mapping[str, Any]) -> None:
-    """Write head.safetensors."""
-    tensors = {name: np.array(value, np.float32, order="C") for name, value in params.items()}
-    write_tensors(Path(folder) / HEAD_FILE, tensors)
-
-
-def read_head(folder: str | Path, name: str, dim: int, num_classes: int) -> Params:
-    """Read head.safetensors.
-
-    Args:
-      name: the head that actions.json names.
-      dim: width of the model's embeddings.
-      num_classes: number of classes in actions.json.
-
-    Raises:
-      UserError: missing, damaged, or of another head, model or number of classes.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = Path(folder) / HEAD_FILE
-    if not path.is_file():
-        raise UserError(f"{folder}: actions.json names the head {name!r}, but {HEAD_FILE} is missing; copy it again")
-    try:
-        params: Params = load_file(str(path))
-        make_head(name, params)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: can't be read ({error}); copy it again") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    if params["classes.kernel"].shape != (dim, num_classes):
-        raise UserError(
-            f"{path}: is for {params['classes.kernel'].shape[1]} classes of {params['classes.kernel'].shape[0]} dims, "
-            f"the model has {num_classes} of {dim}"
-        )
-    return params

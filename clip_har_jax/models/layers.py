@@ -37,7 +37,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a model is computed. Apart from rounding, the results don't depend on it."""
+    """The settings of computation. Apart from rounding, the results don't depend on them."""
 
     compute_dtype: str = "float32"
     remat: str = "none"

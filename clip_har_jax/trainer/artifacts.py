@@ -17,7 +17,7 @@ from clip_har_jax.evaluation.output import write_result
 from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.files import is_local, write_json
 from clip_har_jax.folders import replace_folder
-from clip_har_jax.models.heads import write_head
+from clip_har_jax.models.head_file import write_head
 from clip_har_jax.models.params import Params
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed

@@ -19,7 +19,8 @@ from clip_har_jax.data.pipeline import BadInputs, eval_batches, train_batches
 from clip_har_jax.data.sources import ClipFile, Source, SubsetSource, make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.predictor import Predictor, list_inputs
-from clip_har_jax.models.heads import Features, head_logits, init_head, read_head
+from clip_har_jax.models.head_file import read_head
+from clip_har_jax.models.heads import Features, head_logits, init_head
 from clip_har_jax.pipelines.evaluate import evaluate_model
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.trainer.train import train

@@ -10,18 +10,8 @@ from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.models.factory import load, make_base
-from clip_har_jax.models.heads import (
-    HEAD_FILE,
-    HEADS,
-    Features,
-    HeadSize,
-    head_logits,
-    head_shapes,
-    image_features,
-    init_head,
-    read_head,
-    write_head,
-)
+from clip_har_jax.models.head_file import HEAD_FILE, read_head, write_head
+from clip_har_jax.models.heads import HEADS, Features, HeadSize, head_logits, head_shapes, image_features, init_head
 from clip_har_jax.text import make_prompts
 from tests.support.model_folders import IMAGE_SIZE_PX, write_model
 

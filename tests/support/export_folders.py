@@ -8,7 +8,8 @@ import numpy as np
 
 from clip_har_jax import bundle
 from clip_har_jax.models.configuration import CLIPConfig
-from clip_har_jax.models.heads import HEADS, init_head, write_head
+from clip_har_jax.models.head_file import write_head
+from clip_har_jax.models.heads import HEADS, init_head
 from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import read_config, write_params
 from clip_har_jax.text import HAR15_PHRASES

@@ -21,7 +21,8 @@ from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.adapters import merge_lora
 from clip_har_jax.models.factory import load
-from clip_har_jax.models.heads import HEAD_FILE, Features, HeadSize, head_logits, head_shapes, init_head
+from clip_har_jax.models.head_file import HEAD_FILE
+from clip_har_jax.models.heads import Features, HeadSize, head_logits, head_shapes, init_head
 from clip_har_jax.models.params import flat_params
 from clip_har_jax.pipelines.method_comparison import evaluate_on
 from clip_har_jax.trainer.result import EXIT_RETENTION
