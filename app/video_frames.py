@@ -9,8 +9,10 @@ from PIL import Image
 def frame_at(content: bytes, time_s: float) -> Image.Image | None:
     """Return the picture shown at a time; None where the video can't be drawn."""
     try:
-        with av.open(io.BytesIO(content)) as container:
+        with av.open(io.BytesIO(content), "r") as container:
             stream = container.streams.video[0]
+            if stream.time_base is None:
+                return None
             container.seek(int(time_s / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 if frame.time is None or frame.time >= time_s - 0.05:

@@ -16,6 +16,12 @@ from serving.schemas import EventBody, VideoEvents
 COLORS = ("#3b82d6", "#d97706", "#0f9f8f", "#b4509b", "#7a8b2f", "#7c5cd6", "#c2554d", "#5f7d95")
 
 
+def end_of(event: EventBody) -> float:
+    """Return when an event ended, in seconds; in a whole video each has an end."""
+    assert event.end_s is not None
+    return event.end_s
+
+
 def timeline(events: list[EventBody], duration_s: float) -> go.Figure:
     """Return a chart of each action in a row of its own, over the time."""
     labels = list(dict.fromkeys(widgets.words(event.label) for event in events))
@@ -25,10 +31,10 @@ def timeline(events: list[EventBody], duration_s: float) -> go.Figure:
         figure.add_bar(
             y=[label] * len(own),
             base=[event.start_s for event in own],
-            x=[event.end_s - event.start_s for event in own],
+            x=[end_of(event) - event.start_s for event in own],
             orientation="h",
             marker_color=COLORS[i % len(COLORS)],
-            hovertext=[f"{clock(event.start_s)} to {clock(event.end_s)}" for event in own],
+            hovertext=[f"{clock(event.start_s)} to {clock(end_of(event))}" for event in own],
             hoverinfo="text+y",
             showlegend=False,
         )
@@ -44,18 +50,18 @@ def show_events(content: bytes, answer: VideoEvents) -> None:
     if not events:
         st.info("No action lasted long enough, or was sure enough, to be named in this video.")
         return
-    spans = [f"{widgets.words(one.label)} from {clock(one.start_s)} to {clock(one.end_s)}" for one in events]
+    spans = [f"{widgets.words(one.label)} from {clock(one.start_s)} to {clock(end_of(one))}" for one in events]
     told = "; ".join(spans)
     st.plotly_chart(timeline(events, duration_s), config={"displayModeBar": False}, alt=f"Timeline: {told}")
     columns = st.columns(min(4, max(2, len(events))))
     for i, event in enumerate(events):
         with columns[i % len(columns)], st.container(border=True):
             label = widgets.words(event.label)
-            picture = frame_at(content, (event.start_s + event.end_s) / 2)
+            picture = frame_at(content, (event.start_s + end_of(event)) / 2)
             if picture:
                 st.image(picture, width="stretch", alt=f"A moment of {label}")
             st.markdown(f"**{label}**")
-            st.caption(f"{clock(event.start_s)} to {clock(event.end_s)} · {widgets.percent(event.score)} sure")
+            st.caption(f"{clock(event.start_s)} to {clock(end_of(event))} · {widgets.percent(event.score)} sure")
     one, two = st.columns(2)
     table = pd.DataFrame([event.model_dump() for event in events])[["label", "start_s", "end_s", "score"]]
     one.download_button("Download as CSV", table.to_csv(index=False), "events.csv", "text/csv", width="stretch")
