@@ -44,6 +44,8 @@ IMAGE_FORMATS = (
     ImageFormat("HEIF", "HEIC", (".heic", ".heif", ".hif"), "image/heic", further="", install=HEIF_EXTRA),
 )
 IMAGE_SUFFIXES = frozenset(suffix for one in IMAGE_FORMATS for suffix in one.suffixes)
+ARITHMETIC_FRAMES = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})  # markers of ITU T.81, table B.1
+JPEG_FRAMES = ARITHMETIC_FRAMES | {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7}
 _BY_NAME = {one.name: one for one in IMAGE_FORMATS}
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -110,3 +112,19 @@ def _sniff_heif(data: bytes) -> str | None:
 def format_of(name: str | None) -> ImageFormat | None:
     """Return the format that Pillow names so; None: none of the table."""
     return _BY_NAME.get(name or "")
+
+
+def is_arithmetic_jpeg(data: bytes) -> bool:
+    """Return whether the frame header of a JPEG names arithmetic coding, which not every build of its decoders has."""
+    at = 2
+    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker in JPEG_FRAMES:
+            return marker in ARITHMETIC_FRAMES
+        elif marker == 0xDA:  # the pixels
+            return False
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.formats import format_of, format_titles, missing_decoder, readable_formats
+from clip_har_jax.formats import format_of, format_titles, is_arithmetic_jpeg, missing_decoder, readable_formats
 
 PREPROCESS_VERSION = 1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of openai/CLIP's clip.py, in RGB, of values 0 to 1
@@ -24,8 +24,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_MEGAPIXELS = 50.0
 MIN_SIDE_PX = 2
 MAX_ASPECT = 200  # longer side over shorter
-ARITHMETIC_FRAMES = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})  # markers of ITU T.81, table B.1
-JPEG_FRAMES = ARITHMETIC_FRAMES | {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7}
 
 
 class BadImage(ValueError):  # noqa: N818  its name says what is bad, not that a program erred
@@ -221,22 +219,6 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndar
             raise BadImage(f"damaged ({reason}); save it again") from error
 
 
-def is_arithmetic_jpeg(data: bytes) -> bool:
-    """Return whether the frame header of a JPEG names arithmetic coding, which not every build of its decoders has."""
-    at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif marker in JPEG_FRAMES:
-            return marker in ARITHMETIC_FRAMES
-        elif marker == 0xDA:  # the pixels
-            return False
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
-
-
 def _check_header(image: Image.Image, max_megapixels: float) -> None:
     check_size(*image.size, max_megapixels)
     kind = format_of(image.format)
@@ -315,10 +297,3 @@ def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     row, column = -(-(canvas.shape[0] - height) // 2), -(-(canvas.shape[1] - width) // 2)
     canvas[row : row + height, column : column + width] = image
     return _crop(canvas, max(top + row, 0), max(left + column, 0), size)
-
-
-def normalize(
-    images: UInt8[np.ndarray, "*b h w 3"], mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> Float32[np.ndarray, "*b h w 3"]:
-    """CLIP's normalisation on the host, for runtimes whose graph doesn't hold it."""
-    return (images.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

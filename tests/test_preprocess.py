@@ -16,17 +16,9 @@ from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.preprocess import (
-    CLIP_MEAN,
-    CLIP_STD,
-    BadImage,
-    Preprocess,
-    decode,
-    evaluation_transform,
-    normalize,
-    read_image,
-)
+from clip_har_jax.preprocess import CLIP_MEAN, CLIP_STD, BadImage, Preprocess, decode, evaluation_transform, read_image
 from clip_har_jax.text import Tokenizer
+from tests.support.normalization import normalize
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,8 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_har_jax.preprocess import check_size, decode, is_arithmetic_jpeg, quiet_pillow
+from clip_har_jax.formats import is_arithmetic_jpeg
+from clip_har_jax.preprocess import check_size, decode, quiet_pillow
 
 ORIENTATION = 0x0112  # of Exif; 1: upright
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the whole image

@@ -15,6 +15,7 @@ from PIL import Image
 from clip_har_jax import bundle, cli
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.cache import write_cache
+from clip_har_jax.data.findings import list_duplicates, list_undecided
 from clip_har_jax.data.manifest import Manifest, make_manifest, read_manifest, write_split_manifest
 from clip_har_jax.data.quality import find_suspects
 from clip_har_jax.data.scan import Pooled, Scanned, find_duplicates, find_groups, part_conflicts, recording_of, scan
@@ -129,7 +130,7 @@ def prepare(data: Sequence[str], output: Path, options: PrepareOptions = Prepare
         rows = _make_rows(paths, scanned, names, copies, groups, splits)
         manifest = make_manifest(rows, root, _about(data, options, source.clips))
         given = [[*data, options.test][i] for i in source.given[kept]]
-        duplicates = _list_duplicates(rows, copies, pairs, given) + _list_undecided(rows, undecided, given)
+        duplicates = list_duplicates(rows, copies, pairs, given) + list_undecided(rows, undecided, given)
         suspects = _find_suspects(options.model, rows, root, ids, groups, source.labels) if options.model else []
         told = {spec: tally.to_json() for spec, tally in listing.items()}
         prepared = Prepared(manifest, bad, duplicates, suspects, told)
@@ -244,57 +245,6 @@ def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], outp
     absolute = [Path(file).absolute() for file in files if file is not None]
     root = Path(os.path.commonpath([path.parent for path in absolute]))
     return [path.relative_to(root).as_posix() for path in absolute], root
-
-
-def _list_duplicates(
-    rows: Sequence[Mapping[str, Any]],
-    copies: np.ndarray,
-    pairs: Sequence[tuple[int, int, float]],
-    given: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Return the contents of duplicates.json: each group of more than one copy."""
-    members: dict[int, list[int]] = {}
-    for i, number in enumerate(copies.tolist()):
-        members.setdefault(number, []).append(i)
-    least: dict[int, float] = {}
-    for a, _, alike in pairs:
-        number = int(copies[a])
-        least[number] = min(least.get(number, 1.0), alike)
-    return [
-        {
-            "group": rows[positions[0]]["group"],
-            "similarity": round(least[number], 4),
-            "joined": True,
-            "identical": len({rows[i]["sha256"] for i in positions}) == 1,
-            "conflict": len({rows[i]["label"] for i in positions}) > 1,
-            "crosses": len({given[i] for i in positions}) > 1,
-            "members": [_member(rows[i], given[i]) for i in positions],
-        }
-        for number, positions in sorted(members.items())
-        if len(positions) > 1
-    ]
-
-
-def _list_undecided(
-    rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int, float]], given: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Return the pairs that look alike under different labels, for duplicates.json: both stay where they are."""
-    return [
-        {
-            "group": None,
-            "similarity": round(alike, 4),
-            "joined": False,
-            "identical": False,
-            "conflict": True,
-            "crosses": given[i] != given[j],
-            "members": [_member(rows[i], given[i]), _member(rows[j], given[j])],
-        }
-        for i, j, alike in pairs
-    ]
-
-
-def _member(row: Mapping[str, Any], given: str) -> dict[str, str]:
-    return {"path": row["path"], "label": row["label"], "split": row["split"], "data": given}
 
 
 def _find_suspects(

@@ -37,9 +37,10 @@ from clip_har_jax.files import write_json
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.factory import load
 from clip_har_jax.pipelines.evaluate import evaluate_model
-from clip_har_jax.preprocess import evaluation_transform, normalize, read_image
+from clip_har_jax.preprocess import evaluation_transform, read_image
 from clip_har_jax.text import make_prompts
 from tests.support.model_folders import write_image, write_images, write_model
+from tests.support.normalization import normalize
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("running", "riding a bike", "sleeping")

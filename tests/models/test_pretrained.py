@@ -18,9 +18,10 @@ from clip_har_jax.models.clip import CLIPOutput, FlaxCLIPModel
 from clip_har_jax.models.configuration import CLIPConfig, config_from_hf, config_to_hf
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions
 from clip_har_jax.models.resolve import resolve_folder
-from clip_har_jax.preprocess import Preprocess, evaluation_transform, normalize
+from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.text import Tokenizer
 from tests.support.make_golden import GOLDEN, PROMPTS, edit_json, make_images, make_inputs, small
+from tests.support.normalization import normalize
 
 TOLERANCE = 1e-5
 FOLDERS = [

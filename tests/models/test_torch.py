@@ -10,7 +10,8 @@ from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.factory import NAMED_SIZES, make_base
 from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import write_params
-from clip_har_jax.preprocess import evaluation_transform, normalize
+from clip_har_jax.preprocess import evaluation_transform
+from tests.support.normalization import normalize
 from tests.support.torch_environment import torch_side
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
