@@ -63,7 +63,7 @@ class Call:
         (upload,), field = await self.read_uploads()
         return upload, field
 
-    def free_classes(self, query: tuple[str, ...], field: str | None) -> dict[str, Prompts] | None:
+    def free_classes(self, query: list[str], field: str | None) -> dict[str, Prompts] | None:
         """Return the request's classes in free text with their prompts; None: it has none.
 
         Raises:

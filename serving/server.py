@@ -54,7 +54,7 @@ def uvicorn_config(settings: Settings) -> uvicorn.Config:
     connections = Connections(settings, app.state.service.metrics)
     return uvicorn.Config(
         app,
-        http=functools.partial(HttpConnection, connections),  # type: ignore[arg-type]  called as a class would be
+        http=functools.partial(HttpConnection, connections),  # type: ignore[arg-type]  # called as a class would be
         ws=functools.partial(WebSocketConnection, connections),  # type: ignore[arg-type]
         access_log=False,
         log_config=None,
