@@ -1,4 +1,4 @@
-"""Trains, judges, exports and registers a model, and makes it the champion if it passes its gates.
+"""Train, evaluate, export and register a model, and make it the champion if it passes its gates.
 
   python scripts/auto_train.py --config=configs/demo.py --workdir=runs/auto --test=synthetic
   python scripts/auto_train.py --config=configs/vitb32.py --workdir=runs/auto --config.data.train=folder:photos \\

@@ -1,4 +1,4 @@
-"""Calibrates a model on held-out images: how sure it says it is, and when it had better not answer.
+"""Calibrate a model on held-out images: fit the temperature, and the thresholds of abstention and label lists.
 
   python scripts/calibrate.py --model=runs/demo/model --data=folder:photos/val --output=runs/demo/calibrated
 

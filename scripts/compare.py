@@ -1,4 +1,4 @@
-"""Compares methods on equal terms: same start, splits, steps and search; a table, and accuracy against retention.
+"""Compare methods on equal terms: the same start, splits, steps and search. Write a table and a plot.
 
   python scripts/compare.py --config=configs/compare.py --methods=zero_shot,linear_probe,full,lora --seeds=0,1,2 \
       --output=runs/compare --config.model.name=runs/start/model

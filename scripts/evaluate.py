@@ -1,4 +1,4 @@
-"""Evaluates a model on labelled images.
+"""Evaluate a model on labelled images.
 
   python scripts/evaluate.py --model=runs/demo/model --data=synthetic --output=runs/demo/test
   python scripts/evaluate.py --model=openai/clip-vit-base-patch32 --data=folder:photos --output=out \\
@@ -10,11 +10,35 @@ bad_inputs.jsonl where images could not be read; with --compare comparison.json 
 2 on a mistake.
 """
 
+import argparse
+
 from clip_har_jax import cli
 from clip_har_jax.config import DataConfig, EvalConfig
 
 
 def main() -> int:
+    parser = _make_parser()
+    arguments = parser.parse_args()
+    folders = vars(arguments).pop("compare")
+    if folders is not None:
+        if arguments.model or arguments.data:
+            parser.error("--compare goes without --model and --data: it reads what was written for them")
+        from clip_har_jax.evaluation import paired
+
+        paired.print_result(paired.compare_evaluations(folders.split(","), arguments.output), arguments.output)
+        return 0
+    if not (arguments.model and arguments.data):
+        parser.error("--model and --data are needed, e.g. --model=runs/demo/model --data=synthetic (or --compare)")
+
+    from clip_har_jax.inference.backends import split_classes
+    from clip_har_jax.pipelines.evaluate import evaluate_model, print_result
+
+    arguments.classes = split_classes(arguments.classes)
+    print_result(evaluate_model(**vars(arguments)), arguments.output)
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--model", metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model")
     parser.add_argument(
@@ -58,25 +82,7 @@ def main() -> int:
         help="instead of evaluating, set what earlier evaluations of the same images wrote side by side, with a paired "
         "test of whether they differ from the first, e.g. --compare=runs/a/test,runs/b/test",
     )
-    arguments = parser.parse_args()
-    folders = vars(arguments).pop("compare")
-    if folders is not None:
-        if arguments.model or arguments.data:
-            parser.error("--compare goes without --model and --data: it reads what was written for them")
-        from clip_har_jax.evaluation import paired
-
-        paired.print_result(paired.compare_evaluations(folders.split(","), arguments.output), arguments.output)
-        return 0
-    if not (arguments.model and arguments.data):
-        parser.error("--model and --data are needed, e.g. --model=runs/demo/model --data=synthetic (or --compare)")
-
-    from clip_har_jax.inference.backends import split_classes
-    from clip_har_jax.pipelines.evaluate import evaluate_model, print_result
-
-    arguments.classes = split_classes(arguments.classes)
-    result = evaluate_model(**vars(arguments))
-    print_result(result, arguments.output)
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

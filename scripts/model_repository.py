@@ -1,4 +1,4 @@
-"""Writes an exported folder as Triton's model repository, which KServe serves too.
+"""Write an exported folder as Triton's model repository, which KServe serves too.
 
   python scripts/model_repository.py --export=runs/demo/export --output=repository
   tritonserver --model-repository=repository

@@ -1,4 +1,4 @@
-"""Publishes a model folder on the Hugging Face Hub, with a model card.
+"""Publish a model folder on the Hugging Face Hub, with a model card.
 
   python scripts/push_to_hub.py --model=runs/demo/model --repository=me/har --metrics=runs/demo/test/metrics.json \\
       --dry_run=hub/har

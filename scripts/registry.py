@@ -1,4 +1,4 @@
-"""Keeps models in MLflow's registry, and says which one is served.
+"""Register, promote, roll back, list and pull models in MLflow's registry.
 
   python scripts/registry.py register --model=runs/demo/model --export=runs/demo/export --evaluation=runs/demo/test
   python scripts/registry.py promote --version=1 --max_latency_ms=50
@@ -108,7 +108,7 @@ def _announce(version: "RegisteredVersion", arguments: argparse.Namespace) -> No
 
 
 def _reload(url: str) -> None:
-    """Tells a server to open the new folder; where it wants a key, RELOAD_KEY holds an admin's."""
+    """Tell a server to open the new folder; RELOAD_KEY holds an admin's key, if the server wants one."""
     import urllib.request
 
     key = os.environ.get("RELOAD_KEY")
@@ -149,7 +149,13 @@ def _parse() -> argparse.Namespace:
     )
     get.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to, e.g. --output=served/har")
     get.add_argument("--watch", action="store_true", help="follow the alias until stopped, e.g. --watch")
-    get.add_argument("--every_s", type=float, default=30, metavar="S", help="between looks, e.g. --every_s=30")
+    get.add_argument(
+        "--every_s",
+        type=float,
+        default=30,
+        metavar="S",
+        help="seconds between looks, e.g. --every_s=30",
+    )
     get.add_argument("--reload_url", metavar="URL", help="told after each pull (POST), e.g. that of a local server")
     return parser.parse_args()
 

@@ -1,9 +1,9 @@
-"""Hands to MLflow and Weights & Biases what they missed of a run, or what was kept offline.
+"""Upload to MLflow and Weights & Biases what they missed of a run, or what was kept offline.
 
   python scripts/sync.py --workdir=runs/demo
   WANDB_API_KEY=... python scripts/sync.py --workdir=runs/demo --trackers=wandb
 
-metrics.jsonl and the work folder hold everything; nothing is handed in twice. Exits 0 when done, 2 on a mistake or
+metrics.jsonl and the work folder hold everything; nothing is uploaded twice. Exits 0 when done, 2 on a mistake or
 where a tracker still can't be reached.
 """
 

@@ -1,7 +1,4 @@
-"""From logits to probabilities that mean what they say, and to the thresholds that follow from them.
-
-All of it is fitted on validation data, which the model wasn't trained on and isn't judged by.
-"""
+"""Calibration of probabilities, conformal sets and abstention, fitted on validation data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +16,7 @@ TEMPERATURES = (0.05, 20.0)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found.
+    """The outcome of a calibration.
 
     Attributes:
       temperature: what the model's logits are divided by.
@@ -153,7 +150,7 @@ def fit_abstention(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]
 
 
 def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> Calibration:
-    """Fits temperature and thresholds.
+    """Fit temperature and thresholds.
 
     Args:
       logits: of the validation examples, at temperature 1.

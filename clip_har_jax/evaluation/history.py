@@ -1,4 +1,4 @@
-"""What a work folder tells of the run that made a model: its curves, where its time went, what was set."""
+"""The history of the run that made a model, from its work folder: curves, time, settings."""
 
 import json
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class History:
     wise_ft: dict[str, Any] = field(default_factory=dict)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, without those that aren't known."""
+        """Return steps and values of a metric, without unknown values."""
         points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
         return [step for step, _ in points], [float(value) for _, value in points]
 

@@ -14,7 +14,7 @@ NUM_BINS = 15  # of the calibration error, as in Guo et al. 2017
 
 
 def log_softmax(logits: Float[np.ndarray, "b c"]) -> Float64[np.ndarray, "b c"]:
-    """Log-probabilities in float64."""
+    """Return log-probabilities in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -67,7 +67,7 @@ class ClassificationState:
     def update(
         self, logits: Float[np.ndarray, "b c"], label: Int[np.ndarray, " b"], mask: Float[np.ndarray, " b"]
     ) -> "ClassificationState":
-        """This state and a batch's; rows of mask 0 count nowhere. Of equal logits, the first class is the prediction.
+        """Return the state with a batch added; rows of mask 0 count nowhere. Of equal logits, the first is predicted.
 
         Raises:
           UserError: logits that aren't finite, as of damaged weights or a run that diverged.

@@ -66,7 +66,7 @@ def read_predictions(folder: str) -> Evaluation:
 
 
 def check_pair(first: Evaluation, other: Evaluation) -> None:
-    """Refuses what can't be compared image by image.
+    """Refuse evaluations that can't be compared image by image.
 
     Raises:
       UserError: other classes, other images, or other truths.

@@ -1,4 +1,4 @@
-"""The model card: what a stranger needs to know of a model, as the Hub shows it."""
+"""The model card, as the Hub shows it: what the model does, was made from, and is not for."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""What a model must show before it is served in another's place."""
+"""The checks that a model must pass before it replaces the served one."""
 
 import statistics
 import time
@@ -33,7 +33,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Check:
-    """One gate's outcome."""
+    """The outcome of one gate."""
 
     name: str
     passed: bool
@@ -66,7 +66,7 @@ def check_gates(gates: Gates, candidate: Path, champion: Path | None) -> list[Ch
 
 
 def check_evaluation(gates: Gates, candidate: Path, champion: Path | None, retention: Path) -> list[Check]:
-    """Check what an evaluation shows, against the champion's if there is one, and what the training says it kept."""
+    """Check an evaluation against the champion's, if there is one, and the zero-shot accuracy that training kept."""
     checks = [_check_gain(gates.min_gain, candidate, champion)] if champion is not None else []
     if gates.min_retention is not None:
         checks.append(_check_retention(gates.min_retention, retention))

@@ -16,13 +16,13 @@ from clip_har_jax.folders import replace_folder
 
 SIGNATURE = "signature.json"
 TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
-# What each graph answers: the output's shape without the batch; -1 where the model's width stands.
+# The outputs of each graph: the shape without the batch; -1 where the model's width stands.
 SHAPES = {"probs": "classes", "logits": "classes", "image_embeds": -1, "text_embeds": -1}
 SERVED = ("classifier", "image_encoder", "text_encoder")
 
 
 def write_model_repository(export: Path, output: Path, name: str, format: str, max_batch_size: int) -> list[str]:
-    """Write the repository; gives the models in it.
+    """Write the repository; return the names of the models in it.
 
     Args:
       export: a sealed exported folder.
@@ -64,7 +64,7 @@ def write_model_repository(export: Path, output: Path, name: str, format: str, m
 
 
 def _config(name: str, graph: Mapping[str, Any], classes: int, most: int, digest: str, labelled: bool) -> str:
-    """config.pbtxt; the digest stands in it, so that a served model can be traced."""
+    """Return config.pbtxt, which holds the digest so that a served model can be traced."""
     inputs = [
         f'  {{ name: "{key}" data_type: {TYPES[kind]} dims: {list(shape[1:])} }}'
         for key, (kind, shape) in graph["inputs"].items()

@@ -34,7 +34,7 @@ Handle = dict[str, Any]  # what a tracker needs to continue its run; JSON
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of a run.
+    """The facts of a run that trackers record.
 
     Attributes:
       workdir: its work folder.
@@ -52,7 +52,7 @@ class RunInfo:
 
     @property
     def name(self) -> str:
-        """For people: the folder's name and the run's id."""
+        """The name that people see: the folder's name and the run's id."""
         return f"{self.workdir.name}-{self.run_id}"
 
 
@@ -82,7 +82,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 @runtime_checkable
 class Tracker(Protocol):
-    """One service's account of one run. Any method may raise, and may take long."""
+    """The record of one run in one service. Any method may raise, and may take long."""
 
     handle: Handle
 
@@ -105,7 +105,7 @@ def open_tracker(name: str, info: RunInfo, handle: Handle | None) -> Tracker:
 
 
 def check_trackers(names: Sequence[str], workdir: epath.PathLike) -> None:
-    """Refuses trackers that can't work here, before anything is computed.
+    """Refuse trackers that can't work here, before anything is computed.
 
     Raises:
       UserError: one whose package is missing, or that can't write to the work folder's kind of store.
@@ -161,7 +161,7 @@ class BackgroundTracker:
         self._thread.start()
 
     def put(self, call: Callable[[Tracker], None]) -> None:
-        """Hands a call on without waiting; counts it as missed where the queue is full."""
+        """Hand a call on without waiting; count it as missed if the queue is full."""
         try:
             self._queue.put_nowait(call)
         except queue.Full:
@@ -229,7 +229,7 @@ class Trackers:
 
     Args:
       names: of `TRACKERS`.
-      info: of the run.
+      info: facts of the run.
       make: opens a tracker; tests pass their own.
     """
 
@@ -256,7 +256,7 @@ class Trackers:
         self._put(lambda tracker: tracker.tag(tags))
 
     def log_folder(self, name: str, folder: Path) -> None:
-        """Hands the files of a folder, which must stay as it is, to all trackers."""
+        """Hand the files of a folder, which must stay as it is, to all trackers."""
         self._put(lambda tracker: tracker.log_folder(name, folder))
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ EXIT_REFUSED = 1  # a gate kept the model from being served
 
 @dataclass(frozen=True)
 class AutoSettings:
-    """What is wanted.
+    """The settings of an automated training.
 
     Attributes:
       config_file: the training's config.
@@ -62,7 +62,7 @@ class Auto:
         self.steps = Steps(self.workdir / STATE)
 
     def run(self) -> int:
-        """Run what has to be run; gives the exit code.
+        """Run the steps whose inputs changed; return the exit code.
 
         Raises:
           UserError: a step failed; the earlier ones are kept.
@@ -151,7 +151,7 @@ class Auto:
         return self.steps.run("evaluate", inputs, [output / "metrics.json"], evaluate)
 
     def _gate(self, test: Mapping[str, Any]) -> list[Check]:
-        """Return whether an export is worth its time: the model against the champion, as far as it needs no export."""
+        """Check the model against the champion by the gates that need no export."""
         from clip_har_jax.mlops.model_registry import CHAMPION, open_registry
 
         checks = open_registry(self.settings.name).compare_with(
@@ -200,7 +200,7 @@ class Auto:
         return self.steps.run("register", inputs, [], register)["version"]
 
     def _promote(self, version: int) -> list[Check]:
-        """Make the version the champion, if it passes; that it is already is no mistake here."""
+        """Make the version the champion if it passes; return the checks."""
         from clip_har_jax.mlops.model_registry import CHAMPION, open_registry
 
         registry = open_registry(self.settings.name)

@@ -25,7 +25,7 @@ def calibrate_model(
     batch_size: int = EvalConfig.batch_size,
     max_bad_fraction: float = DataConfig.max_bad_fraction,
 ) -> Calibration:
-    """Calibrates a model folder, or any CLIP on the labels of the data, and writes the outcome as a new folder.
+    """Calibrate a model folder, or any CLIP on the labels of the data, and write the outcome as a new folder.
 
     Args:
       model: a folder or a Hub name; it stays as it is.
@@ -73,7 +73,7 @@ def _check_output(output: Path) -> None:
 
 
 def print_result(found: Calibration, output: str | Path) -> None:
-    """What was found, what it does, where it lies."""
+    """Print the temperature, the scores before and after, the abstention and the folder."""
     report = found.report
     before, after, told = report["before"], report["after"], report["abstention"]
     scores = (("nll", "NLL"), ("ece", "ECE"), ("ece_adaptive", "adaptive ECE"), ("brier", "Brier"))
