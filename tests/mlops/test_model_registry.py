@@ -10,8 +10,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from clip_har_jax import bundle
@@ -23,9 +21,9 @@ from clip_har_jax.mlops.gates import Gates
 from clip_har_jax.mlops.model_registry import open_registry
 from clip_har_jax.text import make_prompts
 from tests.support.model_folders import write_model
+from tests.support.registry_versions import LABELS, make_version
 
 ROOT = Path(__file__).parents[2]
-LABELS = ("cycling", "running", "sleeping")
 # MLflow's own query of its database.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -42,26 +40,6 @@ def store(tmp_path_factory):
 @pytest.fixture
 def registry(store, request):
     return open_registry(f"har-{request.node.name}")
-
-
-def make_version(root, temperature, right, fingerprint="abc", parity=True, num_examples=200):
-    """Return a model, an exported folder and an evaluation with so many right answers; no graph is in the export."""
-    model = write_model(root / "model", LABELS, temperature)
-    digest = json.loads((model / "manifest.json").read_text())["digest"]
-    export = root / "export"
-    export.mkdir()
-    (export / "actions.json").write_text((model / "actions.json").read_text())
-    write_json(export / "parity.json", {"onnx": {"passed": parity}})
-    bundle.seal(export, digest)
-    evaluation = root / "evaluation"
-    evaluation.mkdir()
-    predicted = [LABELS[0] if i < right else LABELS[1] for i in range(num_examples)]
-    names = [f"{i}.jpg" for i in range(num_examples)]
-    table = pa.table({"input": names, "label": [LABELS[0]] * num_examples, "predicted": predicted})
-    pq.write_table(table, evaluation / "predictions.parquet")
-    metrics = {"top1": right / num_examples, "model_digest": digest, "data_fingerprint": fingerprint}
-    write_json(evaluation / "metrics.json", metrics)
-    return {"model": model, "export": export, "evaluation": evaluation}
 
 
 @pytest.fixture(scope="module")
