@@ -58,22 +58,24 @@ def classes(count: int) -> Callable[[], object]:
 
 
 def texts(count: int, warm: bool = False) -> Callable[[], object]:
-    """Open a small CLIP with `count` classes, whose texts are embedded; `warm`: they were before, and are cached."""
-    from clip_har_jax.inference.backends import JaxBackend
-    from clip_har_jax.models.factory import make_start
+    """Answer for one image with a small CLIP and `count` classes; `warm`: it did before and kept its result."""
+    from clip_har_jax.inference.jax_backend import JaxBackend
+    from clip_har_jax.models.factory import make_base
     from clip_har_jax.models.params import init_params
     from clip_har_jax.models.pretrained import write_params
 
     folder = Path(tempfile.mkdtemp())
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    start = make_start("tiny", ("a photo of a person riding a bike.",))
+    start = make_base("tiny", ("a photo of a person riding a bike.",))
     write_params(folder, start.config, init_params(start.config, seed=0))
     start.tokenizer.save(folder)
     start.preprocess.save(folder)
     labels = [f"action number {i}" for i in range(count)]
 
     def run() -> object:
-        return JaxBackend(folder, labels)
+        backend = JaxBackend(folder, labels)
+        size = backend.preprocess.image_size_px
+        return backend.predict(np.zeros((1, size, size, 3), np.uint8))
 
     if warm:
         run()
@@ -81,5 +83,5 @@ def texts(count: int, warm: bool = False) -> Callable[[], object]:
 
 
 def cached_texts(count: int) -> Callable[[], object]:
-    """Open the same model again, whose texts are cached."""
+    """Answer with the same model again, whose class embeddings are kept on disk."""
     return texts(count, warm=True)

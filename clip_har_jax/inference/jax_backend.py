@@ -11,8 +11,6 @@ from jaxtyping import Float32, Int32, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
-from clip_har_jax.files import sha256
-from clip_har_jax.inference import text_cache
 from clip_har_jax.inference.backends import check_finite, check_indices, choose_actions, mean_by_class, pad
 from clip_har_jax.inference.kept import KeptEntry, content_digest, read_tensors
 from clip_har_jax.models.hf_layout import hf_names, params_from_hf
@@ -109,16 +107,10 @@ class JaxBackend:
 
     def _embed_classes(self) -> Float32[np.ndarray, "c d"]:
         """Return the class embeddings of the prompts; of many texts, those that any folder of these weights has."""
-        import jax
 
         prompts = [self.actions.prompts[label] for label in self.labels]
         ids = self.tokenize([text for group in prompts for text in group])
-        counts = [len(group) for group in prompts]
-        if len(ids) < text_cache.CACHED_FROM:
-            return mean_by_class(self.embed_texts(ids), counts)
-        program = f"{jax.__version__} {jax.default_backend()} {ids.shape} {counts}"
-        key = sha256([text_cache.weights_digest(self.path), ids.tobytes(), program])
-        return text_cache.cached(key, lambda: mean_by_class(self.embed_texts(ids), counts))
+        return mean_by_class(self.embed_texts(ids), [len(group) for group in prompts])
 
     @cached_property
     def _loaded(self) -> "LoadedModel":
