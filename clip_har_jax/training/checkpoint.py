@@ -211,11 +211,7 @@ class Checkpointer:
         return distributed.broadcast(found)
 
     def _sweep(self, steps: Iterable[int]) -> dict[str, str]:
-        """Check the files of `steps` and move damaged checkpoints aside; the first process does it for all.
-
-        Returns:
-          The damage by step, as text, since JSON has no integer keys.
-        """
+        """Move damaged checkpoints of `steps` aside; return the damage by step, as text. Process 0 does it for all."""
         damaged = {}
         if distributed.is_main():
             problems = {str(step): sealing.problem(self._folder, step) for step in steps}
@@ -257,10 +253,9 @@ class Checkpointer:
             sealing.manifest_path(self._folder, int(step)).unlink(missing_ok=True)
 
     def _seal(self) -> None:
-        """Write the manifest of the checkpoint being saved.
+        """Write the manifest of the checkpoint being saved; Orbax calls it in its thread before it renames the folder.
 
-        Orbax calls it in its own thread before it renames the folder, so no whole checkpoint is without a manifest.
-        `_seal_late` adds the files that Orbax writes after that.
+        So no whole checkpoint is without one. `_seal_late` adds the files that Orbax writes after that.
         """
         if not distributed.is_main():
             return

@@ -1,6 +1,7 @@
 """What a run holds on its devices: one state, sharded from the moment it is made, at a start as when it continues."""
 
 import gc
+import math
 
 import jax
 import numpy as np
@@ -40,11 +41,16 @@ def config_for(images, num_steps, **sections):
 
 
 def live_bytes():
-    """Return the bytes of all arrays on each device."""
+    """Return the bytes of all arrays on each device.
+
+    By their shardings: asking an array for its shards would make further arrays of the same buffers.
+    """
     held = {}
     for array in jax.live_arrays():
-        for shard in array.addressable_shards if not array.is_deleted() else ():
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+        if not array.is_deleted():
+            share = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+            for device in array.sharding.device_set:
+                held[device] = held.get(device, 0) + share
     return held
 
 
