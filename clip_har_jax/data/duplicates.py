@@ -31,6 +31,7 @@ FRAMES = 6  # of a clip, spread evenly over it
 MIN_CLIP_CORRELATION = 0.92
 MIN_SHARE = 2 / 3  # of a clip's frames that must be near duplicates of frames of the other
 PAIRS_AT_ONCE = 2**24  # of hashes, which bounds memory even where all are alike
+MAX_ROWS = 4096  # of hashes that are searched at once
 SECTIONS = 16  # of the hashes; an index is made for each
 # Two images whose labels differ count as one picture only from here on: of copies of 60 photographs 87% (8% cut off
 # one side) to 100% (half the size) have it, of pairs that are two shots of a scene or two people none (0.874 at most).
@@ -104,27 +105,31 @@ def find_candidates(
     """Yield pairs of positions (first below second) whose hashes differ in few bits, and which look alike from afar.
 
     The search is exact: faiss's flat binary index compares 10^9 pairs of hashes in about 0.5 s on one core. It takes
-    the hashes from a section's first on, since earlier ones were compared already.
+    the hashes in random order, so that the pairs found so far tell how many rows can be searched at once, and from a
+    section's first on, since earlier ones were compared already.
     """
     import faiss
 
     faiss.omp_set_num_threads(usable_cores())
-    codes = hashes.view(np.uint8).reshape(-1, hashes.itemsize)
+    order = np.random.default_rng(0).permutation(len(hashes))
+    codes = hashes[order].view(np.uint8).reshape(-1, hashes.itemsize)
     rows = max(1, PAIRS_AT_ONCE // max(len(hashes), 1))
-    section = max(rows, -(-len(hashes) // SECTIONS))
+    section = max(1, -(-len(hashes) // SECTIONS))
     for begin in range(0, len(hashes), section):
         index = faiss.IndexBinaryFlat(8 * hashes.itemsize)
         index.add(codes[begin:])
-        for start in range(begin, min(begin + section, len(hashes)), rows):
-            end = min(start + rows, begin + section)
+        start, stop = begin, min(begin + section, len(hashes))
+        while start < stop:
+            end = min(start + rows, stop)
             limits, _, found = index.range_search(codes[start:end], MAX_BITS + 1)
-            first = np.repeat(np.arange(start, start + len(limits) - 1), np.diff(limits.astype(np.int64)))
-            second = found + begin
-            first, second = first[second > first], second[second > first]
-            alike = np.einsum("ij,ij->i", coarse[first], coarse[second]) >= MIN_COARSE
-            first, second = first[alike], second[alike]
-            order = np.lexsort((second, first))
-            yield first[order], second[order]
+            counts = np.diff(limits.astype(np.int64))
+            first, second = np.repeat(np.arange(start, end), counts), found + begin
+            later = second > first
+            ends = np.sort(np.stack([order[first[later]], order[second[later]]]), axis=0)
+            alike = np.einsum("ij,ij->i", coarse[ends[0]], coarse[ends[1]]) >= MIN_COARSE
+            yield ends[0, alike], ends[1, alike]
+            rows = int(np.clip(PAIRS_AT_ONCE // max(counts.mean(), 1), 1, min(4 * rows, MAX_ROWS)))
+            start = end
 
 
 def _blocks(count: int) -> Iterator[slice]:
