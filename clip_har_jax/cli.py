@@ -53,6 +53,33 @@ def parse_with_overrides(
     return arguments, rest
 
 
+def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --model: a folder or a Hub name."""
+    help = "a model folder, an exported one or a Hub name, e.g. --model=runs/demo/model"
+    parser.add_argument("--model", required=required, metavar="PATH", help=help)
+
+
+def add_output(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add --output: the folder to write."""
+    parser.add_argument("--output", required=True, metavar="DIR", help=f"where to write, e.g. --output={example}")
+
+
+def add_classes(parser: argparse.ArgumentParser) -> None:
+    """Add --classes; `inference.backends.split_classes` reads it."""
+    parser.add_argument(
+        "--classes",
+        metavar="NAMES",
+        help="tell these actions apart, in any words, instead of the model folder's own, e.g. "
+        '--classes="riding a bike,sleeping"',
+    )
+
+
+def add_batch_size(parser: argparse.ArgumentParser, default: int = 32) -> None:
+    """Add --batch_size: images computed at once."""
+    help = f"images computed at once, e.g. --batch_size={default} (default)"
+    parser.add_argument("--batch_size", type=int, default=default, metavar="N", help=help)
+
+
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags by which the processes of one run find one another; `process_flags` reads them."""
     group = parser.add_argument_group(

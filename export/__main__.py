@@ -16,14 +16,14 @@ from clip_har_jax import cli
 def main() -> int:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="a model folder, e.g. --model=runs/demo/model")
+    cli.add_model(parser)
     add(
         "--formats",
         required=True,
         metavar="NAMES",
         help="of onnx, onnx_fp16, onnx_int8, saved_model, stablehlo, torchscript, tensorrt, e.g. --formats=onnx",
     )
-    add("--output", required=True, metavar="DIR", help="where to write, e.g. --output=runs/demo/export")
+    cli.add_output(parser, "runs/demo/export")
     add(
         "--data",
         default="synthetic",
@@ -33,11 +33,7 @@ def main() -> int:
     add(
         "--num_examples", type=int, default=256, metavar="N", help="how many of them, e.g. --num_examples=256 (default)"
     )
-    add(
-        "--classes",
-        metavar="NAMES",
-        help='tell these actions apart instead of the folder\'s own, e.g. --classes="riding a bike,sleeping"',
-    )
+    cli.add_classes(parser)
     add("--int8", choices=("dynamic", "static"), default="dynamic", help="activations' scales, e.g. --int8=static")
     add(
         "--precision",

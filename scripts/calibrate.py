@@ -13,21 +13,15 @@ from clip_har_jax.config import DataConfig, EvalConfig
 def main() -> int:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model")
+    cli.add_model(parser)
     add(
         "--data",
         required=True,
         metavar="SPEC",
         help="labelled images that the model neither learned from nor will be judged by, e.g. --data=folder:photos/val",
     )
-    add("--output", required=True, metavar="DIR", help="a new folder, e.g. --output=runs/demo/calibrated")
-    add(
-        "--batch_size",
-        type=int,
-        default=EvalConfig.batch_size,
-        metavar="N",
-        help=f"images computed at once, e.g. --batch_size={EvalConfig.batch_size} (default)",
-    )
+    cli.add_output(parser, "runs/demo/calibrated")
+    cli.add_batch_size(parser, EvalConfig.batch_size)
     add(
         "--max_bad_fraction",
         type=float,

@@ -40,27 +40,21 @@ def main() -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--model", metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model")
+    cli.add_model(parser, required=False)
     parser.add_argument(
         "--data",
         metavar="SPEC",
         help="the labelled images: synthetic, folder:PATH, csv:FILE, tfds:NAME or hf:OWNER/NAME, e.g. "
         "--data=folder:photos",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to write, e.g. --output=runs/demo/test")
+    cli.add_output(parser, "runs/demo/test")
     parser.add_argument(
         "--classes",
         metavar="NAMES",
         help="tell these actions apart, in any words, without training; left out: the model folder's own actions, else "
         'the labels of the data, e.g. --classes="riding a bike,sleeping"',
     )
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=EvalConfig.batch_size,
-        metavar="N",
-        help=f"images computed at once, e.g. --batch_size={EvalConfig.batch_size} (default)",
-    )
+    cli.add_batch_size(parser, EvalConfig.batch_size)
     parser.add_argument(
         "--max_bad_fraction",
         type=float,

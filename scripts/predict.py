@@ -90,20 +90,9 @@ def _parse() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="an image, a video, a folder, or - for paths on stdin, e.g. a.jpg")
-    add("--model", required=True, metavar="PATH", help="a model folder or a Hub name, e.g. --model=runs/demo/model")
-    add(
-        "--classes",
-        metavar="NAMES",
-        help="tell these actions apart, in any words, instead of the model folder's own, e.g. "
-        '--classes="riding a bike,sleeping"',
-    )
-    add(
-        "--batch_size",
-        type=int,
-        default=32,
-        metavar="N",
-        help="images computed at once, e.g. --batch_size=32 (default)",
-    )
+    cli.add_model(parser)
+    cli.add_classes(parser)
+    cli.add_batch_size(parser)
     add("--events", action="store_true", help="find the actions in videos, from when to when, e.g. --events")
     add(
         "--rate_hz",

@@ -74,33 +74,22 @@ def _shard(text: str) -> tuple[int, int]:
 def _parse() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="a model folder or an exported one, e.g. --model=runs/demo/export",
-    )
+    cli.add_model(parser)
     add(
         "--inputs",
         required=True,
         metavar="PATH",
         help="a folder, a manifest (.parquet or .csv with a column path) or a list of paths, e.g. --inputs=photos",
     )
-    add("--output", required=True, metavar="DIR", help="where to write, e.g. --output=predictions")
+    cli.add_output(parser, "predictions")
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th input from the I-th, e.g. --shard=3/16")
     add(
         "--distributed",
         action="store_true",
         help="a shard for each process of a job, e.g. --distributed",
     )
-    add("--classes", metavar="NAMES", help='other actions, e.g. --classes="riding a bike,sleeping"')
-    add(
-        "--batch_size",
-        type=int,
-        default=32,
-        metavar="N",
-        help="images computed at once, e.g. --batch_size=32 (default)",
-    )
+    cli.add_classes(parser)
+    cli.add_batch_size(parser)
     add("--part_size", type=int, default=10_000, metavar="N", help="inputs a file, e.g. --part_size=10000 (default)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads, e.g. --workers=2")
     cli.add_process_flags(parser)

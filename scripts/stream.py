@@ -98,8 +98,8 @@ def _parse() -> argparse.Namespace:
         metavar="SOURCE",
         help="a camera, an address (rtsp, rtmp, srt, udp, tcp, http) or a file, e.g. /dev/video0",
     )
-    add("--model", required=True, metavar="PATH", help="an exported or a model folder, e.g. --model=runs/demo/export")
-    add("--classes", metavar="NAMES", help='tell these actions apart, e.g. --classes="riding a bike,sleeping"')
+    cli.add_model(parser)
+    cli.add_classes(parser)
     add("--rate_hz", type=float, default=4.0, metavar="N", help="frames a second at most, e.g. --rate_hz=4 (default)")
     add(
         "--reconnect_s",
