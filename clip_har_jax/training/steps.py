@@ -73,7 +73,9 @@ def make_train_step(
         if "logit_scale" in params:
             params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
         grad_norm = optax.tree.norm(grads)
-        is_finite = jnp.isfinite(masked_mean(losses, batch.mask) + grad_norm + optax.tree.norm(updates))
+        # The updates aren't checked: they are finite if gradients and state are, and their norm would take one more
+        # pass over the memory of the optimiser.
+        is_finite = jnp.isfinite(masked_mean(losses, batch.mask) + grad_norm)
         params, opt_state = optax.tree.where(is_finite, (params, opt_state), (state.params, state.opt_state))
         skipped_total = state.skipped_total + ~is_finite
         metrics = TrainMetrics.single_from_model_output(
