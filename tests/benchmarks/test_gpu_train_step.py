@@ -77,7 +77,8 @@ def test_all_of_the_gpu_benchmark_on_a_cpu(tmp_path):
     assert result["parity"]["passed"], done.stdout
     values = result["models"]["tiny"]
     assert set(values["errors"]) <= {"torch"}, values["errors"]
-    assert ("torch" in values["errors"]) == (values["ratio"] is None) == (done.returncode == 1)
+    assert ("torch" in values["errors"]) == (values["ratio"] is None)
+    assert done.returncode == 0, done.stdout
     assert values["images_per_s"] > 0 and values["fed_images_per_s"] > 0 and values["compile_s"] > 0
     assert 0 <= values["data_wait_fraction"] < 1
     assert values["mfu"] is None and values["flash_attention"] is None  # nothing is claimed on a CPU
