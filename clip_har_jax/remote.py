@@ -22,6 +22,8 @@ T = TypeVar("T")
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind, without secrets that a URL may hold."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # a heading, such as MLflow's over its failures
+        lines[0] = f"{lines[-1]} ({lines[0][:-1]})"
     text = re.sub(r"^\[Errno -?\d+\] ", "", lines[0]) if lines else type(error).__name__
     return without_secrets(text)[:MAX_LENGTH]
 

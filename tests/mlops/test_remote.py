@@ -133,5 +133,6 @@ def test_a_race_is_tried_again_and_other_errors_are_not():
 def test_no_secret_of_an_address_is_told():
     error = RuntimeError("GET https://me:hunter2@host/path?token=abc&x=1 failed\nsecond line")
     assert remote.one_line(error) == "GET https://host/path?token=...&x=1 failed"
+    assert remote.one_line(RuntimeError("Failures:\nfile a: No space left")) == "file a: No space left (Failures)"
     service = remote.Service("MLflow at postgresql://me:hunter2@host/db", "try again")
     assert "hunter2" not in str(service.failed(error))
