@@ -5,7 +5,7 @@ LONGEST = (
     "trainer/test_methods.py",
     "trainer/test_train.py",
     "training/test_steps.py",
-    "serving/test_faults.py",
+    "serving/test_service.py",
     "export/test_run.py",
     "planning/test_plan.py",
     "mlops/test_tracking.py",
