@@ -38,6 +38,7 @@ from clip_har_jax.text import DEFAULT_TEMPLATES
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 MAX_MAGNITUDE = 30.0  # of RandAugment, as in the paper (Cubuk et al. 2020)
 REMAT = ("none", "dots", "full")
+TEMPORAL = ("mean", "head", "st_adapter", "divided")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class ModelConfig:
     image_size_px: int | None = setting(None, POSITIVE, REFUSED)  # None: the model's own; else interpolate positions
     compute_dtype: str = setting("float32", one_of("float32", "bfloat16"), WARNED)  # parameters are always float32
     remat: str = setting("none", one_of(*REMAT), FREE)  # activations that the backward pass recomputes
+    temporal: str = setting("mean", one_of(*TEMPORAL), REFUSED)  # what counts the order of a clip's frames
     attention: str = setting("auto", one_of("auto", "xla", "cudnn"), FREE)  # cudnn: flash attention on GPUs, bfloat16
 
 

@@ -11,6 +11,7 @@ from clip_har_jax.names import name_key
 # kind -> (what follows the colon, the options after the question mark)
 KINDS = {
     "synthetic": ("", ("split",)),
+    "motion": ("", ("split",)),
     "folder": ("PATH", ("split",)),
     "csv": ("FILE", ("images",)),
     "manifest": ("FILE", ("split", "images", "cache")),
@@ -18,6 +19,7 @@ KINDS = {
     "tfds": ("NAME", ("split", "data_dir")),
     "hf": ("OWNER/NAME", ("split",)),
 }
+CLIPS = ("motion", "video")  # kinds whose examples are clips
 
 # What the folders of a split, or the splits of a prepared data set, are called; the first one found serves.
 SPLIT_NAMES = {

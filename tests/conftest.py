@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, shapes checked at run time, warnings as errors, one compilation cache for all tests."""
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -17,8 +18,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 from jaxtyping import install_import_hook
 
 # Imported before the hook: checking each of its small drawing functions takes seven times as long as the drawing.
-import clip_har_jax.data.synthetic  # noqa: F401
-
+for module in ("motion", "synthetic"):
+    importlib.import_module(f"clip_har_jax.data.{module}")
 install_import_hook("clip_har_jax", "beartype.beartype").__enter__()
 
 import jax

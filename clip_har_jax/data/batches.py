@@ -9,10 +9,9 @@ from jaxtyping import UInt8
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
+from clip_har_jax.data.examples import ClipData, Example, Source
 from clip_har_jax.data.sampling import Order
-from clip_har_jax.data.sources import ClipFile, Example, Source
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
-from clip_har_jax.video.clips import read_clip
 from clip_har_jax.video.sampling import FrameSampling
 
 BadInput = tuple[int, str, str]  # index, name, reason
@@ -98,7 +97,7 @@ class BatchSource:
         views = (video.num_views,) if video.num_views > 1 and self.seed is None else ()
         return (*views, video.num_frames, size, size, 3) if self._clips else (size, size, 3)
 
-    def _read_frames(self, path: str, label: str, key: tuple[int, ...]) -> np.ndarray:
+    def _read_frames(self, clip: ClipData, label: str, key: tuple[int, ...]) -> np.ndarray:
         """Return the frames of a clip, transformed alike."""
         config, video = self.config, self.config.video
         sampling = FrameSampling(video.num_frames, video.sampling, video.rate_hz, video.num_views)
@@ -110,14 +109,14 @@ class BatchSource:
 
         rng = np.random.default_rng((*key, 1)) if key else None
         views = range(1 if key else video.num_views)
-        clips = [read_clip(path, sampling, view, rng, each, config.max_megapixels) for view in views]
-        frames = np.stack([np.stack(clip.frames) for clip in clips])
+        read = [clip.read(sampling, view, rng, each, config.max_megapixels) for view in views]
+        frames = np.stack([np.stack(view.frames) for view in read])
         return frames.reshape(self._example_shape())
 
     def _transform(self, example: Example, key: tuple[int, ...]) -> np.ndarray:
         image, config = example.data, self.config
-        if isinstance(image, ClipFile):
-            return self._read_frames(image.path, self.source.labels[example.label], key)
+        if isinstance(image, ClipData):
+            return self._read_frames(image, self.source.labels[example.label], key)
         if key:
             rng = np.random.default_rng(key)
             label = self.source.labels[example.label]

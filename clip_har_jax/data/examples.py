@@ -1,25 +1,76 @@
 """What sources give: an example, and the interface of whatever holds them."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from clip_har_jax.data.motion import DrawnClip
 from clip_har_jax.files import sha256
 from clip_har_jax.listing import Tally
+from clip_har_jax.video.clips import Clip, read_clip
+from clip_har_jax.video.sampling import FrameSampling, sample_times
+
+
+@runtime_checkable
+class ClipData(Protocol):
+    """A clip, of which frames are read when it is known which."""
+
+    def read(
+        self,
+        sampling: FrameSampling,
+        view: int,
+        rng: np.random.Generator | None,
+        each: Callable[[np.ndarray], np.ndarray],
+        max_megapixels: float,
+    ) -> Clip:
+        """Read the frames of one view, as `video.clips.read_clip` does."""
 
 
 class ClipFile(NamedTuple):
-    """A video, of which frames are read when it is known which."""
+    """A clip in a video file."""
 
     path: str
+
+    def read(
+        self,
+        sampling: FrameSampling,
+        view: int,
+        rng: np.random.Generator | None,
+        each: Callable[[np.ndarray], np.ndarray],
+        max_megapixels: float,
+    ) -> Clip:
+        """Read the frames of one view; see `video.clips.read_clip`."""
+        return read_clip(self.path, sampling, view, rng, each, max_megapixels)
+
+
+class MotionClip(NamedTuple):
+    """A clip of the embedded motion set, which is drawn."""
+
+    split: str
+    index: int
+
+    def read(
+        self,
+        sampling: FrameSampling,
+        view: int,
+        rng: np.random.Generator | None,
+        each: Callable[[np.ndarray], np.ndarray],
+        max_megapixels: float,
+    ) -> Clip:
+        """Draw the frames of one view, as `video.clips.read_clip` reads them."""
+        drawn = DrawnClip(self.split, self.index)
+        times = np.minimum(sample_times(drawn.duration_s, sampling, view, rng), drawn.duration_s)
+        frames = tuple(each(drawn.frame_at(float(time_s))) for time_s in times)
+        return Clip(frames, tuple(times.tolist()), drawn.duration_s)
 
 
 class Example(NamedTuple):
     """One example as its source gives it."""
 
-    data: bytes | np.ndarray | ClipFile  # an encoded image, uint8 [h, w, 3], or a video
+    data: bytes | np.ndarray | ClipData  # an encoded image, uint8 [h, w, 3], or a clip
     label: int
     name: str  # by which a person finds it
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from clip_har_jax.csv_files import list_csv
-from clip_har_jax.data import synthetic
+from clip_har_jax.data import motion, synthetic
 from clip_har_jax.data.cache import CachedRecords
-from clip_har_jax.data.examples import ClipFile, Example, Source, fingerprint_of
+from clip_har_jax.data.examples import ClipFile, Example, MotionClip, Source, fingerprint_of
 from clip_har_jax.data.manifest import read_split
 from clip_har_jax.data.tables import hf_source, tfds_source
 from clip_har_jax.errors import UserError, nearest
@@ -130,6 +130,25 @@ class SyntheticSource(Source):
         return Example(synthetic.draw(self.split, i), int(self.label_ids[i]), f"synthetic/{self.split}/{i}")
 
 
+class MotionSource(Source):
+    """The embedded motion set: clips whose frames are drawn when asked for."""
+
+    clips = True
+
+    def __init__(self, split: str, labels: Sequence[str]):
+        self.labels = tuple(labels) or motion.LABELS
+        names = [motion.LABELS[motion.label_of(split, i)] for i in range(motion.SPLITS[split])]
+        self.label_ids = np.asarray(label_ids(names, self.labels, "motion"), np.int32)
+        self.fingerprint = fingerprint_of("motion", motion.VERSION, split, len(names), self.labels)
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.label_ids)
+
+    def __getitem__(self, i: int) -> Example:
+        return Example(MotionClip(self.split, i), int(self.label_ids[i]), f"motion/{self.split}/{i}")
+
+
 class SubsetSource(Source):
     """Some examples of another source."""
 
@@ -171,7 +190,8 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
     """
     spec = parse_spec(text)
     makers: dict[str, Callable[[Spec, str, Sequence[str]], Source]] = {
-        "synthetic": _synthetic,
+        "synthetic": lambda spec, split, labels: SyntheticSource(_drawn_split(spec, split), labels),
+        "motion": lambda spec, split, labels: MotionSource(_drawn_split(spec, split), labels),
         "folder": _files,
         "csv": _files,
         "manifest": ManifestSource,
@@ -190,10 +210,11 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
     return source
 
 
-def _synthetic(spec: Spec, split: str, labels: Sequence[str]) -> Source:
+def _drawn_split(spec: Spec, split: str) -> str:
+    """Return the split of an embedded set."""
     if split not in synthetic.SPLITS:
         raise UserError(f"{spec}: no split {split!r}; {nearest(split, list(synthetic.SPLITS))}")
-    return SyntheticSource(split, labels)
+    return split
 
 
 def _files(spec: Spec, split: str, labels: Sequence[str]) -> Source:

@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig, check_config
 from clip_har_jax.models.layers import DropPath, Runtime, TowerConfig, apply_layers, layer_norm, linear, make_layers
+from clip_har_jax.models.temporal import FrameTransformer, make_block_part
 
 
 class VisionTransformer(nnx.Module):
     """The image tower up to the pooled, normalised class token; before the projection."""
 
-    def __init__(self, config: VisionConfig, runtime: Runtime, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, runtime: Runtime, rngs: nnx.Rngs, temporal: str = "mean"):
         dim, patch_dim = config.hidden_size, 3 * config.patch_size**2
         self.config, self.runtime = config, runtime
         normal = nnx.initializers.normal(dim**-0.5)
@@ -32,7 +33,7 @@ class VisionTransformer(nnx.Module):
             normal(rngs.params(), (config.num_patches + 1, dim)), out_sharding=(None, "embed")
         )
         self.pre_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
-        self.layers = make_layers(config, runtime, rngs)
+        self.layers = make_layers(config, runtime, rngs, make_block_part(temporal, config, runtime))
         self.post_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
 
     def embed_patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
@@ -49,16 +50,27 @@ class VisionTransformer(nnx.Module):
         x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(x.dtype)[None]
         return self.pre_norm(x)
 
-    def tokens(self, images: Float[Array, "b h w 3"], drop: DropPath | None = None) -> Float[Array, "b n d"]:
-        """Return the output tokens of the last layer, class token first, before the final norm."""
-        return apply_layers(self.layers, self.embed_patches(images), self.runtime, drop=drop)
+    def tokens(
+        self, images: Float[Array, "b h w 3"], drop: DropPath | None = None, num_frames: int | None = None
+    ) -> Float[Array, "b n d"]:
+        """Return the output tokens of the last layer, class token first, before the final norm.
 
-    def __call__(self, images: Float[Array, "b h w 3"], drop: DropPath | None = None) -> Float[Array, "b d"]:
+        Args:
+          images: or the frames of clips, clip after clip.
+          drop: stochastic depth; None: every layer counts.
+          num_frames: of each clip; None: images.
+        """
+        x = self.embed_patches(images)
+        return apply_layers(self.layers, x, self.runtime, drop=drop, num_frames=num_frames)
+
+    def __call__(
+        self, images: Float[Array, "b h w 3"], drop: DropPath | None = None, num_frames: int | None = None
+    ) -> Float[Array, "b d"]:
         if not isinstance(self.layers, Sequence):
-            return self.post_norm(self.tokens(images, drop)[:, 0])
+            return self.post_norm(self.tokens(images, drop, num_frames)[:, 0])
         # Only the class token of the last layer is needed, which saves a fifteenth of ViT-B/32.
-        x = apply_layers(self.layers[:-1], self.embed_patches(images), self.runtime)
-        return self.post_norm(self.layers[-1].first_token(x)[:, 0])
+        x = apply_layers(self.layers[:-1], self.embed_patches(images), self.runtime, num_frames=num_frames)
+        return self.post_norm(self.layers[-1].first_token(x, num_frames)[:, 0])
 
 
 class TextTransformer(nnx.Module):
@@ -158,9 +170,10 @@ class FlaxCLIPModel(nnx.Module):
         self.config, self.runtime = config, runtime
         with nnx.use_eager_sharding(False):  # parallel/sharding.py applies the axis names later
             self.text = TextTransformer(config.text, runtime, rngs)
-            self.vision = VisionTransformer(config.vision, runtime, rngs)
+            self.vision = VisionTransformer(config.vision, runtime, rngs, config.temporal)
             self.text_projection = _projection(config.text, config.projection_dim, runtime, rngs)
             self.visual_projection = _projection(config.vision, config.projection_dim, runtime, rngs)
+            self.time_head = FrameTransformer(config.projection_dim, rngs) if config.temporal == "head" else None
             self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
     def __call__(
@@ -214,11 +227,11 @@ class FlaxCLIPModel(nnx.Module):
         (2, 16)
 
         Args:
-          images: normalised, channels last. For clips [b, t, h, w, 3] the embeddings of the frames are averaged.
+          images: normalised, channels last; or clips [b, t, h, w, 3], whose frames `pool_frames` joins.
           drop: stochastic depth; None: off.
         """
         if images.ndim == 5:
-            return l2_normalize(self.encode_frames(images, drop).mean(axis=1))
+            return self.pool_frames(self.encode_frames(images, drop))
         return l2_normalize(self.visual_projection(self.vision(images.astype(self.runtime.dtype), drop)))
 
     def encode_prompts(self, input_ids: Int[Array, "p t"], context: Float[Array, "p n w"]) -> Float[Array, "p d"]:
@@ -226,9 +239,15 @@ class FlaxCLIPModel(nnx.Module):
         return l2_normalize(self.text_projection(self.text(input_ids, context=context)))
 
     def encode_frames(self, clips: Float[Array, "b t h w 3"], drop: DropPath | None = None) -> Float[Array, "b t d"]:
-        """Return L2-normalised embeddings of each frame of normalised clips."""
-        frames = self.encode_image(clips.reshape(-1, *clips.shape[2:]), drop)
-        return frames.reshape(*clips.shape[:2], -1)
+        """Return L2-normalised embeddings of each frame of normalised clips; temporal models see the other frames."""
+        frames = clips.reshape(-1, *clips.shape[2:]).astype(self.runtime.dtype)
+        features = self.visual_projection(self.vision(frames, drop, clips.shape[1]))
+        return l2_normalize(features).reshape(*clips.shape[:2], -1)
+
+    def pool_frames(self, frames: Float[Array, "b t d"]) -> Float[Array, "b d"]:
+        """Return L2-normalised embeddings of clips from those of their frames."""
+        added = 0.0 if self.time_head is None else self.time_head(frames)
+        return l2_normalize((frames + added).mean(axis=1))
 
     def encode_classes(
         self, input_ids: Int[Array, "p t"], class_of_prompt: Int[Array, " p"], num_classes: int

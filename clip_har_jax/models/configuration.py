@@ -5,6 +5,7 @@ from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.models.layers import ACTIVATIONS, TowerConfig
+from clip_har_jax.models.temporal import KINDS as TEMPORAL_KINDS
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,18 @@ class TextConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The configuration of a CLIP; its defaults, like Hugging Face's, are those of ViT-B/32."""
+    """The configuration of a CLIP; its defaults, like Hugging Face's, are those of ViT-B/32.
+
+    Attributes:
+      temporal: what the image tower does over the frames of a clip, of `models.temporal.KINDS`; a key of this
+        project's own in config.json, which other readers ignore.
+    """
 
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592
+    temporal: str = "mean"
 
 
 # our field -> the key in Hugging Face's config.json
@@ -75,7 +82,9 @@ def config_from_hf(values: Any) -> CLIPConfig:
     config = CLIPConfig(
         TextConfig(**_read_fields(TextConfig, _read_tower(values, "text_config"), _TEXT_KEYS)),
         VisionConfig(**_read_fields(VisionConfig, _read_tower(values, "vision_config"), _VISION_KEYS)),
-        **_read_fields(CLIPConfig, values, {key: key for key in ("projection_dim", "logit_scale_init_value")}),
+        **_read_fields(
+            CLIPConfig, values, {key: key for key in ("projection_dim", "logit_scale_init_value", "temporal")}
+        ),
     )
     check_config(config)
     return config
@@ -112,6 +121,7 @@ def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
         "text_config": {"model_type": "clip_text_model", "projection_dim": config.projection_dim, **text},
         "vision_config": {"model_type": "clip_vision_model", "projection_dim": config.projection_dim, **vision},
         "torch_dtype": "float32",
+        **({"temporal": config.temporal} if config.temporal != "mean" else {}),
     }
 
 
@@ -129,5 +139,7 @@ def check_config(config: CLIPConfig) -> None:
         if tower.hidden_act not in ACTIVATIONS:
             hint = nearest(tower.hidden_act, list(ACTIVATIONS))
             raise UserError(f"{name} tower: activation {tower.hidden_act!r} is unknown; {hint}")
+    if config.temporal not in TEMPORAL_KINDS:
+        raise UserError(f"temporal is {config.temporal!r}; {nearest(config.temporal, list(TEMPORAL_KINDS))}")
     if not 0 < config.vision.patch_size <= config.vision.image_size:
         raise UserError(f"an image of {config.vision.image_size} px holds no patch of {config.vision.patch_size} px")

@@ -14,7 +14,7 @@ from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
 from clip_har_jax.models.head_file import read_head
 from clip_har_jax.models.layers import Runtime
-from clip_har_jax.models.params import Params, init_params, make_model
+from clip_har_jax.models.params import Params, init_params, init_temporal, make_model
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.preprocess import Preprocess
@@ -82,7 +82,7 @@ class LoadedModel:
     path: Path
 
 
-def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = None) -> BaseModel:
+def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = None, temporal: str = "mean") -> BaseModel:
     """Return the base model that a config's `model` section names.
 
     A named size has random weights and a tokenizer trained on `prompts`; a Hub name or folder has its own.
@@ -92,7 +92,7 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
     """
     if name in NAMED_SIZES:
         tokenizer = Tokenizer.train(prompts, VOCABULARY_SIZE)
-        config = _resized(NAMED_SIZES[name], image_size_px)
+        config = dataclasses.replace(_resized(NAMED_SIZES[name], image_size_px), temporal=temporal)
         text = dataclasses.replace(
             config.text,
             vocab_size=tokenizer.vocab_size,
@@ -107,10 +107,15 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
     except UserError as error:
         raise UserError(f"model.name: {error}; named sizes: {', '.join(NAMED_SIZES)}") from error
     old = read_config(folder)
-    config = _resized(old, image_size_px)
+    if old.temporal not in ("mean", temporal):
+        raise UserError(
+            f"model.name: {folder} is a temporal model of kind {old.temporal!r}, the config says {temporal!r}; set "
+            f"config.model.temporal={old.temporal}"
+        )
+    config = dataclasses.replace(_resized(old, image_size_px), temporal=temporal)
     params = resize_positions(read_params(folder, old), old, config)
     preprocess = Preprocess.from_folder(folder, old.vision.image_size)
-    if config != old:
+    if config.vision != old.vision:
         preprocess = dataclasses.replace(preprocess, image_size_px=config.vision.image_size)
     return BaseModel(config, params, Tokenizer.from_folder(folder), preprocess, _base_head(folder, config))
 
@@ -128,7 +133,7 @@ def _resized(config: CLIPConfig, image_size_px: int | None) -> CLIPConfig:
     return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size_px))
 
 
-def known_config(name: str, image_size_px: int | None = None) -> CLIPConfig:
+def known_config(name: str, image_size_px: int | None = None, temporal: str = "mean") -> CLIPConfig:
     """Return the sizes of the model that a config's `model` section names, known without downloading anything.
 
     Of a named size the vocabulary is as large as that of a run can become.
@@ -146,7 +151,7 @@ def known_config(name: str, image_size_px: int | None = None) -> CLIPConfig:
     else:
         known = ", ".join([*NAMED_SIZES, *HUB_SIZES])
         raise UserError(f"model.name: the sizes of {name!r} aren't known here; a model folder, or one of {known}")
-    return _resized(config, image_size_px)
+    return dataclasses.replace(_resized(config, image_size_px), temporal=temporal)
 
 
 def base_params(base: BaseModel, seed: int, shardings: Mapping[str, NamedSharding]) -> Params:
@@ -156,7 +161,8 @@ def base_params(base: BaseModel, seed: int, shardings: Mapping[str, NamedShardin
     """
     if base.params is None:
         return init_params(base.config, seed, shardings)
-    return {name: base.params[name] for name in shardings}
+    added = {} if all(name in base.params for name in shardings) else init_temporal(base.config, seed)
+    return {name: base.params[name] if name in base.params else added[name] for name in shardings}
 
 
 def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:

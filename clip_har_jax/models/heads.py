@@ -279,9 +279,16 @@ def image_features(
         return _clip_features(model, images, with_patches, drop)
     if not with_patches:
         return Features(model.encode_image(images, drop))
-    tokens = model.vision.tokens(images.astype(model.runtime.dtype), drop)
-    embeddings = l2_normalize(model.visual_projection(model.vision.post_norm(tokens)))
+    embeddings = _token_embeddings(model, images, drop)
     return Features(embeddings[:, 0], embeddings[:, 1:])
+
+
+def _token_embeddings(
+    model: FlaxCLIPModel, images: Float[Array, "b h w 3"], drop: DropPath | None, num_frames: int | None = None
+) -> Float[Array, "b n d"]:
+    """Return all tokens in the space of the texts, L2-normalised, class token first."""
+    tokens = model.vision.tokens(images.astype(model.runtime.dtype), drop, num_frames)
+    return l2_normalize(model.visual_projection(model.vision.post_norm(tokens)))
 
 
 def _clip_features(
@@ -289,9 +296,9 @@ def _clip_features(
 ) -> Features:
     """Return the inputs of heads for clips; the patches of all frames follow one another."""
     count, length = clips.shape[:2]
-    of_frames = image_features(model, clips.reshape(-1, *clips.shape[2:]), with_patches, drop)
-    frames = of_frames.image.reshape(count, length, -1)
-    patches = None
-    if with_patches:
-        patches = of_frames.patches.reshape(count, -1, of_frames.patches.shape[-1])
-    return Features(l2_normalize(frames.mean(axis=1)), patches, frames)
+    if not with_patches:
+        frames = model.encode_frames(clips, drop)
+        return Features(model.pool_frames(frames), None, frames)
+    tokens = _token_embeddings(model, clips.reshape(-1, *clips.shape[2:]), drop, length)
+    frames, dim = tokens[:, 0].reshape(count, length, -1), tokens.shape[-1]
+    return Features(model.pool_frames(frames), tokens[:, 1:].reshape(count, -1, dim), frames)

@@ -21,6 +21,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+MakeModule = Callable[[nnx.Rngs], nnx.Module]
 
 
 @dataclass(frozen=True)
@@ -171,34 +172,53 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: attention and MLP, each with a residual connection."""
+    """One pre-norm layer: attention and MLP, each with a residual connection; in models of clips also a part for time.
 
-    def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
+    Args:
+      time: makes the part that looks over the frames of a clip, before the attention; None: there is none.
+    """
+
+    def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs, time: MakeModule | None = None):
+        self.time = None if time is None else time(rngs)
         self.norm1 = layer_norm(config.hidden_size, config.layer_norm_eps, rngs, runtime)
         self.attention = Attention(config, runtime, rngs)
         self.norm2 = layer_norm(config.hidden_size, config.layer_norm_eps, rngs, runtime)
         self.mlp = MLP(config, runtime, rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b 1 1 n"] | None, is_causal: bool
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b 1 1 n"] | None,
+        is_causal: bool,
+        num_frames: int | None = None,
     ) -> Float[Array, "b n d"]:
+        x = self._over_time(x, num_frames)
         x = x + self.attention(self.norm1(x), mask, is_causal)
         return x + self.mlp(self.norm2(x))
 
-    def first_token(self, x: Float[Array, "b n d"]) -> Float[Array, "b 1 d"]:
+    def _over_time(self, x: Float[Array, "b n d"], num_frames: int | None) -> Float[Array, "b n d"]:
+        return x if self.time is None or num_frames is None else x + self.time(x, num_frames)
+
+    def first_token(self, x: Float[Array, "b n d"], num_frames: int | None = None) -> Float[Array, "b 1 d"]:
         """Return the first token of the output, without computing the others."""
+        x = self._over_time(x, num_frames)
         normed = self.norm1(x)
         x = x[:, :1] + self.attention(normed, None, False, queries=normed[:, :1])
         return x + self.mlp(self.norm2(x))
 
 
-def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs) -> Block:
+def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs, time: MakeModule | None = None) -> Block:
     """Return all blocks of a tower as one `Block` with a leading 'layers' dim (OpenAI's initialisation)."""
+    return stack_modules(lambda rngs: Block(config, runtime, rngs, time), config.num_layers, rngs)
 
-    @nnx.split_rngs(splits=config.num_layers)
+
+def stack_modules(make: MakeModule, count: int, rngs: nnx.Rngs) -> Any:
+    """Return `count` modules as one whose parameters have a leading 'layers' dim; each starts from other numbers."""
+
+    @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-    def stack(rngs: nnx.Rngs) -> Block:
-        return Block(config, runtime, rngs)
+    def stack(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
 
     return stack(rngs)
 
@@ -235,6 +255,7 @@ def apply_layers(
     mask: Bool[Array, "b 1 1 n"] | None = None,
     is_causal: bool = False,
     drop: DropPath | None = None,
+    num_frames: int | None = None,
 ) -> Float[Array, "b n d"]:
     """Run the blocks one after the other.
 
@@ -248,10 +269,11 @@ def apply_layers(
       mask: tokens that may be attended to; None: all.
       is_causal: a token attends only to itself and earlier ones.
       drop: stochastic depth; None: off.
+      num_frames: of each clip, whose frames are rows of `x`; None: images.
     """
     if isinstance(layers, Sequence):
         for layer in layers:
-            x = layer(x, mask, is_causal)
+            x = layer(x, mask, is_causal, num_frames)
         return x
     graphdef, stacked = nnx.split(layers)
 
@@ -264,7 +286,7 @@ def apply_layers(
         params, dropping = inputs
         # Without this constraint the compiler may shard the width over the axis of the weights.
         x = x if runtime.activations is None else jax.lax.with_sharding_constraint(x, runtime.activations)
-        new = nnx.merge(graphdef, params)(x, mask, is_causal)
+        new = nnx.merge(graphdef, params)(x, mask, is_causal, num_frames)
         return (new if dropping is None else _drop_path(x, new, *dropping)), None
 
     if runtime.remat != "none":

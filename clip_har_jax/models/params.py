@@ -15,7 +15,8 @@ from jaxtyping import Array, UInt32
 
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.configuration import CLIPConfig
-from clip_har_jax.models.layers import Runtime
+from clip_har_jax.models.layers import Runtime, stack_modules
+from clip_har_jax.models.temporal import BLOCK, HEAD, FrameTransformer, make_block_part
 
 Params = dict[str, Any]  # dotted path -> array
 
@@ -78,6 +79,19 @@ def init_program(config: CLIPConfig, shardings: Mapping[str, NamedSharding]) -> 
 
 def _make_params(config: CLIPConfig, key: Any) -> Params:
     return flat_params(FlaxCLIPModel(config, rngs=nnx.Rngs(jax.random.wrap_key_data(key))))
+
+
+def init_temporal(config: CLIPConfig, seed: int) -> Params:
+    """Return starting weights of what a temporal model adds to a CLIP; they change no answer."""
+    rngs, params = nnx.Rngs(seed), {}
+    with nnx.use_eager_sharding(False):
+        if (make := make_block_part(config.temporal, config.vision, Runtime())) is not None:
+            stacked = stack_modules(make, config.vision.num_layers, rngs)
+            params |= {BLOCK + name: value for name, value in flat_params(stacked).items()}
+        if config.temporal == "head":
+            head = FrameTransformer(config.projection_dim, rngs)
+            params |= {HEAD + name: value for name, value in flat_params(head).items()}
+    return params
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:

@@ -17,6 +17,7 @@ from clip_har_jax.models.hf_layout import params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
 from clip_har_jax.models.resolve import resolve_folder
+from clip_har_jax.models.temporal import TEMPORAL_FILE, split_temporal
 
 
 def read_config(folder: Path) -> CLIPConfig:
@@ -45,7 +46,22 @@ def read_params(folder: Path, config: CLIPConfig) -> Params:
       UserError: no weights, unreadable ones, or ones that don't fit the configuration (all named).
     """
     shapes = {name: value.shape for name, value in flat_params(abstract_model(config)).items()}
-    return params_from_hf(_read_tensors(folder), shapes, str(folder))
+    own, added = split_temporal(shapes)
+    return params_from_hf(_read_tensors(folder), own, str(folder)) | _read_temporal(folder, added)
+
+
+def _read_temporal(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Params:
+    """Read what a model of clips adds to CLIP, of exactly `shapes`."""
+    path = folder / TEMPORAL_FILE
+    if not shapes:
+        return {}
+    if not path.is_file():
+        raise UserError(f"{folder}: config.json names a temporal model, but {TEMPORAL_FILE} is missing; copy it again")
+    params = _read_safetensors(path)
+    given = {name: value.shape for name, value in params.items()}
+    if wrong := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
+        raise UserError(f"{path}: {wrong[0]} is {given.get(wrong[0])}, not {shapes.get(wrong[0])}; copy it again")
+    return {name: np.asarray(value, np.float32) for name, value in params.items()}
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -138,5 +154,8 @@ def write_params(folder: str | Path, config: CLIPConfig, params: Mapping[str, An
     """Write config.json and model.safetensors of flat parameters in the Hugging Face layout."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    own, added = split_temporal(params)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-    write_tensors(folder / "model.safetensors", params_to_hf(params), {"format": "pt"})
+    write_tensors(folder / "model.safetensors", params_to_hf(own), {"format": "pt"})
+    if added:
+        write_tensors(folder / TEMPORAL_FILE, {name: np.asarray(value, np.float32) for name, value in added.items()})

@@ -71,7 +71,8 @@ def compare_methods(
     check_comparison(config, methods, seeds)
     check_test(config, test)
     with output_folder(output):
-        clip = make_base(config.model.name, load_data(config).texts, config.model.image_size_px).config
+        model = config.model
+        clip = make_base(model.name, load_data(config).texts, model.image_size_px, model.temporal).config
         needs = {method: training_needs(with_method(config, method, seeds[0]), clip) for method in methods}
         cells, searched = [], {}
         for i, method in enumerate(methods):

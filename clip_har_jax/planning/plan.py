@@ -151,7 +151,12 @@ def plan(
     num_classes = num_classes or len(config.data.labels) or DEFAULT_NUM_CLASSES
     described = sum(map(len, config.text.descriptions.values()))
     num_prompts = num_prompts or num_classes * len(config.text.templates) + described
-    job = Job(config, known_config(config.model.name, config.model.image_size_px), num_classes, num_prompts)
+    job = Job(
+        config,
+        known_config(config.model.name, config.model.image_size_px, config.model.temporal),
+        num_classes,
+        num_prompts,
+    )
     configured = Variant(config.mesh, config.train.accumulation_steps, config.model.remat)
     try:
         model_flops = make_program(job, machine, configured).flops_per_step(num_prompts)

@@ -78,7 +78,7 @@ def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str]
             f"config.data.val={config.data.val} has no validation images, so its test images choose what is kept, and "
             "a figure on them is no test; leave config.data.val empty to hold out a part of data.train"
         )
-    base = make_base(config.model.name, data.texts, config.model.image_size_px)
+    base = make_base(config.model.name, data.texts, config.model.image_size_px, config.model.temporal)
     folder = make_workdir(workdir)
     stack.enter_context(disk_faults(folder))
     lock = FolderLock(folder)

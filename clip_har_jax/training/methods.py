@@ -13,12 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import MethodConfig
-from clip_har_jax.models.adapters import add_lora, init_lora, merge_lora
+from clip_har_jax.models.adapters import A, B, add_lora, init_lora, merge_lora
 from clip_har_jax.models.clip import FlaxCLIPModel, mean_class_embeddings
 from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.heads import HEADS, HeadSize, head_shapes, image_features, init_head, make_head
 from clip_har_jax.models.layers import DropPath
 from clip_har_jax.models.params import Params, unflatten
+from clip_har_jax.models.temporal import is_temporal
 from clip_har_jax.training.contrastive import contrastive_loss
 from clip_har_jax.training.losses import cross_entropy
 from clip_har_jax.training.mixing import mix
@@ -124,6 +125,10 @@ class Method:
 
     def is_trainable(self, name: str) -> bool:
         """Return whether the parameter of this dotted name is updated."""
+        if is_temporal(name):
+            return self.recipe.learns_from == "steps" and self.towers != "text"
+        if self.clip.temporal == "st_adapter" and name.startswith("vis") and not name.endswith((A, B)):
+            return False  # the tower is frozen; low-rank updates of it aren't
         if not any(fnmatchcase(name, pattern) for pattern in self.recipe.trains):
             return False
         if name.startswith(HEAD) or name == CONTEXT:

@@ -28,7 +28,7 @@ from clip_har_jax.parallel.sharding import (
     replicated,
 )
 from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.specs import parse_spec
+from clip_har_jax.specs import CLIPS, parse_spec
 from clip_har_jax.training.losses import balanced_weights
 from clip_har_jax.training.methods import ClassInputs, Method
 from clip_har_jax.training.optim import freeze_masks, make_optimizer, make_schedule
@@ -69,7 +69,7 @@ class Program:
         self.config, self.clip, self.preprocess, self.num_steps, self.mesh = config, clip, preprocess, num_steps, mesh
         self.num_classes = num_classes
         # Of a clip that is trained on; None: images.
-        self.num_frames = config.data.video.num_frames if parse_spec(config.data.train).kind == "video" else None
+        self.num_frames = config.data.video.num_frames if parse_spec(config.data.train).kind in CLIPS else None
         check_batch_size(config.train.global_batch_size, mesh, "train.global_batch_size")
         check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
         _check_accumulation(config, mesh)

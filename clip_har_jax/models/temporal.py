@@ -1,0 +1,180 @@
+"""What a model of clips adds to CLIP's image tower, so that the order of the frames counts.
+
+| kind | what is added | after |
+|---|---|---|
+| `mean` | nothing: a clip is the mean of its frames | |
+| `head` | a transformer over the frames' embeddings | Luo et al. 2021 (CLIP4Clip, sequential type) |
+| `st_adapter` | a depth-wise space-time convolution before each block, the tower frozen | Pan et al. 2022 |
+| `divided` | attention over time before each block's attention over space | Bertasius et al. 2021 |
+
+Frames are a batch dim of the tower. Every addition reads how a frame differs from the mean of its clip, has no bias on
+that way, and starts at 0. So a photograph, which is a clip of one frame, and a clip in which nothing moves always get
+exactly the image model's answer, and an untrained model gives the mean of its frames.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from clip_har_jax.models.layers import Runtime, TowerConfig, layer_norm, linear
+
+KINDS = ("mean", "head", "st_adapter", "divided")
+IN_BLOCKS = ("st_adapter", "divided")  # kinds that add a module to each block of the image tower
+BLOCK, HEAD = "vision.layers.time.", "time_head."  # beginnings of the parameters' names
+TEMPORAL_FILE = "temporal.safetensors"
+ADAPTER_REDUCTION = 4  # width of the tower by that of the bottleneck; Pan et al. have 2 (384 of 768)
+HEAD_LAYERS = 2
+LONGEST_FRAMES = 100.0  # longest wave of the positions over 2 pi: clips have tens of frames, texts thousands of words
+
+
+def is_temporal(name: str) -> bool:
+    """Return whether a parameter of this dotted name belongs to what this module adds."""
+    return name.startswith((BLOCK, HEAD))
+
+
+def split_temporal(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parameters of CLIP, and those that this module adds, by dotted name."""
+    clip = {name: value for name, value in params.items() if not is_temporal(name)}
+    return clip, {name: value for name, value in params.items() if is_temporal(name)}
+
+
+def difference(frames: Float[Array, "b t *d"]) -> Float[Array, "b t *d"]:
+    """Return how each frame of a clip differs from the mean of the clip."""
+    return frames - frames.mean(axis=1, keepdims=True)
+
+
+def frame_positions(length: int, dim: int) -> Float[Array, "t d"]:
+    """Return sinusoids of amplitude 1 (Vaswani et al. 2017, section 3.5), so that clips may be of any length."""
+    waves = -(-dim // 2)
+    angles = jnp.arange(length)[:, None] / LONGEST_FRAMES ** (np.arange(waves, dtype=np.float32) / waves)[None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[:, :dim]
+
+
+class TimeAttention(nnx.Module):
+    """Multi-head attention over time, for each place of the image by itself (divided space-time attention).
+
+    Args:
+      config: the sizes of the tower.
+      runtime: how it is computed.
+      rngs: where random starting weights come from.
+    """
+
+    def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
+        dim, std = config.hidden_size, config.hidden_size**-0.5
+        self.num_heads = config.num_heads
+        self.norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
+        self.query = linear(dim, dim, ("embed", "heads"), rngs, runtime, std=std)
+        self.key = linear(dim, dim, ("embed", "heads"), rngs, runtime, std=std)
+        self.value = linear(dim, dim, ("embed", "heads"), rngs, runtime, std=std, use_bias=False)
+        self.out = linear(dim, dim, ("heads", "embed"), rngs, runtime, std=0.0, use_bias=False)
+
+    def __call__(self, x: Float[Array, "f n d"], num_frames: int) -> Float[Array, "f n d"]:
+        """Return what is added to the tokens [clips * frames, tokens, dim]."""
+        _, tokens, dim = x.shape
+        heads = (self.num_heads, dim // self.num_heads)
+
+        def by_place(y: jax.Array) -> jax.Array:  # [clips * tokens, heads, frames, dim of a head]
+            return (
+                y.reshape(-1, num_frames, tokens, *heads)
+                .transpose(0, 2, 3, 1, 4)
+                .reshape(-1, heads[0], num_frames, heads[1])
+            )
+
+        normed = self.norm(x).reshape(-1, num_frames, tokens, dim)
+        timed = normed + frame_positions(num_frames, dim).astype(normed.dtype)[None, :, None]
+        query, key = by_place(self.query(timed)), by_place(self.key(timed))
+        value = by_place(self.value(difference(normed)))
+        scores = jnp.matmul(query, key.swapaxes(2, 3)) * heads[1] ** -0.5
+        found = jnp.matmul(jax.nn.softmax(scores.astype(jnp.float32)).astype(value.dtype), value)
+        found = found.reshape(-1, tokens, heads[0], num_frames, heads[1]).transpose(0, 3, 1, 2, 4)
+        return self.out(found.reshape(x.shape))
+
+
+class SpaceTimeAdapter(nnx.Module):
+    """A bottleneck with a depth-wise convolution of 3 frames by 3 x 3 patches; the class token's is of 3 frames."""
+
+    def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
+        dim = config.hidden_size
+        hidden = max(1, dim // ADAPTER_REDUCTION)
+        self.down = linear(dim, hidden, ("embed", "mlp"), rngs, runtime, std=dim**-0.5, use_bias=False)
+        taps = nnx.initializers.normal(27**-0.5)(rngs.params(), (3, 3, 3, hidden))
+        self.taps = nnx.Param(taps, out_sharding=(None, None, None, "mlp"))
+        self.up = linear(hidden, dim, ("mlp", "embed"), rngs, runtime, std=0.0, use_bias=False)
+
+    def __call__(self, x: Float[Array, "f n d"], num_frames: int) -> Float[Array, "f n d"]:
+        """Return what is added to the tokens [clips * frames, 1 + patches, dim]."""
+        _, tokens, dim = x.shape
+        side = round((tokens - 1) ** 0.5)
+        hidden = self.down(difference(x.reshape(-1, num_frames, tokens, dim)))
+        width = hidden.shape[-1]
+        taps = self.taps[...].astype(hidden.dtype)
+        patches = hidden[:, :, 1:].reshape(-1, num_frames, side, side, width)
+        seen = _shifted_sum(patches, taps, (1, 2, 3)).reshape(-1, num_frames, tokens - 1, width)
+        token = _shifted_sum(hidden[:, :, :1], taps[:, 1, 1], (1,))
+        return self.up(jnp.concatenate([token, seen], axis=2)).reshape(x.shape)
+
+
+def _shifted_sum(x: jax.Array, taps: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+    """Convolve each channel (the last dim) along `dims` with 3 taps a dim; 0 outside.
+
+    As a sum of shifted copies: compilers fuse it, while grouped convolutions of one channel are slow on CPUs.
+    """
+    padded = jnp.pad(x, [(1, 1) if i in dims else (0, 0) for i in range(x.ndim)])
+    total = jnp.zeros_like(x)
+    for offsets in np.ndindex(*(3,) * len(dims)):
+        part = padded
+        for dim, offset in zip(dims, offsets, strict=True):
+            part = jax.lax.slice_in_dim(part, offset, offset + x.shape[dim], axis=dim)
+        total = total + part * jnp.broadcast_to(taps[offsets], x.shape)
+    return total
+
+
+class FrameTransformer(nnx.Module):
+    """A small transformer over the embeddings of a clip's frames, without biases and norms.
+
+    Args:
+      dim: of the embeddings.
+      rngs: where random starting weights come from.
+    """
+
+    def __init__(self, dim: int, rngs: nnx.Rngs):
+        float32 = Runtime()  # as small as a head: in float32 whatever the tower computes in
+        std = dim**-0.5
+
+        def layer(axes: tuple[str | None, str | None], in_dim: int, out_dim: int, std: float) -> nnx.Linear:
+            return linear(in_dim, out_dim, axes, rngs, float32, std=std, use_bias=False)
+
+        self.layers = nnx.List(
+            nnx.Dict(
+                query=layer(("embed", "heads"), dim, dim, std),
+                key=layer(("embed", "heads"), dim, dim, std),
+                value=layer(("embed", "heads"), dim, dim, std),
+                fc1=layer(("embed", "mlp"), dim, 4 * dim, std),
+                fc2=layer(("mlp", "embed"), 4 * dim, dim, std / 2),
+            )
+            for _ in range(HEAD_LAYERS)
+        )
+        self.out = layer(("heads", "embed"), dim, dim, 0.0)
+
+    def __call__(self, frames: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Return what is added to the frames' L2-normalised embeddings."""
+        dim = frames.shape[-1]
+        x = difference(frames) * dim**0.5  # elements of about 1, as the positions are
+        positions = frame_positions(frames.shape[1], dim)[None]
+        for layer in self.layers:
+            timed = x + positions
+            scores = jnp.matmul(layer.query(timed), layer.key(timed).swapaxes(1, 2)) * dim**-0.5
+            x = x + jnp.matmul(jax.nn.softmax(scores), layer.value(x))
+            x = x + layer.fc2(jax.nn.gelu(layer.fc1(x), approximate=False))
+        return self.out(x) * dim**-0.5
+
+
+def make_block_part(kind: str, config: TowerConfig, runtime: Runtime) -> Callable[[nnx.Rngs], nnx.Module] | None:
+    """Return what makes the module that a kind adds to each block; None where it adds none."""
+    modules = {"st_adapter": SpaceTimeAdapter, "divided": TimeAttention}
+    return (lambda rngs: modules[kind](config, runtime, rngs)) if kind in modules else None

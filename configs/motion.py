@@ -1,0 +1,27 @@
+"""Clips of the embedded motion set, which single frames don't tell apart: a temporal model from random weights.
+
+    python scripts/train.py --config=configs/motion.py --workdir=runs/motion
+
+Hardware: 2 CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "data": {
+                "train": "motion",
+                "val": "motion?split=val",
+                "augment": {"crop_scale_min": 1.0, "flip": False},
+                "video": {"num_frames": 8, "sampling": "uniform"},
+            },
+            "text": {"templates": ("a video of a person {}.",)},
+            "model": {"name": "mini", "temporal": "divided"},
+            "train": {"num_steps": 1500, "global_batch_size": 32, "log_every_steps": 50},
+            "optim": {"learning_rate": 2e-3, "weight_decay": 0.05},
+            "eval": {"every_steps": 250},
+            "checkpoint": {"every_steps": 500},
+        }
+    )
