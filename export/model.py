@@ -18,6 +18,7 @@ from clip_har_jax.inference.exported import ORIGIN, SIGNATURE
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import HEADS, init_head, make_head
+from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
 from clip_har_jax.text import Tokenizer
 from export.graphs import Graph, make_graphs
@@ -54,7 +55,7 @@ def open_model(path: str, classes: Sequence[str] = ()) -> OpenedModel:
     """Open and verify a model folder.
 
     Raises:
-      UserError: not a whole model, a changed file, no classes, or a head of clips.
+      UserError: not a whole model, a changed file, no classes, or a model that tells the frames of a clip apart.
     """
     backend = JaxBackend(path, classes)
     actions = replace(backend.actions, preprocess_version=PREPROCESS_VERSION)
@@ -63,6 +64,12 @@ def open_model(path: str, classes: Sequence[str] = ()) -> OpenedModel:
         raise UserError(
             f"{path}: its {actions.head!r} head weighs the frames of a clip, and no format expresses that: exported "
             "graphs take single images; export a model with a head of images"
+        )
+    kind = read_config(backend.path).temporal
+    if kind != "mean":
+        raise UserError(
+            f"{path}: model.temporal is {kind!r}, and no format expresses that: exported graphs take single images; "
+            "predict with the model folder, or export a model of images"
         )
     if backend.head_params:
         head, params = actions.head, backend.head_params

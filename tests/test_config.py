@@ -177,6 +177,7 @@ RANGES = {
     "shuffle, class_balanced, repeat_factor, weights": "data.sampling",
     "float32, bfloat16": "model.compute_dtype",
     "none, dots, full": "model.remat",
+    "mean, head, st_adapter, divided": "model.temporal",
     "auto, xla, cudnn": "model.attention",
     "image, text, both": "method.towers",
     "lbfgs, adamw": "method.solver",

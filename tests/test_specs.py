@@ -33,7 +33,7 @@ def test_spec_is_parsed_as_typed(text: str, spec: Spec) -> None:
     ("text", "said"),
     [
         ("foldr:/x", "did you mean 'folder'"),
-        ("", "accepted: 'synthetic', 'folder', 'csv', 'manifest', 'video', 'tfds', 'hf'"),
+        ("", "accepted: 'synthetic', 'motion', 'folder', 'csv', 'manifest', 'video', 'tfds', 'hf'"),
         ("audio:/x", "unknown kind 'audio'"),
         ("data/train.csv", "write csv:data/train.csv"),
         ("folder:", "write folder:PATH"),

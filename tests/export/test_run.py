@@ -18,8 +18,8 @@ from clip_har_jax import Predictor, UserError, bundle
 from clip_har_jax.inference import exported
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import make_head
-from clip_har_jax.models.params import init_params
-from clip_har_jax.models.pretrained import read_config, write_params
+from clip_har_jax.models.params import init_params, init_temporal
+from clip_har_jax.models.pretrained import read_config, read_params, write_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION
 from clip_har_jax.signing import sign, verify_signature
 from export import formats
@@ -282,6 +282,19 @@ def test_a_head_of_clips_is_refused(head_folders: dict[str, Path], tmp_path: Pat
         with pytest.raises(UserError, match=rf"its '{name}' head weighs the frames of a clip"):
             export_model(str(head_folders[name]), ["onnx"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_temporal_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    """For the same reason: its answer to a clip isn't the mean of its answers to frames."""
+    config = dataclasses.replace(read_config(folder), temporal="head")
+    unsealed = shutil.ignore_patterns("manifest.json")
+    temporal = Path(shutil.copytree(folder, tmp_path / "temporal", ignore=unsealed))
+    params = read_params(folder, read_config(folder)) | init_temporal(config, 0)
+    write_params(temporal, config, params)
+    bundle.seal(temporal)
+    with pytest.raises(UserError, match=r"model\.temporal is 'head'"):
+        export_model(str(temporal), ["onnx"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["temporal"]
 
 
 def test_an_exported_head_takes_no_new_classes(head_folders: dict[str, Path], photos: Path, tmp_path: Path) -> None:

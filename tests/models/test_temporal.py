@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_har_jax.config import MeshConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig, config_from_hf
 from clip_har_jax.models.factory import base_params, load, make_base
 from clip_har_jax.models.layers import Runtime
-from clip_har_jax.models.params import abstract_model, flat_params, init_params, init_temporal, make_model
+from clip_har_jax.models.params import abstract_model, axis_names, flat_params, init_params, init_temporal, make_model
 from clip_har_jax.models.pretrained import read_params, write_params
 from clip_har_jax.models.temporal import KINDS, TEMPORAL_FILE, is_temporal, split_temporal
+from clip_har_jax.parallel.mesh import make_mesh
+from clip_har_jax.parallel.sharding import param_shardings
 from tests.support.model_folders import write_model
 
 SIZE = CLIPConfig(
@@ -37,6 +40,13 @@ def lively(kind, seed=0):
         name: jnp.asarray(rng.normal(size=value.shape) * 0.3, jnp.float32) if is_temporal(name) else value
         for name, value in params.items()
     }
+
+
+def host_params(base):
+    """Return what a run starts from."""
+    model = abstract_model(base.config)
+    shapes = {name: value.shape for name, value in flat_params(model).items()}
+    return base_params(base, 0, param_shardings(shapes, axis_names(model), make_mesh(MeshConfig(), jax.devices()[:1])))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +146,7 @@ def test_an_unknown_kind_is_one_line():
 def test_an_image_model_starts_a_temporal_one(kind, tmp_path):
     folder = write_model(tmp_path / "clip")
     start = make_base(str(folder), [], temporal=kind)
-    params = base_params(start, 0, flat_params(abstract_model(start.config)))
+    params = host_params(start)
     added = split_temporal(params)[1]
     assert added.keys() == init_temporal(start.config, 0).keys() and added
     clips = jnp.asarray(
@@ -149,7 +159,7 @@ def test_an_image_model_starts_a_temporal_one(kind, tmp_path):
 def test_a_temporal_model_goes_on_only_as_what_it_is(tmp_path):
     folder = write_model(tmp_path / "clip")
     start = make_base(str(folder), [], temporal="head")
-    write_params(tmp_path / "clip", start.config, base_params(start, 0, flat_params(abstract_model(start.config))))
+    write_params(tmp_path / "clip", start.config, host_params(start))
     assert make_base(str(folder), [], temporal="head").config.temporal == "head"
     with pytest.raises(UserError, match=r"set config\.model\.temporal=head"):
         make_base(str(folder), [], temporal="divided")
