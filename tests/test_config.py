@@ -153,7 +153,8 @@ AT_RESUME = {
     "refused": """
         data.train data.val data.val_fraction data.split_seed data.shots data.labels data.classes data.sampling
         data.video.num_frames data.video.sampling data.video.rate_hz data.video.num_views text.templates
-        text.descriptions text.phrases model.name model.image_size_px method.name method.towers method.head method.loss
+        text.descriptions text.phrases model.name model.image_size_px model.temporal method.name method.towers
+        method.head method.loss
         method.freeze method.focal_gamma method.class_balance method.mixup method.cutmix method.drop_path
         method.lora_rank method.lora_alpha method.lora_targets method.prompt_length method.prompt_init
         method.prompt_per_class method.solver method.cache_per_class retention.data retention.classes
