@@ -10,6 +10,7 @@ the larger p99 over the one alone, medians over the rounds.
 import asyncio
 import json
 import os
+import random
 import statistics
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -37,7 +38,7 @@ async def _hold(port: int, slow: bool) -> None:
             writer.close()
         except OSError:
             pass
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(random.uniform(0.5, 1.5))
 
 
 async def _beside(port: int, requests: list[bytes], seconds: float, count: int, slow: bool) -> float:

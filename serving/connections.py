@@ -38,7 +38,8 @@ class Connections:
         self.settings, self._metrics = settings, metrics
         self._addresses: dict[asyncio.Transport, str] = {}
         self._counts: Counter[str] = Counter()
-        self._waiting: dict[asyncio.Transport, None] = {}
+        self._new: dict[asyncio.Transport, None] = {}  # that wait, before their first request
+        self._used: dict[asyncio.Transport, None] = {}  # that wait, after an answer
 
     def enter(self, transport: asyncio.Transport, address: str) -> Problem | None:
         """Count a new connection, if need be in place of one that waits; return why it is refused, or None."""
@@ -53,8 +54,8 @@ class Connections:
         return problem
 
     def _drop_one(self, network: str | None = None) -> bool:
-        """Close the connection that has waited longest, of one network or of all."""
-        for transport in self._waiting:
+        """Close the connection that has waited longest, of one network or of all; first those without a request."""
+        for transport in (*self._new, *self._used):
             if network is None or self._addresses[transport] == network:
                 self._metrics.refused.labels("connection_replaced").inc()
                 self.leave(transport)
@@ -62,19 +63,20 @@ class Connections:
                 return True
         return False
 
-    def wait(self, transport: asyncio.Transport) -> None:
-        """Note that a connection waits for its client from this moment on."""
-        self._waiting.pop(transport, None)
+    def wait(self, transport: asyncio.Transport, used: bool) -> None:
+        """Note that a connection waits for its client from this moment on; `used`: one that had an answer before."""
+        self.work(transport)
         if transport in self._addresses:
-            self._waiting[transport] = None
+            (self._used if used else self._new)[transport] = None
 
     def work(self, transport: asyncio.Transport) -> None:
         """Note that a connection's request is being answered."""
-        self._waiting.pop(transport, None)
+        self._new.pop(transport, None)
+        self._used.pop(transport, None)
 
     def leave(self, transport: asyncio.Transport) -> None:
         """Forget a connection; harmless when it was forgotten before."""
-        self._waiting.pop(transport, None)
+        self.work(transport)
         network = self._addresses.pop(transport, None)
         if network is not None:
             self._counts[network] -= 1
@@ -190,7 +192,7 @@ class HttpConnection(HttpToolsProtocol):
             self._all.work(self.transport)
             self._set_timer(None)
             return
-        self._all.wait(self.transport)
+        self._all.wait(self.transport, used=self.cycle is not None)
         limits = self._limits
         # A body is waited for here only where its request was answered without it.
         seconds = {"head": limits.header_timeout_s, "body": limits.body_timeout_s, "between": limits.keep_alive_s}

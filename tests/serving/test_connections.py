@@ -19,7 +19,7 @@ from tests.support.serving_setup import running, wait_for
 
 LIMITS = {
     "header_timeout_s": 0.5,
-    "keep_alive_s": 0.8,
+    "keep_alive_s": 5.0,
     "body_timeout_s": 1.0,
     "stream_idle_s": 0.5,
     "max_connections": 60,
@@ -155,8 +155,13 @@ def test_idle_connections_make_room(served: tuple[httpx.Client, Service], photo:
     client, _ = served
     port = client.base_url.port
     assert port is not None
+    kept = connect(port)
+    kept.sendall(LIVE + b"\r\n")
+    assert status_of(kept.recv(65536)) == 200
     idle = [connect(port) for _ in range(150)]
     try:
+        kept.sendall(LIVE + b"\r\n")  # a connection that was used is closed only after those that weren't
+        assert status_of(kept.recv(65536)) == 200
         for connection in idle[::2]:
             connection.sendall(LIVE)
         with httpx.Client(base_url=client.base_url) as other:
@@ -164,7 +169,7 @@ def test_idle_connections_make_room(served: tuple[httpx.Client, Service], photo:
         assert read_to_end(idle[1]) == b""
         assert 'har_refused_total{reason="connection_replaced"}' in client.get("/metrics").text
     finally:
-        for connection in idle:
+        for connection in (kept, *idle):
             connection.close()
 
 
