@@ -200,7 +200,7 @@ def serve(name: str, batch_size: int, folder: str) -> None:
     from clip_har_jax.parallel import xla_flags
 
     xla_flags.apply()
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2}
+    tower: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2}
     tiny = CLIPConfig(
         TextConfig(**tower, vocab_size=50, context_length=6, bos_token_id=48, eos_token_id=49),
         VisionConfig(**tower, image_size=16, patch_size=8),

@@ -34,7 +34,7 @@ def keep_compiled() -> Path | None:
     Returns:
       The folder; None where it can't be used, and each process compiles for itself.
     """
-    if given := jax.config.jax_compilation_cache_dir:
+    if given := jax.config.values["jax_compilation_cache_dir"]:
         return Path(given)
     try:
         folder = cache_folder("compiled")
@@ -100,10 +100,10 @@ def _is_whole(content: bytes) -> bool:
     """Return whether an entry unpacks to its end: JAX uses Zstandard where Python has it, else zlib."""
     if content.startswith(_ZSTANDARD):
         try:
-            from compression import zstd  # type: ignore[import-not-found]  # Python 3.14
+            from compression import zstd  # Python 3.14
         except ImportError:
             try:
-                import zstandard as zstd  # type: ignore[import-not-found]
+                import zstandard as zstd
             except ImportError:
                 return False  # JAX couldn't read it either
         try:

@@ -98,7 +98,7 @@ def test_cleaning_bounds_the_size_by_last_use(tmp_path):
 
 @pytest.fixture
 def no_cache(monkeypatch):
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     yield
     jax.config.update("jax_compilation_cache_dir", before)
@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_used_is_left_alone(tmp_path, monkeypatch, caplo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with caplog.at_level("INFO"):
         assert keep_compiled() is None
-    assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.values["jax_compilation_cache_dir"] is None
     assert len(caplog.records) == 1
     assert str(folder) in caplog.text
 
