@@ -44,9 +44,10 @@ class Learned:
     """The outcome of the steps."""
 
     validation: Validation
-    weights: Params  # trainable parameters of the best checkpoint, on the mesh; empty where a signal stopped the run
+    weights: Params  # trainable parameters of the best checkpoint, on the mesh
     step: int  # of that checkpoint
     last_step: int
+    stopped: bool  # by a signal; there are no weights then
     retained_before: float  # zero-shot accuracy on the retention data; 0 without a gate
 
 
@@ -101,7 +102,7 @@ def train(
     with ExitStack() as stack:
         job = prepare(stack, config, workdir, options)
         learned = learn(job)
-        if not learned.weights:
+        if learned.stopped:
             return job.end(learned.last_step, last_step=learned.last_step, exit_code=job.stop.exit_code)
         chosen = choose(job, learned)
         if not chosen.passed:
@@ -128,13 +129,13 @@ def learn(job: Job) -> Learned:
             values = validation.validate(state)
         for sink in job.sinks:
             sink.write(0, values)
-        return Learned(validation, state.weights, 0, 0, retained)
+        return Learned(validation, state.weights, 0, 0, False, retained)
     state, stopped = _make_steps(job, validation, state)
     last_step = int(jax.device_get(state.step))
     if stopped:
         if job.trackers:
             job.trackers.status = STOPPED
-        return Learned(validation, {}, last_step, last_step, retained)
+        return Learned(validation, {}, last_step, last_step, True, retained)
     del state  # before the best one is restored: never two on the devices
     if last_step < run.num_steps and not job.options.quiet:
         patience = run.timetable.patience
@@ -142,7 +143,7 @@ def learn(job: Job) -> Learned:
     with times.measure("checkpoint"):
         best = job.checkpointer.best_whole()
         weights = job.checkpointer.restore(run.program.abstract_state(), best).weights
-    return Learned(validation, weights, best, last_step, retained)
+    return Learned(validation, weights, best, last_step, False, retained)
 
 
 def choose(job: Job, learned: Learned) -> Chosen:
