@@ -7,6 +7,7 @@ the device. Waits for a line on stdin, does so many steps, answers with a JSON l
 import json
 import sys
 import time
+from typing import Any
 
 
 def main(name: str, batch_size: int, num_prompts: int) -> None:
@@ -19,7 +20,8 @@ def main(name: str, batch_size: int, num_prompts: int) -> None:
     torch.set_float32_matmul_precision("high")
     config = make_config(name, transformers)
     config._attn_implementation = "sdpa"
-    model = transformers.CLIPModel(config).to(device).train()
+    model: Any = transformers.CLIPModel(config)
+    model.to(device).train()
     # No CUDA graphs, which hold memory that our side needs.
     compiled = torch.compile(model) if device == "cuda" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
@@ -32,7 +34,7 @@ def main(name: str, batch_size: int, num_prompts: int) -> None:
     labels = torch.arange(batch_size, device=device) % num_prompts
     mean, deviation = (torch.full((1, 3, 1, 1), value, device=device) for value in (0.45, 0.27))
 
-    def step() -> float:
+    def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, dtype=torch.bfloat16):
             pixels = (images.float() / 255 - mean) / deviation
@@ -64,12 +66,12 @@ def main(name: str, batch_size: int, num_prompts: int) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def make_config(name: str, transformers: object) -> object:
+def make_config(name: str, transformers: Any) -> Any:
     """Return the sizes of Radford et al. 2021, tables 19 and 20; "tiny" is that of our side's proof."""
     if name == "tiny":
         tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         text = tower | {"vocab_size": 50, "max_position_embeddings": 6, "eos_token_id": 49, "bos_token_id": 48}
-        return transformers.CLIPConfig(  # type: ignore[attr-defined]
+        return transformers.CLIPConfig(
             text_config=text, vision_config=tower | {"image_size": 16, "patch_size": 8}, projection_dim=8
         )
     large = name == "ViT-L/14"
@@ -78,9 +80,7 @@ def make_config(name: str, transformers: object) -> object:
     vision = {"patch_size": int(name.split("/")[1])}
     if large:
         vision |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return transformers.CLIPConfig(  # type: ignore[attr-defined]
-        text_config=text, vision_config=vision, projection_dim=width
-    )
+    return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class _Worker:
 
     def end(self) -> None:
         self._pipe.close()
-        if self._process.exitcode is None:
+        if self._process.exitcode is None and self._process.pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)  # it ignores the others
         self._process.join(JOIN_LIMIT_S)

@@ -50,7 +50,7 @@ class MotionClip(NamedTuple):
     """A clip of the embedded motion set, which is drawn."""
 
     split: str
-    index: int
+    number: int
 
     def read(
         self,
@@ -61,7 +61,7 @@ class MotionClip(NamedTuple):
         max_megapixels: float,
     ) -> Clip:
         """Draw the frames of one view, as `video.clips.read_clip` reads them."""
-        drawn = DrawnClip(self.split, self.index)
+        drawn = DrawnClip(self.split, self.number)
         times = np.minimum(sample_times(drawn.duration_s, sampling, view, rng), drawn.duration_s)
         frames = tuple(each(drawn.frame_at(float(time_s))) for time_s in times)
         return Clip(frames, tuple(times.tolist()), drawn.duration_s)

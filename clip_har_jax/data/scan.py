@@ -130,7 +130,8 @@ def part_conflicts(
     A near duplicate whose label differs is either a mistaken label or another picture. It joins only where the
     similarity is high enough that it is one picture.
     """
-    joined, undecided = [], []
+    joined: list[tuple[int, int, float]] = []
+    undecided: list[tuple[int, int, float]] = []
     for i, j, alike in pairs:
         certain = label_ids[i] == label_ids[j] or alike >= MIN_CONFLICT_CORRELATION
         (joined if certain else undecided).append((i, j, alike))

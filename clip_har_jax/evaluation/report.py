@@ -131,8 +131,10 @@ def _pictures(result: EvalResult, labels: Sequence[str]) -> list[dict[str, str]]
 def _calibration_charts(result: EvalResult, sums: ReportSums | None) -> dict[str, Markup]:
     score, right = result.scores.score, result.scores.rank == 0
     return {
-        "reliability": charts.draw_reliability(sums.unscaled if sums else None, ReliabilityBins.of(score, right)),
-        "coverage": charts.draw_coverage(score, right, sums.thresholds.get("abstain") if sums else None),
+        "reliability": charts.draw_reliability(
+            None if sums is None else sums.unscaled, ReliabilityBins.of(score, right)
+        ),
+        "coverage": charts.draw_coverage(score, right, None if sums is None else sums.thresholds.get("abstain")),
     }
 
 

@@ -83,7 +83,8 @@ def _make_params(config: CLIPConfig, key: Any) -> Params:
 
 def init_temporal(config: CLIPConfig, seed: int) -> Params:
     """Return starting weights of what a temporal model adds to a CLIP; they change no answer."""
-    rngs, params = nnx.Rngs(seed), {}
+    rngs = nnx.Rngs(seed)
+    params: Params = {}
     with nnx.use_eager_sharding(False):
         if (make := make_block_part(config.temporal, config.vision, Runtime())) is not None:
             stacked = stack_modules(make, config.vision.num_layers, rngs)

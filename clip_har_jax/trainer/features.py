@@ -22,9 +22,9 @@ def content_digest(source: Source) -> str:
     def one(i: int) -> str | None:
         try:
             data = source[i].data
-            if isinstance(data, np.ndarray):
-                return None
-            return sha256_file(data.path) if isinstance(data, ClipFile) else sha256(data)
+            if isinstance(data, ClipFile):
+                return sha256_file(data.path)
+            return sha256(data) if isinstance(data, bytes) else None
         except (OSError, BadImage) as error:  # it will be reported when it is to be read for good
             return sha256(str(error))
 
