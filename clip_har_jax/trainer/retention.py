@@ -155,7 +155,7 @@ def choose_wise_ft(
         curve = [{"alpha": point.alpha, **point.accuracies} for point in points]
         write_json(run.workdir / "wise_ft.json", {"curve": curve, "chosen": chosen.alpha, "reason": reason})
         if retention:
-            from clip_har_jax.evaluation.tradeoffs import draw_wise_ft
+            from clip_har_jax.evaluation.retention_plots import draw_wise_ft
 
             (run.workdir / "wise_ft.png").write_bytes(draw_wise_ft(curve, chosen.alpha))
     mixed = run.program.place_params(interpolate(start, end, chosen.alpha))

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from clip_har_jax.data import motion
-from clip_har_jax.data.sources import are_clips, make_source
+from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 
 TIMES = (np.arange(8) + 0.5) / 8 * motion.DURATION_S
@@ -31,7 +31,7 @@ def test_a_clip_is_a_function_of_its_seed():
 
 def test_the_source_lists_every_clip_with_its_class():
     source = make_source("motion", "test")
-    assert are_clips(source) and len(source) == motion.SPLITS["test"] and source.labels == motion.LABELS
+    assert source.clips and len(source) == motion.SPLITS["test"] and source.labels == motion.LABELS
     assert np.bincount(source.label_ids).tolist() == [30] * 16
     assert source[17].label == 1 and source[17].name == "motion/test/17"
     assert make_source("motion?split=val", "train").fingerprint != source.fingerprint

@@ -437,7 +437,7 @@ def test_a_run_that_gets_no_better_is_done(start, tmp_path, capsys):
         ({"method": {"name": "prompt", "prompt_length": 2}}, "set method.prompt_length to"),
         ({"method": {"name": "prompt", "prompt_length": 23}}, "leave some for the classes' names"),
         ({"data": {"shots": 99999}}, "class 'dancing' has only 2000 training images"),
-        ({"method": {"wise_ft": (0.5, 1.5)}}, "alphas are from 0"),
+        ({"method": {"wise_ft": (0.5, 1.5)}}, "must be from 0 to 1"),
         ({"text": {"templates": ("a photo",)}}, "needs one {}"),
         ({"retention": {"fail": True}}, "config.retention.data is empty"),
         ({"retention": {"data": "synthetic", "classes": ("cycling", "runing")}}, "'running'"),
