@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
+from clip_har_jax.names import name_key
 from clip_har_jax.text import make_prompts, phrase
 from serving.problems import Problem
 from serving.telemetry import log
@@ -43,8 +44,8 @@ def check_labels(labels: Sequence[str], code: str = "invalid_request") -> None:
     """
     if len(labels) < 2:
         raise Problem(code, f"classes: two or more are needed, not {len(labels)}")
-    said = [phrase(label) for label in labels]
-    if twice := [label for label in labels if said.count(phrase(label)) > 1]:
+    said = [name_key(phrase(label)) for label in labels]
+    if twice := [label for label, key in zip(labels, said, strict=True) if said.count(key) > 1]:
         raise Problem(code, f"classes: {' and '.join(map(repr, twice[:2]))} mean the same; leave one out")
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float32, Int64, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.names import name_key
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import make_prompts, phrase
 
@@ -63,9 +64,10 @@ def check_classes(classes: Sequence[str]) -> None:
         raise UserError(f"--classes: two or more are needed, not {', '.join(map(repr, classes)) or 'none'}")
     seen: dict[str, str] = {}
     for label in classes:
-        if phrase(label) in seen:
-            raise UserError(f"--classes: {seen[phrase(label)]!r} and {label!r} mean the same; leave one out")
-        seen[phrase(label)] = label
+        key = name_key(phrase(label))
+        if key in seen:
+            raise UserError(f"--classes: {seen[key]!r} and {label!r} mean the same; leave one out")
+        seen[key] = label
 
 
 def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequence[str] = ()) -> bundle.Actions:

@@ -401,6 +401,7 @@ def test_a_changed_model_is_refused(tmp_path: Path) -> None:
         ({"max_bad_fraction": 1.5}, "max_bad_fraction"),
         ({"classes": ("running",)}, "two or more"),
         ({"classes": ("cycling", "riding a bike")}, "mean the same"),
+        ({"classes": ("Fixing Cars", "fixing cars")}, "mean the same"),
         ({"model": "nowhere"}, "nowhere"),
         ({"data": "folder:nowhere"}, "nowhere"),
     ],

@@ -103,6 +103,7 @@ def test_a_change_that_cannot_be_kept_is_not_made(served_folder: Path, tmp_path:
         {"changes": 0},
         {"classes": {"a": ["b"]}},
         {"classes": {"cycling": ["a"], "riding a bike": ["b"]}},
+        {"classes": {"Fixing Cars": ["a"], "fixing cars": ["b"]}},
         {"digest": "x"},
         {"classes": {"a": [], "b": ["c"]}},
     ],
