@@ -37,8 +37,14 @@ def headline_metrics(scores: Scores, num_classes: int) -> Callable[[Int[np.ndarr
 def _bootstrap(
     compute: Callable[[Int[np.ndarray, " n"]], Float64[np.ndarray, " 5"]], count: int, resamples: int, seed: int
 ) -> Float64[np.ndarray, "5 r"]:
-    """Return the metrics of resamples of `count` examples, drawn with replacement (Efron 1979)."""
+    """Return the metrics of resamples of `count` examples, drawn with replacement (Efron 1979).
+
+    One example has one resample, itself; scipy refuses it.
+    """
     from scipy.stats import bootstrap
+
+    if count == 1:
+        return compute(np.arange(1))[:, None]
 
     def statistic(rows: np.ndarray, axis: int) -> np.ndarray:
         flat = np.moveaxis(rows, axis, -1).reshape(-1, count)

@@ -15,7 +15,7 @@ from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.output import predictions_file
 from clip_har_jax.evaluation.paired import compare_evaluations
 from clip_har_jax.evaluation.result import Scores
-from clip_har_jax.evaluation.significance import holm, mcnemar, paired_differences
+from clip_har_jax.evaluation.significance import bootstrap_intervals, holm, mcnemar, paired_differences
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("running", "cycling", "sleeping")
@@ -40,6 +40,12 @@ def write(folder: Path, seed: int, skill: float, labels: tuple[str, ...] = LABEL
     return str(folder)
 
 
+def scores_of_one(rank: int, predicted: int, nll: float, score: float) -> Scores:
+    whole, real = np.int32, np.float32
+    values = zip((0, 1, predicted, score, nll, rank), (whole, whole, whole, real, real, whole), strict=True)
+    return Scores(*(np.asarray([value], kind) for value, kind in values))
+
+
 def test_mcnemar_is_the_exact_binomial_test() -> None:
     a = np.asarray([True] * 20 + [False] * 5 + [True] * 30)
     b = np.asarray([False] * 20 + [True] * 5 + [True] * 30)
@@ -51,6 +57,16 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
 
 def test_holm_by_hand() -> None:
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+
+
+def test_the_intervals_of_one_image_are_its_own_values() -> None:
+    one = scores_of_one(rank=0, predicted=1, nll=0.25, score=0.75)
+    other = scores_of_one(rank=2, predicted=0, nll=1.5, score=0.5)
+    found = bootstrap_intervals(one, 3)
+    expected = {"top1": 1.0, "top5": 1.0, "macro_f1": 1.0, "nll": 0.25, "ece": 0.25}
+    assert found == {name: (value, value) for name, value in expected.items()}
+    assert paired_differences(one, other, 3)["top1"] == (-1.0, -1.0, -1.0)
+    assert paired_differences(one, other, 3)["nll"] == (1.25, 1.25, 1.25)
 
 
 def test_paired_intervals_are_narrower_than_unpaired_ones() -> None:
