@@ -96,7 +96,9 @@ def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str]
     sinks = _open_sinks(stack, run, RecordSink(run, times, lock), trackers, options)
     stop = stack.enter_context(StopSignal())
     retention = Retention(run, retention_data) if retention_data else None
-    is_repeated = bool(record.get("finished")) and not changes
+    # By the hash: the changes are those to checkpoints, which zero_shot and the fitted heads don't write.
+    same_config = record.get("config_hash") == config.digest
+    is_repeated = bool(record.get("finished")) and same_config and not changes
     return Job(run, options, checkpointer, times, sinks, trackers, stop, retention, is_repeated)
 
 

@@ -169,6 +169,18 @@ def test_zero_shot_writes_the_start(start, zero_shot, tmp_path):
     assert [line["step"] for line in lines if "val/top1" in line] == [0]
 
 
+def test_a_fitted_run_with_other_settings_in_its_folder_writes_another_model(start, tmp_path):
+    """It has no checkpoints that would hold it to its settings."""
+    first = train(config_for(start, "linear_probe"), tmp_path, quiet=True)
+    before = bundle.verify(Path(first.model))
+    train(config_for(start, "linear_probe"), tmp_path, quiet=True)
+    assert bundle.verify(Path(first.model)) == before  # the same run: kept as it is
+    changed = config_for(start, "linear_probe", data={"shots": 2})
+    again = train(changed, tmp_path, quiet=True)
+    assert bundle.verify(Path(again.model)) != before
+    assert json.loads((tmp_path / "model" / "run.json").read_text())["config_hash"] == changed.digest
+
+
 @pytest.mark.slow
 def test_a_folder_of_images_becomes_a_model_in_one_line(start, tmp_path):
     drawn = select_classes(make_source("synthetic", "train"), NEW, "data.classes")
