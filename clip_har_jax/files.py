@@ -50,21 +50,33 @@ def sha256_file(path: Any) -> str:
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a scratch path in the same folder; what is written there takes the place of `path` at the end.
 
-    Readers see the old contents or the new, never a part. Each call has a scratch file of its own, so that two
+    Readers see the old contents or the new, never a part. Write into the scratch file; a new file renamed over it would
+    lack the lock that keeps other writers from removing it. Each call has a scratch file of its own, so that two
     writers don't meet in it; an error removes it and leaves the old contents.
     """
     path = Path(path)
     _clear_leftovers(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    partial, file = _open_partial(path)
     try:
-        with partial.open("xb") as file:
-            _claim(file)
+        with file:  # its lock is held until the file is in place
             yield partial
-        with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+            if os.name == "nt":
+                file.close()  # Windows renames no open file
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _open_partial(path: Path) -> tuple[Path, IO[bytes]]:
+    """Create a scratch file that no other writer removes; returns its path, and the open file that holds its lock."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+        file = partial.open("xb")
+        with suppress(FileNotFoundError):
+            if _claim(file) is not False and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                return partial, file
+        file.close()  # another writer took it for a leftover before it was locked
 
 
 def _clear_leftovers(path: Path) -> None:
@@ -76,17 +88,19 @@ def _clear_leftovers(path: Path) -> None:
                 leftover.unlink()
 
 
-def _claim(file: IO[bytes]) -> bool:
+def _claim(file: IO[bytes]) -> bool | None:
     """Return whether a scratch file is now this writer's: the kernel's lock on it ends with its process.
 
-    False also where there are no such locks, as on Windows.
+    None where there are no such locks, as on Windows.
     """
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
+    except BlockingIOError:
         return False
+    except (ImportError, OSError):
+        return None
     return True
 
 

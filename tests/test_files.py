@@ -1,13 +1,19 @@
 """Files are written whole or not at all, digests don't depend on how the bytes are given, bad JSON is one line."""
 
 import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import pytest
 from etils import epath
 
 from clip_har_jax import files
 from clip_har_jax.errors import UserError
+from clip_har_jax.trainer import features
+from clip_har_jax.training.probe import LabeledFeatures
 
 
 def test_json_keeps_its_old_contents_when_writing_fails(tmp_path: Path) -> None:
@@ -27,6 +33,46 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_text() == "first"  # the one that ended last
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _write_features(path: Path, value: int) -> None:
+    features._write(path, LabeledFeatures(np.full((1, 2), value, np.float32), np.array([value], np.int32)))
+
+
+@pytest.mark.parametrize("write", [lambda path, value: files.write_text(path, str(value)), _write_features])
+def test_a_file_is_locked_until_it_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, int], None]
+) -> None:
+    path, fsync = tmp_path / "x", os.fsync
+
+    def write_meanwhile(fd: int) -> None:
+        monkeypatch.setattr(files.os, "fsync", fsync)
+        write(path, 2)
+        fsync(fd)
+
+    monkeypatch.setattr(files.os, "fsync", write_meanwhile)
+    write(path, 1)
+    ended_last = path.read_bytes()
+    assert list(tmp_path.iterdir()) == [path]
+    write(path, 1)
+    assert path.read_bytes() == ended_last
+
+
+def test_a_scratch_file_removed_before_it_was_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, claim = tmp_path / "x", files._claim
+
+    def clear_first(file: IO[bytes]) -> bool | None:
+        monkeypatch.setattr(files, "_claim", claim)
+        files._clear_leftovers(path)
+        return claim(file)
+
+    monkeypatch.setattr(files, "_claim", clear_first)
+    with files.atomic(path) as partial:
+        assert partial.exists()
+        files._clear_leftovers(path)
+        assert partial.exists()
 
 
 def test_a_failed_write_leaves_nothing_beside_the_old_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_har_jax.caches import cache_folder
 from clip_har_jax.data.sources import ClipFile, Source
-from clip_har_jax.files import atomic, sha256, sha256_file
+from clip_har_jax.files import sha256, sha256_file, write_bytes
 from clip_har_jax.parallel import distributed
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage
 from clip_har_jax.training.probe import LabeledFeatures
@@ -79,8 +79,7 @@ def _read(path: Path, count: int) -> LabeledFeatures | None:
 
 def _write(path: Path, embedded: LabeledFeatures) -> None:
     """Write the file whole or not at all, since others may write the same at the same time."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as partial:
-        save_file({name: np.ascontiguousarray(value) for name, value in embedded._asdict().items()}, partial)
+    write_bytes(path, save({name: np.ascontiguousarray(value) for name, value in embedded._asdict().items()}))
