@@ -9,14 +9,19 @@
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
 
 from clip_har_jax.errors import UserError, nearest
 
 NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+NUMBER = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]*))?")
 LIKE_MISSING = frozenset({"nan", "none", "na", "n/a", "null", "nil", "unknown", "?", "-"})
 JOINERS = "\u200c\u200d"  # parts of words in Persian and in Indic scripts, and of emoji
+# Default_Ignorable_Code_Point of Unicode's DerivedCoreProperties.txt, less JOINERS
+IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+BLANK = "\u2800"  # Braille without a dot: looks like a space, and isn't one to Unicode
 
 
 def clean_name(name: str, where: str) -> str:
@@ -30,12 +35,17 @@ def clean_name(name: str, where: str) -> str:
       UserError: control characters or undecodable bytes in it, or nothing that can be seen.
     """
     check_text(name.strip(), where)
-    text = unicodedata.normalize("NFC", name)
-    text = "".join(one for one in text if unicodedata.category(one) != "Cf" or one in JOINERS)
-    text = " ".join(text.split())
+    text = unicodedata.normalize("NFC", _strip_invisible(name, JOINERS))
     if not text.strip(JOINERS):
         raise UserError(f"{where}: the name {name!r} shows nothing; give it letters")
     return text
+
+
+def _strip_invisible(name: str, kept: str = "") -> str:
+    """Return a name without invisible characters but `kept`, and with single spaces between its words."""
+    text = IGNORABLE.sub("", name).replace(BLANK, " ")
+    text = "".join(one for one in text if unicodedata.category(one) != "Cf" or one in kept)
+    return " ".join(text.split())
 
 
 def check_text(name: str, where: str) -> None:
@@ -51,9 +61,12 @@ def check_text(name: str, where: str) -> None:
 
 def name_key(name: str) -> str:
     """Return what two names share that a reader takes for the same."""
-    text = unicodedata.normalize("NFKC", name).replace("_", " ").casefold()
-    text = " ".join("".join(one for one in text if unicodedata.category(one) != "Cf").split())
-    return str(Decimal(text).normalize() + 0) if NUMBER.fullmatch(text) else text
+    text = _strip_invisible(unicodedata.normalize("NFKC", _strip_invisible(name)).replace("_", " ").casefold())
+    if number := NUMBER.fullmatch(text):
+        sign, whole, fraction = number[1], number[2].lstrip("0"), (number[3] or "").rstrip("0")
+        digits = f"{whole or '0'}.{fraction}" if fraction else whole or "0"
+        return f"-{digits}" if sign == "-" and digits != "0" else digits
+    return text
 
 
 def check_distinct(names: Iterable[str], where: str) -> None:
@@ -75,9 +88,13 @@ def check_distinct(names: Iterable[str], where: str) -> None:
             raise UserError(f"{where}: classes {other!r} and {name!r} differ only {how}; give both one name")
 
 
-def natural_key(name: str) -> list[str | int]:
+def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
     """Return a sort key by which "2" comes before "10", and other names in the order of their characters."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+    parts: list[str | tuple[int, str]] = list(re.split(r"([0-9]+)", name))
+    for i in range(1, len(parts), 2):  # a number, as its length and digits: of any size
+        digits = str(parts[i]).lstrip("0")
+        parts[i] = (len(digits), digits)
+    return parts, name
 
 
 def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
