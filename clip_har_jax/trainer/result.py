@@ -1,5 +1,6 @@
 """What a training leaves, and how its end is told."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def print_result(result: Result) -> None:
         rows += [
             ("result", verdict(result.metrics, result.zero_shot)),
             ("macro F1", f"{result.metrics['macro_f1']:.3f}"),
-            ("model", f"{result.model} (step {result.steps}, the best on the validation images)"),
+            ("model", f"{result.model}{_origin(result.steps)}"),
         ]
     rows += [
         ("metrics", str(result.workdir / "metrics.jsonl")),
@@ -65,12 +66,19 @@ def print_result(result: Result) -> None:
         cli.print_rows(_next_commands(result.workdir, result.model, result.unseen))
 
 
+def _origin(steps: int) -> str:
+    """Return where the weights come from; nothing for a method without steps."""
+    return f" (step {steps}, the best on the validation images)" if steps else ""
+
+
 def _next_commands(workdir: epath.Path, model: epath.Path, test: str | None) -> list[tuple[str, str]]:
     """Return what to run next, by what it is for; without test images, the person has to name some."""
     exported, data = workdir / "export", test or "folder:YOUR_TEST_IMAGES"
-    return [
-        ("evaluate", f"python scripts/evaluate.py --model={model} --data={data} --output={workdir / 'test'}"),
-        ("predict", f"python scripts/predict.py --model={model} PHOTO.jpg"),
-        ("export", f"python -m export --model={model} --formats=onnx --output={exported}"),
-        ("serve", f"python -m serving --model={exported}"),
-    ]
+    of_model = f"--model={model}"
+    commands = {
+        "evaluate": ["scripts/evaluate.py", of_model, f"--data={data}", f"--output={workdir / 'test'}"],
+        "predict": ["scripts/predict.py", of_model, "PHOTO.jpg"],
+        "export": ["-m", "export", of_model, "--formats=onnx", f"--output={exported}"],
+        "serve": ["-m", "serving", f"--model={exported}"],
+    }
+    return [(name, shlex.join(["python", *words])) for name, words in commands.items()]

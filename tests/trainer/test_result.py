@@ -1,5 +1,7 @@
 """The end of a run: its result beside the baselines, where the time went, and the commands to go on with."""
 
+import shlex
+
 import pytest
 from etils import epath
 
@@ -45,6 +47,21 @@ def test_the_next_commands_name_the_paths_of_this_run(capsys):
         assert command in said
     print_result(result_of())  # there are no test images that the run didn't see
     assert "--data=folder:YOUR_TEST_IMAGES" in capsys.readouterr().out
+
+
+def test_the_next_commands_can_be_pasted_whatever_a_folder_is_called(capsys):
+    print_result(result_of(model=epath.Path("runs/my run/model"), unseen="manifest:m.csv?split=test&root=a b"))
+    lines = capsys.readouterr().out.splitlines()
+    (evaluate,) = (shlex.split(line)[1:] for line in lines if "scripts/evaluate.py" in line)
+    assert evaluate[:3] == ["python", "scripts/evaluate.py", "--model=runs/my run/model"]
+    assert evaluate[3] == "--data=manifest:m.csv?split=test&root=a b"
+
+
+def test_a_model_without_steps_is_not_called_the_best_of_them(capsys):
+    print_result(result_of(steps=0))
+    assert "step 0" not in capsys.readouterr().out
+    print_result(result_of())
+    assert "runs/mine/model (step 40, the best on the validation images)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("code", "told"), [(143, "stopped"), (EXIT_RETENTION, "refused")])
