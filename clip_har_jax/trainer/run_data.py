@@ -65,8 +65,17 @@ def load_data(config: RunConfig) -> Data:
         train_source = SubsetSource(train_source, positions)
     # A learned context takes the place of a template's words.
     templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
-    prompts = make_prompts(labels, templates, config.text.descriptions, config.text.phrases)
+    prompts = _fill(config, templates, labels)
     return Data(train_source, val_source, labels, prompts)
+
+
+def zero_shot_prompts(config: RunConfig, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the prompts of the zero-shot baseline: the config's templates, also where a run learns a context."""
+    return _fill(config, config.text.templates, labels)
+
+
+def _fill(config: RunConfig, templates: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    return make_prompts(labels, templates, config.text.descriptions, config.text.phrases)
 
 
 def validates_on_test(config: RunConfig) -> bool:

@@ -28,7 +28,7 @@ from clip_har_jax.trainer.prepare import Job, Options, prepare
 from clip_har_jax.trainer.record import update_record
 from clip_har_jax.trainer.result import EXIT_RETENTION, Result
 from clip_har_jax.trainer.retention import choose_wise_ft
-from clip_har_jax.trainer.run_data import unseen_spec
+from clip_har_jax.trainer.run_data import unseen_spec, zero_shot_prompts
 from clip_har_jax.trainer.validation import Validation
 from clip_har_jax.trainer.zero_shot import ZeroShot
 from clip_har_jax.training.guards import SkipGuard, TooManySkippedError
@@ -157,7 +157,7 @@ def choose(job: Job, learned: Learned) -> Chosen:
             passed = job.retention.check(learned.retained_before, after)
         zero_shot = None
         if run.base.params is not None and run.config.method.name != "zero_shot":
-            classifier = ZeroShot(run, run.data.labels, run.data.prompts)
+            classifier = ZeroShot(run, run.data.labels, zero_shot_prompts(run.config, run.data.labels))
             zero_shot = float(classifier.right(place_start(run), run.data.val, run.bad_inputs["val"]).mean())
     # With the data that it holds for: a report on others must not set its result beside this zero-shot.
     baselines = {**result.metrics["baselines"], "zero_shot": zero_shot, "data": validation.data_name}

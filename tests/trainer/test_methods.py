@@ -25,9 +25,10 @@ from clip_har_jax.models.head_file import HEAD_FILE
 from clip_har_jax.models.heads import Features, HeadSize, head_logits, head_shapes, init_head
 from clip_har_jax.models.params import flat_params
 from clip_har_jax.pipelines.method_comparison import evaluate_on
+from clip_har_jax.text import make_prompts
 from clip_har_jax.trainer.result import EXIT_RETENTION
 from clip_har_jax.trainer.retention import interpolate
-from clip_har_jax.trainer.run_data import select_classes
+from clip_har_jax.trainer.run_data import select_classes, zero_shot_prompts
 from clip_har_jax.trainer.train import train
 from clip_har_jax.training.losses import balanced_weights, cross_entropy
 from clip_har_jax.training.mixing import mix
@@ -167,6 +168,13 @@ def test_zero_shot_writes_the_start(start, zero_shot, tmp_path):
     assert result.metrics["top1"] == zero_shot
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val/top1" in line] == [0]
+
+
+def test_a_learned_context_is_compared_with_the_usual_templates(start, zero_shot, tmp_path):
+    """Its own prompts are bare names, on which the start does worse."""
+    config = config_for(start, "prompt", steps=1)
+    assert zero_shot_prompts(config, NEW) == make_prompts(NEW)
+    assert train(config, tmp_path, quiet=True).zero_shot == pytest.approx(zero_shot)
 
 
 def test_a_fitted_run_with_other_settings_in_its_folder_writes_another_model(start, tmp_path):
