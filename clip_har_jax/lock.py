@@ -110,7 +110,8 @@ class FolderLock:
         if all(holder.get(name, self._mine[name]) == self._mine[name] for name in where):
             # The start time tells a reused number, as that of a container's only process.
             process = holder.get("process")
-            return isinstance(process, int) and _process_started(process) == holder.get("process_started")
+            started = _process_started(process) if isinstance(process, int) else None
+            return started is not None and started == holder.get("process_started")
         end = time.monotonic() + self._patience_s
         while time.monotonic() < end:
             time.sleep(0.5)

@@ -94,6 +94,14 @@ def test_a_damaged_lock_is_nobodys(tmp_path, text):
         assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
 
 
+def test_a_dead_holder_without_a_start_time_holds_nothing(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "lock.json").write_text(json.dumps({"host": socket.gethostname(), "process": ended.pid, "token": "t"}))
+    with lock_on(tmp_path, patience_s=0.1):
+        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
+
+
 CLAIM = """
 import sys, time
 from pathlib import Path
