@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -106,6 +107,28 @@ def test_a_server_that_is_down_is_one_line_within_the_bound(kind, monkeypatch):
         assert "\n" not in str(told.value)
 
 
+def test_a_certificate_of_an_unknown_authority_is_an_answer(tmp_path):
+    """The service's own client may know the authority."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(ssl.SSLError):
+                context.wrap_socket(connection, server_side=True)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        SERVICE.check_reachable(f"https://127.0.0.1:{listening.getsockname()[1]}/health")
+        thread.join()
+
+
 def test_a_store_that_is_no_store_is_one_line(models, tmp_path):
     (tmp_path / "text.db").write_text("no database")
     process = start_register(models[0], f"sqlite:///{tmp_path / 'text.db'}", tmp_path)
@@ -136,3 +159,21 @@ def test_no_secret_of_an_address_is_told():
     assert remote.one_line(RuntimeError("Failures:\nfile a: No space left")) == "file a: No space left (Failures)"
     service = remote.Service("MLflow at postgresql://me:hunter2@host/db", "try again")
     assert "hunter2" not in str(service.failed(error))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("GET /a?access_token=s3cret&x=1", "GET /a?access_token=...&x=1"),
+        ("hf_token=s3cret refused", "hf_token=... refused"),
+        ("client_secret=s3cret", "client_secret=..."),
+        ("PUT /blob?sv=2&sig=s3cret&se=3", "PUT /blob?sv=2&sig=...&se=3"),
+        ("?X-Amz-Signature=s3cret&y=2", "?X-Amz-Signature=...&y=2"),
+        ("Authorization: Bearer s3cret refused", "Authorization: ... refused"),
+        ("{'Authorization': 'Basic s3cret'}", "{'Authorization': '...'}"),
+        ("sent Bearer s3cret-s3cret-s3cret", "sent Bearer ..."),
+        ("Bearer authentication failed; num_tokens=77", "Bearer authentication failed; num_tokens=77"),
+    ],
+)
+def test_no_secret_of_a_query_or_header_is_told(text, told):
+    assert remote.one_line(RuntimeError(text)) == told
