@@ -1,6 +1,7 @@
 """`csv:FILE`: labelled files as a table, which is checked as one before any file is read."""
 
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -127,10 +128,10 @@ def _first_file(places: Iterable[Path], name: str) -> Path | None:
 
 def _once_each(path: Path, rows: Sequence[Row], found: Sequence[Path], tally: Tally) -> list[tuple[Path, str]]:
     """Return each file once; tells of repeated rows, and refuses two labels of one file."""
-    first: dict[Path, Row] = {}
+    first: dict[str, tuple[Path, Row]] = {}  # by the real path, as one file may be written in two ways
     repeated: list[int] = []
     for row, file in zip(rows, found, strict=True):
-        earlier = first.setdefault(file, row)
+        _, earlier = first.setdefault(os.path.realpath(file), (file, row))
         if earlier.label != row.label:
             raise UserError(
                 f"{path}: {row.filename!r} is {earlier.label!r} in line {earlier.line} and {row.label!r} in line "
@@ -141,4 +142,4 @@ def _once_each(path: Path, rows: Sequence[Row], found: Sequence[Path], tally: Ta
     if repeated:
         tally.ignored["repeated rows"] = len(repeated)
         tally.first["repeated rows"] = f"line {repeated[0]}"
-    return [(file, row.label) for file, row in first.items()]
+    return [(file, row.label) for file, row in first.values()]

@@ -90,6 +90,16 @@ def test_windows_paths_and_repeated_rows_are_told(tmp_path: Path) -> None:
     assert tally.ignored == {"repeated rows": 2} and tally.kept == 2
 
 
+def test_a_file_written_in_two_ways_is_one_file(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "sub/b.jpg")
+    spec = write_csv(tmp_path / "data.csv", ["a.jpg,run", "sub/../a.jpg,sit"])
+    assert "'sub/../a.jpg' is 'run' in line 2 and 'sit' in line 3" in refusal(spec)
+    tally = Tally()
+    spec = write_csv(tmp_path / "data.csv", ["a.jpg,run", "sub/../a.jpg,run", "sub/b.jpg,sit"])
+    assert list_csv(parse_spec(spec), tally) == [(tmp_path / "a.jpg", "run"), (tmp_path / "sub/b.jpg", "sit")]
+    assert tally.ignored == {"repeated rows": 1} and tally.kept == 2
+
+
 def test_labels_of_a_table_follow_the_rule_of_names(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     spec = write_csv(tmp_path / "data.csv", ["a.jpg,run ", "b.jpg,ru\u200bn", "c.jpg,None"])
