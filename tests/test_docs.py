@@ -43,6 +43,34 @@ def help_of(*call):
     return done.stdout
 
 
+TEST_FILE = re.compile(r"`([\w/]*\btest_\w+\.py)(?:::(\w+))?[`\[]")
+TEST_NAME = re.compile(r"`(test_\w+)`")
+
+
+def test_every_test_that_the_documentation_names_is_one_that_there_is():
+    """With its file's path from the root, or by its name alone; a name cut short is none."""
+    names = {path.relative_to(ROOT).as_posix(): defined_in(path) for path in (ROOT / "tests").rglob("test_*.py")}
+    all_names = set().union(*names.values())
+    wrong, seen = [], 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for file, name in TEST_FILE.findall(text):
+            seen += 1
+            if file not in names or (name and name not in names[file]):
+                wrong.append(f"{page.name}: {file}::{name}")
+        for name in TEST_NAME.findall(text):
+            if name not in all_names:
+                wrong.append(f"{page.name}: {name}")
+        wrong += [f"{page.name}: {cut}" for cut in re.findall(r"\btest_\w*\.\.\.", text)]
+    assert not wrong
+    assert seen > 40
+
+
+def defined_in(path):
+    """Return the names of a file's test functions."""
+    return set(re.findall(r"^(?:async )?def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
+
+
 def test_every_command_of_the_documentation_is_one_that_there_is():
     seen = 0
     for page in PAGES:
