@@ -9,6 +9,7 @@ towers against 45 prompts of full length. "ratio" is ours over torch's images/s 
 
 --tiny runs the same way with very small models on whatever device there is; its figures mean nothing. Without a GPU
 nothing else is run, and nothing is claimed. Exits 1 where a part failed; torch's is left out where there is no torch.
+The file is over 300 lines since all parts share one time budget and one result, and nothing else uses them.
 """
 
 import json

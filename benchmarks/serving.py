@@ -14,6 +14,7 @@ memory: resident memory of the service's processes over 20,000 requests (--model
 stream: WebSockets that send 30 frames a second each.
 
 The clients run on the same cores as the service. Without --images, pictures of the embedded action set are sent.
+The file is over 300 lines since its parts share the service that they start and the clients that load it.
 """
 
 import asyncio

@@ -2,6 +2,8 @@
 
 An exported folder holds one folder a format, and for all of them `signature.json` (the arrays that its graphs take and
 give), `actions.json`, the tokenizer and the image settings.
+
+The file is over 300 lines: the table of formats stands beside what opens each of them and the backend that runs them.
 """
 
 import copy

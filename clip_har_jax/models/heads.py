@@ -3,6 +3,8 @@
 A head takes `Features`; its parameters are a flat dict by dotted path, the contents of head.safetensors. Every head has
 `classes`, a linear layer from image embeddings to logits. Its kernel is initialised to exp(logit_scale) times the class
 embeddings, so an untrained head predicts as CLIP does. Logits are before the calibration temperature.
+
+All heads stand in one file, over 300 lines: each is short, and they are read side by side.
 """
 
 from collections.abc import Mapping
