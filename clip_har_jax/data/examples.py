@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -85,7 +86,6 @@ class Source(ABC):
       clips: the examples are videos.
       weights: how often each example counts in sampling by weight; None: nothing is known.
       manifest_sha256: the checksum of the split manifest that lists the examples; None: no manifest.
-      tally: what the listing kept and left out.
     """
 
     labels: tuple[str, ...]
@@ -94,7 +94,6 @@ class Source(ABC):
     clips: bool = False
     weights: Float32[np.ndarray, " n"] | None = None
     manifest_sha256: str | None = None
-    tally: Tally = Tally()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -108,6 +107,11 @@ class Source(ABC):
           OSError: its file can't be read.
           BadImage: its file isn't the one that was listed.
         """
+
+    @cached_property
+    def tally(self) -> Tally:
+        """What the listing kept and left out; everything is kept where nothing is listed from a disk."""
+        return Tally(len(self))
 
     def path(self, i: int) -> str | None:
         """Return an example's file; None where it has none."""

@@ -21,14 +21,15 @@ def list_videos(spec: Spec, split: str, tally: Tally | None = None) -> list[tupl
     Raises:
       UserError: nothing is there, or clips that the split files name are missing; names the first, with their number.
     """
+    tally = Tally() if tally is None else tally
     root = Path(spec.path).expanduser()
     split = spec.options.get("split", split)
     lists = next((path for path in _ucf_lists(root)), None)
     if lists is not None:
-        return _resolve(spec, lists.parent, _read_ucf(lists, _official(spec, split), _fold(spec)))
+        return _resolve(spec, lists.parent, _read_ucf(lists, _official(spec, split), _fold(spec)), tally)
     lists = next((path for path in _hmdb_lists(root)), None)
     if lists is not None:
-        return _resolve(spec, lists.parent, _read_hmdb(lists, _official(spec, split), _fold(spec)))
+        return _resolve(spec, lists.parent, _read_hmdb(lists, _official(spec, split), _fold(spec)), tally)
     if "fold" in spec.options:
         raise UserError(f"{spec}: no official split files in {root}, so it has no folds; leave ?fold out")
     return list_folder(spec, split, VIDEO_SUFFIXES, "clips", tally)
@@ -79,7 +80,7 @@ def _read_hmdb(lists: Path, split: str, fold: int) -> list[tuple[str, str]]:
     return rows
 
 
-def _resolve(spec: Spec, parent: Path, rows: list[tuple[str, str]]) -> list[tuple[Path, str]]:
+def _resolve(spec: Spec, parent: Path, rows: list[tuple[str, str]], tally: Tally) -> list[tuple[Path, str]]:
     """Return the rows' files: below PATH, or the one folder in it or beside the split files that holds the classes."""
     root = Path(spec.path).expanduser()
     if not rows:
@@ -95,4 +96,5 @@ def _resolve(spec: Spec, parent: Path, rows: list[tuple[str, str]]) -> list[tupl
             f"{spec}: {len(missing)} of the {len(rows)} clips that its split files name are missing in {base}, the "
             f"first is {missing[0]}; unpack them all"
         )
+    tally.kept = len(rows)
     return [(base / name, label) for name, label in rows]

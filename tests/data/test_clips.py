@@ -99,6 +99,7 @@ def test_ucf101_and_its_official_splits(tmp_path: Path, clip: Path, inside: str)
         assert names(f"video:{place}", "test") == ["v_jump_g01_c01.avi", "v_wave_g01_c01.avi"]
         assert names(f"video:{place}?fold=2", "val") == ["v_jump_g02_c01.avi", "v_wave_g02_c01.avi"]
         assert len(names(f"video:{place}?fold=3", "train")) == 4
+        assert make_source(f"video:{place}", "train").tally.to_json()["kept"] == 4
     assert "official ones are 1, 2 and 3" in refused(f"video:{tmp_path}/ucf?fold=4")
     (tmp_path / "ucf" / inside / "jump" / "v_jump_g02_c01.avi").unlink()
     assert "1 of the 4 clips" in refused(f"video:{tmp_path}/ucf")

@@ -98,6 +98,12 @@ def test_synthetic_source() -> None:
     assert "no split 'dev'" in refusal(lambda: make_source("synthetic?split=dev", "train"))
 
 
+@pytest.mark.parametrize("kind", ["synthetic", "motion"])
+def test_all_drawn_examples_are_kept(kind: str) -> None:
+    source = make_source(kind, "val")
+    assert len(source) > 0 and source.tally.to_json() == {"kept": len(source), "ignored": {}, "empty": [], "notes": []}
+
+
 def test_subset_source(tmp_path: Path) -> None:
     make_folder(tmp_path / "data")
     whole = make_source(f"folder:{tmp_path}/data", "train")

@@ -25,6 +25,7 @@ def check_source(source: Source, labels: Sequence[str], ids: Sequence[int]) -> N
     assert source.label_ids.dtype == np.int32
     assert source.label_ids.tolist() == list(ids)
     assert len(source) == len(ids)
+    assert source.tally.kept >= len(ids)  # more where the source is a part of another
     source[0]  # opens what it reads from
     copy = pickle.loads(pickle.dumps(source))
     for i, label in enumerate(ids):
