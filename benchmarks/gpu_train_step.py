@@ -57,7 +57,7 @@ def run_steps(
     batches: Iterator["Batch"],
     count: int,
 ) -> tuple[Any, float, float]:
-    """Steps with the host one step ahead of the device, as in training.
+    """Make steps with the host one step ahead of the device, as in training.
 
     Returns:
       The state, the seconds from the first step to the end of the last, and those of them spent waiting for a batch.

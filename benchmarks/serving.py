@@ -61,7 +61,7 @@ def ours(model: str, port: int, **settings: str) -> Any:
 
 
 def measure_ceiling(model: str, images: list[bytes], seconds: float, processes: int) -> dict[str, Any]:
-    """Decoding processes feeding ONNX Runtime, nothing between: images a second, and the best batch."""
+    """Return images a second of decoding processes that feed ONNX Runtime, nothing between, and the best batch."""
     code = "from benchmarks.serving import ceiling; import sys; ceiling(sys.argv[1:])"
     with tempfile.TemporaryDirectory() as scratch:
         for i, image in enumerate(images):

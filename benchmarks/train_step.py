@@ -138,7 +138,7 @@ def has_torch(python: str) -> bool:
 
 
 def measure(torch_python: str, batch_size: int, rounds: int) -> dict[str, tuple[dict[str, Any], list[Step]]]:
-    """What each side says of itself, with the loss of its first step, and its timed steps."""
+    """Return what each side says of itself, with the loss of its first step, and its timed steps."""
     with tempfile.TemporaryDirectory() as folder:
         inputs_file = str(write_start(Path(folder), batch_size))
         sides = {"ours": Side([sys.executable, "-m", "benchmarks.train_step", SIDE_FLAG, folder, inputs_file])}

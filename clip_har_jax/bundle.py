@@ -130,7 +130,7 @@ def _texts(value: Any, path: Path, key: str) -> tuple[str, ...]:
 
 
 def _sealed_files(folder: Path) -> list[Path]:
-    """What the seal covers. Hidden files are left out: tools drop them anywhere, and nothing here reads them."""
+    """Return the files under the seal. Hidden ones are left out: tools drop them anywhere, and nothing reads them."""
     outside = {folder / name for name in (MANIFEST, SIGNATURE_FILE, "README.md")}
     files = [path for path in folder.rglob("*") if path.is_file() and path not in outside]
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))

@@ -34,7 +34,7 @@ OPERATORS = Path(__file__).with_name("tensorrt_operators.json")
 
 
 def missing_for_tensorrt() -> str | None:
-    """What this machine lacks to build an engine, in words; None: nothing."""
+    """Return what this machine lacks to build an engine, in words; None: nothing."""
     if find_spec("tensorrt") is None:
         return "the package tensorrt isn't installed; pip install tensorrt, on a machine with an NVIDIA GPU"
     try:

@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def _own_shard(arguments: argparse.Namespace) -> tuple[int, int]:
-    """This process's place among those of the run. They aren't joined: no shard waits for another, or ends with it."""
+    """Return this process's place among those of the run. They aren't joined: no shard waits for another."""
     from clip_har_jax.parallel.rendezvous import find_group
 
     flags = arguments.coordinator_address, arguments.num_processes, arguments.process_id

@@ -81,11 +81,11 @@ class Costs:
         return cls(measured)
 
     def of_batch(self, size: int) -> float:
-        """Expected seconds of one batch, of at most the best size."""
+        """Return the expected seconds of one batch, of at most the best size."""
         return self.factor * self._seconds[size]
 
     def of_queue(self, count: int) -> float:
-        """Expected seconds until `count` images are done, in batches of the best size."""
+        """Return the expected seconds until `count` images are done, in batches of the best size."""
         whole, rest = divmod(count, self.best)
         return whole * self.of_batch(self.best) + (self.of_batch(rest) if rest else 0.0)
 

@@ -119,7 +119,7 @@ class BatchIterator:
 
 
 def default_workers(cores: int, num_examples: int) -> int:
-    """Decoding processes for so many cores: one a core, half of them where there are many, and at most 8.
+    """Return how many processes decode on so many cores: one a core, half of them where there are many, at most 8.
 
     Each has to start first and takes about 60 MB, so there are none for small data; nor on one core, where a thread
     does the same for less.

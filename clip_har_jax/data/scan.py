@@ -83,7 +83,7 @@ class Pooled:
 
 
 def scan(source: Pooled, i: int) -> Scanned | tuple[str, str]:
-    """What is kept of an example, or its name and why it can't be read."""
+    """Return what is kept of an example, or its name and why it can't be read."""
     name = source.path(i) or f"example {i}"
     try:
         data, name = source.read(i)
@@ -139,7 +139,7 @@ def part_conflicts(
 
 
 def recording_of(path: str, label: str) -> str | None:
-    """What a clip was cut from, by the names that UCF101 and HMDB51 give; None: nothing is known."""
+    """Return the recording that a clip is of, by the names that UCF101 and HMDB51 give; None: nothing is known."""
     for pattern in RECORDINGS:
         if found := pattern.fullmatch(Path(path).stem):
             return f"{label}/{found[1]}"

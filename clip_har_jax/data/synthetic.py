@@ -117,7 +117,7 @@ def _colour(rng: np.random.Generator, lightness: tuple[float, float], saturation
 
 
 def _behind(canvas: Canvas, label: str, colour: Colour) -> None:
-    """What the person acts on."""
+    """Draw what the person acts on."""
     if label == "cycling":
         draw_bike(canvas, colour)
     elif label in ("eating", "sitting", "using_laptop"):
@@ -127,7 +127,7 @@ def _behind(canvas: Canvas, label: str, colour: Colour) -> None:
 
 
 def _in_hand(canvas: Canvas, label: str, body: Body, colour: Colour, furniture: Colour) -> None:
-    """What the person holds or wears."""
+    """Draw what the person holds or wears."""
     hand = canvas.at(body.hands[0])
     if label == "calling":
         draw_phone(canvas.at(_add(body.head, _rotate((0.07, 0.0), body.up))), colour)

@@ -59,7 +59,7 @@ def _require(package: str, spec: Spec) -> Any:
 
 
 def _split_of(spec: Spec, split: str, available: Sequence[str]) -> str:
-    """What the data set calls the split; a part of one, as in `train[:10%]`, is for its library to read."""
+    """Return the data set's name of the split; a part of one, as in `train[:10%]`, is for its library to read."""
     found = find_split(split.partition("[")[0], available, "split" in spec.options)
     if found is None:
         raise UserError(f"{spec}: no split {split!r}; it has {', '.join(available)}; say ?split=NAME")

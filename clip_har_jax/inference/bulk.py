@@ -212,7 +212,7 @@ class _Meter:
 def _predict(
     predictor: Predictor, chunk: list[str], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[str], list[str | np.ndarray]]]:
-    """(inputs, probabilities or what is wrong with each) batch after batch; the next batch is decoded meanwhile."""
+    """Give (inputs, probabilities or what is wrong with each) by batch; the next batch is decoded meanwhile."""
     size = predictor.batch_size
     batches = [chunk[start : start + size] for start in range(0, len(chunk), size)]
     loading = [pool.submit(predictor.try_load, path) for path in batches[0]]

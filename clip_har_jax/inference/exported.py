@@ -303,7 +303,7 @@ def exported_folder(path: Path) -> tuple[Path, str | None] | None:
 
 
 def open_backend(path: str | os.PathLike[str], classes: Sequence[str] = (), batch_size: int = 32) -> Backend:
-    """What runs `path`: an exported folder or one format in it, else a model folder or Hub name, by JAX.
+    """Return what runs `path`: an exported folder or one format in it, else a model folder or Hub name, by JAX.
 
     Raises:
       UserError: no usable model there, or no classes.

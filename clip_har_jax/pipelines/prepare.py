@@ -276,7 +276,7 @@ def _find_suspects(
 
 
 def print_prepared(prepared: Prepared, output: Path) -> None:
-    """What was found and where it lies."""
+    """Print what was found and where it lies."""
     summary = prepared.summary
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items() if count)
     rows = [("clips" if prepared.manifest.clips else "images", f"{summary['num_examples']} ({splits})")]
