@@ -48,7 +48,7 @@ class Pooled:
     """Several sources one after the other, under the union of their labels.
 
     Raises:
-      UserError: images and clips together.
+      UserError: images and clips together, or clips that are drawn.
     """
 
     def __init__(self, sources: Sequence[Source]):
@@ -57,6 +57,8 @@ class Pooled:
         if len(kinds) > 1:
             raise UserError("--data: images and clips together; prepare each by itself")
         self.clips = kinds.pop()
+        for source in sources:
+            refuse_drawn_clips(source)
         names = [source.labels[i] for source in sources for i in source.label_ids]
         self.labels = sort_labels(names)
         self.label_ids = np.asarray(label_ids(names, self.labels, "--data"), np.int32)
@@ -80,6 +82,18 @@ class Pooled:
         """Its file, where the source has files."""
         source = self.sources[self.given[i]]
         return source.path(int(i - self._start[self.given[i]]))
+
+
+def refuse_drawn_clips(source: Source) -> None:
+    """Refuse clips that have no files, which a manifest can't name.
+
+    Raises:
+      UserError: they are drawn.
+    """
+    if source.clips and source.path(0) is None:
+        raise UserError(
+            "motion: drawn clips need no preparation; name its splits, data.train=motion and data.val=motion, instead"
+        )
 
 
 def scan(source: Pooled, i: int) -> Scanned | tuple[str, str]:

@@ -14,6 +14,7 @@ from etils import epath
 
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
+from clip_har_jax.data.scan import refuse_drawn_clips
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.files import read_object, sha256
 from clip_har_jax.lock import FolderLock
@@ -105,6 +106,8 @@ class Auto:
             val = make_source(config.val, "val", tuple(train.labels))
             specs = {"train": config.train, "val": config.val, "test": self.settings.test or config.val}
             return self.steps.run("data", [train.fingerprint, val.fingerprint, specs], [], lambda: specs)
+
+        refuse_drawn_clips(train)
 
         def prepare() -> dict[str, str]:
             self.steps.call("data", ROOT / "scripts/prepare_data.py", f"--data={config.train}", f"--output={output}")

@@ -196,3 +196,6 @@ def test_sigterm_is_handed_on_and_the_same_command_continues(start, tmp_path):
 def test_mistakes_are_one_line(start, tmp_path):
     done = run(start, "--config.data.train=folder:nowhere")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = run(start, "--config.data.train=motion")
+    assert done.returncode == 2 and done.stderr.startswith("error: motion: drawn clips need no preparation;")
+    assert done.stderr.count("\n") == 1

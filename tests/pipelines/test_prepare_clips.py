@@ -180,6 +180,8 @@ def test_images_and_clips_together_and_what_is_for_images_alone_are_refused(tmp_
         prepare(both, tmp_path / "out")
     with pytest.raises(UserError, match="--cache_px=64: is for images"):
         prepare(both[1:], tmp_path / "out", PrepareOptions(cache_px=64))
+    with pytest.raises(UserError, match=r"^motion: drawn clips need no preparation; .*data\.val=motion"):
+        prepare(["motion"], tmp_path / "out")
     with pytest.raises(UserError, match=r"1 of 1 clips can't be read.*0\.mp4: empty file"):
         prepare(both[1:], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "bad_inputs.jsonl").read_text())["error"] == "empty file"
