@@ -20,6 +20,9 @@ import cloudpickle
 from loky import ProcessPoolExecutor
 from loky.backend import get_context
 
+from clip_har_jax.errors import UserError
+
+SHM = "/dev/shm"
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -65,21 +68,45 @@ def follow_parent(lifeline: Lifeline) -> None:
 
 
 class SharedMemory:
-    """Bytes that a process shares with the workers it starts; without a name, so that they go with the last process."""
+    """Bytes that a process shares with the workers it starts; without a name, so that they go with the last process.
+
+    They lie in /dev/shm, or where that is too small, as in many containers, in a file of the temporary folder.
+
+    Raises:
+      UserError: neither has room for them.
+    """
+
+    _fd = -1
 
     def __init__(self, num_bytes: int, fd: int | None = None):
-        if fd is None:
-            with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
-                fd = os.dup(file.fileno())
-            os.truncate(fd, num_bytes)
-        self._fd, self.num_bytes = fd, num_bytes
-        self.buffer = mmap.mmap(fd, num_bytes)
+        self._fd, self.num_bytes = _reserve(num_bytes) if fd is None else fd, num_bytes
+        self.buffer = mmap.mmap(self._fd, num_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self.num_bytes, DupFd(self._fd))
 
     def __del__(self) -> None:
-        os.close(self._fd)  # the mapping stays as long as an array holds it
+        if self._fd >= 0:
+            os.close(self._fd)  # the mapping stays as long as an array holds it
+
+
+def _reserve(num_bytes: int) -> int:
+    """Return the descriptor of a file without a name whose room is taken: a page without room would end a worker."""
+    folders = (*([SHM] if os.path.isdir(SHM) else []), tempfile.gettempdir())
+    for folder in folders:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, num_bytes)
+                else:  # macOS
+                    os.truncate(file.fileno(), num_bytes)
+                return os.dup(file.fileno())
+        except OSError:
+            continue
+    raise UserError(
+        f"{' and '.join(folders)}: no room for {num_bytes >> 20} MiB that worker processes share; give more "
+        "(docker run --shm-size=1g), or set config.data.num_workers=0"
+    )
 
 
 def _attach(num_bytes: int, duplicate: Any) -> SharedMemory:

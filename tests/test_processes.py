@@ -1,11 +1,14 @@
 """Workers start from whatever a person types Python into: no main script needs a guard, and none runs twice."""
 
+import errno
 import os
 import pty
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -13,6 +16,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from clip_har_jax.errors import UserError
+from clip_har_jax.processes import SHM, SharedMemory
 from tests.support.model_folders import write_model
 from tests.support.serving_setup import wait_for, write_export
 
@@ -64,6 +69,35 @@ def script(tmp_path: Path) -> str:
     path = tmp_path / "plain_script.py"
     path.write_text(PROGRAM)
     return str(path)
+
+
+@pytest.mark.parametrize("full", [(), (SHM,), (SHM, tempfile.gettempdir())])
+def test_shared_memory_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch, full: Sequence[str]) -> None:
+    reserve = os.posix_fallocate
+
+    def reserve_where_there_is_room(fd: int, offset: int, length: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(full):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserve(fd, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve_where_there_is_room)
+    if len(full) == 2:
+        with pytest.raises(UserError, match=r"^/dev/shm and .*: no room for 3 MiB .*--shm-size=1g"):
+            SharedMemory(3 << 20)
+        return
+    memory = SharedMemory(3 << 20)
+    folder = tempfile.gettempdir() if full else SHM
+    assert os.readlink(f"/proc/self/fd/{memory._fd}").startswith(folder)
+    assert os.fstat(memory._fd).st_blocks * 512 >= 3 << 20  # no page lacks room when it is written
+    memory.buffer[-1] = 7
+    assert SharedMemory(3 << 20, os.dup(memory._fd)).buffer[-1] == 7
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_shared_memory_that_cannot_be_made_ends_in_its_own_error() -> None:
+    with pytest.raises((UserError, ValueError)):
+        SharedMemory(-1)
+    SharedMemory.__new__(SharedMemory).__del__()
 
 
 def test_a_script_without_a_guard(script: str) -> None:
