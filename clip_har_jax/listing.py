@@ -218,7 +218,7 @@ def _split_folder(root: Path, spec: Spec, split: str, suffixes: Collection[str],
     if found is None and (splits or exactly):
         raise UserError(
             f"{root}: no folder {split!r} of class folders in it; it has {', '.join(map(repr, folders)) or 'none'}; "
-            f"{'say another' if exactly else 'choose one with'} folder:{root}?split=NAME"
+            f"{'say another' if exactly else 'choose one with'} {spec.kind}:{root}?split=NAME"
         )
     if found is None:
         return root

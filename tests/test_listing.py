@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_har_jax.listing import Tally, find_images
+from clip_har_jax.errors import UserError
+from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_images, list_folder
 from clip_har_jax.specs import parse_spec
 from tests.support.listings import list_files, listed, refusal, touch
 
@@ -52,6 +53,12 @@ def test_split_that_a_folder_lacks_is_not_taken_for_a_class(tmp_path: Path) -> N
     assert str(tmp_path) in message
     assert "no folder 'test'" in message
     assert f"folder:{tmp_path}?split=NAME" in message
+
+
+def test_a_missing_split_of_clips_is_named_by_their_own_kind(tmp_path: Path) -> None:
+    touch(tmp_path, "train/run/1.mp4", "val/run/1.mp4")
+    with pytest.raises(UserError, match=f"choose one with video:{tmp_path}\\?split=NAME"):
+        list_folder(parse_spec(f"video:{tmp_path}"), "test", VIDEO_SUFFIXES, "clips")
 
 
 def test_unusable_folders_are_refused(tmp_path: Path) -> None:
