@@ -63,8 +63,10 @@ def init_params(config: CLIPConfig, seed: int, shardings: Mapping[str, NamedShar
       shardings: of the parameters that are wanted, by dotted path, which are then made in their shards: no device ever
         holds a whole copy of one that is sharded. None: all parameters, on one device.
     """
-    key = np.asarray(jax.random.key_data(jax.random.key(seed)))  # a host array: the same on every process of a mesh
-    return _make_params(config, key) if shardings is None else init_program(config, shardings)(key)
+    key = jax.random.key_data(jax.random.key(seed))
+    if shardings is None:
+        return _make_params(config, key)
+    return init_program(config, shardings)(np.asarray(key))  # a host array: the same on every process of a mesh
 
 
 def init_program(config: CLIPConfig, shardings: Mapping[str, NamedSharding]) -> Any:

@@ -88,7 +88,8 @@ class Method:
             return {CONTEXT: shape}, {CONTEXT: (None,) * len(shape)}
         if not self.has_head:
             return {}, {}
-        shapes, axes = head_shapes(self.head, HeadSize(self.clip.projection_dim, self.num_classes, cache_size))
+        hidden = cache_size if self.head == "tip_adapter" else 0
+        shapes, axes = head_shapes(self.head, HeadSize(self.clip.projection_dim, self.num_classes, hidden))
         return {HEAD + name: shape for name, shape in shapes.items()}, {HEAD + name: axes[name] for name in axes}
 
     def init_extra(
