@@ -110,7 +110,8 @@ def linear(
         dtype=runtime.dtype,
         kernel_init=nnx.with_partitioning(nnx.initializers.normal(std), axes),
         bias_init=nnx.with_partitioning(nnx.initializers.zeros_init(), axes[1:]),
-        dot_general=last_dim_product,
+        # A remat policy that keeps products doesn't see those inside a rule of our own.
+        dot_general=last_dim_product if runtime.remat == "none" else jax.lax.dot_general,
         rngs=rngs,
     )
 
