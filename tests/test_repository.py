@@ -143,3 +143,16 @@ def test_the_changelog_keeps_its_form():
     assert versions[0] == "Unreleased" and "0.1.0" in versions
     kinds = set(re.findall(r"^### (\w+)$", text, flags=re.MULTILINE))
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_prepared_data_depends_on_the_code_that_lists_and_reads_it():
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["prepare"]["deps"]
+    assert all((ROOT / name).exists() for name in deps)
+    code = [path.relative_to(ROOT).as_posix() for path in (ROOT / "clip_har_jax" / "data").glob("*.py")]
+    imported = set()
+    for name in ["clip_har_jax/pipelines/prepare.py", *code]:
+        imported |= set(re.findall(r"^from clip_har_jax\.(\w+)", (ROOT / name).read_text(), re.MULTILINE))
+    # These say nothing about what is in a data set: messages, processes, output files and pages
+    elsewhere = {"batch", "config", "cores", "errors", "evaluation", "files", "folders", "processes"}
+    named = {Path(name).relative_to("clip_har_jax").parts[0].removesuffix(".py") for name in deps if "clip_har" in name}
+    assert imported - elsewhere <= named
