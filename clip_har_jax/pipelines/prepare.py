@@ -1,6 +1,5 @@
 """Labelled images or clips in, a leak-free split manifest out, with the page that shows what is in them."""
 
-import io
 import json
 import os
 from collections import Counter
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from clip_har_jax import bundle, cli
 from clip_har_jax.config import DataConfig
@@ -26,9 +24,9 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.data_report import make_data_report, read_picture
 from clip_har_jax.files import write_json, write_text
 from clip_har_jax.folders import output_folder
+from clip_har_jax.formats import sniff
 
 MIN_CLIPS_FOR_WORKERS = 30  # fewer are read before workers have started
-SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "MPO": ".jpg"}
 
 
 @dataclass(frozen=True)
@@ -237,8 +235,8 @@ def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], outp
         for i, one in zip(kept, scanned, strict=True):
             data, _ = source.read(i)
             assert isinstance(data, bytes), "clips have files"
-            with Image.open(io.BytesIO(data)) as image:
-                name = f"images/{one.sha256[:16]}-{i:07d}{SUFFIXES.get(image.format or '', '.img')}"
+            found = sniff(data)
+            name = f"images/{one.sha256[:16]}-{i:07d}{'.img' if found is None else found.suffixes[0]}"
             (output / name).write_bytes(data)
             names.append(name)
         return names, output.resolve()

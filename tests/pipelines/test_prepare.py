@@ -28,14 +28,16 @@ from clip_har_jax.data.duplicates import (
     make_signature,
     similarity,
 )
+from clip_har_jax.data.examples import Example, Source
 from clip_har_jax.data.manifest import read_manifest
-from clip_har_jax.data.quality import find_drift, find_suspects
+from clip_har_jax.data.quality import Facts, find_drift, find_suspects
+from clip_har_jax.data.scan import Pooled, Scanned
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.pipelines.evaluate import evaluate_model
-from clip_har_jax.pipelines.prepare import Prepared, PrepareOptions, prepare
+from clip_har_jax.pipelines.prepare import Prepared, PrepareOptions, _place, prepare
 from clip_har_jax.trainer.features import content_digest
 from clip_har_jax.trainer.train import train
 from tests.support.model_folders import write_image, write_images, write_model
@@ -465,3 +467,24 @@ def test_labels_that_a_models_features_contradict_are_listed(tmp_path: Path) -> 
     }
     assert "06.png" in (tmp_path / "out" / "report.html").read_text()
     assert found.summary["num_suspects"] == 2
+
+
+class Unfiled(Source):
+    """Images as a data set without files holds them, one of each format."""
+
+    formats = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+    labels, label_ids, fingerprint = ("run",), np.zeros(len(formats), np.int32), ""
+
+    def __len__(self) -> int:
+        return len(self.formats)
+
+    def __getitem__(self, i: int) -> Example:
+        Image.new("RGB", (16, 16), (90, 20, 200)).save(buffer := io.BytesIO(), self.formats[i])
+        return Example(buffer.getvalue(), 0, str(i))
+
+
+def test_images_without_files_are_written_with_the_suffix_of_their_format(tmp_path: Path) -> None:
+    scanned = [Scanned("0" * 64, 0, Facts(16, 16, 0.5, 0.1), ())] * len(Unfiled.formats)
+    paths, _ = _place(Pooled([Unfiled()]), range(len(scanned)), scanned, tmp_path)
+    # An MPO of one picture is a JPEG
+    assert [Path(path).suffix for path in paths] == [".jpg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".gif", ".avif"]
