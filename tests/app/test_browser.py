@@ -206,7 +206,7 @@ def test_a_zip_becomes_a_table_that_is_downloaded(browser: Browser, app: str) ->
         for i in range(3):
             archive.writestr(f"folder/{i}.png", photo(i)["buffer"])
         archive.writestr("folder/broken.png", b"no picture")
-        archive.writestr("../notes.txt", b"junk")
+        archive.writestr("folder/notes.txt", b"junk")
     given = {"name": "photos.zip", "mimeType": "application/zip", "buffer": buffer.getvalue()}
     page.locator("input[type=file]").set_input_files(given)
     button = page.get_by_role("button", name="Download as JSON")
@@ -217,6 +217,10 @@ def test_a_zip_becomes_a_table_that_is_downloaded(browser: Browser, app: str) ->
     assert [row["file"] for row in rows] == ["folder/0.png", "folder/1.png", "folder/2.png", "folder/broken.png"]
     assert all(row["action"] in LABELS for row in rows[:3])
     assert "damaged" in rows[3]["note"]
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("../notes.txt", b"junk")
+    page.locator("input[type=file]").set_input_files({**given, "buffer": buffer.getvalue()})
+    expect(page.get_by_text("whose name leads out of the zip")).to_be_visible(timeout=30_000)
     assert not wrong
     page.close()
 
