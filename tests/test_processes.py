@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -72,7 +71,7 @@ def script(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("full", [(), (SHM,), (SHM, tempfile.gettempdir())])
-def test_shared_memory_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch, full: Sequence[str]) -> None:
+def test_shared_memory_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch, full: tuple[str, ...]) -> None:
     reserve = os.posix_fallocate
 
     def reserve_where_there_is_room(fd: int, offset: int, length: int) -> None:
