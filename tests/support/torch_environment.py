@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "pillow==13.0.0")
 
 
@@ -18,11 +20,13 @@ def find_python() -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "clip_har_jax" / f"torch-py{sys.version_info.major}.{sys.version_info.minor}"
     python, complete = folder / "bin" / "python", folder / "complete"
-    if not complete.is_file() or complete.read_text() != "\n".join(REQUIREMENTS):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
-        subprocess.run(install, check=True)
-        complete.write_text("\n".join(REQUIREMENTS))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # several processes of tests ask for it at once
+        if not complete.is_file() or complete.read_text() != "\n".join(REQUIREMENTS):
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+            install = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
+            subprocess.run(install, check=True)
+            complete.write_text("\n".join(REQUIREMENTS))
     return str(python)
 
 
