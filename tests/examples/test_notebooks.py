@@ -35,7 +35,8 @@ def test_a_notebook_is_kept_with_its_results(path: Path) -> None:
 def test_own_photographs(tmp_path: Path) -> None:
     """On drawn pictures: most that the model has never seen are told, and the exported model tells the same."""
     notebook = nbformat.read(ROOT / "examples" / "own_photographs.ipynb", as_version=4)
-    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    inline = "module://matplotlib_inline.backend_inline"  # Streamlit, tested in the same process, sets another
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "MPLBACKEND": inline}
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "examples")}}
     )
