@@ -407,7 +407,8 @@ def test_the_retention_gate_and_wise_ft(start, tmp_path, capsys):
     assert points[1.0]["retained_top1"] == pytest.approx(gate["after"])
     sums = {alpha: point["target_top1"] + point["retained_top1"] for alpha, point in points.items()}
     assert sums[curve["chosen"]] == max(sums.values())
-    assert f"wise-ft alpha {curve['chosen']:g} chosen; 0: validation top-1 {points[0.0]['target_top1']:.3f}, " in said
+    assert f"wise-ft alpha {curve['chosen']:g} chosen: {curve['reason']}; " in said
+    assert f"; 0: validation top-1 {points[0.0]['target_top1']:.3f}, " in said
     before, after = params_of(start), params_of(result.model)
     assert (tmp_path / "wise_ft.png").stat().st_size > 1000
     if curve["chosen"] == 0.0:
