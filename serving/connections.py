@@ -7,7 +7,6 @@ out.
 """
 
 import asyncio
-import resource
 from collections import Counter
 from http import HTTPStatus
 from typing import Any
@@ -19,11 +18,12 @@ from websockets.frames import Frame
 from serving.problems import MEDIA_TYPE, Problem
 from serving.security import network_of
 from serving.settings import Settings
-from serving.telemetry import Metrics, log
+from serving.sockets import bound_unread
+from serving.telemetry import Metrics
 
 MAX_PIPELINED = 32  # requests sent ahead of the answers
 MAX_FRAGMENTS = 1000  # of one WebSocket message
-OTHER_FILES = 200  # open files beside connections: models, decoders, libraries
+BODY_HEADERS = (b"content-length", b"transfer-encoding", b"upgrade")  # more than a head follows them
 
 
 class Connections:
@@ -100,12 +100,14 @@ class HttpConnection(HttpToolsProtocol):
         self._state = ""
         self._unparsed_bytes = 0  # since the parser last handed anything on: it keeps them in memory
         self._arrived = False  # whether anything ever came
+        self._had_body = False
         self._refusal: Problem | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        bound_unread(transport, bounded=True)
         if problem := self._all.enter(transport, self.client[0] if self.client else "local"):
             self._refuse(problem)
         else:
@@ -151,6 +153,9 @@ class HttpConnection(HttpToolsProtocol):
         if self._refusal is not None:
             raise ValueError(self._refusal.detail)  # ends the parsing: the data that follows is not looked at
         self._part = "body"
+        if not self._had_body and any(name in BODY_HEADERS for name, _ in self.headers):
+            self._had_body = True
+            bound_unread(self.transport, bounded=False)
         super().on_headers_complete()
         self._follow()
 
@@ -279,16 +284,3 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
         if self._write_timer is not None:
             self._write_timer.cancel()
-
-
-def allow_open_files(max_connections: int) -> None:
-    """Raise the soft limit on open files to what the connections need; where the hard one is lower, log it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = max_connections + OTHER_FILES
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-    if raised < needed:
-        fields = {"open_files": raised, "needed": needed}
-        log.warning("fewer files may be open than HAR_MAX_CONNECTIONS needs", extra={"fields": fields})

@@ -20,8 +20,9 @@ from prometheus_client.multiprocess import mark_process_dead
 from clip_har_jax.errors import UserError
 from clip_har_jax.processes import Lifeline, make_process
 from serving.app import make_app
-from serving.connections import Connections, HttpConnection, WebSocketConnection, allow_open_files
+from serving.connections import Connections, HttpConnection, WebSocketConnection
 from serving.settings import Settings
+from serving.sockets import allow_open_files, listen
 from serving.telemetry import MULTIPROCESS, configure_logging, log
 
 LARGEST_FRAME_BYTES = 2_000_000  # of a WebSocket message
@@ -66,24 +67,6 @@ def uvicorn_config(settings: Settings) -> uvicorn.Config:
         ws_max_queue=FRAMES_AHEAD,
         lifespan="on",
     )
-
-
-def listen(settings: Settings) -> socket.socket:
-    """Return a bound socket.
-
-    Raises:
-      UserError: the address is taken, or not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        raise UserError(f"{settings.host}:{settings.port}: can't listen there ({error.strerror})") from error
-    listener.set_inheritable(True)
-    return listener
 
 
 def serve(settings: Settings) -> int:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from clip_har_jax.errors import UserError
-from serving.server import listen, supervise
+from serving.server import supervise
 from serving.settings import Settings
+from serving.sockets import listen
 from tests.support.serving_setup import running, saved
 
 

@@ -102,6 +102,19 @@ def test_a_head_has_at_most_its_bytes(port: int, head: bytes) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "headers_too_large"
 
 
+def test_little_of_an_endless_head_is_taken(port: int) -> None:
+    """Neither the service nor the kernels' buffers on the way take megabytes of it."""
+    sent = 0
+    with connect(port) as connection:
+        try:
+            connection.sendall(LIVE + b"X: ")
+            while sent < 20_000_000:
+                sent += connection.send(b"a" * 100_000)
+        except OSError:
+            pass
+    assert sent < 2_000_000
+
+
 def test_a_head_just_below_the_limit_is_read(port: int) -> None:
     with connect(port) as connection:
         connection.sendall(LIVE + b"X: " + b"a" * 65_000 + b"\r\nConnection: close\r\n\r\n")

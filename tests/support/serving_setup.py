@@ -14,9 +14,10 @@ import httpx
 from PIL import Image
 
 from clip_har_jax import bundle
-from serving.server import Server, listen, uvicorn_config
+from serving.server import Server, uvicorn_config
 from serving.service import Service
 from serving.settings import Settings
+from serving.sockets import listen
 from tests.support.model_folders import write_images, write_model
 
 LABELS = ("cycling", "drinking", "running", "sleeping")
