@@ -4,8 +4,9 @@ A 64-bit perceptual hash finds candidates among all pairs, a comparison of small
 Clips are compared by some of their frames.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import imagehash
@@ -15,7 +16,7 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from clip_har_jax.cores import usable_cores
+from clip_har_jax.data.hamming import near_pairs
 
 # Of copies of 840 photographs, re-encoded, resized, cropped or bordered, 99.6 to 100% pass both bounds (docs/
 # performance.md). Of the 352,380 pairs of those photographs two do: one of a copy, and one of two shots of a scene.
@@ -30,9 +31,9 @@ FRAMES = 6  # of a clip, spread evenly over it
 # Frames of copies of drawn clips, re-encoded, rescaled or trimmed, have 0.95 or more; of two that differ 0.90 at most.
 MIN_CLIP_CORRELATION = 0.92
 MIN_SHARE = 2 / 3  # of a clip's frames that must be near duplicates of frames of the other
+MAX_COMPARED = 100  # pictures of a group that are all compared with one another
+PAIRS_TO_FILTER = 10_000  # that are looked up in the groups at once
 PAIRS_AT_ONCE = 2**24  # of hashes, which bounds memory even where all are alike
-MAX_ROWS = 4096  # of hashes that are searched at once
-SECTIONS = 16  # of the hashes; an index is made for each
 # Two images whose labels differ count as one picture only from here on: of copies of 60 photographs 87% (8% cut off
 # one side) to 100% (half the size) have it, of pairs that are two shots of a scene or two people none (0.874 at most).
 MIN_CONFLICT_CORRELATION = 0.93
@@ -101,35 +102,12 @@ def similarity(a: UInt8[np.ndarray, "s s"], b: UInt8[np.ndarray, "s s"]) -> floa
 
 def find_candidates(
     hashes: UInt64[np.ndarray, " n"], coarse: Float32[np.ndarray, "n d"]
-) -> Iterator[tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]]]:
+) -> Iterator[tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"], float]]:
     """Yield pairs of positions (first below second) whose hashes differ in few bits, and which look alike from afar.
 
-    The search is exact: faiss's flat binary index compares 10^9 pairs of hashes in about 0.5 s on one core. It takes
-    the hashes in random order, so that the pairs found so far tell how many rows can be searched at once, and from a
-    section's first on, since earlier ones were compared already.
+    All such pairs are found. The third item is the share of the search that is done.
     """
-    import faiss
-
-    faiss.omp_set_num_threads(usable_cores())
-    order = np.random.default_rng(0).permutation(len(hashes))
-    codes = hashes[order].view(np.uint8).reshape(-1, hashes.itemsize)
-    rows = max(1, PAIRS_AT_ONCE // max(len(hashes), 1))
-    section = max(1, -(-len(hashes) // SECTIONS))
-    for begin in range(0, len(hashes), section):
-        index = faiss.IndexBinaryFlat(8 * hashes.itemsize)
-        index.add(codes[begin:])
-        start, stop = begin, min(begin + section, len(hashes))
-        while start < stop:
-            end = min(start + rows, stop)
-            limits, _, found = index.range_search(codes[start:end], MAX_BITS + 1)
-            counts = np.diff(limits.astype(np.int64))
-            first, second = np.repeat(np.arange(start, end), counts), found + begin
-            later = second > first
-            ends = np.sort(np.stack([order[first[later]], order[second[later]]]), axis=0)
-            alike = np.einsum("ij,ij->i", coarse[ends[0]], coarse[ends[1]]) >= MIN_COARSE
-            yield ends[0, alike], ends[1, alike]
-            rows = int(np.clip(PAIRS_AT_ONCE // max(counts.mean(), 1), 1, min(4 * rows, MAX_ROWS)))
-            start = end
+    return near_pairs(hashes, MAX_BITS, coarse, MIN_COARSE)
 
 
 def _blocks(count: int) -> Iterator[slice]:
@@ -146,17 +124,72 @@ def _coarse(thumbnail: UInt8[np.ndarray, "s s"]) -> Float32[np.ndarray, " d"]:
 
 
 def find_pairs(signatures: Sequence[Signature]) -> list[tuple[int, int, float]]:
-    """(position, position, similarity) of near duplicates, sorted; flat pictures are nobody's."""
+    """(position, position, similarity) of near duplicates, sorted; flat pictures are nobody's.
+
+    Of more than MAX_COMPARED pictures that are one picture for certain, no further pairs are compared: their group
+    stays the same, and the time doesn't grow with the square of their number.
+    """
     shown = np.array([i for i, signature in enumerate(signatures) if not signature.flat], np.int64)
     hashes = np.array([signatures[i].hash for i in shown], np.uint64)
     coarse = np.array([_coarse(signatures[i].thumbnail) for i in shown], np.float32).reshape(-1, COARSE_PX**2)
-    pairs = []
-    for first, second in find_candidates(hashes, coarse):
-        for i, j in zip(shown[first].tolist(), shown[second].tolist(), strict=True):
+    pairs, certain = [], _Certain(len(signatures))
+    for first, second in _shown(find_candidates(hashes, coarse)):
+        for i, j in certain.left_to_compare(shown[first], shown[second]):
             alike = similarity(signatures[i].thumbnail, signatures[j].thumbnail)
             if alike >= MIN_CORRELATION:
                 pairs.append((i, j, alike))
+            if alike >= MIN_CONFLICT_CORRELATION:
+                certain.join(i, j)
     return sorted(pairs)
+
+
+class _Certain:
+    """Groups of pictures that are one picture whatever their labels are, as pairs join them."""
+
+    def __init__(self, count: int):
+        self._group = np.arange(count)
+        self._members: dict[int, list[int]] = {}  # of groups of more than one
+        self._large = np.zeros(count, bool)
+
+    def join(self, i: int, j: int) -> None:
+        groups = (int(self._group[i]), int(self._group[j]))
+        if groups[0] != groups[1]:
+            small, large = sorted(groups, key=lambda group: len(self._members.get(group, [group])))
+            moved = self._members.pop(small, [small])
+            members = self._members.setdefault(large, [large])
+            members += moved
+            self._group[moved] = large
+            if len(members) > MAX_COMPARED:
+                self._large[members] = True
+
+    def left_to_compare(
+        self, first: Int64[np.ndarray, " p"], second: Int64[np.ndarray, " p"]
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the pairs, less those inside of a group that is large by then."""
+        for start in range(0, len(first), PAIRS_TO_FILTER):
+            i, j = first[start : start + PAIRS_TO_FILTER], second[start : start + PAIRS_TO_FILTER]
+            left = ~self._is_settled(i, j)
+            for a, b in zip(i[left].tolist(), j[left].tolist(), strict=True):
+                if not self._is_settled(a, b):
+                    yield a, b
+
+    def _is_settled(self, i: Any, j: Any) -> Any:
+        return (self._group[i] == self._group[j]) & self._large[i]
+
+
+def _shown(
+    found: Iterator[tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"], float]],
+) -> Iterator[tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]]]:
+    """Yield the candidates, with a bar on a terminal that tells the time left."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("comparing", total=1.0)
+        for first, second, share in found:
+            yield first, second
+            progress.update(bar, completed=share)
 
 
 def find_clip_pairs(clips: Sequence[Sequence[Signature]]) -> list[tuple[int, int, float]]:
