@@ -22,7 +22,7 @@ HARMLESS_BYTES = 50_000_000  # unpacked; below this the ratio doesn't matter
 MAX_DEPTH = 16  # folders in one another
 MAX_DIRECTORY_BYTES = 2_000_000  # of the list of entries, which zipfile reads whole
 END = struct.Struct("<4s4H2LH")  # the end of a zip: signature, disks, counts, size and offset of the list, comment
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may ask for gigabytes to unpack with
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may ask for gigabytes to unpack with
 ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError)
 
 
@@ -106,7 +106,7 @@ def _check_entry(name: str, entry: zipfile.ZipInfo) -> None:
         raise Trouble(f"{name} holds folders in one another, over {MAX_DEPTH} deep. Put the pictures into one folder.")
     if entry.flag_bits & 1:
         raise Trouble(f"{name} is protected by a password. Make one without.")
-    if entry.compress_type not in METHODS:
+    if entry.compress_type not in COMPRESSIONS:
         raise Trouble(f"{name} is compressed in a way that isn't read here. Make an ordinary zip.")
 
 

@@ -189,7 +189,7 @@ class Measured(NamedTuple):
     others: float
 
 
-class Meter:
+class LoadMeter:
     """Processor time from now on, of a session's processes and of others than these and this one."""
 
     def __init__(self, session: int):
@@ -206,7 +206,7 @@ class Meter:
 def measure(port: int, requests: list[bytes], session: int, seconds: float) -> Measured:
     """Return a server under CLIENTS clients."""
     asyncio.run(closed_loop(port, requests, CLIENTS, 1.0))
-    meter = Meter(session)
+    meter = LoadMeter(session)
     load = asyncio.run(closed_loop(port, requests, CLIENTS, seconds, warm_s=0.0))
     return meter.read(len(load.seconds.get(200, ())))
 

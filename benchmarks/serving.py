@@ -35,8 +35,8 @@ from benchmarks.load import (
     CLIENTS,
     Connection,
     Load,
+    LoadMeter,
     Measured,
-    Meter,
     closed_loop,
     make_request,
     measure,
@@ -99,7 +99,7 @@ def ceiling(arguments: list[str]) -> None:
             backend.logits(np.stack([ahead.popleft().result() for _ in range(best)]))
             done += best if meter is not None else 0
             if meter is None and number > 2 * CLIENTS:
-                start, meter = time.perf_counter(), Meter(os.getsid(0))
+                start, meter = time.perf_counter(), LoadMeter(os.getsid(0))
         print(json.dumps({"best_batch": best, "measured": meter.read(done)}))
 
 

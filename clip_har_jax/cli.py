@@ -59,6 +59,22 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--model", required=required, metavar="PATH", help=help)
 
 
+def add_config(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add --config: the config file; `parse_with_overrides` sets its keys apart."""
+    parser.add_argument("--config", required=True, metavar="FILE", help=f"the config file, e.g. --config={example}")
+
+
+def add_data(parser: argparse.ArgumentParser, help: str, default: str | None = None, required: bool = False) -> None:
+    """Add --data: a SPEC, as `specs` reads it."""
+    parser.add_argument("--data", required=required, default=default, metavar="SPEC", help=help)
+
+
+def add_max_bad_fraction(parser: argparse.ArgumentParser, default: float) -> None:
+    """Add --max_bad_fraction: the share of unreadable inputs that a command tolerates."""
+    help = f"stop if a larger share of the inputs can't be read, e.g. --max_bad_fraction={default:g} (default)"
+    parser.add_argument("--max_bad_fraction", type=float, default=default, metavar="SHARE", help=help)
+
+
 def add_output(parser: argparse.ArgumentParser, example: str) -> None:
     """Add --output: the folder to write."""
     parser.add_argument("--output", required=True, metavar="DIR", help=f"where to write, e.g. --output={example}")

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.lock import FolderLock, beside
+from clip_har_jax.lock import FolderLock, sibling_lock
 
 
 @contextmanager
@@ -33,15 +33,15 @@ def replacing(target: str | Path, flag: str = "--output") -> Iterator[Path]:
     """Give an empty scratch folder; what is written there takes the place of `target` at the end.
 
     The old contents stay whole until the new ones are; an error removes the new ones. A kill at any moment leaves the
-    old folder or the new one, and what it leaves beside them goes at the next call.
+    old folder or the new one, and what it leaves sibling_lock them goes at the next call.
 
     Raises:
       UserError: another process writes `target`.
-      OSError: the folder beside `target` can't be written.
+      OSError: the folder sibling_lock `target` can't be written.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with beside(target, flag):
+    with sibling_lock(target, flag):
         _clear_leftovers(target)
         token = secrets.token_hex(6)  # a writer that lost the lock while it was suspended doesn't meet the next one
         partial, old = (target.with_name(f".{target.name}.{token}.{word}") for word in ("partial", "old"))

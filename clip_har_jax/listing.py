@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.formats import IMAGE_SUFFIXES
+from clip_har_jax.image_formats import IMAGE_SUFFIXES
 from clip_har_jax.names import check_text, clean_name, like_missing, name_key, natural_key
 from clip_har_jax.specs import SPLIT_NAMES, Spec, find_split
 

@@ -28,7 +28,7 @@ class FolderLock:
       folder: the folder that is written.
       flag: the flag that names the folder, for the message.
       file: the lock's own file; by default lock.json in the folder. A folder that is replaced as a whole has it beside
-        itself, see `beside`.
+        itself, see `sibling_lock`.
 
     Raises:
       UserError: another process writes there; names its host, number and start time.
@@ -133,7 +133,7 @@ class FolderLock:
                 continue
 
 
-def beside(folder: Path, flag: str = "--output") -> FolderLock:
+def sibling_lock(folder: Path, flag: str = "--output") -> FolderLock:
     """Return the lock of a folder that is replaced as a whole: its file stands beside the folder."""
     return FolderLock(folder, flag, folder.with_name(f".{folder.name}.{NAME}"))
 

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.formats import format_of, format_titles, is_arithmetic_jpeg, missing_decoder, readable_formats
+from clip_har_jax.image_formats import format_of, format_titles, is_arithmetic_jpeg, missing_decoder, readable_formats
 
 PREPROCESS_VERSION = 1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of openai/CLIP's clip.py, in RGB, of values 0 to 1

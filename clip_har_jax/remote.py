@@ -63,7 +63,7 @@ def within(timeout_s: float, function: Callable[[], T]) -> T:
 
 
 @dataclass(frozen=True)
-class Service:
+class RemoteService:
     """A service as its errors name it.
 
     Attributes:
@@ -132,7 +132,7 @@ class Service:
 class Guarded:
     """A client of which every call goes through its service's door."""
 
-    def __init__(self, client: Any, service: Service):
+    def __init__(self, client: Any, service: RemoteService):
         self._client, self._service = client, service
 
     def __getattr__(self, name: str) -> Any:

@@ -24,12 +24,8 @@ def main() -> int:
         help="of onnx, onnx_fp16, onnx_int8, saved_model, stablehlo, torchscript, tensorrt, e.g. --formats=onnx",
     )
     cli.add_output(parser, "runs/demo/export")
-    add(
-        "--data",
-        default="synthetic",
-        metavar="SPEC",
-        help="images to prove the formats on; left out: the embedded set's test split, e.g. --data=folder:photos",
-    )
+    help = "images on which each format is compared, e.g. --data=folder:photos; default: the embedded set's test split"
+    cli.add_data(parser, help, default="synthetic")
     add(
         "--num_examples", type=int, default=256, metavar="N", help="how many of them, e.g. --num_examples=256 (default)"
     )
@@ -46,13 +42,13 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from clip_har_jax.inference.backends import split_classes
-    from export.run import EXIT_PARITY, Options, export_model
+    from export.run import EXIT_PARITY, ExportOptions, export_model
 
     parity = export_model(
         arguments.model,
         [name.strip() for name in arguments.formats.split(",") if name.strip()],
         arguments.output,
-        Options(
+        ExportOptions(
             arguments.data,
             arguments.num_examples,
             split_classes(arguments.classes),

@@ -34,7 +34,7 @@ NUM_GOLDEN, GOLDEN_PX = 3, 96  # pictures, of another size and shape than models
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How an export is proven and written.
 
     Attributes:
@@ -65,10 +65,12 @@ class Proof:
     true: np.ndarray  # int32 [n]
 
 
-def export_model(path: str, formats: Sequence[str], output: str | Path, options: Options = Options()) -> dict[str, Any]:
+def export_model(
+    path: str, formats: Sequence[str], output: str | Path, options: ExportOptions = ExportOptions()
+) -> dict[str, Any]:
     """Write an exported folder of the formats that pass; return what parity.json says of all.
 
-    >>> parity = export_model("model", ["stablehlo"], "exported", Options(num_examples=4))
+    >>> parity = export_model("model", ["stablehlo"], "exported", ExportOptions(num_examples=4))
     >>> parity["stablehlo"]["passed"]
     True
 
@@ -108,7 +110,7 @@ class _NothingPassed(Exception):  # noqa: N818
         self.parity = parity
 
 
-def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, options: Options) -> dict[str, Any]:
+def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, options: ExportOptions) -> dict[str, Any]:
     """Write, prove and seal; `output` is where the folder will lie."""
     model = open_model(path, options.classes)
     source = model.folder.resolve()

@@ -224,11 +224,10 @@ def check_folder(folder: Path) -> None:
 
 def main() -> int:
     parser = cli.make_parser(__doc__)
-    add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="a model folder, e.g. --model=runs/demo/model")
-    add("--output", required=True, metavar="DIR", help="where to write, e.g. --output=for_tensorrt")
-    add("--precision", choices=tuple(FLOATS), default="fp16", help="e.g. --precision=fp16 (default)")
-    add("--data", default="synthetic", metavar="SPEC", help="images that scale int8, e.g. --data=folder:photos")
+    cli.add_model(parser)
+    cli.add_output(parser, "for_tensorrt")
+    parser.add_argument("--precision", choices=tuple(FLOATS), default="fp16", help="e.g. --precision=fp16 (default)")
+    cli.add_data(parser, "images that set the scales of int8, e.g. --data=folder:photos", default="synthetic")
     arguments = parser.parse_args()
     from export.model import open_model, read_images
 

@@ -18,7 +18,7 @@ from clip_har_jax.config import load_config
 def main() -> int:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the training's, e.g. --config=configs/demo.py")
+    cli.add_config(parser, "configs/demo.py")
     add("--workdir", required=True, type=Path, metavar="DIR", help="all is written there, e.g. --workdir=runs/auto")
     add(
         "--test",

@@ -12,24 +12,12 @@ from clip_har_jax.config import DataConfig, EvalConfig
 
 def main() -> int:
     parser = cli.make_parser(__doc__)
-    add = parser.add_argument
     cli.add_model(parser)
-    add(
-        "--data",
-        required=True,
-        metavar="SPEC",
-        help="labelled images that the model neither learned from nor will be judged by, e.g. --data=folder:photos/val",
-    )
+    help = "labelled images, neither of training nor of the later test, e.g. --data=folder:photos/val"
+    cli.add_data(parser, help, required=True)
     cli.add_output(parser, "runs/demo/calibrated")
     cli.add_batch_size(parser, EvalConfig.batch_size)
-    add(
-        "--max_bad_fraction",
-        type=float,
-        default=DataConfig.max_bad_fraction,
-        metavar="SHARE",
-        help=f"end if a larger share of images can't be read, e.g. --max_bad_fraction={DataConfig.max_bad_fraction:g} "
-        "(default)",
-    )
+    cli.add_max_bad_fraction(parser, DataConfig.max_bad_fraction)
     arguments = parser.parse_args()
 
     from clip_har_jax.pipelines.calibrate import calibrate_model, print_result

@@ -30,12 +30,10 @@ def numbers(text: str, flag: str, kind: type) -> list:
 
 def main() -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="of every run, e.g. --config=configs/compare.py"
-    )
+    cli.add_config(parser, "configs/compare.py")
     parser.add_argument("--methods", required=True, metavar="NAMES", help="e.g. --methods=zero_shot,linear_probe,lora")
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="a run each, e.g. --seeds=0,1,2")
-    parser.add_argument("--output", required=True, metavar="DIR", help="results, e.g. --output=runs/compare")
+    cli.add_output(parser, "runs/compare")
     parser.add_argument(
         "--test",
         metavar="SPEC",

@@ -41,12 +41,8 @@ def main() -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     cli.add_model(parser, required=False)
-    parser.add_argument(
-        "--data",
-        metavar="SPEC",
-        help="the labelled images: synthetic, folder:PATH, csv:FILE, tfds:NAME or hf:OWNER/NAME, e.g. "
-        "--data=folder:photos",
-    )
+    kinds = "synthetic, folder:PATH, csv:FILE, tfds:NAME or hf:OWNER/NAME"
+    cli.add_data(parser, f"the labelled images: {kinds}, e.g. --data=folder:photos")
     cli.add_output(parser, "runs/demo/test")
     parser.add_argument(
         "--classes",
@@ -55,14 +51,7 @@ def _make_parser() -> argparse.ArgumentParser:
         'the labels of the data, e.g. --classes="riding a bike,sleeping"',
     )
     cli.add_batch_size(parser, EvalConfig.batch_size)
-    parser.add_argument(
-        "--max_bad_fraction",
-        type=float,
-        default=DataConfig.max_bad_fraction,
-        metavar="SHARE",
-        help=f"end if a larger share of images can't be read, e.g. --max_bad_fraction={DataConfig.max_bad_fraction:g} "
-        "(default)",
-    )
+    cli.add_max_bad_fraction(parser, DataConfig.max_bad_fraction)
     parser.add_argument(
         "--num_views",
         type=int,

@@ -22,7 +22,7 @@ from clip_har_jax.files import write_json
 
 def main() -> int:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the config, e.g. --config=configs/vitb32.py")
+    cli.add_config(parser, "configs/vitb32.py")
     parser.add_argument(
         "--topology",
         default="local",

@@ -21,12 +21,12 @@ def main() -> None:
     arguments = _parse()
 
     from clip_har_jax.data.splits import Shares
-    from clip_har_jax.pipelines.prepare import PrepareOptions, prepare, print_prepared
+    from clip_har_jax.pipelines.prepare_data import PrepareOptions, prepare_data, print_prepared
 
     names = ("test", "seed", "cache_px", "model", "reference", "tfds_dir", "max_bad_fraction", "num_workers")
     shares = Shares(arguments.val_fraction, arguments.test_fraction)
     options = PrepareOptions(shares=shares, **{name: getattr(arguments, name) for name in names})
-    prepared = prepare(arguments.data, arguments.output, options)
+    prepared = prepare_data(arguments.data, arguments.output, options)
     print_prepared(prepared, arguments.output)
 
 
@@ -76,13 +76,7 @@ def _parse() -> argparse.Namespace:
         help="also write HAR-15's splits as a TFDS data set, read by tfds:har15?data_dir=DIR, e.g. "
         "--tfds_dir=tensorflow_datasets",
     )
-    add(
-        "--max_bad_fraction",
-        type=float,
-        default=0.01,
-        metavar="F",
-        help="share of unreadable files above which nothing is written, e.g. --max_bad_fraction=0.01 (default)",
-    )
+    cli.add_max_bad_fraction(parser, 0.01)
     add("--num_workers", type=int, metavar="N", help="processes, by default one a core, e.g. --num_workers=4")
     return parser.parse_args()
 

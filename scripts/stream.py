@@ -33,7 +33,7 @@ def main() -> int:
     from clip_har_jax.inference.exported import open_backend
     from clip_har_jax.inference.stream import EventDetector, EventRules, Latest, watch
     from clip_har_jax.video.decoding import BadVideo
-    from clip_har_jax.video.live import shown
+    from clip_har_jax.video.live import mask_password
 
     if not 0 < arguments.rate_hz < float("inf") or not 0 <= arguments.reconnect_s < float("inf"):
         raise UserError("--rate_hz must be above 0, and --reconnect_s 0 or more")
@@ -55,7 +55,7 @@ def main() -> int:
             for event in (*moment.ended, *moment.started):
                 _print_event(event, arguments.json)
     except BadVideo as error:
-        print(f"error: {shown(arguments.source)}: {error}", file=sys.stderr)
+        print(f"error: {mask_password(arguments.source)}: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         pass

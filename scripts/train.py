@@ -17,7 +17,7 @@ from clip_har_jax.config import load_config
 
 def main() -> int:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the config, e.g. --config=configs/demo.py")
+    cli.add_config(parser, "configs/demo.py")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the work folder, e.g. --workdir=runs/demo")
     parser.add_argument(
         "--profile_steps",

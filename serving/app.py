@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from serving import api, kserve, streams, videos
 from serving.calls import ClientGone
-from serving.methods import Methods, allowed_methods
+from serving.http_methods import Methods, allowed_methods
 from serving.problems import Problem, responses
 from serving.security import Gate
 from serving.service import Service

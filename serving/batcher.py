@@ -26,7 +26,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 MEASURED_S = 0.7  # a batch that takes longer ends the measuring
 NEAR_BEST = 0.97  # of the best throughput: the smallest such batch is taken, for its latency
 ENOUGH = 0.85  # the same for a batch in one thread, which gains less by being larger
-SMOOTHING = 0.1
+EMA_WEIGHT = 0.1
 
 
 class Costs:
@@ -92,7 +92,7 @@ class Costs:
     def observe(self, size: int, seconds: float) -> None:
         """Adapt the factor to the time that a batch took."""
         ratio = seconds / max(self.of_batch(size) / self.factor, 1e-9)
-        self.factor += SMOOTHING * (min(max(ratio, 0.1), 50.0) - self.factor)
+        self.factor += EMA_WEIGHT * (min(max(ratio, 0.1), 50.0) - self.factor)
 
 
 @dataclass(eq=False)

@@ -13,14 +13,14 @@ from loky import ProcessPoolExecutor
 from PIL import Image
 
 from clip_har_jax import heatmap
-from clip_har_jax.formats import format_titles, readable_formats, sniff
+from clip_har_jax.image_formats import format_titles, readable_formats, sniff
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.processes import Lifeline, follow_parent, make_pool
 from serving.problems import Problem
 from serving.telemetry import Metrics, log
 
 T = TypeVar("T")
-SMOOTHING = 0.1
+EMA_WEIGHT = 0.1
 
 
 def check_image(data: bytes) -> bytes:
@@ -147,7 +147,7 @@ class Decoder:
     def _observe(self, start: float) -> None:
         """Update the mean time of an image. Images decoded side by side overlap, so time counts from the last end."""
         end = time.perf_counter()
-        self.seconds_per_image += SMOOTHING * (end - max(start, self._last_end) - self.seconds_per_image)
+        self.seconds_per_image += EMA_WEIGHT * (end - max(start, self._last_end) - self.seconds_per_image)
         self._last_end = end
         self._metrics.decode_seconds.observe(end - start)
 

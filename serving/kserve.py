@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from serving.api import ALWAYS, BODY, COMPUTED, ModelName
 from serving.calls import LONGEST_MS, Call, Timeout, open_call, service_of
-from serving.models import ServedModel, softmax
+from serving.models import ServedModel, probabilities
 from serving.problems import Problem, responses
 from serving.requests import ModelChoice
 from serving.tensors import LENGTH, OUTPUTS, OutputRequest, parse, read_input, respond
@@ -193,6 +193,6 @@ async def _compute(call: Call, images: Sequence[np.ndarray | bytes], names: Sequ
     elif model.classes is not None:
         arrays["logits"] = model.classes.logits(arrays["image_embeds"])
     if "logits" in arrays:
-        arrays["probs"] = softmax(arrays["logits"])
+        arrays["probs"] = probabilities(arrays["logits"])
         arrays["label"] = np.asarray([model.labels[i] for i in arrays["logits"].argmax(axis=-1)], object)
     return arrays

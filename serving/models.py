@@ -23,7 +23,7 @@ CACHED_TEXTS = 8192
 TEXTS_AT_ONCE = 8  # of a request; then it's the others' turn
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+def probabilities(logits: np.ndarray) -> np.ndarray:
     """Return the softmax over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)

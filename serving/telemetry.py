@@ -18,7 +18,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 from serving.problems import MEDIA_TYPE, Problem
 
 LATENCIES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable: where workers leave their numbers
 
@@ -48,7 +48,7 @@ class Metrics:
         self.queued = gauge("queue_images", "images admitted and not done")
         self.estimated_wait = gauge("estimated_wait_seconds", "of a request that comes now", mode="livemax")
         self.queue_wait = histogram("queue_wait_seconds", "from decoded to computing")
-        self.batch_images = histogram("batch_images", "images of a batch", buckets=SIZES)
+        self.batch_images = histogram("batch_images", "images of a batch", buckets=BATCH_SIZE_BUCKETS)
         self.model_seconds = histogram("model_seconds", "of a batch", "graph")
         self.decode_seconds = histogram("decode_seconds", "of an image, with its way to the decoder and back")
         self.decoder_restarts = counter("decoder_restarts", "decoding processes that died and were replaced")

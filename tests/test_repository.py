@@ -150,7 +150,7 @@ def test_prepared_data_depends_on_the_code_that_lists_and_reads_it():
     assert all((ROOT / name).exists() for name in deps)
     code = [path.relative_to(ROOT).as_posix() for path in (ROOT / "clip_har_jax" / "data").glob("*.py")]
     imported = set()
-    for name in ["clip_har_jax/pipelines/prepare.py", *code]:
+    for name in ["clip_har_jax/pipelines/prepare_data.py", *code]:
         imported |= set(re.findall(r"^from clip_har_jax\.(\w+)", (ROOT / name).read_text(), re.MULTILINE))
     # These say nothing about what is in a data set: messages, processes, output files and pages
     elsewhere = {"batch", "config", "cores", "errors", "evaluation", "files", "folders", "processes"}

@@ -12,7 +12,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_har_jax.formats import is_arithmetic_jpeg
+from clip_har_jax.image_formats import is_arithmetic_jpeg
 from clip_har_jax.preprocess import check_size, decode, quiet_pillow
 
 ORIENTATION = 0x0112  # of Exif; 1: upright

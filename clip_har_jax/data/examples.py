@@ -15,19 +15,26 @@ from clip_har_jax.video.clips import Clip, read_clip
 from clip_har_jax.video.sampling import FrameSampling, sample_times
 
 
+class ClipView(NamedTuple):
+    """The frames to read from a clip; the arguments of `video.clips.read_clip`, in its order."""
+
+    sampling: FrameSampling
+    index: int  # of the view, from 0 to `sampling.num_views` - 1
+    rng: np.random.Generator | None  # draws the times in training; None: fixed times
+    each: Callable[[np.ndarray], np.ndarray]  # applied to each frame
+    max_megapixels: float
+
+
 @runtime_checkable
 class ClipData(Protocol):
-    """A clip, of which frames are read when it is known which."""
+    """A clip whose frames are read on demand."""
 
-    def read(
-        self,
-        sampling: FrameSampling,
-        view: int,
-        rng: np.random.Generator | None,
-        each: Callable[[np.ndarray], np.ndarray],
-        max_megapixels: float,
-    ) -> Clip:
-        """Read the frames of one view, as `video.clips.read_clip` does."""
+    def read(self, view: ClipView) -> Clip:
+        """Read the frames of one view.
+
+        Raises:
+          BadVideo: as `video.clips.read_clip`.
+        """
 
 
 class ClipFile(NamedTuple):
@@ -35,16 +42,9 @@ class ClipFile(NamedTuple):
 
     path: str
 
-    def read(
-        self,
-        sampling: FrameSampling,
-        view: int,
-        rng: np.random.Generator | None,
-        each: Callable[[np.ndarray], np.ndarray],
-        max_megapixels: float,
-    ) -> Clip:
+    def read(self, view: ClipView) -> Clip:
         """Read the frames of one view; see `video.clips.read_clip`."""
-        return read_clip(self.path, sampling, view, rng, each, max_megapixels)
+        return read_clip(self.path, *view)
 
 
 class MotionClip(NamedTuple):
@@ -53,18 +53,11 @@ class MotionClip(NamedTuple):
     split: str
     number: int
 
-    def read(
-        self,
-        sampling: FrameSampling,
-        view: int,
-        rng: np.random.Generator | None,
-        each: Callable[[np.ndarray], np.ndarray],
-        max_megapixels: float,
-    ) -> Clip:
-        """Draw the frames of one view, as `video.clips.read_clip` reads them."""
+    def read(self, view: ClipView) -> Clip:
+        """Draw the frames of one view at the times at which `video.clips.read_clip` would read them."""
         drawn = DrawnClip(self.split, self.number)
-        times = np.minimum(sample_times(drawn.duration_s, sampling, view, rng), drawn.duration_s)
-        frames = tuple(each(drawn.frame_at(float(time_s))) for time_s in times)
+        times = np.minimum(sample_times(drawn.duration_s, view.sampling, view.index, view.rng), drawn.duration_s)
+        frames = tuple(view.each(drawn.frame_at(float(time_s))) for time_s in times)
         return Clip(frames, tuple(times.tolist()), drawn.duration_s)
 
 

@@ -1,4 +1,4 @@
-"""Calibration of probabilities, conformal sets and abstention, fitted on validation data."""
+"""CalibrationResult of probabilities, conformal sets and abstention, fitted on validation data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ TEMPERATURES = (0.05, 20.0)
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationResult:
     """The outcome of a calibration.
 
     Attributes:
@@ -79,7 +79,7 @@ def brier_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) 
     return (probs.astype(np.float64) ** 2).sum(axis=-1) - 2 * own + 1
 
 
-def fit_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> dict[str, float]:
+def calibration_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> dict[str, float]:
     """Return four measures of how well probabilities fit the truth; lower is better."""
     own = probs[np.arange(len(label)), label].astype(np.float64)
     confidence, right = probs.max(axis=-1), probs.argmax(axis=-1) == label
@@ -149,7 +149,7 @@ def fit_abstention(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]
     return float(min(mistakes[int(WITHHELD * len(mistakes))], answers[int(MAX_WITHHELD * len(answers))]))
 
 
-def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> Calibration:
+def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> CalibrationResult:
     """Fit temperature and thresholds.
 
     Args:
@@ -169,8 +169,8 @@ def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) ->
         "num_examples": len(label),
         "temperature": temperature,
         "thresholds": thresholds,
-        "before": fit_scores(before, label),
-        "after": fit_scores(probs, label),
+        "before": calibration_scores(before, label),
+        "after": calibration_scores(probs, label),
         "abstention": {
             "answered": float(answered.mean()),
             "accuracy": float(right.mean()),
@@ -179,4 +179,4 @@ def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) ->
             "mistakes_withheld": int((~right & ~answered).sum()),
         },
     }
-    return Calibration(temperature, thresholds, report)
+    return CalibrationResult(temperature, thresholds, report)

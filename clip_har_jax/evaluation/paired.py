@@ -11,7 +11,7 @@ import numpy as np
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.output import GROUP_VALUES
 from clip_har_jax.evaluation.pages import templates
-from clip_har_jax.evaluation.report import HEADLINES
+from clip_har_jax.evaluation.report import HEADLINE_METRICS
 from clip_har_jax.evaluation.result import Scores
 from clip_har_jax.evaluation.significance import (
     bootstrap_intervals,
@@ -107,7 +107,9 @@ def compare_evaluations(folders: Sequence[str], output: str | Path) -> dict[str,
             "name": one.name,
             "metrics": {
                 name: float(value)
-                for (name, _, _), value in zip(HEADLINES, headline_metrics(one.scores, count)(everything), strict=True)
+                for (name, _, _), value in zip(
+                    HEADLINE_METRICS, headline_metrics(one.scores, count)(everything), strict=True
+                )
             },
             "intervals": bootstrap_intervals(one.scores, count),
         }
@@ -123,7 +125,7 @@ def compare_evaluations(folders: Sequence[str], output: str | Path) -> dict[str,
     result = {"num_examples": len(first.inputs), "runs": runs}
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
-        page = templates().get_template("compare.html").render(headlines=HEADLINES, **result)
+        page = templates().get_template("compare.html").render(headlines=HEADLINE_METRICS, **result)
         write_text(Path(output) / "comparison.html", page)
         write_json(Path(output) / "comparison.json", result)
     except OSError as error:
@@ -150,11 +152,11 @@ def print_result(result: dict[str, Any], output: str | Path) -> None:
     from rich.table import Table
 
     table = Table(box=None)
-    for title in ("evaluation", *(title for _, title, _ in HEADLINES), "p"):
+    for title in ("evaluation", *(title for _, title, _ in HEADLINE_METRICS), "p"):
         table.add_column(title)
     for run in result["runs"]:
         p = f"{run['p_corrected']:.3g}" if "p_corrected" in run else ""
-        table.add_row(escape(run["name"]), *(f"{run['metrics'][name]:.3f}" for name, _, _ in HEADLINES), p)
+        table.add_row(escape(run["name"]), *(f"{run['metrics'][name]:.3f}" for name, _, _ in HEADLINE_METRICS), p)
     Console(highlight=False, soft_wrap=True).print(table)
     for run in result["runs"][1:]:
         print(run["verdict"])

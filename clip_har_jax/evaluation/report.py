@@ -21,7 +21,7 @@ from clip_har_jax.evaluation.training_section import describe_run, draw_tradeoff
 from clip_har_jax.heatmap import SCALE, overlay
 
 NUM_CONFUSIONS = 10
-HEADLINES = (
+HEADLINE_METRICS = (
     ("top1", "top-1", "share of images whose most probable action is right"),
     ("top5", "top-5", "share of images with the right action among the 5 most probable"),
     ("macro_f1", "macro F1", "mean over the actions of the balance of precision and recall"),
@@ -77,7 +77,7 @@ def make_report(
             verdict=verdict(result.metrics, zero_shot_on(record, about.get("data", ""))),
             num_classes=len(labels),
             matrix_named=len(labels) <= MAX_NAMED_CLASSES,
-            headlines=HEADLINES,
+            headlines=HEADLINE_METRICS,
             intervals=bootstrap_intervals(result.scores, len(labels)) | {"top1": result.metrics["top1_interval"]},
             pictures=_pictures(result, labels),
             confusions=worst_confusions(result, labels),

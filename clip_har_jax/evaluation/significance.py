@@ -12,12 +12,12 @@ from clip_har_jax.evaluation.result import Scores
 RESAMPLES = 1000
 LEVEL = 0.95
 MOST_DRAWN = 10_000_000  # indices held at once
-HEADLINES = ("top1", "top5", "macro_f1", "nll", "ece")
-ECE = HEADLINES.index("ece")
+METRIC_NAMES = ("top1", "top5", "macro_f1", "nll", "ece")
+ECE = METRIC_NAMES.index("ece")
 
 
 def headline_metrics(scores: Scores, num_classes: int) -> Callable[[Int[np.ndarray, " n"]], Float64[np.ndarray, " 5"]]:
-    """Return a function from rows, which may repeat, to the metrics in `HEADLINES` of those examples."""
+    """Return a function from rows, which may repeat, to the metrics in `METRIC_NAMES` of those examples."""
     right = scores.rank == 0
     columns = right, scores.rank < 5, scores.nll, confidence_bins(scores.score), right - scores.score.astype(np.float64)
     label, predicted = scores.label, scores.predicted
@@ -48,7 +48,7 @@ def _bootstrap(
 
     def statistic(rows: np.ndarray, axis: int) -> np.ndarray:
         flat = np.moveaxis(rows, axis, -1).reshape(-1, count)
-        return np.stack([compute(each) for each in flat], axis=-1).reshape(len(HEADLINES), *rows.shape[:-1])
+        return np.stack([compute(each) for each in flat], axis=-1).reshape(len(METRIC_NAMES), *rows.shape[:-1])
 
     found = bootstrap(
         (np.arange(count),),
@@ -78,7 +78,7 @@ def bootstrap_intervals(
     compute, count = headline_metrics(scores, num_classes), len(scores.label)
     draws = _bootstrap(compute, count, resamples, seed)
     draws[ECE] = np.maximum(draws[ECE] - (draws[ECE].mean() - compute(np.arange(count))[ECE]), 0)
-    return {name: _interval(values) for name, values in zip(HEADLINES, draws, strict=True)}
+    return {name: _interval(values) for name, values in zip(METRIC_NAMES, draws, strict=True)}
 
 
 def paired_differences(
@@ -95,7 +95,7 @@ def paired_differences(
     values = second(np.arange(count)) - first(np.arange(count))
     draws = _bootstrap(lambda rows: second(rows) - first(rows), count, resamples, seed)
     return {
-        name: (float(value), *_interval(drawn)) for name, value, drawn in zip(HEADLINES, values, draws, strict=True)
+        name: (float(value), *_interval(drawn)) for name, value, drawn in zip(METRIC_NAMES, values, draws, strict=True)
     }
 
 

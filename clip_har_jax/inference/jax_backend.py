@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int32, UInt8
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.backends import check_finite, check_indices, choose_actions, mean_by_class, pad
-from clip_har_jax.inference.kept import KeptEntry, content_digest, read_tensors
+from clip_har_jax.inference.program_cache import KeptEntry, model_folder_digest, read_tensors
 from clip_har_jax.models.hf_layout import hf_names, params_from_hf
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.preprocess import Preprocess
@@ -27,8 +27,9 @@ IMAGE_TOWER = ("vision.", "visual_projection.")  # the parameters that predictio
 class JaxBackend:
     """A model folder, or any CLIP in the Hugging Face layout, run by JAX.
 
-    The first prediction of a folder keeps its traced program and class embeddings (`inference.kept`). A later process
-    reads them in place of flax, the text tower and the tracing; it loads the whole model only for what needs it.
+    The first prediction of a folder keeps its traced program and class embeddings on disk (`inference.program_cache`).
+    A later process reads them, so it needs neither flax, the text tower nor tracing. It loads the whole model only for
+    what needs it.
 
     Args:
       name_or_folder: a model folder or a Hub name.
@@ -63,7 +64,7 @@ class JaxBackend:
         self.actions = choose_actions(self.path, classes, default_classes)
         self.labels = self.actions.labels
         machine = (jax.default_backend(), jax.devices()[0].device_kind, jax.__version__, np.__version__)
-        self._entry = KeptEntry(content_digest(self.path, self.digest), self.actions, machine)
+        self._entry = KeptEntry(model_folder_digest(self.path, self.digest), self.actions, machine)
         self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._tensors = self._entry.tensors() or self._make_tensors()
         size = int(self._tensors["image_size_px"])

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from clip_har_jax.config import VideoConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.formats import IMAGE_SUFFIXES
+from clip_har_jax.image_formats import IMAGE_SUFFIXES
 from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image

@@ -71,7 +71,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Moment:
+class FrameResult:
     """What is seen at one frame.
 
     Attributes:
@@ -128,7 +128,7 @@ class EventDetector:
         time_s: float,
         logits: Float32[np.ndarray, " c"],
         embedding: Float32[np.ndarray, " d"] | None = None,
-    ) -> Moment:
+    ) -> FrameResult:
         """Take the next frame.
 
         Args:
@@ -147,7 +147,7 @@ class EventDetector:
         score = float(probs[best])
         below = self.rules.abstain_below is not None and score < self.rules.abstain_below
         started, ended = self._follow(time_s, probs, best, below)
-        return Moment(time_s, probs, None if below else self.labels[best], score, started, before + ended)
+        return FrameResult(time_s, probs, None if below else self.labels[best], score, started, before + ended)
 
     def finish(self) -> tuple[Event, ...]:
         """End what still goes on, at the last frame."""
@@ -210,7 +210,7 @@ class Watched:
 
 def watch(
     frames: Iterable[TimedFrame], backend: Backend, detector: EventDetector, batch_size: int = 1
-) -> Iterator[Moment]:
+) -> Iterator[FrameResult]:
     """Follows frames, `batch_size` at a time; what still goes on at the end is for `detector.finish`.
 
     Raises:

@@ -49,9 +49,9 @@ def _is_answer(error: Exception) -> bool:
     return getattr(error, "error_code", "") in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
 
 
-def _service(uri: str) -> remote.Service:
+def _service(uri: str) -> remote.RemoteService:
     advice = "check MLFLOW_TRACKING_URI, and that the server or the file can be reached"
-    return remote.Service(f"MLflow at {uri}", advice, is_race, _is_answer)
+    return remote.RemoteService(f"MLflow at {uri}", advice, is_race, _is_answer)
 
 
 def open_client() -> Any:

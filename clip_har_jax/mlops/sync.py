@@ -45,7 +45,7 @@ def sync(workdir: str | os.PathLike[str], names: Sequence[str] = ()) -> dict[str
     done = {}
     for name in names:
         module = importlib.import_module(f"clip_har_jax.mlops.{name}")
-        service = remote.Service(name, "metrics.jsonl keeps everything; run the same command again later")
+        service = remote.RemoteService(name, "metrics.jsonl keeps everything; run the same command again later")
         handle = state.get(name).get("handle")
         done[name], handle = service.call(module.sync, info, handle, lines, folders)
         state.update(name, handle=handle, missed=0)

@@ -118,7 +118,7 @@ def sync(
         return "nothing is left offline", handle or {}
     if not _has_key():
         raise UserError("wandb: no key; set WANDB_API_KEY, or run `wandb login`")
-    remote.Service("wandb", "try again later").check_reachable(_base_url())
+    remote.RemoteService("wandb", "try again later").check_reachable(_base_url())
     for path in left:
         command = [sys.executable, "-m", "wandb", "sync", "--id", info.run_id, str(path)]
         try:

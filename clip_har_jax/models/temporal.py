@@ -27,7 +27,7 @@ KINDS = ("mean", "head", "st_adapter", "divided")
 IN_BLOCKS = ("st_adapter", "divided")  # kinds that add a module to each block of the image tower
 BLOCK, HEAD = "vision.layers.time.", "time_head."  # beginnings of the parameters' names
 TEMPORAL_FILE = "temporal.safetensors"
-ADAPTER_REDUCTION = 4  # width of the tower by that of the bottleneck; Pan et al. have 2 (384 of 768)
+ST_ADAPTER_REDUCTION = 4  # width of the tower by that of the bottleneck; Pan et al. have 2 (384 of 768)
 HEAD_LAYERS = 2
 LONGEST_FRAMES = 100.0  # longest wave of the positions over 2 pi: clips have tens of frames, texts thousands of words
 
@@ -100,7 +100,7 @@ class SpaceTimeAdapter(nnx.Module):
 
     def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
         dim = config.hidden_size
-        hidden = max(1, dim // ADAPTER_REDUCTION)
+        hidden = max(1, dim // ST_ADAPTER_REDUCTION)
         self.down = linear(dim, hidden, ("embed", "mlp"), rngs, runtime, std=dim**-0.5, use_bias=False)
         taps = nnx.initializers.normal(27**-0.5)(rngs.params(), (3, 3, 3, hidden))
         self.taps = nnx.Param(taps, out_sharding=(None, None, None, "mlp"))

@@ -19,7 +19,7 @@ from clip_har_jax.data.sources import make_source
 from clip_har_jax.files import read_object, sha256
 from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.gates import Check, Gates
-from clip_har_jax.pipelines.steps import StepFailedError, Steps
+from clip_har_jax.pipelines.auto_steps import StepFailedError, Steps
 from clip_har_jax.trainer.provenance import ROOT
 from clip_har_jax.trainer.workdir import make_workdir
 

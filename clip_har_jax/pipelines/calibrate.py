@@ -9,7 +9,7 @@ from clip_har_jax import bundle, cli
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.calibration import Calibration, calibrate
+from clip_har_jax.evaluation.calibration import CalibrationResult, calibrate
 from clip_har_jax.files import write_json
 from clip_har_jax.folders import replace_folder
 from clip_har_jax.inference.jax_backend import JaxBackend
@@ -24,7 +24,7 @@ def calibrate_model(
     output: str | Path,
     batch_size: int = EvalConfig.batch_size,
     max_bad_fraction: float = DataConfig.max_bad_fraction,
-) -> Calibration:
+) -> CalibrationResult:
     """Calibrate a model folder, or any CLIP on the labels of the data, and write the outcome as a new folder.
 
     Args:
@@ -72,7 +72,7 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output={output}: something is there; name a new folder, a sealed model is never changed")
 
 
-def print_result(found: Calibration, output: str | Path) -> None:
+def print_result(found: CalibrationResult, output: str | Path) -> None:
     """Print the temperature, the scores before and after, the abstention and the folder."""
     report = found.report
     before, after, told = report["before"], report["after"], report["abstention"]

@@ -18,7 +18,7 @@ from clip_har_jax.evaluation.baselines import verdict
 from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import predictions_file, write_pages
-from clip_har_jax.evaluation.report import HEADLINES, Details
+from clip_har_jax.evaluation.report import HEADLINE_METRICS, Details
 from clip_har_jax.evaluation.report_sums import ReportSums
 from clip_har_jax.evaluation.result import EvalResult, Predictions
 from clip_har_jax.folders import output_folder
@@ -212,6 +212,6 @@ def print_result(result: EvalResult, output: str | Path) -> None:
     rows = [("images", str(metrics["num_examples"]))]
     if metrics["num_unreadable"]:
         rows.append(("unreadable", f"{metrics['num_unreadable']}, listed in {output / 'bad_inputs.jsonl'}"))
-    rows += [(title, f"{metrics[name]:.3f}") for name, title, _ in HEADLINES]
+    rows += [(title, f"{metrics[name]:.3f}") for name, title, _ in HEADLINE_METRICS]
     cli.print_rows([*rows, ("report", str(output / "report.html"))])
     print(verdict(metrics))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from clip_har_jax.pipelines.steps import Step
+from clip_har_jax.pipelines.auto_steps import Step
 
 PAGE = """<!doctype html>
 <html lang="en">

@@ -12,7 +12,7 @@ from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
 from clip_har_jax.models.configuration import CLIPConfig
-from clip_har_jax.planning.cost import Job, Variant, find_machine, make_program, step_memory
+from clip_har_jax.planning.cost import PlannedStep, Variant, find_machine, make_program, step_memory
 from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.run_data import load_data
 from clip_har_jax.trainer.train import train
@@ -64,9 +64,9 @@ def training_needs(config: RunConfig, clip: CLIPConfig) -> Needs:
       UserError: a mistake in the config or the data.
     """
     data = load_data(config)
-    job, settings = Job(config, clip, len(data.labels), len(data.texts)), config.train
+    planned_step, settings = PlannedStep(config, clip, len(data.labels), len(data.texts)), config.train
     variant = Variant(config.mesh, settings.accumulation_steps, config.model.remat)
-    program = make_program(job, find_machine("local"), variant)
+    program = make_program(planned_step, find_machine("local"), variant)
     memory = step_memory(program, len(data.texts))
     return Needs(memory.total_bytes if memory else None, any(is_decayed(name) for name in program.trainable))
 

@@ -59,7 +59,7 @@ def find_machine(topology: str) -> Machine:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedStep:
     """The training step that is planned, apart from the settings of a `Variant`."""
 
     config: RunConfig
@@ -145,37 +145,41 @@ class VariantCost:
         return float(self.flops_per_device or 0), float(self.traffic.memory_bytes if self.traffic else 0)
 
 
-def make_program(job: Job, machine: Machine, variant: Variant) -> Program:
+def make_program(planned_step: PlannedStep, machine: Machine, variant: Variant) -> Program:
     """Return the program that the machine would run for a variant.
 
     Raises:
       UserError: the mesh doesn't divide the batch or a parameter; flash attention where there is no GPU.
     """
-    config = variant.apply(job.config)
+    config = variant.apply(planned_step.config)
     if not machine.is_here:  # 'auto' would choose by the devices of this machine
         if config.model.attention == "cudnn":
             raise UserError(f"config.model.attention=cudnn needs an NVIDIA GPU, not {machine.topology}; use auto")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     mesh = make_mesh(config.mesh, None if machine.is_here else machine.devices)
-    preprocess = Preprocess(image_size_px=job.clip.vision.image_size)
-    return Program(config, job.clip, preprocess, job.num_classes, config.train.num_steps or 1000, mesh)
+    preprocess = Preprocess(image_size_px=planned_step.clip.vision.image_size)
+    return Program(
+        config, planned_step.clip, preprocess, planned_step.num_classes, config.train.num_steps or 1000, mesh
+    )
 
 
-def compile_variant(job: Job, machine: Machine, variant: Variant, give_up_s: float = float("inf")) -> VariantCost:
+def compile_variant(
+    planned_step: PlannedStep, machine: Machine, variant: Variant, give_up_s: float = float("inf")
+) -> VariantCost:
     """Compile the training step of a variant for the machine and return its cost.
 
     Args:
-      job: the step.
+      planned_step: the step.
       machine: the devices.
       variant: the settings.
       give_up_s: seconds a step; a variant that can't be faster isn't compiled.
     """
     try:
-        program = make_program(job, machine, variant)
+        program = make_program(planned_step, machine, variant)
     except UserError as error:
         return VariantCost(variant, "refused", str(error))
     train_step: Any = program.train_step
-    traced = train_step.trace(*program.abstract_arguments(job.num_prompts))
+    traced = train_step.trace(*program.abstract_arguments(planned_step.num_prompts))
     flops = matmul_flops(traced.jaxpr) // len(machine.devices)
     if machine.chip and flops / machine.chip.peak_flops >= give_up_s:
         reason = f"its matrix products alone take {flops / machine.chip.peak_flops:.2f} s"
@@ -190,7 +194,7 @@ def compile_variant(job: Job, machine: Machine, variant: Variant, give_up_s: flo
         return VariantCost(variant, status, reason, needed, None, flops, compile_s=time.monotonic() - begin)
     memory = read_memory(compiled)
     traffic = read_traffic(compiled.as_text(), len(machine.devices))
-    model_flops = program.flops_per_step(job.num_prompts) / len(machine.devices)
+    model_flops = program.flops_per_step(planned_step.num_prompts) / len(machine.devices)
     times = estimate(machine.chip, flops, traffic, model_flops) if machine.chip else None
     compile_s = time.monotonic() - begin
     # Only the compiler for TPUs refuses a program that doesn't fit, and only its peak includes temporaries.

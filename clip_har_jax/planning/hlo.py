@@ -97,7 +97,7 @@ def dims_of(shape: str) -> list[int]:
     return [int(dim) for dim in found[2].split(",") if dim] if found else []
 
 
-def parse(text: str) -> tuple[dict[str, Computation], Computation]:
+def parse_hlo(text: str) -> tuple[dict[str, Computation], Computation]:
     """Return the computations of an HLO module by name, and its entry.
 
     Args:

@@ -15,8 +15,8 @@ from clip_har_jax.models.factory import known_config
 from clip_har_jax.parallel.mesh import AXES, mesh_shape
 from clip_har_jax.parallel.topology import GIB
 from clip_har_jax.planning.cost import (
-    Job,
     Machine,
+    PlannedStep,
     Variant,
     VariantCost,
     compile_variant,
@@ -34,11 +34,11 @@ STRATEGIES = ("fsdp", "dp", "fsdp_tp", "tp")
 class Plan:
     """The costs of the variants that were tried on a machine."""
 
-    job: Job
+    planned_step: PlannedStep
     machine: Machine
     model_flops: int  # of a step over all devices
     configured: Variant
-    outcomes: tuple[VariantCost, ...]
+    candidates: tuple[VariantCost, ...]
     seconds: float
     num_steps: int | None = None  # of the whole run; None: unknown
     price_per_chip_hour: float | None = None
@@ -50,7 +50,7 @@ class Plan:
           num_examples: training images, from which the length follows unless `train.num_steps` is set.
           price_per_chip_hour: in any currency.
         """
-        num_steps, settings = self.num_steps, self.job.config.train
+        num_steps, settings = self.num_steps, self.planned_step.config.train
         if num_steps is None and num_examples is not None:
             num_steps = max(1, math.ceil(settings.num_epochs * num_examples / settings.global_batch_size))
         return dataclasses.replace(self, num_steps=num_steps, price_per_chip_hour=price_per_chip_hour)
@@ -60,25 +60,25 @@ class Plan:
         chip = self.machine.chip
         return len(self.machine.devices) // (chip.devices_per_chip if chip else 1)
 
-    def chip_hours(self, outcome: VariantCost) -> float | None:
+    def chip_hours(self, candidate: VariantCost) -> float | None:
         """Return the chip-hours of all training steps of the run; None if the chip or the length is unknown."""
-        if outcome.times is None or self.num_steps is None:
+        if candidate.times is None or self.num_steps is None:
             return None
-        return self.num_chips * self.num_steps * outcome.times.estimate_s / 3600
+        return self.num_chips * self.num_steps * candidate.times.estimate_s / 3600
 
-    def price(self, outcome: VariantCost) -> float | None:
+    def price(self, candidate: VariantCost) -> float | None:
         """Return the price of all training steps, in the currency of `price_per_chip_hour`."""
-        hours = self.chip_hours(outcome)
+        hours = self.chip_hours(candidate)
         return None if hours is None or self.price_per_chip_hour is None else hours * self.price_per_chip_hour
 
     @property
     def recommended(self) -> VariantCost | None:
         """The fastest that fits."""
-        return min((each for each in self.outcomes if each.fits), key=lambda each: each.cost, default=None)
+        return min((each for each in self.candidates if each.fits), key=lambda each: each.cost, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of the JSON file."""
-        config, best = self.job.config, self.recommended
+        config, best = self.planned_step.config, self.recommended
         return {
             "topology": self.machine.topology,
             "num_devices": len(self.machine.devices),
@@ -87,36 +87,36 @@ class Plan:
             "memory_bytes": self.machine.memory_bytes,
             "model": config.model.name,
             "global_batch_size": config.train.global_batch_size,
-            "num_classes": self.job.num_classes,
-            "num_prompts": self.job.num_prompts,
+            "num_classes": self.planned_step.num_classes,
+            "num_prompts": self.planned_step.num_prompts,
             "model_flops": self.model_flops,
             "num_chips": self.num_chips,
             "num_steps": self.num_steps,
             "price_per_chip_hour": self.price_per_chip_hour,
             "configured": self.configured.overrides,
             "recommended": best and best.variant.overrides,
-            "variants": [self._variant_to_dict(each) for each in self.outcomes],
+            "variants": [self._variant_to_dict(each) for each in self.candidates],
             "seconds": round(self.seconds, 1),
         }
 
-    def memory_bound(self, outcome: VariantCost) -> list[Operation]:
+    def memory_bound(self, candidate: VariantCost) -> list[Operation]:
         """Return the three operations that move the most bytes among those that memory limits."""
         chip = self.machine.chip
-        if outcome.traffic is None or chip is None:
+        if candidate.traffic is None or chip is None:
             return []
-        return outcome.traffic.memory_bound(chip.peak_flops / chip.memory_bandwidth)[:3]
+        return candidate.traffic.memory_bound(chip.peak_flops / chip.memory_bandwidth)[:3]
 
-    def _variant_to_dict(self, outcome: VariantCost) -> dict[str, Any]:
-        variant, values = outcome.variant, dataclasses.asdict(outcome)
+    def _variant_to_dict(self, candidate: VariantCost) -> dict[str, Any]:
+        variant, values = candidate.variant, dataclasses.asdict(candidate)
         del values["variant"]
         mesh = dict(zip(AXES, mesh_shape(variant.mesh, len(self.machine.devices)), strict=True))
         settings = {"mesh": mesh, "accumulation_steps": variant.accumulation_steps, "remat": variant.remat}
-        if outcome.memory is not None:
-            values["memory"]["total_bytes"] = outcome.memory.total_bytes
-        if outcome.traffic is not None:
+        if candidate.memory is not None:
+            values["memory"]["total_bytes"] = candidate.memory.total_bytes
+        if candidate.traffic is not None:
             del values["traffic"]["operations"]
-            values["memory_bound"] = [dataclasses.asdict(each) for each in self.memory_bound(outcome)]
-        values |= {"chip_hours": self.chip_hours(outcome), "price": self.price(outcome)}
+            values["memory_bound"] = [dataclasses.asdict(each) for each in self.memory_bound(candidate)]
+        values |= {"chip_hours": self.chip_hours(candidate), "price": self.price(candidate)}
         return {**settings, "overrides": variant.overrides, **values}
 
 
@@ -151,7 +151,7 @@ def plan(
     num_classes = num_classes or len(config.data.labels) or DEFAULT_NUM_CLASSES
     described = sum(map(len, config.text.descriptions.values()))
     num_prompts = num_prompts or num_classes * len(config.text.templates) + described
-    job = Job(
+    planned_step = PlannedStep(
         config,
         known_config(config.model.name, config.model.image_size_px, config.model.temporal),
         num_classes,
@@ -159,12 +159,12 @@ def plan(
     )
     configured = Variant(config.mesh, config.train.accumulation_steps, config.model.remat)
     try:
-        model_flops = make_program(job, machine, configured).flops_per_step(num_prompts)
+        model_flops = make_program(planned_step, machine, configured).flops_per_step(num_prompts)
     except UserError as error:
         raise UserError(f"--topology={topology}: {error}") from error
-    tried = Search(job, machine, begin + 60 * max_minutes, say).run(configured, search)
+    tried = Search(planned_step, machine, begin + 60 * max_minutes, say).run(configured, search)
     seconds = time.monotonic() - begin
-    return Plan(job, machine, model_flops, configured, tuple(tried), seconds, config.train.num_steps)
+    return Plan(planned_step, machine, model_flops, configured, tuple(tried), seconds, config.train.num_steps)
 
 
 class Search:
@@ -175,9 +175,9 @@ class Search:
     numbers of parts needn't be tried.
     """
 
-    def __init__(self, job: Job, machine: Machine, deadline: float, say: Callable[[str], object]):
-        self.job, self.machine, self.deadline, self.say = job, machine, deadline, say
-        self.outcomes: dict[Variant, VariantCost] = {}
+    def __init__(self, planned_step: PlannedStep, machine: Machine, deadline: float, say: Callable[[str], object]):
+        self.planned_step, self.machine, self.deadline, self.say = planned_step, machine, deadline, say
+        self.candidates: dict[Variant, VariantCost] = {}
         self.workers = min(4, os.cpu_count() or 1)  # a compilation keeps about one core busy
 
     def run(self, configured: Variant, search: bool) -> list[VariantCost]:
@@ -191,7 +191,7 @@ class Search:
                 future.result()
             if search:
                 self._refine(pool)
-        return sorted(self.outcomes.values(), key=lambda each: each.variant != configured)
+        return sorted(self.candidates.values(), key=lambda each: each.variant != configured)
 
     def _begin(self, configured: Variant, search: bool) -> None:
         self._try(configured)
@@ -209,13 +209,13 @@ class Search:
                 break
 
     def _best(self) -> VariantCost | None:
-        fitting = [each for each in list(self.outcomes.values()) if each.fits]
+        fitting = [each for each in list(self.candidates.values()) if each.fits]
         return min(fitting, key=lambda each: each.cost, default=None)
 
     def _meshes(self, remat: str) -> list[MeshConfig]:
         """Return the configured mesh, then the different ones of the strategies."""
-        heads = {tower.num_heads for tower in (self.job.clip.vision, self.job.clip.text)}
-        own, count = self.job.config.mesh, len(self.machine.devices)
+        heads = {tower.num_heads for tower in (self.planned_step.clip.vision, self.planned_step.clip.text)}
+        own, count = self.planned_step.config.mesh, len(self.machine.devices)
         found = {mesh_shape(own, count): own}
         for strategy in STRATEGIES:
             mesh = MeshConfig(strategy)
@@ -225,7 +225,7 @@ class Search:
             if whole := [count for count in heads if count % shape[2]]:
                 reason = f"{shape[2]} devices on the tensor axis don't divide {min(whole)} heads"
                 variant = Variant(mesh, 1, remat)
-                self.outcomes.setdefault(variant, VariantCost(variant, "refused", reason))
+                self.candidates.setdefault(variant, VariantCost(variant, "refused", reason))
             else:
                 found.setdefault(shape, mesh)
         return list(found.values())
@@ -233,33 +233,33 @@ class Search:
     def _parts(self, mesh: MeshConfig) -> Sequence[int]:
         """Return the powers of two that divide the rows of each device."""
         data, fsdp, _ = mesh_shape(mesh, len(self.machine.devices))
-        rows, rest = divmod(self.job.config.train.global_batch_size, data * fsdp)
+        rows, rest = divmod(self.planned_step.config.train.global_batch_size, data * fsdp)
         return () if rest else [2**i for i in range(rows.bit_length()) if rows % 2**i == 0]
 
     def _fit(self, mesh: MeshConfig, remat: str) -> None:
         """Look for the fewest parts that fit; if none do, again with full rematerialisation."""
-        outcome = self._climb(mesh, remat)
-        if outcome is not None and outcome.status == "too large" and remat != "full":
+        candidate = self._climb(mesh, remat)
+        if candidate is not None and candidate.status == "too large" and remat != "full":
             self._climb(mesh, "full")
 
     def _climb(self, mesh: MeshConfig, remat: str) -> VariantCost | None:
         """Return the cost with the fewest parts that fit, or of the last variant tried; None: out of time."""
-        outcome, least = None, 1.0
+        candidate, least = None, 1.0
         for parts in self._parts(mesh):
             if parts < least:
                 continue
-            outcome = self._try(Variant(mesh, parts, remat))
-            if outcome is None or outcome.status != "too large":
-                return outcome
-            if outcome.needed_bytes and self.machine.memory_bytes:
+            candidate = self._try(Variant(mesh, parts, remat))
+            if candidate is None or candidate.status != "too large":
+                return candidate
+            if candidate.needed_bytes and self.machine.memory_bytes:
                 # Twice the parts need half the memory at best: activations shrink with them, weights don't.
-                least = parts * outcome.needed_bytes / self.machine.memory_bytes
-        return outcome
+                least = parts * candidate.needed_bytes / self.machine.memory_bytes
+        return candidate
 
     def _with_more_parts(self) -> list[Variant]:
         """Return the best settings with twice the parts, unless that has been tried."""
         chains: dict[tuple[MeshConfig, str], list[VariantCost]] = {}
-        for each in self.outcomes.values():
+        for each in self.candidates.values():
             if each.fits:
                 chains.setdefault((each.variant.mesh, each.variant.remat), []).append(each)
         best = sorted((min(chain, key=lambda each: each.cost) for chain in chains.values()), key=lambda each: each.cost)
@@ -268,33 +268,35 @@ class Search:
             for each in best[: self.workers]
         ]
         return [
-            each for each in doubled if each not in self.outcomes and each.accumulation_steps in self._parts(each.mesh)
+            each
+            for each in doubled
+            if each not in self.candidates and each.accumulation_steps in self._parts(each.mesh)
         ]
 
     def _try(self, variant: Variant) -> VariantCost | None:
         """Return the cost of a variant, computed once; None: out of time."""
-        if variant in self.outcomes:
-            return self.outcomes[variant]
-        outcomes = list(self.outcomes.values())
-        longest_s = max((each.compile_s for each in outcomes), default=0.0)
-        if outcomes and time.monotonic() + longest_s > self.deadline:
+        if variant in self.candidates:
+            return self.candidates[variant]
+        candidates = list(self.candidates.values())
+        longest_s = max((each.compile_s for each in candidates), default=0.0)
+        if candidates and time.monotonic() + longest_s > self.deadline:
             self.say(f"{variant}: not tried, the time is up")
             return None
         best = self._best()
         give_up_s = best.times.estimate_s if best and best.times else float("inf")
-        outcome = self.outcomes[variant] = compile_variant(self.job, self.machine, variant, give_up_s)
+        candidate = self.candidates[variant] = compile_variant(self.planned_step, self.machine, variant, give_up_s)
         left = f"at most {max(0.0, self.deadline - time.monotonic()):.0f} s left"
-        self.say(f"{variant}: {verdict(outcome, self.machine)} ({outcome.compile_s:.0f} s; {left})")
-        return outcome
+        self.say(f"{variant}: {describe_variant(candidate, self.machine)} ({candidate.compile_s:.0f} s; {left})")
+        return candidate
 
 
-def verdict(outcome: VariantCost, machine: Machine) -> str:
+def describe_variant(candidate: VariantCost, machine: Machine) -> str:
     """Return one line on a variant: the memory that it needs, and how much is missing."""
-    if outcome.status in ("refused", "slower"):
-        return f"{outcome.status}: {outcome.reason}"
-    if outcome.needed_bytes is None or machine.memory_bytes is None:
-        return outcome.status
-    sizes = f"{outcome.needed_bytes / GIB:.2f} of {machine.memory_bytes / GIB:.2f} GiB"
-    if outcome.fits:
-        return f"fits, {sizes}" + (f", about {outcome.times.estimate_s:.3g} s a step" if outcome.times else "")
-    return f"too large by {(outcome.needed_bytes - machine.memory_bytes) / GIB:.2f} GiB, {sizes}"
+    if candidate.status in ("refused", "slower"):
+        return f"{candidate.status}: {candidate.reason}"
+    if candidate.needed_bytes is None or machine.memory_bytes is None:
+        return candidate.status
+    sizes = f"{candidate.needed_bytes / GIB:.2f} of {machine.memory_bytes / GIB:.2f} GiB"
+    if candidate.fits:
+        return f"fits, {sizes}" + (f", about {candidate.times.estimate_s:.3g} s a step" if candidate.times else "")
+    return f"too large by {(candidate.needed_bytes - machine.memory_bytes) / GIB:.2f} GiB, {sizes}"

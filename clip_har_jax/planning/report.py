@@ -7,7 +7,7 @@ from rich.table import Table
 
 from clip_har_jax.parallel.topology import GIB
 from clip_har_jax.planning.cost import VariantCost, mesh_name
-from clip_har_jax.planning.plan import Plan, verdict
+from clip_har_jax.planning.plan import Plan, describe_variant
 
 _SECONDS = ("compute s", "memory s", "links s", "at least s", "about s")
 
@@ -15,9 +15,10 @@ _SECONDS = ("compute s", "memory s", "links s", "at least s", "about s")
 def print_plan(result: Plan) -> None:
     """Print the variants as a table, the fastest first, and the recommendation."""
     console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
-    job, machine, count = result.job, result.machine, len(result.machine.devices)
+    planned_step, machine, count = result.planned_step, result.machine, len(result.machine.devices)
+    config = planned_step.config
     print(
-        f"{job.config.model.name}, batches of {job.config.train.global_batch_size:,} images and {job.num_prompts} "
+        f"{config.model.name}, batches of {config.train.global_batch_size:,} images and {planned_step.num_prompts} "
         f"prompts on {machine.topology}: {count} x {machine.devices[0].device_kind}, "
         f"{result.model_flops / count / 1e12:,.1f} TFLOP each a step"
     )
@@ -26,14 +27,14 @@ def print_plan(result: Plan) -> None:
     cost = [*(["chip-hours"] if result.num_steps else []), *(["price"] if _has_price(result) else [])]
     for name in ("mesh", "remat", "parts", memory, *_SECONDS, "MFU <=", "MFU ~", *cost, "verdict"):
         table.add_column(name, justify="left" if name in ("mesh", "remat", "verdict") else "right")
-    for each in sorted(result.outcomes, key=lambda each: (not each.fits, each.cost)):
+    for each in sorted(result.candidates, key=lambda each: (not each.fits, each.cost)):
         table.add_row(*_row(each, result))
     console.print(table)
     if (best := result.recommended) is None:
-        print(f"Nothing fits. As configured: {verdict(result.outcomes[0], machine)}")
+        print(f"Nothing fits. As configured: {describe_variant(result.candidates[0], machine)}")
         return
     _print_best(result, best)
-    print(f"As configured ({result.configured}): {verdict(result.outcomes[0], machine)}")
+    print(f"As configured ({result.configured}): {describe_variant(result.candidates[0], machine)}")
     print(f"Recommended: {' '.join(best.variant.overrides)}")
 
 
@@ -70,13 +71,13 @@ def _has_price(result: Plan) -> bool:
     return result.num_steps is not None and result.price_per_chip_hour is not None
 
 
-def _row(outcome: VariantCost, result: Plan) -> list[str]:
-    variant, times, machine = outcome.variant, outcome.times, result.machine
+def _row(candidate: VariantCost, result: Plan) -> list[str]:
+    variant, times, machine = candidate.variant, candidate.times, result.machine
     row = [mesh_name(variant.mesh), variant.remat, str(variant.accumulation_steps)]
-    row.append("" if outcome.needed_bytes is None else f"{outcome.needed_bytes / GIB:.2f}")
-    short = verdict(outcome, machine)
-    short = short.split(",")[0] if outcome.needed_bytes else short  # the sizes have columns of their own
-    hours, price = result.chip_hours(outcome), result.price(outcome)
+    row.append("" if candidate.needed_bytes is None else f"{candidate.needed_bytes / GIB:.2f}")
+    short = describe_variant(candidate, machine)
+    short = short.split(",")[0] if candidate.needed_bytes else short  # the sizes have columns of their own
+    hours, price = result.chip_hours(candidate), result.price(candidate)
     cost = ["" if hours is None else f"{hours:,.1f}"] if result.num_steps else []
     cost += ["" if price is None else f"{price:,.2f}"] if _has_price(result) else []
     if times is None:

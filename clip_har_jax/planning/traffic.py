@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from clip_har_jax.planning.hlo import Computation, Instruction, constant_of, dims_of, parse, sizes_of
+from clip_har_jax.planning.hlo import Computation, Instruction, constant_of, dims_of, parse_hlo, sizes_of
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
@@ -73,7 +73,7 @@ def read_traffic(text: str, num_devices: int) -> Traffic:
 class _Reader:
     def __init__(self, text: str, num_devices: int):
         self.num_devices, self.traffic = num_devices, Traffic()
-        self.computations, entry = parse(text)
+        self.computations, entry = parse_hlo(text)
         self._add_computation(entry, 1)
 
     def _add_computation(self, computation: Computation, times: int) -> None:

@@ -11,7 +11,7 @@ from etils import epath
 
 from clip_har_jax import bundle
 from clip_har_jax.data.sources import Source
-from clip_har_jax.evaluation.calibration import Calibration
+from clip_har_jax.evaluation.calibration import CalibrationResult
 from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import write_result
 from clip_har_jax.evaluation.result import EvalResult
@@ -60,7 +60,7 @@ def write_report(validation: Validation, step: int, result: EvalResult) -> epath
     return folder
 
 
-def write_model(validation: Validation, weights: Params, calibration: Calibration) -> epath.Path:
+def write_model(validation: Validation, weights: Params, calibration: CalibrationResult) -> epath.Path:
     """Write the model folder and seal it; the old one stays whole until the new one is.
 
     Args:

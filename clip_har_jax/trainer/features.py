@@ -16,7 +16,7 @@ from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage
 from clip_har_jax.training.probe import LabeledFeatures
 
 
-def content_digest(source: Source) -> str:
+def examples_digest(source: Source) -> str:
     """Return the SHA-256 of the examples' bytes and labels; drawn examples give that of their seeds."""
 
     def one(i: int) -> str | None:
@@ -54,7 +54,7 @@ def cached_features(
       depends_on: further settings, as JSON: preprocessing, a clip's frames, the tower's sizes, the precision.
       compute: reads and embeds each image once; all processes together.
     """
-    key = json.dumps([content_digest(source), tower_digest, PREPROCESS_VERSION, dict(depends_on)])
+    key = json.dumps([examples_digest(source), tower_digest, PREPROCESS_VERSION, dict(depends_on)])
     path = cache_folder("features") / f"{sha256(key)}.safetensors"
     kept = _read(path, len(source))
     if distributed.agree(kept is not None):

@@ -21,7 +21,7 @@ from clip_har_jax.trainer.features import cached_features, image_tower_digest
 from clip_har_jax.trainer.run import Run
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.methods import HEAD
-from clip_har_jax.training.probe import FittedHead, LabeledFeatures, choose_cache, fit_probe, make_tip_adapter
+from clip_har_jax.training.probe import FittedHead, LabeledFeatures, choose_cache, fit_linear_probe, make_tip_adapter
 from clip_har_jax.training.recipes import CONTEXT
 from clip_har_jax.training.state import TrainState
 
@@ -71,7 +71,7 @@ def initial_params(run: Run) -> tuple[Params, dict[str, float]]:
     if method.recipe.learns_from != "features" and not method.recipe.probes_first:
         return base | added, {}
     assert embeddings is not None
-    fit = fit_to_features(run, base, embeddings)
+    fit = fit_head(run, base, embeddings)
     return base | added | {HEAD + name: value for name, value in fit.params.items()}, fit.about
 
 
@@ -115,7 +115,7 @@ def embed(run: Run, params: Params, source: Source, bad_inputs: BadInputs) -> La
     return LabeledFeatures(embeddings.astype(np.float32), label.astype(np.int32))
 
 
-def fit_to_features(run: Run, base: Mapping[str, Any], embeddings: Float32[np.ndarray, "c d"]) -> FittedHead:
+def fit_head(run: Run, base: Mapping[str, Any], embeddings: Float32[np.ndarray, "c d"]) -> FittedHead:
     """Return the head of a linear probe or a Tip-Adapter, its settings chosen on the validation images.
 
     Args:
@@ -141,5 +141,5 @@ def fit_to_features(run: Run, base: Mapping[str, Any], embeddings: Float32[np.nd
         fit = make_tip_adapter(LabeledFeatures(*(part[chosen] for part in train)), val, embeddings, scale)
     else:
         solver, smoothing = config.method.solver, config.method.label_smoothing
-        fit = fit_probe(train, val, embeddings, scale, solver, method.class_weights, smoothing)
+        fit = fit_linear_probe(train, val, embeddings, scale, solver, method.class_weights, smoothing)
     return FittedHead(distributed.share(fit.params), distributed.broadcast(fit.about))

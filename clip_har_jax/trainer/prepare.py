@@ -34,7 +34,7 @@ from clip_har_jax.training.time_account import TimeAccount
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainOptions:
     """What a caller asks of a training beside the config."""
 
     sinks: Sequence[Sink]
@@ -49,7 +49,7 @@ class Job:
     """A run with all that is open while it lasts; no arrays are made for it yet."""
 
     run: Run
-    options: Options
+    options: TrainOptions
     checkpointer: Checkpointer
     times: TimeAccount
     sinks: list[Sink]
@@ -67,7 +67,7 @@ class Job:
         return Result(self.run.workdir, steps=steps, time_spent=spent, seconds=seconds, **given)
 
 
-def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str], options: Options) -> Job:
+def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str], options: TrainOptions) -> Job:
     """Return the run with its work folder locked and everything open; `stack` closes it."""
     keep_compiled()
     check_trackers(config.trackers, workdir)
@@ -139,7 +139,7 @@ def _data_changes(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _open_sinks(
-    stack: ExitStack, run: Run, record: RecordSink, trackers: Trackers | None, options: Options
+    stack: ExitStack, run: Run, record: RecordSink, trackers: Trackers | None, options: TrainOptions
 ) -> list[Sink]:
     """Return the receivers of the metrics, and print what is about to run; none on processes other than the first."""
     if not distributed.is_main():

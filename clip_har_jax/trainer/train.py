@@ -24,7 +24,7 @@ from clip_har_jax.parallel.topology import find_chip
 from clip_har_jax.trainer import screen
 from clip_har_jax.trainer.artifacts import write_examples, write_model, write_report
 from clip_har_jax.trainer.initial_state import initial_state, place_start
-from clip_har_jax.trainer.prepare import Job, Options, prepare
+from clip_har_jax.trainer.prepare import Job, TrainOptions, prepare
 from clip_har_jax.trainer.record import update_record
 from clip_har_jax.trainer.result import EXIT_RETENTION, Result
 from clip_har_jax.trainer.retention import choose_wise_ft
@@ -98,7 +98,7 @@ def train(
     Raises:
       UserError: a mistake in the config or the data, found before any compute where it can be; a run that can't go on.
     """
-    options = Options(sinks, quiet or not distributed.is_main(), profile_steps, restart, time.monotonic())
+    options = TrainOptions(sinks, quiet or not distributed.is_main(), profile_steps, restart, time.monotonic())
     with ExitStack() as stack:
         job = prepare(stack, config, workdir, options)
         learned = learn(job)

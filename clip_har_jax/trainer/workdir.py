@@ -14,7 +14,7 @@ from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local, read_json, write_json
 from clip_har_jax.settings import FREE, REFUSED, WARNED, leaves, settings_of
-from clip_har_jax.training.sealing import probe, was_saved
+from clip_har_jax.training.checkpoint_seals import probe, was_saved
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
 

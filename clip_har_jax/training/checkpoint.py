@@ -21,7 +21,7 @@ from clip_har_jax.config import CheckpointConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local
 from clip_har_jax.parallel import distributed
-from clip_har_jax.training import sealing
+from clip_har_jax.training import checkpoint_seals
 from clip_har_jax.training.state import TrainState, abstract_state
 
 BEST_BY = "val/top1"
@@ -44,8 +44,8 @@ class Checkpointer:
         self._folder, self._config = path.absolute() if is_local(path) else path, config
         self._saving: int | None = None
         try:
-            sealing.probe(self._folder)
-            self._damaged = self._sweep(sealing.steps_on_disk(self._folder))
+            checkpoint_seals.probe(self._folder)
+            self._damaged = self._sweep(checkpoint_seals.steps_on_disk(self._folder))
             self._manager = self._open()
         except OSError as error:
             raise UserError(f"{folder}: checkpoints can't be written there ({error.strerror or error})") from error
@@ -148,7 +148,7 @@ class Checkpointer:
         except Exception as again:
             self._reopen()
             # Deleting the older ones may have stopped halfway, so each is read again before it is called whole.
-            whole = [step for step in self._manager.all_steps() if sealing.problem(self._folder, step) is None]
+            whole = [step for step in self._manager.all_steps() if checkpoint_seals.problem(self._folder, step) is None]
             kept = ", ".join(map(str, whole)) or "none"
             raise UserError(
                 f"{self._folder}: checkpoint {step} can't be saved ({_reason(again)}); whole are: {kept}. Free some "
@@ -199,14 +199,15 @@ class Checkpointer:
 
     def _none_whole(self) -> UserError:
         reasons = "; ".join(f"{step}: {self._damaged.get(step, 'damaged')}" for step in self._steps_aside())
+        aside = checkpoint_seals.aside(self._folder)
         return UserError(
-            f"{self._folder}: no checkpoint is whole ({reasons}); they lie in {sealing.aside(self._folder)}. Put a "
+            f"{self._folder}: no checkpoint is whole ({reasons}); they lie in {aside}. Put a "
             "copy of one back, or start anew with another --workdir"
         )
 
     def _steps_aside(self) -> list[str]:
         """Return the damaged checkpoints that were moved aside at any start; the first process looks for all."""
-        aside = sealing.aside(self._folder)
+        aside = checkpoint_seals.aside(self._folder)
         found = sorted(path.name for path in aside.iterdir()) if distributed.is_main() and aside.exists() else []
         return distributed.broadcast(found)
 
@@ -214,7 +215,7 @@ class Checkpointer:
         """Move damaged checkpoints of `steps` aside; return the damage by step, as text. Process 0 does it for all."""
         damaged = {}
         if distributed.is_main():
-            problems = {str(step): sealing.problem(self._folder, step) for step in steps}
+            problems = {str(step): checkpoint_seals.problem(self._folder, step) for step in steps}
             damaged = {step: problem for step, problem in problems.items() if problem is not None}
             self._move_aside(damaged)
         return distributed.broadcast(damaged)
@@ -243,14 +244,14 @@ class Checkpointer:
             ) from error
 
     def _move_aside(self, damaged: Mapping[str, str]) -> None:
-        aside = sealing.aside(self._folder)
+        aside = checkpoint_seals.aside(self._folder)
         for step, problem in damaged.items():
             print(f"warning: checkpoint {step} is damaged ({problem}); moved to {aside}", flush=True)
             aside.mkdir(parents=True, exist_ok=True)
             if (aside / step).exists():
                 (aside / step).rmtree()
-            sealing.move_folder(self._folder / step, aside / step)
-            sealing.manifest_path(self._folder, int(step)).unlink(missing_ok=True)
+            checkpoint_seals.move_folder(self._folder / step, aside / step)
+            checkpoint_seals.manifest_path(self._folder, int(step)).unlink(missing_ok=True)
 
     def _seal(self) -> None:
         """Write the manifest of the checkpoint being saved; Orbax calls it in its thread before it renames the folder.
@@ -261,14 +262,16 @@ class Checkpointer:
             return
         assert self._saving is not None, "called by a save"
         folder = [*self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"), self._folder / str(self._saving)][0]
-        sealing.write_manifest(self._folder, self._saving, sealing.hashes(folder, leave_out=sealing.LATE))
+        checkpoint_seals.write_manifest(
+            self._folder, self._saving, checkpoint_seals.hashes(folder, leave_out=checkpoint_seals.LATE)
+        )
 
     def _seal_late(self) -> None:
         """Finish the manifest of the checkpoint that was saved last, and remove those of deleted ones."""
         step, self._saving = self._saving, None
         if step is None or not distributed.is_main():
             return
-        sealing.seal_late(self._folder, step)
+        checkpoint_seals.seal_late(self._folder, step)
 
 
 def report_failed_saves_once() -> None:

@@ -42,7 +42,7 @@ class FittedHead:
     about: dict[str, float]
 
 
-def fit_probe(
+def fit_linear_probe(
     train: LabeledFeatures,
     val: LabeledFeatures,
     classes: Float32[np.ndarray, "c d"],

@@ -10,7 +10,7 @@ from clip_har_jax.video.decoding import LIVE_TIMEOUT_S, BadVideo, import_av, ope
 PAUSES_S = (0.5, 1.0, 2.0, 5.0)  # between attempts to connect; the last one again and again
 
 
-def shown(address: str) -> str:
+def mask_password(address: str) -> str:
     """Return an address for people and logs, its password masked."""
     password = urlsplit(address).password if "://" in address else None
     return address.replace(f":{password}@", ":***@", 1) if password else address
@@ -50,7 +50,7 @@ def iter_live(
                     if offset_s is None:
                         offset_s = now - start - frame.time_s
                     if lost is not None:
-                        tell(f"{shown(address)}: back after {now - lost:.1f} s")
+                        tell(f"{mask_password(address)}: back after {now - lost:.1f} s")
                         lost, attempt = None, 0
                     yield TimedFrame(frame.time_s + offset_s, frame.image)
             if ends:
@@ -64,7 +64,7 @@ def iter_live(
         if lost is None:
             lost = now
             if patience_s:
-                tell(f"{shown(address)}: {reason}; connecting again")
+                tell(f"{mask_password(address)}: {reason}; connecting again")
         if now - lost >= patience_s:
             raise BadVideo(f"{reason}; gone for {now - lost:.0f} s" if patience_s else str(reason))
         time.sleep(min(PAUSES_S[min(attempt, len(PAUSES_S) - 1)], lost + patience_s - now))

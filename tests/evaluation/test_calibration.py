@@ -74,7 +74,7 @@ def test_a_model_without_mistakes_keeps_its_temperature() -> None:
 def test_scores_are_scikit_learns() -> None:
     logits, label = synthetic(2, 3000, 2.0)
     probs = calibration.softmax(logits)
-    scores = calibration.fit_scores(probs, label)
+    scores = calibration.calibration_scores(probs, label)
     assert scores["nll"] == pytest.approx(log_loss(label, probs, labels=range(10)))
     assert scores["brier"] == pytest.approx(brier_score_loss(label, probs, labels=range(10), scale_by_half=False))
 

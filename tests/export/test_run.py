@@ -26,7 +26,7 @@ from export import formats
 from export.graphs import make_graphs
 from export.model import OpenedModel, open_model, read_images, write_contract
 from export.parity import FLOAT16, FLOAT32, INT8, check_parity, make_cases
-from export.run import Options, export_model, prove, reference
+from export.run import ExportOptions, export_model, prove, reference
 from export.to_onnx import write_fp16, write_int8, write_onnx
 from export.to_xla import write_saved_model, write_stablehlo
 from tests.support.export_folders import HEAD_FAULTS, LABELS
@@ -42,7 +42,7 @@ WRITERS: dict[str, Callable[..., None]] = {
 }
 BOUNDS = {"onnx_fp16": FLOAT16, "onnx_int8": INT8}  # of the others: FLOAT32
 
-OPTIONS = {field.name for field in dataclasses.fields(Options)}
+OPTIONS = {field.name for field in dataclasses.fields(ExportOptions)}
 
 # tensorflow and onnx_ir warn of their own dependencies while being imported
 pytestmark = pytest.mark.filterwarnings("default")
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def output(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All formats that run in this environment."""
     output = tmp_path_factory.mktemp("exported") / "out"
-    parity = export_model(str(folder), FORMATS, output, Options(f"folder:{photos}", num_examples=20))
+    parity = export_model(str(folder), FORMATS, output, ExportOptions(f"folder:{photos}", num_examples=20))
     assert {name: entry["passed"] for name, entry in parity.items()} == dict.fromkeys(FORMATS, True), parity
     return output
 
@@ -163,7 +163,7 @@ def test_a_signature_is_of_its_key_and_its_files(output: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="no private key"):
         sign(copy, tmp_path / "private.pub")
     with pytest.raises(UserError, match=r"none.pem: no private key .*No such file"):  # before anything is computed
-        export_model("unused", ["onnx"], tmp_path / "out", Options(signing_key=str(tmp_path / "none.pem")))
+        export_model("unused", ["onnx"], tmp_path / "out", ExportOptions(signing_key=str(tmp_path / "none.pem")))
     # Whoever changes a file can write a manifest that fits, but no signature.
     (copy / "actions.json").write_text((copy / "actions.json").read_text().replace("1.7", "1.6"))
     (copy / "manifest.json").unlink()
@@ -298,7 +298,7 @@ def test_a_temporal_model_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_exported_head_takes_no_new_classes(head_folders: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    parity = export_model(str(head_folders["linear"]), ["onnx"], tmp_path / "out", Options(f"folder:{photos}", 4))
+    parity = export_model(str(head_folders["linear"]), ["onnx"], tmp_path / "out", ExportOptions(f"folder:{photos}", 4))
     assert parity["onnx"]["passed"]
     with pytest.raises(UserError, match=r"'linear' head of .* knows only its own 5 actions"):
         Predictor(tmp_path / "out", ["juggling", "climbing a wall"])
@@ -312,7 +312,7 @@ def test_a_head_that_a_format_cannot_express_is_one_line(
 
     monkeypatch.setitem(formats.FORMATS, "onnx", formats.Format(write, FLOAT32, ()))
     with pytest.raises(UserError, match="--formats=onnx: can't express this model with its 'linear' head"):
-        export_model(str(folder), ["onnx"], tmp_path / "out", Options(f"folder:{photos}", num_examples=2))
+        export_model(str(folder), ["onnx"], tmp_path / "out", ExportOptions(f"folder:{photos}", num_examples=2))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -456,7 +456,7 @@ def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> No
         arguments = {"path": str(folder), "formats": ["onnx"], "output": tmp_path / "out"} | changes
         options = {"data": f"folder:{photos}"} | {key: arguments.pop(key) for key in changes if key in OPTIONS}
         with pytest.raises(UserError, match=pattern):
-            export_model(**arguments, options=Options(**options))
+            export_model(**arguments, options=ExportOptions(**options))
 
     refused("'onxn' is unknown; did you mean 'onnx'", formats=["onxn"])
     refused("named twice", formats=["onnx", "onnx"])
@@ -515,5 +515,5 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setitem(formats.FORMATS, "onnx", formats.Format(write_half, FLOAT32, ()))
     with pytest.raises(UserError, match="No space left on device"):
-        export_model(str(folder), ["onnx"], tmp_path / "out", Options(f"folder:{photos}", num_examples=2))
+        export_model(str(folder), ["onnx"], tmp_path / "out", ExportOptions(f"folder:{photos}", num_examples=2))
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clip_har_jax import UserError
-from clip_har_jax.inference.stream import Event, EventDetector, EventRules, Latest, Moment
+from clip_har_jax.inference.stream import Event, EventDetector, EventRules, FrameResult, Latest
 from clip_har_jax.video.clips import iter_frames
 from tests.support.rtsp_server import serve_one
 from tests.support.videos import write_video
@@ -28,7 +28,7 @@ def logits(index: int, probability: float = 0.9) -> np.ndarray:
     return np.asarray([np.log(probability) if i == index else rest for i in range(3)], np.float32)
 
 
-def follow(rules: EventRules, frames: list[np.ndarray], rate_hz: float = 10.0) -> tuple[list[Moment], list[Event]]:
+def follow(rules: EventRules, frames: list[np.ndarray], rate_hz: float = 10.0) -> tuple[list[FrameResult], list[Event]]:
     """Moments, and events that ended, of frames at a steady rate."""
     detector = EventDetector(LABELS, rules)
     moments = [detector.update(i / rate_hz, frame) for i, frame in enumerate(frames)]

@@ -22,7 +22,7 @@ from tests.support.model_folders import write_model
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("cycling", "running", "sleeping")
-SERVICE = remote.Service("the store", "try again", is_race=lambda error: "locked" in str(error))
+SERVICE = remote.RemoteService("the store", "try again", is_race=lambda error: "locked" in str(error))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_no_secret_of_an_address_is_told():
     error = RuntimeError("GET https://me:hunter2@host/path?token=abc&x=1 failed\nsecond line")
     assert remote.one_line(error) == "GET https://host/path?token=...&x=1 failed"
     assert remote.one_line(RuntimeError("Failures:\nfile a: No space left")) == "file a: No space left (Failures)"
-    service = remote.Service("MLflow at postgresql://me:hunter2@host/db", "try again")
+    service = remote.RemoteService("MLflow at postgresql://me:hunter2@host/db", "try again")
     assert "hunter2" not in str(service.failed(error))
 
 

@@ -18,7 +18,7 @@ from clip_har_jax.data.scan import find_groups, recording_of
 from clip_har_jax.data.sources import ClipFile, make_source
 from clip_har_jax.data.splits import Shares
 from clip_har_jax.errors import UserError
-from clip_har_jax.pipelines.prepare import Prepared, PrepareOptions, prepare
+from clip_har_jax.pipelines.prepare_data import Prepared, PrepareOptions, prepare_data
 from clip_har_jax.preprocess import Preprocess
 from tests.support.model_folders import write_image
 
@@ -64,7 +64,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
     shutil.copy(root / "data" / "wave" / "1.mp4", root / "data" / "jump" / "1-conflict.mp4")
     (root / "data" / "wave" / "broken.mp4").write_bytes(b"no clip")
     options = {"shares": Shares(0.2, 0.2), "max_bad_fraction": 0.02}
-    return prepare([f"video:{root / 'data'}"], root / "out", PrepareOptions(num_workers=0, **options)), root
+    return prepare_data([f"video:{root / 'data'}"], root / "out", PrepareOptions(num_workers=0, **options)), root
 
 
 def test_planted_copies_of_clips_are_found_and_no_others_joined(prepared: tuple[Prepared, Path]) -> None:
@@ -145,7 +145,7 @@ def test_clips_of_one_recording_stay_together(tmp_path: Path) -> None:
             for clip in range(2):
                 path = tmp_path / "ucf" / label / f"v_{label}_g{recording:02d}_c{clip:02d}.avi"
                 write_frames(path, drawn_frames(next(numbers))[:6], "mpeg4")
-    found = prepare(
+    found = prepare_data(
         [f"video:{tmp_path / 'ucf'}"], tmp_path / "out", PrepareOptions(shares=Shares(0.2, 0.2), num_workers=0)
     )
     assert found.duplicates == []
@@ -177,11 +177,11 @@ def test_images_and_clips_together_and_what_is_for_images_alone_are_refused(tmp_
     (tmp_path / "clips" / "run" / "0.mp4").write_bytes(b"")
     both = [f"folder:{tmp_path}/images", f"video:{tmp_path}/clips"]
     with pytest.raises(UserError, match="images and clips together"):
-        prepare(both, tmp_path / "out")
+        prepare_data(both, tmp_path / "out")
     with pytest.raises(UserError, match="--cache_px=64: is for images"):
-        prepare(both[1:], tmp_path / "out", PrepareOptions(cache_px=64))
+        prepare_data(both[1:], tmp_path / "out", PrepareOptions(cache_px=64))
     with pytest.raises(UserError, match=r"^motion: drawn clips need no preparation; .*data\.val=motion"):
-        prepare(["motion"], tmp_path / "out")
+        prepare_data(["motion"], tmp_path / "out")
     with pytest.raises(UserError, match=r"1 of 1 clips can't be read.*0\.mp4: empty file"):
-        prepare(both[1:], tmp_path / "out")
+        prepare_data(both[1:], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "bad_inputs.jsonl").read_text())["error"] == "empty file"

@@ -26,8 +26,8 @@ from clip_har_jax.parallel.topology import CHIPS, GIB, find_chip, tpu_devices
 from clip_har_jax.planning import plan as planning
 from clip_har_jax.planning.cost import (
     LOCAL,
-    Job,
     Machine,
+    PlannedStep,
     Variant,
     VariantCost,
     find_machine,
@@ -78,11 +78,11 @@ def make_arguments(program):
 
 
 def test_memory_is_that_of_the_executed_program(config, planned):
-    job = Job(config, known_config(config.model.name), NUM_CLASSES, NUM_PROMPTS)
-    program = make_program(job, find_machine(LOCAL), planned.configured)
+    planned_step = PlannedStep(config, known_config(config.model.name), NUM_CLASSES, NUM_PROMPTS)
+    program = make_program(planned_step, find_machine(LOCAL), planned.configured)
     arguments = make_arguments(program)
     compiled = program.train_step.lower(*arguments).compile()
-    memory = planned.outcomes[0].memory
+    memory = planned.candidates[0].memory
     assert memory == read_memory(compiled)
     used = (*arguments[:3], arguments[3]._replace(index=None))  # nothing reads the index
     held = [shard.data.nbytes for x in jax.tree.leaves(used) for shard in x.addressable_shards[:1]]
@@ -132,19 +132,22 @@ def test_flops_by_hand():
 
 def test_flops_that_rematerialisation_adds(config):
     """Over the config's model FLOPs: nothing, the attention's products, the whole forward pass of the layers."""
-    job, machine = Job(config, known_config(config.model.name), NUM_CLASSES, 16), find_machine(LOCAL)
+    planned_step, machine = PlannedStep(config, known_config(config.model.name), NUM_CLASSES, 16), find_machine(LOCAL)
     counted = {}
     for remat in ("none", "dots", "full"):
-        program = make_program(job, machine, Variant(config.mesh, 1, remat))
+        program = make_program(planned_step, machine, Variant(config.mesh, 1, remat))
         counted[remat] = matmul_flops(program.train_step.trace(*program.abstract_arguments(16)).jaxpr)
     # Not counted as the model's: the logits' product, three times. Without rematerialisation the gradient of the pixels
     # is traced too, which nothing reads.
-    vision = job.clip.vision
+    vision = planned_step.clip.vision
     pixels = 2 * 16 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
-    logits = 3 * 2 * 16 * NUM_CLASSES * job.clip.projection_dim
+    logits = 3 * 2 * 16 * NUM_CLASSES * planned_step.clip.projection_dim
     step = program.flops_per_step(16) + logits
     assert counted["none"] == step
-    towers = [(job.clip.vision, job.clip.vision.num_patches + 1), (job.clip.text, job.clip.text.context_length)]
+    towers = [
+        (planned_step.clip.vision, planned_step.clip.vision.num_patches + 1),
+        (planned_step.clip.text, planned_step.clip.text.context_length),
+    ]
     attention = sum(16 * 4 * tokens**2 * tower.hidden_size * tower.num_layers for tower, tokens in towers)
     assert counted["dots"] == step - pixels + attention
     forward = sum(16 * forward_flops(tower, 0) for tower, _ in towers) - pixels
@@ -323,14 +326,14 @@ def test_chip_hours_and_price_by_hand(config):
     machine = Machine("tpu7x:2x2x1", tuple(jax.devices()), chip, GIB)
     variant = Variant(config.mesh, 1, "none")
     times = estimate(chip, flops=300, traffic=Traffic(40), model_flops=200.0)  # 7 s a step
-    outcome = VariantCost(variant, "fits", times=times)
-    result = Plan(Job(config, known_config(config.model.name), 3, 9), machine, 1, variant, (outcome,), 1.0)
-    assert (result.num_chips, result.chip_hours(outcome), result.price(outcome)) == (4, None, None)
+    candidate = VariantCost(variant, "fits", times=times)
+    result = Plan(PlannedStep(config, known_config(config.model.name), 3, 9), machine, 1, variant, (candidate,), 1.0)
+    assert (result.num_chips, result.chip_hours(candidate), result.price(candidate)) == (4, None, None)
     run = result.for_run(num_examples=1600, price_per_chip_hour=None)  # 10 epochs in batches of 16
     assert run.num_steps == 1000
-    assert run.chip_hours(outcome) == pytest.approx(4 * 1000 * 7 / 3600)
-    assert run.price(outcome) is None
-    assert result.for_run(1600, 1.5).price(outcome) == pytest.approx(1.5 * 4 * 1000 * 7 / 3600)
+    assert run.chip_hours(candidate) == pytest.approx(4 * 1000 * 7 / 3600)
+    assert run.price(candidate) is None
+    assert result.for_run(1600, 1.5).price(candidate) == pytest.approx(1.5 * 4 * 1000 * 7 / 3600)
 
 
 def test_times_by_hand():
@@ -369,7 +372,7 @@ def test_what_xla_refuses_for_its_size(message, gib):
 # --- the search ------------------------------------------------------------------------------------------------------
 
 
-def pretend(job, machine, variant, give_up_s=float("inf"), *, tried):
+def pretend(planned_step, machine, variant, give_up_s=float("inf"), *, tried):
     """Return a machine where activations are 64 GiB over the parts and remat, and each part costs a pass over the
     weights.
     """
@@ -405,11 +408,11 @@ def search(monkeypatch, remat="none", **arguments):
 def test_the_search_finds_the_fastest_that_fits(monkeypatch):
     result, tried = search(monkeypatch)
     assert result.recommended.variant == Variant(MeshConfig("fsdp"), 8, "dots")
-    assert result.outcomes[0].variant == result.configured == Variant(MeshConfig("fsdp"), 1, "none")
+    assert result.candidates[0].variant == result.configured == Variant(MeshConfig("fsdp"), 1, "none")
     assert len(tried) == len(set(tried)) <= 20
     parts = sorted(each.accumulation_steps for each in tried if each.mesh.strategy == "fsdp" and each.remat == "none")
     assert parts == [1, 64]  # 513 GiB in one part are at least 16 in 32, with the weights more
-    (tp,) = (each for each in result.outcomes if each.variant.mesh.strategy == "tp")
+    (tp,) = (each for each in result.candidates if each.variant.mesh.strategy == "tp")
     assert (tp.status, tp.reason) == ("refused", "8 devices on the tensor axis don't divide 12 heads")
     assert {each.mesh.strategy for each in tried} == {"fsdp", "dp", "fsdp_tp"}
 
@@ -420,7 +423,7 @@ def test_the_search_stops_in_time(monkeypatch):
     assert any("not tried" in line for line in said)
     assert len(tried) < 12
     assert any("too large by 497.00 GiB, 513.00 of 16.00 GiB" in line for line in said)
-    assert result.outcomes[0].variant == result.configured
+    assert result.candidates[0].variant == result.configured
 
 
 def test_nothing_fits(monkeypatch, capsys):
@@ -440,9 +443,9 @@ def test_explicit_sizes_are_overridden_by_sizes(monkeypatch):
     config = make_config({"mesh": {"data": 2, "fsdp": 4}, "eval": {"batch_size": 8}})
     found = plan(config, LOCAL)
     assert ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.tensor=1"] in [
-        each.variant.overrides[:3] for each in found.outcomes
+        each.variant.overrides[:3] for each in found.candidates
     ]
-    for each in found.outcomes:
+    for each in found.candidates:
         assert make_config(config.to_dict(), each.variant.overrides) == each.variant.apply(config)
 
 
@@ -508,13 +511,13 @@ def test_a_tpu_slice(config):
             plan(config, "v5e:2x2")
         return
     result = plan(config, "v5e:2x2", num_classes=NUM_CLASSES, search=False)
-    (outcome,) = result.outcomes
-    assert outcome.fits
-    assert outcome.times.estimate_by == "compiler"
-    assert outcome.times.bound_s <= outcome.times.estimate_s < 1
-    assert outcome.traffic.sent_bytes > 0
-    assert 0 < outcome.memory.peak_bytes < 0.2 * GIB
+    (candidate,) = result.candidates
+    assert candidate.fits
+    assert candidate.times.estimate_by == "compiler"
+    assert candidate.times.bound_s <= candidate.times.estimate_s < 1
+    assert candidate.traffic.sent_bytes > 0
+    assert 0 < candidate.memory.peak_bytes < 0.2 * GIB
     huge = make_config(config.to_dict(), ["--config.model.name=ViT-L/14", "--config.train.global_batch_size=8192"])
-    (refused,) = plan(huge, "v5e:2x2", search=False).outcomes
+    (refused,) = plan(huge, "v5e:2x2", search=False).candidates
     assert refused.status == "too large"
     assert refused.needed_bytes > 15.75 * GIB

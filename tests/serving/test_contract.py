@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from clip_har_jax.formats import readable_formats
+from clip_har_jax.image_formats import readable_formats
 from tests.support.serving_setup import running
 
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from clip_har_jax import Predictor
-from clip_har_jax.formats import readable_formats
+from clip_har_jax.image_formats import readable_formats
 from serving.security import PUBLIC, needed_scope, new_key
 from serving.service import Service
 from serving.settings import Settings

@@ -12,7 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from clip_har_jax.formats import format_titles
+from clip_har_jax.image_formats import format_titles
 from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.inference.stream import EventRules, find_events
 from clip_har_jax.video.clips import iter_frames

@@ -14,5 +14,5 @@ LONGEST = (
     "app/test_browser.py",
     "serving/test_contract.py",
     "parallel/test_distributed.py",
-    "pipelines/test_prepare.py",
+    "pipelines/test_prepare_data.py",
 )

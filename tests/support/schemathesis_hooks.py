@@ -9,7 +9,7 @@ import schemathesis
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_har_jax.formats import readable_formats, sniff
+from clip_har_jax.image_formats import readable_formats, sniff
 from serving.calls import LONGEST_MS
 from tests.support.videos import write_video
 

@@ -32,7 +32,7 @@ from clip_har_jax.trainer.run_data import select_classes, zero_shot_prompts
 from clip_har_jax.trainer.train import train
 from clip_har_jax.training.losses import balanced_weights, cross_entropy
 from clip_har_jax.training.mixing import mix
-from clip_har_jax.training.probe import LabeledFeatures, fit_probe, make_tip_adapter
+from clip_har_jax.training.probe import LabeledFeatures, fit_linear_probe, make_tip_adapter
 from tests.support.model_folders import write_image, write_images
 
 KNOWN = ("cycling", "sitting", "sleeping", "using_laptop", "fighting", "running")  # what the start was trained on
@@ -243,14 +243,14 @@ def test_features_are_those_of_the_same_activation(start, tmp_path, monkeypatch)
 
 
 def test_features_are_known_by_what_files_hold(tmp_path):
-    from clip_har_jax.trainer.features import content_digest
+    from clip_har_jax.trainer.features import examples_digest
 
     images = write_images(tmp_path / "a", ("running", "sleeping"), per_class=2)
-    first = content_digest(make_source(f"folder:{images}", "train"))
+    first = examples_digest(make_source(f"folder:{images}", "train"))
     same = write_images(tmp_path / "b", ("running", "sleeping"), per_class=2)
-    assert content_digest(make_source(f"folder:{same}", "train")) == first
+    assert examples_digest(make_source(f"folder:{same}", "train")) == first
     write_image(same / "running" / "0.png", seed=999)
-    assert content_digest(make_source(f"folder:{same}", "train")) != first
+    assert examples_digest(make_source(f"folder:{same}", "train")) != first
 
 
 def test_features_that_another_process_lacks_are_computed_by_all(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_a_probe_is_at_its_optimum(solver):
     x = rng.normal(size=(60, 5)).astype(np.float32)
     label = (x @ rng.normal(size=(5, 3)) + rng.normal(size=(60, 3))).argmax(-1).astype(np.int32)
     classes, data = rng.normal(size=(3, 5)).astype(np.float32), LabeledFeatures(x, label)
-    fit = fit_probe(data, data, classes, 1.0, solver, penalties=[0.1])
+    fit = fit_linear_probe(data, data, classes, 1.0, solver, penalties=[0.1])
     w, b = fit.params["classes.kernel"], fit.params["classes.bias"]
     probs = softmax(x @ w + b, axis=-1) - np.eye(3)[label]
     tolerance = 1e-3 if solver == "lbfgs" else 1e-2

@@ -15,7 +15,7 @@ import pytest
 from clip_har_jax.config import CheckpointConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.training.checkpoint import Checkpointer
-from clip_har_jax.training.sealing import LATE
+from clip_har_jax.training.checkpoint_seals import LATE
 from clip_har_jax.training.state import TrainState
 
 KEEP = CheckpointConfig(keep_latest=2, keep_best=0)

@@ -19,14 +19,14 @@ from clip_har_jax.files import sha256, sha256_file, write_bytes
 
 MAX_ENTRIES = 100
 _DIGEST_BYTES = 64  # of the hex digits before a program
-_CODE = ("inference/jax_backend.py", "inference/kept.py", "models/*.py", "text.py", "preprocess.py")
+_CODE = ("inference/jax_backend.py", "inference/program_cache.py", "models/*.py", "text.py", "preprocess.py")
 
 
 class KeptEntry:
     """The entry of a model folder with its classes; a damaged file in it counts as missing.
 
     Args:
-      content: the digest of the model folder, see `content_digest`.
+      content: the digest of the model folder, see `model_folder_digest`.
       actions: the classes to tell apart.
       machine: what else programs depend on: platform and versions.
     """
@@ -84,7 +84,7 @@ def _make_room(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def content_digest(folder: Path, sealed: str | None) -> str:
+def model_folder_digest(folder: Path, sealed: str | None) -> str:
     """Return the digest of a model folder: the one it is sealed with, else one over the files that models have."""
     if sealed is not None:
         return sealed

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_har_jax import formats
-from clip_har_jax.formats import IMAGE_FORMATS, IMAGE_SUFFIXES, format_titles, readable_formats, sniff
+from clip_har_jax.image_formats import IMAGE_FORMATS, IMAGE_SUFFIXES, format_titles, readable_formats, sniff
 from clip_har_jax.preprocess import BadImage, decode
 
 PICTURE = Image.fromarray(np.kron(np.array([[250, 10], [90, 160]], np.uint8), np.ones((32, 48), np.uint8)))

@@ -37,8 +37,8 @@ from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.pipelines.evaluate import evaluate_model
-from clip_har_jax.pipelines.prepare import Prepared, PrepareOptions, _place, prepare
-from clip_har_jax.trainer.features import content_digest
+from clip_har_jax.pipelines.prepare_data import Prepared, PrepareOptions, _place, prepare_data
+from clip_har_jax.trainer.features import examples_digest
 from clip_har_jax.trainer.train import train
 from tests.support.model_folders import write_image, write_images, write_model
 
@@ -156,7 +156,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, drawn: list[Image.Image]) -
 @pytest.fixture(scope="module")
 def prepared(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
     output = tmp_path_factory.mktemp("prepared")
-    return prepare([f"folder:{photos}"], output, PrepareOptions(max_bad_fraction=0.1, cache_px=64)), output
+    return prepare_data([f"folder:{photos}"], output, PrepareOptions(max_bad_fraction=0.1, cache_px=64)), output
 
 
 def splits_of(output: Path) -> dict[str, str]:
@@ -196,7 +196,7 @@ def test_same_data_and_seed_give_the_same_manifest(
     photos: Path, prepared: tuple[Prepared, Path], tmp_path: Path
 ) -> None:
     again, other = (
-        prepare([f"folder:{photos}"], tmp_path, PrepareOptions(max_bad_fraction=0.1, seed=seed)).manifest.digest
+        prepare_data([f"folder:{photos}"], tmp_path, PrepareOptions(max_bad_fraction=0.1, seed=seed)).manifest.digest
         for seed in (0, 1)
     )
     assert again == prepared[0].manifest.digest != other
@@ -239,7 +239,7 @@ def refused(spec: str) -> str:
 
 def test_changed_files_are_named_with_their_number(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", ("run", "sit"), 8)
-    prepare([f"folder:{tmp_path}/photos"], tmp_path / "out", PrepareOptions(shares=Shares(0.0, 0.0)))
+    prepare_data([f"folder:{tmp_path}/photos"], tmp_path / "out", PrepareOptions(shares=Shares(0.0, 0.0)))
     spec = f"manifest:{tmp_path}/out/manifest.parquet"
     first = tmp_path / "photos/run/0.png"
     data = first.read_bytes()
@@ -254,12 +254,12 @@ def test_changed_files_are_named_with_their_number(tmp_path: Path) -> None:
     source = make_source(spec, "train")
     with pytest.raises(ValueError, match="changed since its manifest"):
         source[0]
-    assert len(content_digest(source)) == 64  # such images are told when they are read for good
+    assert len(examples_digest(source)) == 64  # such images are told when they are read for good
 
 
 def test_manifest_follows_its_files_by_option(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", ("run", "sit"), 4)
-    prepare([f"folder:{tmp_path}/photos"], tmp_path / "out")
+    prepare_data([f"folder:{tmp_path}/photos"], tmp_path / "out")
     (tmp_path / "photos").rename(tmp_path / "moved")
     assert "?images=DIR" in refused(f"manifest:{tmp_path}/out/manifest.parquet")
     assert len(make_source(f"manifest:{tmp_path}/out/manifest.parquet?images={tmp_path}/moved", "train")) == 6
@@ -286,7 +286,7 @@ def test_given_test_set_stays_and_what_is_near_it_is_left_out(tmp_path: Path, dr
             path = tmp_path / name / ("run" if i % 2 else "sit") / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             drawn[i].save(path, quality=90 if name == "train" else 50)
-    found = prepare(
+    found = prepare_data(
         [f"folder:{tmp_path}/train"],
         tmp_path / "out",
         PrepareOptions(test=f"folder:{tmp_path}/test", shares=Shares(0.2, 0.2)),
@@ -300,7 +300,7 @@ def test_given_test_set_stays_and_what_is_near_it_is_left_out(tmp_path: Path, dr
 
 def test_data_without_files_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(synthetic.SPLITS, "val", 30)
-    prepare(["synthetic?split=val"], tmp_path / "out", PrepareOptions(shares=Shares(0.0, 0.0)))
+    prepare_data(["synthetic?split=val"], tmp_path / "out", PrepareOptions(shares=Shares(0.0, 0.0)))
     source = make_source(f"manifest:{tmp_path}/out/manifest.parquet?split=train", "train")
     images = {np.asarray(Image.open(io.BytesIO(source[i].data))).tobytes() for i in range(len(source))}
     assert images <= {synthetic.draw("val", i).tobytes() for i in range(30)}
@@ -311,7 +311,7 @@ def test_too_many_bad_images_end_it(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", ("run", "sit"), 3)
     (tmp_path / "photos/run/0.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 6 images .*run/0.png: empty file") as info:
-        prepare([f"folder:{tmp_path}/photos"], tmp_path / "out")
+        prepare_data([f"folder:{tmp_path}/photos"], tmp_path / "out")
     assert "--max_bad_fraction" in str(info.value)
     assert not (tmp_path / "out/manifest.parquet").exists()
 
@@ -319,7 +319,7 @@ def test_too_many_bad_images_end_it(tmp_path: Path) -> None:
 def test_shares_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     for shares in (Shares(0.5, 0.5), Shares(-0.1, 0.2), Shares(float("nan"), 0.1)):
         with pytest.raises(UserError, match="nothing is left"):
-            prepare(["synthetic"], tmp_path, PrepareOptions(shares=shares))
+            prepare_data(["synthetic"], tmp_path, PrepareOptions(shares=shares))
 
 
 def test_drift_tells_sets_apart() -> None:
@@ -403,11 +403,11 @@ synthetic.SPLITS["val"] = 60
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.data.splits import Shares
 from clip_har_jax.errors import UserError
-from clip_har_jax.pipelines.prepare import PrepareOptions, prepare
+from clip_har_jax.pipelines.prepare_data import PrepareOptions, prepare_data
 
 root = Path(sys.argv[1])
 options = {"shares": Shares(0.25, 0.25), "tfds_dir": f"{root}/tfds"}
-found = prepare(["synthetic?split=val"], root / "out", PrepareOptions(**options))
+found = prepare_data(["synthetic?split=val"], root / "out", PrepareOptions(**options))
 for split in ("train", "val", "test"):
     ours = make_source(f"manifest:{root}/out/manifest.parquet?split={split}", split)
     theirs = make_source(f"tfds:har15?split={split}&data_dir={root}/tfds", split)
@@ -417,7 +417,7 @@ for split in ("train", "val", "test"):
         (theirs[i].data, theirs[i].label) for i in range(len(theirs))
     }
 try:
-    prepare(["synthetic?split=val"], root / "out", PrepareOptions(**options))
+    prepare_data(["synthetic?split=val"], root / "out", PrepareOptions(**options))
 except UserError as error:
     assert "there already" in str(error)
 else:
@@ -460,7 +460,7 @@ def test_labels_that_a_models_features_contradict_are_listed(tmp_path: Path) -> 
         noise = rng.integers(0, 60, (40, 40, 3)) + (0 if dark else 190)
         Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:02d}.png")
     model = write_model(tmp_path / "model", ("a", "b"))
-    found = prepare([f"folder:{tmp_path}/photos"], tmp_path / "out", PrepareOptions(model=str(model)))
+    found = prepare_data([f"folder:{tmp_path}/photos"], tmp_path / "out", PrepareOptions(model=str(model)))
     assert {(Path(row["path"]).name, row["suggested"]) for row in found.suspects} == {
         ("06.png", "night"),
         ("07.png", "day"),

@@ -24,7 +24,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.data_report import make_data_report, read_picture
 from clip_har_jax.files import write_json, write_text
 from clip_har_jax.folders import output_folder
-from clip_har_jax.formats import sniff
+from clip_har_jax.image_formats import sniff
 
 MIN_CLIPS_FOR_WORKERS = 30  # fewer are read before workers have started
 
@@ -89,7 +89,7 @@ class PrepareOptions:
     num_workers: int | None = None
 
 
-def prepare(data: Sequence[str], output: Path, options: PrepareOptions = PrepareOptions()) -> Prepared:
+def prepare_data(data: Sequence[str], output: Path, options: PrepareOptions = PrepareOptions()) -> Prepared:
     """Find near duplicates, split by group and class, and write the manifest and its page.
 
     Args:

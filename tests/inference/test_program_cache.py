@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from clip_har_jax import bundle
-from clip_har_jax.inference import kept
 from clip_har_jax.inference.jax_backend import JaxBackend
 from tests.support.export_folders import LABELS, lively, write_heads
 from tests.support.model_folders import write_image, write_model
