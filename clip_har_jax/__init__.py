@@ -6,7 +6,7 @@
     predictor = Predictor("runs/demo/model")
     print(predictor.predict(["photo.jpg"])[0].label)
 
-Importing the package is light: JAX is imported when the first of these names is used that needs it.
+Importing the package is light: JAX is imported at the first use of a name that needs it.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The model folder: actions.json, and the manifest that seals it so that a changed byte is refused."""
+"""The model folder: actions.json describes its classes; a manifest seals it, so that any change is detected."""
 
 import math
 from dataclasses import dataclass, field
@@ -19,17 +19,17 @@ PREPROCESS = "clip_har_jax.preprocess"  # the file that decodes and resizes imag
 
 @dataclass(frozen=True)
 class Actions:
-    """What a model folder says of its classes.
+    """The classes of a model folder, and how the model scores them.
 
     Attributes:
       labels: the classes, in the order of the model's logits.
-      prompts: the texts of each class; their mean embedding is the class's.
-      temperature: what logits are divided by before the softmax.
-      head: how features become logits; cosine: similarity to the class embeddings, so that classes can be given by
-        their names; any other stands in head.safetensors and knows its own classes only.
+      prompts: the texts of each class; their mean embedding is the class embedding.
+      temperature: divides the logits before the softmax.
+      head: the module from image features to logits. "cosine" compares with the class embeddings, so any class names
+        can be used. The weights of other heads stand in head.safetensors and fit the trained classes only.
       thresholds: probabilities by the names in `THRESHOLDS`, see `evaluation.calibration`; empty: not calibrated.
-      video: how frames are sampled from a clip, by the names in `VIDEO`; empty: trained on images.
-      preprocess_version: of an exported model, the `preprocess.PREPROCESS_VERSION` that its images need; None: any.
+      video: the sampling of frames from a clip, by the names in `VIDEO`; empty: trained on images.
+      preprocess_version: for an exported model, the `preprocess.PREPROCESS_VERSION` that its images need; None: any.
     """
 
     labels: tuple[str, ...]
@@ -54,7 +54,7 @@ def write_actions(folder: str | Path, actions: Actions) -> None:
 
 
 def has_actions(folder: str | Path) -> bool:
-    """Return whether the folder names its own classes; a plain CLIP folder doesn't."""
+    """Return whether the folder lists its own classes; a plain CLIP folder doesn't."""
     return (Path(folder) / "actions.json").is_file()
 
 
@@ -62,7 +62,7 @@ def read_actions(folder: str | Path) -> Actions:
     """Read actions.json.
 
     Raises:
-      UserError: missing, not JSON, or a key that is missing, unknown or of a wrong value; names the file and the key.
+      UserError: the file is missing or not JSON, or a key is missing, unknown or has a wrong value; names file and key.
     """
     path = Path(folder) / "actions.json"
     values = read_object(path)
@@ -130,7 +130,7 @@ def _texts(value: Any, path: Path, key: str) -> tuple[str, ...]:
 
 
 def _sealed_files(folder: Path) -> list[Path]:
-    """Return the files under the seal. Hidden ones are left out: tools drop them anywhere, and nothing reads them."""
+    """Return the files under the seal. Hidden ones are left out: other tools create them, and no model needs them."""
     outside = {folder / name for name in (MANIFEST, SIGNATURE_FILE, "README.md")}
     files = [path for path in folder.rglob("*") if path.is_file() and path not in outside]
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
@@ -149,14 +149,14 @@ def _digest(hashes: dict[str, str]) -> str:
 
 
 def seal(folder: str | Path, source: str | None = None) -> str:
-    """Write manifest.json over all files but README.md, and return the digest of them all.
+    """Write manifest.json over all files except README.md, and return the digest of the whole folder.
 
     Args:
-      folder: what is sealed.
-      source: the digest of the model folder that an exported one came from.
+      folder: the folder to seal.
+      source: the digest of the model folder from which this one was exported.
 
     Raises:
-      UserError: the folder is sealed already; what changes a model writes a new folder.
+      UserError: the folder is sealed already. To change a model, write a new folder.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
@@ -172,10 +172,10 @@ def verify(folder: str | Path) -> str | None:
     """Check a folder against its manifest.
 
     Returns:
-      The digest; None where there is no manifest, as in a plain Hugging Face folder.
+      The digest; None if there is no manifest, as in a plain Hugging Face folder.
 
     Raises:
-      UserError: a file was changed, removed or added, or the manifest itself is damaged; names it.
+      UserError: a file was changed, removed or added, or the manifest is damaged; names the file.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():

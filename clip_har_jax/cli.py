@@ -1,4 +1,4 @@
-"""What every command shares: flags, exit codes, one line for a mistake."""
+"""Parts of every command line: shared flags, exit codes, and errors in one line."""
 
 import argparse
 import io
@@ -18,7 +18,7 @@ EXIT_MISTAKE = 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says a wrong flag in one line, with the flag that was probably meant, and exits 2."""
+    """Report a wrong flag in one line, with the most similar known flag, and exit 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._typed = list(sys.argv[1:] if args is None else args)
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [*(flag for flag in self._option_string_actions if flag != "--help"), "--config."]
-        # Of a required flag that is missing, too: it was often typed wrong.
+        # Look for a misspelled flag even if the error is a missing required flag: it is often the same one.
         for flag in (item.split("=")[0] for item in self._typed if item.startswith("--")):
             hint = "" if flag == "--help" or flag.startswith("--config.") else nearest(flag, known, "")
             if hint and flag not in known:
@@ -43,7 +43,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parse flags and set aside the `--config.KEY=VALUE` overrides; anything else left over exits 2."""
+    """Parse the flags and separate the `--config.KEY=VALUE` overrides; exit 2 for any other unknown argument."""
     arguments, rest = parser.parse_known_args(argv)
     for item in rest:
         if not item.startswith("--config."):
@@ -60,12 +60,12 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser, example: str) -> None:
-    """Add --config: the config file; `parse_with_overrides` sets its keys apart."""
+    """Add --config: the config file; `parse_with_overrides` returns the overrides of its keys."""
     parser.add_argument("--config", required=True, metavar="FILE", help=f"the config file, e.g. --config={example}")
 
 
 def add_data(parser: argparse.ArgumentParser, help: str, default: str | None = None, required: bool = False) -> None:
-    """Add --data: a SPEC, as `specs` reads it."""
+    """Add --data: a SPEC, as `specs.parse_spec` reads it."""
     parser.add_argument("--data", required=required, default=default, metavar="SPEC", help=help)
 
 
@@ -81,81 +81,81 @@ def add_output(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def add_classes(parser: argparse.ArgumentParser) -> None:
-    """Add --classes; `inference.backends.split_classes` reads it."""
+    """Add --classes; `inference.backends.split_classes` parses its value."""
     parser.add_argument(
         "--classes",
         metavar="NAMES",
-        help="tell these actions apart, in any words, instead of the model folder's own, e.g. "
+        help="recognise these actions, in free words, instead of the model's own classes, e.g. "
         '--classes="riding a bike,sleeping"',
     )
 
 
 def add_batch_size(parser: argparse.ArgumentParser, default: int = 32) -> None:
-    """Add --batch_size: images computed at once."""
-    help = f"images computed at once, e.g. --batch_size={default} (default)"
+    """Add --batch_size: the number of images in one forward pass."""
+    help = f"images in one forward pass, e.g. --batch_size={default} (default)"
     parser.add_argument("--batch_size", type=int, default=default, metavar="N", help=help)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags by which the processes of one run find one another; `process_flags` reads them."""
+    """Add the flags with which the processes of one run find each other; `process_flags` reads them."""
     group = parser.add_argument_group(
-        "several processes", "found by themselves under Slurm, Open MPI, JobSet and on Cloud TPU; else the first three"
+        "several processes", "detected under Slurm, Open MPI, JobSet and on Cloud TPU; elsewhere set the first three"
     )
     group.add_argument(
-        "--coordinator_address", metavar="HOST:PORT", help="process 0's, e.g. --coordinator_address=10.0.0.1:8476"
+        "--coordinator_address", metavar="HOST:PORT", help="of process 0, e.g. --coordinator_address=10.0.0.1:8476"
     )
     group.add_argument("--num_processes", type=int, metavar="N", help="of the whole run, e.g. --num_processes=4")
     group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1, e.g. --process_id=0")
     for name, default, what in (
-        ("join", 300, "for all to have come"),
-        ("heartbeat", 100, "until a silent process is given up, and the run with it"),
-        ("barrier", 600, "for processes to wait for the slowest"),
+        ("join", 300, "time for all processes to join"),
+        ("heartbeat", 100, "silence after which a process counts as dead and the run ends"),
+        ("barrier", 600, "time to wait for the slowest process"),
     ):
         flag = f"--{name}_timeout_s"
         group.add_argument(flag, type=int, default=default, metavar="S", help=f"{what}, e.g. {flag}={default}")
 
 
 def process_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags of `add_process_flags`, as `parallel.distributed.join` takes them."""
+    """Return the values of `add_process_flags`, as arguments of `parallel.distributed.join`."""
     names = ("coordinator_address", "num_processes", "process_id")
     timeouts = ("join_timeout_s", "heartbeat_timeout_s", "barrier_timeout_s")
     return {name: getattr(arguments, name) for name in names + timeouts}
 
 
 def add_gates(parser: argparse.ArgumentParser) -> None:
-    """Add the bounds of a promotion; `mlops.gates.Gates` takes them."""
+    """Add the conditions of a promotion; `mlops.gates.Gates` takes them."""
     parser.add_argument(
         "--min_gain",
         type=float,
         default=0.0,
         metavar="X",
-        help="the 95%% interval of top-1's gain over the champion must lie above, e.g. --min_gain=-0.02",
+        help="lower bound of the 95%% interval of the gain in top-1 over the champion, e.g. --min_gain=-0.02",
     )
     parser.add_argument(
-        "--min_retention", type=float, metavar="X", help="share of zero-shot accuracy left, e.g. --min_retention=0.95"
+        "--min_retention", type=float, metavar="X", help="share of zero-shot accuracy kept, e.g. --min_retention=0.95"
     )
     parser.add_argument(
-        "--max_latency_ms", type=float, metavar="MS", help="for one image, measured here, e.g. --max_latency_ms=50"
+        "--max_latency_ms", type=float, metavar="MS", help="of one image, measured here, e.g. --max_latency_ms=50"
     )
 
 
 def add_event_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the rules by which frames become events, as `inference.stream.EventRules` has them."""
+    """Add the rules that turn frames into events; `inference.stream.EventRules` takes them."""
     add = parser.add_argument
-    help = "how a frame is averaged with those before it: exponential (by age), attention (by likeness), none, e.g. "
+    help = "weights of earlier frames: exponential (by age), attention (by similarity) or none, e.g. "
     add("--smoothing", default="exponential", metavar="NAME", help=f"{help}--smoothing=attention")
     for name, default, what in (
-        ("memory_s", 1.0, "the age at which a frame counts 1/e"),
-        ("start_score", 0.6, "the probability at which an action starts"),
-        ("end_score", 0.4, "the one below which it ends"),
-        ("min_duration_s", 0.5, "shorter actions aren't told"),
+        ("memory_s", 1.0, "age at which the weight of a frame is 1/e"),
+        ("start_score", 0.6, "probability at which an action starts"),
+        ("end_score", 0.4, "probability below which it ends"),
+        ("min_duration_s", 0.5, "shorter actions are not reported"),
     ):
         help = f"{what}, e.g. --{name}={default} (default)"
         add(f"--{name}", type=float, default=default, metavar="X", help=help)
 
 
 def step_range(text: str) -> tuple[int, int]:
-    """Return the value of --profile_steps: FIRST:LAST, counted from 1."""
+    """Parse the value of --profile_steps, FIRST:LAST, counted from 1."""
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{text!r}: write FIRST:LAST, e.g. 10:15")
@@ -163,7 +163,7 @@ def step_range(text: str) -> tuple[int, int]:
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Print what came out, a name and its value a line; a long path stays in one piece, to be copied."""
+    """Print results, one name and value a line. Long paths are not wrapped, so that they can be copied."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -171,22 +171,22 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_tally(where: str, tally: "Tally") -> None:
-    """Print what a listing left out, and what else a person should look at, to standard error."""
+    """Print to standard error what a listing left out and the notes of the listing."""
     for line in tally.lines:
         print(f"note: {where}: {printable(line)}", file=sys.stderr)
 
 
 def printable(text: str) -> str:
-    """Text as a terminal may get it: one line, and no control characters, which file names can hold."""
+    """Return text that is safe to print: one line, control characters escaped (file names can hold them)."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exits with what it returns (None: 0); a `UserError` is printed and exits 2."""
-    for stream in (sys.stdout, sys.stderr):  # where the terminal doesn't know a character, its number is told
+    """Run a command's `main` and exit with its return value (None: 0); print a `UserError` and exit 2."""
+    for stream in (sys.stdout, sys.stderr):  # escape the characters that the terminal's encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # libraries' start-up chatter hides what the person looks for
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up messages would hide the command's own
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -194,13 +194,13 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `predict.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:  # who pressed Ctrl-C knows where
+    except KeyboardInterrupt:  # the person who pressed Ctrl-C needs no traceback
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def report(error: BaseException) -> int:
-    """Print what ended a command, a person's mistake as one line; gives the exit code."""
+    """Print the error that ended a command, a `UserError` in one line; return the exit code."""
     if isinstance(error, UserError):
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_MISTAKE

@@ -1,8 +1,8 @@
-"""RunConfig: every setting of a run, with its default, the values that it accepts and its policy at resume.
+"""RunConfig: every setting of a run, with its default, accepted values and resume policy.
 
-A field reads `setting(default, accepted values, policy when a run is continued)`; `settings.py` explains the parts.
-A config file gives `get_config()`, an `ml_collections.ConfigDict` with only the values that differ from the defaults;
-the command line adds `--config.KEY=VALUE`. Unknown keys, wrong types and values out of range are refused.
+Fields are declared as `setting(default, accepted values, policy when a run is continued)`; see `settings.py`. A config
+file defines `get_config()`, which returns an `ml_collections.ConfigDict` with the values that differ from the defaults.
+The command line adds `--config.KEY=VALUE`. Unknown keys, wrong types and values out of range are refused.
 """
 
 import dataclasses
@@ -67,17 +67,17 @@ class DataConfig:
     train: str = setting("synthetic?split=train", ANYTHING, REFUSED)  # SPEC of the training data
     val: str = setting("", ANYTHING, REFUSED)  # SPEC of the validation data; empty: val_fraction of the training data
     val_fraction: float = setting(0.1, SHARE, REFUSED)
-    split_seed: int = setting(0, NOT_NEGATIVE, REFUSED)  # of the held-out part; not `seed`: runs stay comparable
+    split_seed: int = setting(0, NOT_NEGATIVE, REFUSED)  # of the held-out split; not `seed`, to keep runs comparable
     shots: int | None = setting(None, POSITIVE, REFUSED)  # random training images of each class; None: all
     labels: tuple[str, ...] = setting((), ANYTHING, REFUSED)  # classes and their order; empty: as in the training data
     classes: tuple[str, ...] = setting((), ANYTHING, REFUSED)  # use only these classes of the data; empty: all
     max_bad_fraction: float = setting(0.01, SHARE, FREE)  # a larger share of unreadable images ends the run
     max_megapixels: float = setting(50.0, POSITIVE, FREE)  # larger images are refused before decoding
-    # Decoding threads of a process. None: one a core, at most 8; one in a worker process.
+    # Decoding threads of a process. None: one per core, at most 8; with worker processes one in each.
     num_threads: int | None = setting(None, POSITIVE, FREE)
     num_workers: int | None = setting(None, NOT_NEGATIVE, FREE)  # decoding processes; 0: threads alone; None: by cores
-    prefetch_batches: int = setting(4, POSITIVE, FREE)  # decoded batches kept in host memory; at least two a worker
-    # How often an example occurs in an epoch; `weights` are read from a manifest.
+    prefetch_batches: int = setting(4, POSITIVE, FREE)  # decoded batches kept in host memory; at least two per worker
+    # How examples are drawn in an epoch; `weights` are read from a manifest.
     sampling: str = setting("shuffle", one_of("shuffle", "class_balanced", "repeat_factor", "weights"), REFUSED)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -87,7 +87,7 @@ class DataConfig:
 class PromptConfig:
     templates: tuple[str, ...] = setting(DEFAULT_TEMPLATES, ANYTHING, REFUSED)  # {} is replaced by the class's phrase
     descriptions: dict[str, tuple[str, ...]] = setting({}, ANYTHING, REFUSED)  # more prompts of a class, used verbatim
-    phrases: dict[str, str] = setting({}, ANYTHING, REFUSED)  # words for a label where the default is wrong
+    phrases: dict[str, str] = setting({}, ANYTHING, REFUSED)  # phrase of a label, where the default is wrong
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class ModelConfig:
     name: str = setting("tiny", ANYTHING, REFUSED)  # a named size (random weights), a Hub name, or a model folder
     image_size_px: int | None = setting(None, POSITIVE, REFUSED)  # None: the model's own; else interpolate positions
     compute_dtype: str = setting("float32", one_of("float32", "bfloat16"), WARNED)  # parameters are always float32
-    remat: str = setting("none", one_of(*REMAT), FREE)  # activations that the backward pass recomputes
-    temporal: str = setting("mean", one_of(*TEMPORAL), REFUSED)  # what counts the order of a clip's frames
+    remat: str = setting("none", one_of(*REMAT), FREE)  # activations to recompute in the backward pass
+    temporal: str = setting("mean", one_of(*TEMPORAL), REFUSED)  # how the frames of a clip are combined
     attention: str = setting("auto", one_of("auto", "xla", "cudnn"), FREE)  # cudnn: flash attention on GPUs, bfloat16
 
 
@@ -108,39 +108,39 @@ class MethodConfig:
     loss: str = setting("", ANYTHING, REFUSED)  # cross_entropy, class_aware, softmax, sigmoid; empty: the method's own
     freeze: tuple[str, ...] = setting((), ANYTHING, REFUSED)  # patterns of frozen parameters: vision.layers.[0-5].*
     label_smoothing: float = setting(0.0, SHARE, WARNED)
-    focal_gamma: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # an example's loss counts (1 - p)^gamma; 0: all alike
-    class_balance: float = setting(0.0, SHARE, REFUSED)  # 0.99 to 0.9999: rare classes count more; 0: all alike
-    mixup: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # mix two images, share drawn from Beta(mixup, mixup); 0: never
-    cutmix: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # paste a box of another image, area drawn likewise; 0: never
-    drop_path: float = setting(0.0, SHARE, REFUSED)  # stochastic depth: rate of the last layer, falling linearly below
+    focal_gamma: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # weight of an example's loss: (1 - p)^gamma; 0: none
+    class_balance: float = setting(0.0, SHARE, REFUSED)  # 0.99 to 0.9999: rare classes weigh more; 0: no weights
+    mixup: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # mix two images, with weights from Beta(mixup, mixup); 0: never
+    cutmix: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # paste a box of another image, its area from Beta; 0: never
+    drop_path: float = setting(0.0, SHARE, REFUSED)  # stochastic depth: rate of the last layer; lower ones less
     lora_rank: int = setting(16, POSITIVE, REFUSED)
     lora_alpha: float = setting(16.0, POSITIVE, REFUSED)  # updates are scaled by alpha / rank
     # Patterns of the layers that get low-rank updates.
     lora_targets: tuple[str, ...] = setting(("*.attention.query", "*.attention.value"), ANYTHING, REFUSED)
     prompt_length: int = setting(5, POSITIVE, REFUSED)  # learned vectors before each class's name
-    prompt_init: str = setting("a photo of a person", ANYTHING, REFUSED)  # words whose embeddings initialise them
-    prompt_per_class: bool = setting(False, ANYTHING, REFUSED)  # own vectors for each class instead of shared ones
+    prompt_init: str = setting("a photo of a person", ANYTHING, REFUSED)  # words that initialise the learned vectors
+    prompt_per_class: bool = setting(False, ANYTHING, REFUSED)  # separate vectors for each class instead of shared ones
     solver: str = setting("lbfgs", one_of("lbfgs", "adamw"), REFUSED)  # of a linear probe
     cache_per_class: int = setting(16, POSITIVE, REFUSED)  # training images of each class in a Tip-Adapter's cache
-    # WiSE-FT: shares of the fine-tuned weights to try beside 1; 0 is the zero-shot model; empty: none.
+    # WiSE-FT: weights of the fine-tuned model to try beside 1; 0 is the zero-shot model; empty: none.
     wise_ft: tuple[float, ...] = setting((), SHARE, FREE)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    # Puts all devices on its axis or axes.
+    # Places all devices on its axis or axes.
     strategy: str = setting("dp", one_of("dp", "fsdp", "tp", "fsdp_tp"), FREE)
-    data: int | None = setting(None, POSITIVE, FREE)  # devices on each axis; where set, they override the strategy
+    data: int | None = setting(None, POSITIVE, FREE)  # devices on each axis; a set value overrides the strategy
     fsdp: int | None = setting(None, POSITIVE, FREE)
     tensor: int | None = setting(None, POSITIVE, FREE)
 
 
 @dataclass(frozen=True)
 class RetentionConfig:
-    data: str = setting("", ANYTHING, REFUSED)  # SPEC; zero-shot accuracy before and after training; empty: no gate
-    classes: tuple[str, ...] = setting((), ANYTHING, REFUSED)  # of that data; empty: all
-    max_drop: float = setting(0.05, SHARE, FREE)  # of top-1; a larger drop is reported
-    fail: bool = setting(False, ANYTHING, FREE)  # a larger drop ends the run with exit code 3 and no model
+    data: str = setting("", ANYTHING, REFUSED)  # SPEC; zero-shot accuracy before and after training; empty: unmeasured
+    classes: tuple[str, ...] = setting((), ANYTHING, REFUSED)  # classes of that data to use; empty: all
+    max_drop: float = setting(0.05, SHARE, FREE)  # largest accepted drop of top-1; a larger one is reported
+    fail: bool = setting(False, ANYTHING, FREE)  # end with exit code 3 and no model after a larger drop
 
 
 @dataclass(frozen=True)
@@ -149,23 +149,23 @@ class TrainConfig:
     num_steps: int | None = setting(None, POSITIVE, WARNED)  # overrides num_epochs
     global_batch_size: int = setting(64, POSITIVE, REFUSED)  # over all devices of all hosts
     accumulation_steps: int = setting(1, POSITIVE, FREE)  # parts of a batch, computed in turn to save memory
-    max_skipped_steps: int = setting(10, POSITIVE, FREE)  # more non-finite updates in a row end the run
+    max_skipped_steps: int = setting(10, POSITIVE, FREE)  # end the run after more consecutive non-finite updates
     log_every_steps: int = setting(10, POSITIVE, FREE)
-    patience: int = setting(0, NOT_NEGATIVE, FREE)  # evaluations without a better val/top1 that end a run; 0: none
+    patience: int = setting(0, NOT_NEGATIVE, FREE)  # evaluations without a better val/top1 before a stop; 0: none
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     learning_rate: float = setting(1e-5, POSITIVE, WARNED)  # peak
-    warmup_fraction: float = setting(0.05, SHARE, WARNED)  # share of the steps with a linear warm-up; then cosine to 0
+    warmup_fraction: float = setting(0.05, SHARE, WARNED)  # share of the steps of linear warm-up; then cosine to 0
     weight_decay: float = setting(0.1, NOT_NEGATIVE, WARNED)  # of matrices; not biases, norms, embeddings, logit scale
     b1: float = setting(0.9, SHARE, WARNED)
     b2: float = setting(0.98, SHARE, WARNED)
     eps: float = setting(1e-6, POSITIVE, WARNED)
-    clip_norm: float = setting(1.0, POSITIVE, WARNED)  # of the gradient over all parameters
-    # The learning rate of a layer over that of the layer above it; 1.0: the same for all.
+    clip_norm: float = setting(1.0, POSITIVE, WARNED)  # largest norm of the gradient over all parameters
+    # Learning rate of a layer divided by that of the layer above it; 1.0: the same for all.
     layer_decay: float = setting(1.0, Range(above=0.0, at_most=1.0), WARNED)
-    ema_decay: float = setting(0.0, SHARE, REFUSED)  # of the averaged weights, which are evaluated and saved; 0: none
+    ema_decay: float = setting(0.0, SHARE, REFUSED)  # of averaged weights, which are evaluated and saved; 0: none
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    trackers: tuple[str, ...] = setting((), one_of(*TRACKERS), FREE)  # metrics.jsonl is always written beside them
+    trackers: tuple[str, ...] = setting((), one_of(*TRACKERS), FREE)  # metrics.jsonl is always written as well
     seed: int = setting(0, NOT_NEGATIVE, REFUSED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,21 +202,21 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the values, independent of the file that gave them."""
+        """SHA-256 of the values, independent of the file that they came from."""
         return sha256(json.dumps(self.to_dict(), sort_keys=True))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config file and the `--config.KEY=VALUE` overrides of a command line.
 
-    The file's `get_config` takes no argument, or the overrides: then it may choose values that depend on them.
+    The file's `get_config` takes no argument, or the overrides if its values depend on them.
 
     >>> config = load_config("configs/demo.py", ["--config.train.num_steps=10"])
     >>> config.train.num_steps
     10
 
     Raises:
-      UserError: no such file, no `get_config` in it, an unknown key, a value of the wrong type or out of range.
+      UserError: no such file, no `get_config` in it, an unknown key, or a value of the wrong type or out of range.
     """
     path = Path(path)
     if not path.is_file():
@@ -234,7 +234,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 @contextmanager
 def _mistakes_in(path: Path) -> Iterator[None]:
-    """Turn any exception of a config file's code into one line that names the file and the line."""
+    """Turn an exception in a config file's code into a `UserError` that names the file and the line."""
     try:
         yield
     except UserError:
@@ -248,7 +248,7 @@ def _mistakes_in(path: Path) -> Iterator[None]:
 
 
 def make_config(values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the defaults, changed by nested `values`, then by `--config.KEY=VALUE` overrides; checked.
+    """Return the defaults, changed by nested `values` and then by `--config.KEY=VALUE` overrides; checked.
 
     >>> make_config({"optim": {"learning_rate": 1e-4}}, ["--config.seed=3"]).seed
     3
@@ -260,6 +260,6 @@ def make_config(values: Mapping[str, Any] | None = None, overrides: Sequence[str
     if overrides:
         config = build(RunConfig, apply_overrides(config, overrides))
     names = tuple(name.strip() for item in config.trackers for name in item.split(",") if name.strip())
-    config = dataclasses.replace(config, trackers=tuple(dict.fromkeys(names)))  # a command line says mlflow,wandb
+    config = dataclasses.replace(config, trackers=tuple(dict.fromkeys(names)))  # a flag's mlflow,wandb
     check_values(config)
     return config

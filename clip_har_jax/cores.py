@@ -1,4 +1,4 @@
-"""How many cores this process may use: fewer than the machine has where it is bound to some, or in a container."""
+"""The number of CPU cores that this process may use: its affinity and its container can allow fewer than there are."""
 
 import os
 from pathlib import Path
@@ -7,22 +7,22 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores by affinity and by the control group's quota, rounded down: what is over is throttled with the rest."""
+    """Return the cores allowed by affinity and by the cgroup's quota, rounded down: more threads would be throttled."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(CGROUPS, Path("/proc/self/cgroup"))
     return max(1, min(cores, int(quota))) if quota is not None else cores
 
 
 def cpu_quota(root: Path, membership: Path) -> float | None:
-    """Cores' worth of time that the control groups of the process allow, the tightest; None: as much as there is.
+    """Return the CPU quota of the process's cgroups in cores, the smallest one; None: no limit.
 
     Args:
-      root: where the groups are mounted, in version 2 or in version 1 (cpu beneath it).
-      membership: the file that names the process's groups.
+      root: the folder where cgroups are mounted, version 2 or version 1 (with the cpu controller in it).
+      membership: the file that lists the process's cgroups.
     """
     try:
         lines = membership.read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return None
     quotas = []
     for line in lines:
@@ -34,7 +34,7 @@ def cpu_quota(root: Path, membership: Path) -> float | None:
         else:
             continue
         group = base / path.lstrip("/")
-        # In a container the path may be the host's, of which only the mount itself is seen.
+        # In a container the path can be the host's; only the mounted root is visible then.
         for folder in (group, *group.parents):
             quotas += _quota_of(folder)
             if folder == base:

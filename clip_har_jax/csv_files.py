@@ -1,4 +1,4 @@
-"""`csv:FILE`: labelled files as a table, which is checked as one before any file is read."""
+"""`csv:FILE`: a table of labelled files, checked as a whole before any file is read."""
 
 import csv
 import os
@@ -24,17 +24,17 @@ class Row(NamedTuple):
 
 
 def list_csv(spec: Spec, tally: Tally | None = None) -> list[tuple[Path, str]]:
-    """Return the (file, label) pairs of a CSV, in its order.
+    """Return the (file, label) pairs of a CSV, in the order of its rows.
 
-    The columns `filename` and `label` are found by name, without regard to case and spaces; others are ignored. Files
-    lie in `?images=DIR`, or else beside the CSV or in the folder of its name.
+    The columns `filename` and `label` are found by name, ignoring case and spaces; other columns are ignored. Files lie
+    in `?images=DIR`, or else beside the CSV or in the folder of its name.
 
     Args:
-      spec: of kind csv.
-      tally: takes what is kept, and what a person should look at.
+      spec: a SPEC of kind csv.
+      tally: records the kept and left out files, and notes.
 
     Raises:
-      UserError: not a table with these columns, rows that don't fit them, files that are missing, or one file with two
+      UserError: not a table with these columns, rows that don't match the header, missing files, or one file with two
         labels; names the lines.
     """
     tally = Tally() if tally is None else tally
@@ -127,8 +127,8 @@ def _first_file(places: Iterable[Path], name: str) -> Path | None:
 
 
 def _once_each(path: Path, rows: Sequence[Row], found: Sequence[Path], tally: Tally) -> list[tuple[Path, str]]:
-    """Return each file once; tells of repeated rows, and refuses two labels of one file."""
-    first: dict[str, tuple[Path, Row]] = {}  # by the real path, as one file may be written in two ways
+    """Return each file once; note repeated rows, and refuse two labels of one file."""
+    first: dict[str, tuple[Path, Row]] = {}  # by resolved path: one file can be written in two ways
     repeated: list[int] = []
     for row, file in zip(rows, found, strict=True):
         _, earlier = first.setdefault(os.path.realpath(file), (file, row))

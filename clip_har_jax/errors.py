@@ -1,17 +1,17 @@
-"""The one exception for a person's mistakes, so that programs can tell it from a bug."""
+"""UserError: the exception for a person's mistakes, to tell them from bugs."""
 
 MOST_NAMED = 20  # accepted names in a message; a data set may have hundreds of classes
 
 
 class UserError(ValueError):
-    """A mistake in what a person gave: a flag, a file, a config.
+    """A mistake in the input: a flag, a file or a config.
 
     The message is one line: what is wrong, where, and what to do. Programs print it without a traceback and exit 2.
     """
 
 
 def nearest(name: str, accepted: list[str], otherwise: str | None = None) -> str:
-    """Words to append to an error: the accepted name most like `name`; else `otherwise`, or all of them."""
+    """Return the hint of an error message: the accepted name most similar to `name`; else `otherwise` or all names."""
     import difflib
 
     close = difflib.get_close_matches(name, accepted, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Files as every part reads and writes them: JSON, digests, and files that are written whole or not at all."""
+"""Reading and writing files: JSON, digests, and atomic writes."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from clip_har_jax.errors import UserError
 
 @runtime_checkable
 class TextFile(Protocol):
-    """A path of a disk (`pathlib.Path`) or of an object store (`epath.Path`)."""
+    """A path on a disk (`pathlib.Path`) or in an object store (`epath.Path`)."""
 
     def read_text(self, encoding: Any = None) -> str:
         """Return the file's text."""
@@ -27,7 +27,7 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 
 
 def sha256(data: bytes | str | Iterable[bytes | str]) -> str:
-    """Return the SHA-256, as hex digits, of bytes or text (UTF-8), or of several parts as if they were one."""
+    """Return the SHA-256 in hex of bytes or text (UTF-8), or of several parts joined."""
     digest = hashlib.sha256()
     for part in (data,) if isinstance(data, bytes | str) else data:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -35,7 +35,7 @@ def sha256(data: bytes | str | Iterable[bytes | str]) -> str:
 
 
 def sha256_file(path: Any) -> str:
-    """Return the SHA-256, as hex digits, of a file's contents; a path of a disk or of an object store.
+    """Return the SHA-256 in hex of a file, on a disk or in an object store.
 
     Raises:
       OSError: the file can't be read.
@@ -43,44 +43,44 @@ def sha256_file(path: Any) -> str:
     with open(path, "rb") if isinstance(path, str) else path.open("rb") as file:
         if hasattr(file, "readinto"):
             return hashlib.file_digest(file, "sha256").hexdigest()
-        return sha256(iter(lambda: file.read(1 << 20), b""))  # clients of some object stores only read
+        return sha256(iter(lambda: file.read(1 << 20), b""))  # some object store clients support only read()
 
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a scratch path in the same folder; what is written there takes the place of `path` at the end.
+    """Give a temporary path in the same folder; what is written there replaces `path` at the end.
 
-    Readers see the old contents or the new, never a part. Write into the scratch file; a new file renamed over it would
-    lack the lock that keeps other writers from removing it. Each call has a scratch file of its own, so that two
-    writers don't meet in it; an error removes it and leaves the old contents.
+    Readers see the old contents or the new, never a part. Write into the given file; don't rename another file over it,
+    since the lock that keeps other writers from removing it belongs to the file. Each call has its own temporary file,
+    so two writers don't collide. An error removes it and keeps the old contents.
     """
     path = Path(path)
     _clear_leftovers(path)
     partial, file = _open_partial(path)
     try:
-        with file:  # its lock is held until the file is in place
+        with file:  # holds the lock until the file is in place
             yield partial
             os.fsync(file.fileno())
             if os.name == "nt":
-                file.close()  # Windows renames no open file
+                file.close()  # Windows can't rename an open file
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _open_partial(path: Path) -> tuple[Path, IO[bytes]]:
-    """Create a scratch file that no other writer removes; returns its path, and the open file that holds its lock."""
+    """Create a temporary file that no other writer removes; return its path and the open file that holds its lock."""
     while True:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
         file = partial.open("xb")
         with suppress(FileNotFoundError):
             if _claim(file) is not False and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
                 return partial, file
-        file.close()  # another writer took it for a leftover before it was locked
+        file.close()  # another writer removed it as a leftover before it was locked
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove the scratch files that killed writers of `path` left."""
+    """Remove the temporary files of killed writers of `path`."""
     names = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.partial")
     for leftover in [other for other in path.parent.iterdir() if names.fullmatch(other.name)]:
         with suppress(OSError), leftover.open("rb") as file:
@@ -89,9 +89,9 @@ def _clear_leftovers(path: Path) -> None:
 
 
 def _claim(file: IO[bytes]) -> bool | None:
-    """Return whether a scratch file is now this writer's: the kernel's lock on it ends with its process.
+    """Try to lock a temporary file; return whether it succeeded. The kernel releases the lock when the process ends.
 
-    None where there are no such locks, as on Windows.
+    Return None if the system has no such locks, as on Windows.
     """
     try:
         import fcntl
@@ -105,7 +105,7 @@ def _claim(file: IO[bytes]) -> bool | None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file atomically, see `atomic`; on an object store, which replaces whole objects, directly."""
+    """Write a text file atomically, see `atomic`; object stores replace whole objects themselves."""
     if not is_local(path):
         from etils import epath
 
@@ -124,13 +124,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write JSON atomically, see `write_text`.
 
     Raises:
-      ValueError: `value` holds a number that JSON lacks (infinite, or not a number); the old file stays.
+      ValueError: `value` holds NaN or an infinity, which JSON lacks; the old file stays.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: TextFile) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None where there is no such file.
+    """Return the object in a JSON file, or None if there is no such file.
 
     Raises:
       UserError: the file can't be read, or holds no JSON object.
@@ -149,7 +149,7 @@ def read_json(path: TextFile) -> dict[str, Any] | None:
 
 
 def read_object(path: TextFile) -> dict[str, Any]:
-    """Return the object in a JSON file that must be there.
+    """Return the object in a JSON file that must exist.
 
     Raises:
       UserError: the file is missing, can't be read, or holds no JSON object.

@@ -1,4 +1,4 @@
-"""Folders that one process at a time writes: in place, or aside and then put in the place of the old one."""
+"""Folders written by one process at a time: in place, or as a new folder that replaces the old one."""
 
 import re
 import secrets
@@ -13,7 +13,7 @@ from clip_har_jax.lock import FolderLock, sibling_lock
 
 @contextmanager
 def output_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
-    """Make a folder to write files into, and keep other writers out of it meanwhile.
+    """Make a folder for output files and lock it against other writers.
 
     Raises:
       UserError: the folder can't be made or written, or another process writes there.
@@ -30,20 +30,20 @@ def output_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
 
 @contextmanager
 def replacing(target: str | Path, flag: str = "--output") -> Iterator[Path]:
-    """Give an empty scratch folder; what is written there takes the place of `target` at the end.
+    """Give an empty temporary folder; what is written there replaces `target` at the end.
 
-    The old contents stay whole until the new ones are; an error removes the new ones. A kill at any moment leaves the
-    old folder or the new one, and what it leaves sibling_lock them goes at the next call.
+    The old contents stay until the new ones are complete; an error removes the new ones. A kill at any moment leaves
+    the old folder or the new one; the next call removes the remains.
 
     Raises:
       UserError: another process writes `target`.
-      OSError: the folder sibling_lock `target` can't be written.
+      OSError: the folder of `target` can't be written.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with sibling_lock(target, flag):
         _clear_leftovers(target)
-        token = secrets.token_hex(6)  # a writer that lost the lock while it was suspended doesn't meet the next one
+        token = secrets.token_hex(6)  # a writer that lost its lock while suspended doesn't collide with the next one
         partial, old = (target.with_name(f".{target.name}.{token}.{word}") for word in ("partial", "old"))
         partial.mkdir()
         try:
@@ -57,14 +57,14 @@ def replacing(target: str | Path, flag: str = "--output") -> Iterator[Path]:
 
 
 def replace_folder(target: str | Path, fill: Callable[[Path], None], flag: str = "--output") -> Path:
-    """Put a folder written by `fill` in the place of `target`, see `replacing`."""
+    """Replace `target` by a folder that `fill` writes, see `replacing`."""
     with replacing(target, flag) as folder:
         fill(folder)
     return Path(target)
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what killed writers left; the caller holds the lock, so that no living one is among them."""
+    """Remove the remains of killed writers; the caller holds the lock, so no living writer loses files."""
     names = re.compile(rf"\.{re.escape(target.name)}(\.[0-9a-f]{{12}})?\.(partial|old)")
     leftovers = [path for path in target.parent.iterdir() if names.fullmatch(path.name)]
     for path in leftovers:

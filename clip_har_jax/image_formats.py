@@ -1,6 +1,6 @@
-"""The image formats that training, the commands, the service and the app read: one table.
+"""The image formats that training, commands, service and app accept: one table.
 
-Formats that can run programs (EPS) or hide their size (ICO) aren't in it. A file's first bytes decide its format;
+Formats that can run programs (EPS) or hide their size (ICO) are left out. The first bytes of a file decide its format;
 suffixes only decide which files of a folder are listed.
 """
 
@@ -15,13 +15,13 @@ class ImageFormat:
     """An image format.
 
     Attributes:
-      name: as Pillow names it.
-      title: as people name it.
+      name: Pillow's name.
+      title: the common name.
       suffixes: of its files, in lower case, with the dot.
-      media_type: of HTTP.
-      further: the noun for the pictures behind the first one: frames or pages, with which an image is refused; empty:
-        they are previews or depth maps of the first one, and ignored.
-      install: the command that adds its decoder, where it isn't part of the main install.
+      media_type: for HTTP.
+      further: what follows the first picture, "frames" or "pages"; an image with them is refused. Empty: previews or
+        depth maps, which are ignored.
+      install: the command that installs its decoder, if the main install lacks it.
     """
 
     name: str
@@ -34,7 +34,7 @@ class ImageFormat:
 
 IMAGE_FORMATS = (
     ImageFormat("JPEG", "JPEG", (".jpg", ".jpeg", ".jpe", ".jfif"), "image/jpeg"),
-    ImageFormat("MPO", "JPEG", (".mpo",), "image/jpeg", further=""),  # a JPEG with a preview or depth map behind it
+    ImageFormat("MPO", "JPEG", (".mpo",), "image/jpeg", further=""),  # a JPEG followed by a preview or depth map
     ImageFormat("PNG", "PNG", (".png",), "image/png"),
     ImageFormat("WEBP", "WebP", (".webp",), "image/webp"),
     ImageFormat("BMP", "BMP", (".bmp", ".dib"), "image/bmp"),
@@ -53,7 +53,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 @functools.cache
 def readable_formats() -> tuple[ImageFormat, ...]:
-    """Return the formats that this process can decode; adds HEIC's decoder to Pillow where it is installed."""
+    """Return the formats that this process can decode; register HEIC's decoder with Pillow if it is installed."""
     from PIL import features
 
     missing = set()
@@ -75,13 +75,13 @@ def format_titles() -> str:
 
 
 def missing_decoder(data: bytes) -> str | None:
-    """Return the command that installs the decoder of an image; None where it is there, or the format is unknown."""
+    """Return the command that installs the decoder of an image; None: it is installed, or the format is unknown."""
     found = sniff(data)
     return found.install if found is not None and found not in readable_formats() else None
 
 
 def sniff(data: bytes) -> ImageFormat | None:
-    """Return the format by the first bytes of a file; None: no format of the table."""
+    """Return the format by the first bytes of a file; None: not in the table."""
     name = None
     if data.startswith(b"\xff\xd8\xff"):
         name = "JPEG"
@@ -101,7 +101,7 @@ def sniff(data: bytes) -> ImageFormat | None:
 
 
 def _sniff_heif(data: bytes) -> str | None:
-    """Tell AVIF and HEIC, two codecs of one container, by the brands in its `ftyp` box."""
+    """Return AVIF or HEIC, two codecs of one container, by the brands in its `ftyp` box."""
     size = min(int.from_bytes(data[:4], "big"), 256)
     brands = [data[8:12], *(data[start : start + 4] for start in range(16, size, 4))]
     if any(brand in _AVIF_BRANDS for brand in brands):
@@ -110,12 +110,12 @@ def _sniff_heif(data: bytes) -> str | None:
 
 
 def format_of(name: str | None) -> ImageFormat | None:
-    """Return the format that Pillow names so; None: none of the table."""
+    """Return the format of a Pillow name; None: not in the table."""
     return _BY_NAME.get(name or "")
 
 
 def is_arithmetic_jpeg(data: bytes) -> bool:
-    """Return whether the frame header of a JPEG names arithmetic coding, which not every build of its decoders has."""
+    """Return whether the frame header of a JPEG says arithmetic coding, which many decoders lack."""
     at = 2
     while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
         marker = data[at + 1]
@@ -123,7 +123,7 @@ def is_arithmetic_jpeg(data: bytes) -> bool:
             at += 1
         elif marker in JPEG_FRAMES:
             return marker in ARITHMETIC_FRAMES
-        elif marker == 0xDA:  # the pixels
+        elif marker == 0xDA:  # start of scan: pixel data
             return False
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")

@@ -1,4 +1,4 @@
-"""One walk over folders of images or clips, with a tally of what it kept and what it left out."""
+"""The walk over folders of images or clips, with a tally of the kept and left out files."""
 
 import os
 from collections import Counter
@@ -13,7 +13,7 @@ from clip_har_jax.names import check_text, clean_name, like_missing, name_key, n
 from clip_har_jax.specs import SPLIT_NAMES, Spec, find_split
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"})
-# What operating systems and network disks put beside people's files; compared without case.
+# Folders that operating systems and network disks add; compared without case.
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 HIDDEN, SYSTEM, LOOSE, NO_SUFFIX = "hidden", "of the system", "beside the class folders", "without a suffix"
@@ -21,14 +21,14 @@ HIDDEN, SYSTEM, LOOSE, NO_SUFFIX = "hidden", "of the system", "beside the class 
 
 @dataclass
 class Tally:
-    """What a listing kept and left out.
+    """The files that a listing kept and left out.
 
     Attributes:
       kept: files that are examples.
-      ignored: files and folders left out, by kind: a suffix, or why.
+      ignored: number of left out files and folders by kind: a suffix, or a reason.
       first: the first path of each kind.
       empty: class folders without an example.
-      notes: what else a person should look at, a sentence each.
+      notes: sentences on anything else that a person should check.
     """
 
     kept: int = 0
@@ -52,7 +52,7 @@ class Tally:
 
     @property
     def lines(self) -> list[str]:
-        """What a person is told; empty where nothing was left out."""
+        """Lines for a person; empty if nothing was left out."""
         told = []
         if self.ignored:
             kinds = ", ".join(
@@ -67,7 +67,7 @@ class Tally:
 
 
 def _why_ignored(name: str) -> str | None:
-    """Return why a file or folder counts nowhere, at any depth; None: it may count."""
+    """Return why a file or folder is ignored at any depth; None: it isn't."""
     if name.casefold() in SYSTEM_FOLDERS + SYSTEM_FILES:
         return SYSTEM
     return HIDDEN if name.startswith(".") else None
@@ -82,14 +82,15 @@ def _kind_of(name: str, suffixes: Collection[str]) -> str | None:
 
 
 def find_files(folder: str | Path, suffixes: Collection[str], tally: Tally | None = None) -> Iterator[Path]:
-    """Yield the files below a folder whose names end so, sorted by folder and name; hidden and system files never.
+    """Yield the files below a folder with one of the suffixes, sorted by folder and name.
 
-    Symbolic links are followed, but none back up, and no folder twice.
+    Hidden files and those of the system are skipped. Symbolic links are followed, except to a parent, and no folder is
+    visited twice.
 
     Args:
-      folder: where to begin.
+      folder: the top folder.
       suffixes: in lower case.
-      tally: takes what is kept and left out.
+      tally: records the kept and left out files.
 
     Raises:
       UserError: a folder that can't be read.

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder, on a disk or an object store, and the name of the one that is there."""
+"""A lock on a folder, on a disk or in an object store: one writer at a time, and an error that names it."""
 
 import json
 import os
@@ -18,20 +18,20 @@ NAME = "lock.json"
 
 
 class FolderLock:
-    """Keeps a second writer out of a folder; a context manager.
+    """Keep other writers out of a folder; a context manager.
 
-    A file names the process that writes the folder, which renews it every few seconds. That works on disks, network
-    file systems and object stores alike, and compares no clocks. A killed process stops renewing: on its own host
-    that is seen at once, from another after `patience_s` of watching.
+    The lock is a file that names its process, which renews it every few seconds. That works on disks, network file
+    systems and object stores, and compares no clocks. A killed process stops renewing: its own host detects that at
+    once, another host after it watched for `patience_s`.
 
     Args:
       folder: the folder that is written.
       flag: the flag that names the folder, for the message.
-      file: the lock's own file; by default lock.json in the folder. A folder that is replaced as a whole has it beside
-        itself, see `sibling_lock`.
+      file: the lock file; default: lock.json in the folder. For a folder that is replaced as a whole it stands beside
+        the folder, see `sibling_lock`.
 
     Raises:
-      UserError: another process writes there; names its host, number and start time.
+      UserError: another process writes there; names its host, process id and start time.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FolderLock:
                 self._write()
             break
         if not alone:
-            time.sleep(0.2)  # of two that start together, the one whose file stays goes on
+            time.sleep(0.2)  # of two processes that start together, the one whose file remains continues
             holder = self._read()
             if _token(holder) != self._mine["token"]:
                 raise UserError(f"{self._folder}: {_describe(holder or {})} started here too; use another {self._flag}")
@@ -86,7 +86,7 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise if the folder is no longer this process's; call it now and then.
+        """Raise an error if another process took the folder; call it from time to time.
 
         Raises:
           UserError: another process took the folder while this one was suspended.
@@ -97,7 +97,7 @@ class FolderLock:
     def _read(self) -> dict[str, Any] | None:
         try:
             holder = json.loads(self._path.read_text())
-        except (OSError, ValueError):  # none, or damaged: nobody's
+        except (OSError, ValueError):  # no lock file, or a damaged one
             return None
         return holder if isinstance(holder, dict) and "token" in holder else None
 
@@ -106,9 +106,9 @@ class FolderLock:
         write_json(self._path, {**self._mine, "renewed": self._count})
 
     def _is_alive(self, holder: Mapping[str, Any]) -> bool:
-        where = ("host", "pid_namespace")  # containers of one host name number their processes alike
+        where = ("host", "pid_namespace")  # containers with the same host name can have the same process ids
         if all(holder.get(name, self._mine[name]) == self._mine[name] for name in where):
-            # The start time tells a reused number, as that of a container's only process.
+            # The start time detects a reused process id, such as that of a container's only process.
             process = holder.get("process")
             started = _process_started(process) if isinstance(process, int) else None
             return started is not None and started == holder.get("process_started")
@@ -129,21 +129,21 @@ class FolderLock:
                 return
             try:
                 self._write()
-            except OSError:  # a full disk: the writer itself will say so
+            except OSError:  # a full disk: the writer itself reports it
                 continue
 
 
 def sibling_lock(folder: Path, flag: str = "--output") -> FolderLock:
-    """Return the lock of a folder that is replaced as a whole: its file stands beside the folder."""
+    """Return the lock of a folder that is replaced as a whole; its file stands beside the folder."""
     return FolderLock(folder, flag, folder.with_name(f".{folder.name}.{NAME}"))
 
 
 @contextmanager
 def _one_claim_at_a_time(folder: Any) -> Iterator[bool]:
-    """Exclude this machine's other processes from claiming; give whether that was possible.
+    """Exclude other processes of this machine while one takes the lock; yield whether that was possible.
 
-    The kernel's lock on the folder ends with its process. Object stores, Windows and some network file systems have
-    none.
+    The kernel releases its lock on the folder when the process ends. Object stores, Windows and some network file
+    systems have no such lock.
     """
     try:
         import fcntl
@@ -163,7 +163,7 @@ def _one_claim_at_a_time(folder: Any) -> Iterator[bool]:
         try:
             yield True
         finally:
-            fcntl.flock(number, fcntl.LOCK_UN)  # closing isn't enough: a child forked meanwhile has the file open too
+            fcntl.flock(number, fcntl.LOCK_UN)  # closing isn't enough: a forked child can hold the file open
     finally:
         os.close(number)
 
@@ -181,12 +181,12 @@ def _describe(holder: Mapping[str, Any]) -> str:
 def _pid_namespace() -> str | None:
     try:
         return os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return None
 
 
 def _process_started(pid: int) -> str | None:
-    """Return when a process of this machine began, and in which boot, in the system's units; None: there is none."""
+    """Return the boot and the start time of a process of this machine, in system units; None: no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -197,7 +197,7 @@ def _process_started(pid: int) -> str | None:
 
 
 def _process_exists(pid: int) -> str | None:
-    """Return "alive" if there is such a process, on systems without /proc; else None."""
+    """Return "alive" if the process exists, on systems without /proc; else None."""
     if pid <= 0 or Path("/proc/self/stat").exists():
         return None
     try:

@@ -1,9 +1,9 @@
-"""One rule for names of classes, columns and splits: which are the same, which are refused, and their order.
+"""The rules for names of classes, columns and splits: which are equal, which are refused, and how they are sorted.
 
-- Differences that nobody sees are removed: outer and repeated spaces, the Unicode form (NFC), invisible characters.
-- Names that then still differ, but only by case, by `_` for a space, by a compatibility form (full-width letters) or as
-  spellings of one number (`0`, `0.0`), are the same to a reader and to a text encoder: two such classes are refused.
-- Control characters, and bytes that are no text, are refused.
+- Invisible differences are removed: outer and repeated spaces, the Unicode form (NFC), invisible characters.
+- Two classes that then differ only by case, by `_` for a space, by a compatibility form (full-width letters) or as
+  spellings of one number (`0`, `0.0`) are refused: a reader and a text encoder can't tell them apart.
+- Control characters and bytes that aren't text are refused.
 """
 
 import re
@@ -21,18 +21,18 @@ IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-BLANK = "\u2800"  # Braille without a dot: looks like a space, and isn't one to Unicode
+BLANK = "\u2800"  # an empty Braille cell: looks like a space, but Unicode doesn't count it as one
 
 
 def clean_name(name: str, where: str) -> str:
-    """Return a name without the differences that nobody sees.
+    """Return a name without invisible differences.
 
     Args:
       name: as a person or a file system gave it.
       where: the file or folder that an error names.
 
     Raises:
-      UserError: control characters or undecodable bytes in it, or nothing that can be seen.
+      UserError: control characters or undecodable bytes, or no visible character.
     """
     check_text(name.strip(), where)
     text = unicodedata.normalize("NFC", _strip_invisible(name, JOINERS))
@@ -42,17 +42,17 @@ def clean_name(name: str, where: str) -> str:
 
 
 def _strip_invisible(name: str, kept: str = "") -> str:
-    """Return a name without invisible characters but `kept`, and with single spaces between its words."""
+    """Return a name without invisible characters other than `kept`, and with single spaces between words."""
     text = IGNORABLE.sub("", name).replace(BLANK, " ")
     text = "".join(one for one in text if unicodedata.category(one) != "Cf" or one in kept)
     return " ".join(text.split())
 
 
 def check_text(name: str, where: str) -> None:
-    """Refuse a name that can't be written to JSON, CSV and terminals as it is.
+    """Refuse a name that can't be written unchanged to JSON, CSV and terminals.
 
     Raises:
-      UserError: control characters or undecodable bytes in it.
+      UserError: control characters or undecodable bytes.
     """
     if found := NOT_TEXT.search(name):
         kind = "bytes that are no UTF-8" if found[0] >= "\ud800" else "a control character"
@@ -60,7 +60,7 @@ def check_text(name: str, where: str) -> None:
 
 
 def name_key(name: str) -> str:
-    """Return what two names share that a reader takes for the same."""
+    """Return a key that is equal for names that a reader can't tell apart."""
     text = _strip_invisible(unicodedata.normalize("NFKC", _strip_invisible(name)).replace("_", " ").casefold())
     if number := NUMBER.fullmatch(text):
         sign, whole, fraction = number[1], number[2].lstrip("0"), (number[3] or "").rstrip("0")
@@ -70,7 +70,7 @@ def name_key(name: str) -> str:
 
 
 def check_distinct(names: Iterable[str], where: str) -> None:
-    """Refuse classes that a reader takes for the same.
+    """Refuse classes that a reader can't tell apart.
 
     Raises:
       UserError: two such names, or one name twice.
@@ -89,9 +89,9 @@ def check_distinct(names: Iterable[str], where: str) -> None:
 
 
 def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
-    """Return a sort key by which "2" comes before "10", and other names in the order of their characters."""
+    """Return a sort key that puts "2" before "10", and other names in the order of their characters."""
     parts: list[str | tuple[int, str]] = list(re.split(r"([0-9]+)", name))
-    for i in range(1, len(parts), 2):  # a number, as its length and digits: of any size
+    for i in range(1, len(parts), 2):  # a number, as its length and digits, so that any size sorts correctly
         digits = str(parts[i]).lstrip("0")
         parts[i] = (len(digits), digits)
     return parts, name
@@ -111,8 +111,8 @@ def label_ids(names: Sequence[str], labels: Sequence[str], where: str) -> list[i
     """Return the position of each example's label in the list of classes.
 
     Raises:
-      UserError: a label outside the list (names it and the nearest one), or two classes that a reader takes for the
-        same.
+      UserError: a label that isn't in the list (names it and the nearest one), or two classes that a reader can't tell
+        apart.
     """
     check_distinct(labels, where)
     ids = {label: i for i, label in enumerate(labels)}

@@ -1,6 +1,6 @@
-"""Bytes -> uint8 image, and the exact CLIP evaluation transform; numpy and PIL only, so that a server needs no more.
+"""Bytes -> uint8 image, and the exact CLIP evaluation transform. numpy and PIL only, so that servers stay small.
 
-Whatever reads images for a model reads them by this file; `PREPROCESS_VERSION` changes when its result does.
+All images for a model are read by this file. Increase `PREPROCESS_VERSION` when its result changes.
 """
 
 import io
@@ -26,19 +26,19 @@ MIN_SIDE_PX = 2
 MAX_ASPECT = 200  # longer side over shorter
 
 
-class BadImage(ValueError):  # noqa: N818  its name says what is bad, not that a program erred
-    """An image that can't serve; the message is the reason alone, since who reads it knows the file's name."""
+class BadImage(ValueError):  # noqa: N818  the image is bad, the program is right
+    """An image that can't be used. The message is only the reason: the caller knows the file's name."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes a model's input.
+    """The transform from an image to a model's input.
 
     Attributes:
-      image_size_px: side of the square that the model takes.
-      resize_px: what the shorter side is resized to before the centre crop; None: image_size_px.
+      image_size_px: side of the model's square input.
+      resize_px: size of the shorter side before the centre crop; None: image_size_px.
       mean, std: of the normalisation, for values 0 to 1 in RGB.
-      keep_aspect: False resizes both sides to resize_px instead, as folders with a height and width ask for.
+      keep_aspect: False: resize both sides to resize_px, for folders that give a height and a width.
     """
 
     image_size_px: int
@@ -49,12 +49,12 @@ class Preprocess:
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_size_px: int) -> "Preprocess":
-        """Read preprocessor_config.json in its published forms; without one, CLIP's own for `image_size_px`.
+        """Read preprocessor_config.json in its published forms; without it, use CLIP's values for `image_size_px`.
 
-        transformers 5 saves a processor's as a part of processor_config.json; that is read first, as it does.
+        transformers 5 saves the same settings in processor_config.json, which has precedence, as there.
 
         Raises:
-          UserError: a step that this transform doesn't do, or a size that isn't the model's.
+          UserError: an unsupported step, or a size that isn't the model's.
         """
         for path, part in (
             (Path(folder) / "processor_config.json", "image_processor"),
@@ -83,7 +83,7 @@ class Preprocess:
         return cls(crop, None if resize == crop else resize, mean, std, keep_aspect)
 
     def to_json(self) -> str:
-        """Return the contents of preprocessor_config.json, as `transformers.CLIPImageProcessor` reads them."""
+        """Return the contents of preprocessor_config.json, readable by `transformers.CLIPImageProcessor`."""
         side, resize = self.image_size_px, self.resize_px or self.image_size_px
         values = {
             "image_processor_type": "CLIPImageProcessor",
@@ -132,7 +132,7 @@ def _refuse_other_transforms(values: dict[str, Any], path: Path) -> None:
 
 
 def _side(value: Any, path: Path) -> tuple[int, bool]:
-    """Side and keep_aspect of a size as published: 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    """Return side and keep_aspect of a published size: 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
     side, keep_aspect = value, True
     if isinstance(value, dict):
         given = {key: number for key, number in value.items() if number is not None}
@@ -156,10 +156,10 @@ def _triple(
 
 
 class _QuietPillow:
-    """Hides Pillow's warnings while any thread decodes.
+    """Hide Pillow's warnings while any thread decodes.
 
-    `warnings.catch_warnings` in each thread would do it for one thread; of several, the last to leave would put
-    back the filters that another had set.
+    `warnings.catch_warnings` isn't safe in threads: the last thread to leave would restore the filters that another one
+    had set.
     """
 
     def __init__(self) -> None:
@@ -184,20 +184,20 @@ quiet_pillow = _QuietPillow()
 
 
 def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode one image to RGB, turned as its EXIF orientation says (as transformers' own loader does).
+    """Decode an image to RGB and apply its EXIF orientation, as transformers' own loader does.
 
-    The header is checked before any pixel is decoded: a small file can hold a huge image. Safe in many threads.
+    The header is checked before any pixel is decoded, because a small file can hold a huge image. Thread-safe.
 
     Args:
       data: the bytes of an image file.
-      max_megapixels: what is refused above; Pillow itself refuses above 178.
+      max_megapixels: larger images are refused; Pillow itself refuses above 178.
 
     Raises:
-      BadImage: not an image, cut off, of several frames or pages, too large, too small or too long.
+      BadImage: not an image, truncated, several frames or pages, too large, too small or too elongated.
     """
     if not data:
         raise BadImage("empty file")
-    formats = [one.name for one in readable_formats() if one.name != "MPO"]  # which Pillow opens as a JPEG
+    formats = [one.name for one in readable_formats() if one.name != "MPO"]  # Pillow opens MPO as JPEG
     with quiet_pillow:
         try:
             with Image.open(io.BytesIO(data), formats=formats) as image:
@@ -214,7 +214,7 @@ def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndar
             if install := missing_decoder(data):
                 raise BadImage(f"its decoder isn't installed; {install}, or convert it") from error
             raise BadImage(f"not an image that can be read ({format_titles()}); convert or remove it") from error
-        except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        except Exception as error:  # Pillow's decoders raise many kinds of exceptions for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadImage(f"damaged ({reason}); save it again") from error
 
@@ -231,33 +231,33 @@ def _check_header(image: Image.Image, max_megapixels: float) -> None:
 
 
 def check_size(width: int, height: int, max_megapixels: float) -> None:
-    """Refuses an image by what its header says.
+    """Refuse an image by the size in its header.
 
     Raises:
-      BadImage: too large, too small or too long.
+      BadImage: too large, too small or too elongated.
     """
     if width * height > max_megapixels * 1e6:
         raise BadImage(f"{width}x{height} px, over {max_megapixels:g} megapixels; make it smaller")
     if min(width, height) < MIN_SIDE_PX:
         raise BadImage(f"{width}x{height} px is too small to show anything; remove it")
-    if max(width, height) > MAX_ASPECT * min(width, height):  # resized by its shorter side it would fill the memory
+    if max(width, height) > MAX_ASPECT * min(width, height):  # resizing by the shorter side would fill the memory
         raise BadImage(f"{width}x{height} px, one side over {MAX_ASPECT} times the other; crop it")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata says nothing of the pixels, which are decoded already
+    except Exception:  # damaged metadata; the pixels are decoded already
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode; Pillow's own conversion clips 16-bit, 32-bit and float values, to white or black."""
+    """Convert any mode to RGB. Pillow's own conversion clips 16-bit, 32-bit and float values to white or black."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-        # What these modes hold isn't said: 0 to 1 (floats alone), 0 to 255, or 16 bits.
+        # These modes don't say their range: 0 to 1 (floats only), 0 to 255, or 16 bits.
         scales = (255, 1, 1 / 257) if image.mode == "F" else (1, 1 / 257)
         scale = next((scale for scale in scales if values.max() * scale <= 255), scales[-1])
         image = Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
@@ -278,7 +278,7 @@ def read_image(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> UInt
 
 
 def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preprocess) -> UInt8[np.ndarray, "size size 3"]:
-    """Resized (PIL's bicubic), centre cropped: bit-equal to transformers' CLIP image processor on Pillow."""
+    """Resize (PIL's bicubic) and centre crop an image; bit-equal to transformers' CLIP image processor on Pillow."""
     height, width = image.shape[:2]
     size, resize = preprocess.image_size_px, preprocess.resize_px or preprocess.image_size_px
     long = int(resize * max(height, width) / min(height, width)) if preprocess.keep_aspect else resize
@@ -289,7 +289,7 @@ def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preproce
 
 
 def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    """Return a square crop; where the image is smaller, black fills it (Hugging Face's rule)."""
+    """Return a square crop; outside the image it is black (Hugging Face's rule)."""
     if top >= 0 and left >= 0:
         return np.ascontiguousarray(image[top : top + size, left : left + size])
     height, width = image.shape[:2]

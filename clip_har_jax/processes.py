@@ -1,8 +1,8 @@
-"""Worker processes that start from the package's modules alone, so that the main script needs no `__main__` guard.
+"""Worker processes that don't run the main script again, so that it needs no `__main__` guard.
 
-`multiprocessing` starts a worker by running the main script again; a script without a guard then fails, and a notebook
-or `python -c` has no script to run. loky (the engine of joblib) leaves the main script alone, and sends what is defined
-there by value. Nothing is forked: a fork of a process with threads may hang.
+`multiprocessing` starts a worker by running the main script again. A script without a guard then fails, and a notebook
+or `python -c` has no script. loky (the engine of joblib) doesn't touch the main script and sends its definitions by
+value. No process is forked: a fork of a process with threads can hang.
 """
 
 import mmap
@@ -27,9 +27,9 @@ STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Lifeline:
-    """Let processes notice that the one which started them has ended, however it did.
+    """Let child processes detect that their parent process has ended, for any reason.
 
-    Only the starting process holds the writing end of a pipe; when it ends, the others read the end of the file.
+    Only the parent holds the writing end of a pipe. When the parent ends, the children read end of file.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Lifeline:
         return _receive_lifeline, (self._reader,)
 
     def on_break(self, action: Callable[[], None]) -> None:
-        """Call `action` on a thread of its own when the starting process has ended."""
+        """Call `action` on a separate thread when the parent process has ended."""
 
         def watch() -> None:
             try:
@@ -61,19 +61,19 @@ def _receive_lifeline(reader: Connection) -> Lifeline:
 
 
 def follow_parent(lifeline: Lifeline) -> None:
-    """In a worker: ignore signals to the process group, which the parent handles, and end when the parent has ended."""
+    """In a worker: ignore signals to the process group, which the parent handles, and end when the parent ends."""
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     lifeline.on_break(lambda: os._exit(1))
 
 
 class SharedMemory:
-    """Bytes that a process shares with the workers it starts; without a name, so that they go with the last process.
+    """Memory shared by a process and the workers it starts; it has no name and is freed with the last process.
 
-    They lie in /dev/shm, or where that is too small, as in many containers, in a file of the temporary folder.
+    It lies in /dev/shm, or in a file of the temporary folder if that is too small, as in many containers.
 
     Raises:
-      UserError: neither has room for them.
+      UserError: neither has enough space.
     """
 
     _fd = -1
@@ -87,11 +87,11 @@ class SharedMemory:
 
     def __del__(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)  # the mapping stays as long as an array holds it
+            os.close(self._fd)  # the mapping stays valid as long as an array uses it
 
 
 def _reserve(num_bytes: int) -> int:
-    """Return the descriptor of a file without a name whose room is taken: a page without room would end a worker."""
+    """Return the descriptor of an unnamed file with its space reserved: a missing page would kill a worker."""
     folders = (*([SHM] if os.path.isdir(SHM) else []), tempfile.gettempdir())
     for folder in folders:
         try:
@@ -119,15 +119,15 @@ def make_pool(num_workers: int, initializer: Callable[..., None], *arguments: An
 
 
 def make_process(target: Callable[..., None], *arguments: Any, name: str, daemon: bool = True) -> BaseProcess:
-    """Return a process, not yet started, that will call `target(*arguments)`; a daemon can't start others."""
+    """Return a process, not yet started, that will call `target(*arguments)`; a daemon can't start other processes."""
     return get_context("loky").Process(target=target, args=arguments, daemon=daemon, name=name)
 
 
 def make_pipe() -> tuple[Connection, Connection]:
-    """Return the two ends of a pipe, either of which can be given to a process that is started."""
+    """Return the two ends of a pipe; either can be passed to a new process."""
     return get_context("loky").Pipe()
 
 
 def serialize(value: Any) -> bytes:
-    """Return a value as bytes that `pickle.loads` reads in a worker; classes of the main script go by value."""
+    """Return a value as bytes for `pickle.loads` in a worker; classes of the main script are sent by value."""
     return cloudpickle.dumps(value)

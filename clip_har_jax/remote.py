@@ -1,4 +1,4 @@
-"""The one door to services (MLflow, W&B, the Hub): an error is one line, races are retried, time is bounded."""
+"""Access to services (MLflow, W&B, the Hub): errors in one line, retries after races, bounded time."""
 
 import random
 import re
@@ -13,24 +13,24 @@ from typing import Any, TypeVar
 
 from clip_har_jax.errors import UserError
 
-REACH_S = 5.0  # a service that doesn't answer a first request within this is down
-RACE_S = 10.0  # a call that loses a race is tried again for this long
+REACH_S = 5.0  # a service that doesn't answer the first request within this time is down
+RACE_S = 10.0  # a call that loses a race is retried for this long
 MAX_LENGTH = 200
 
 T = TypeVar("T")
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind, without secrets that a URL may hold."""
+    """Return the first line of an error's message, or its type, without secrets of URLs."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):  # a heading, such as MLflow's over its failures
+    if len(lines) > 1 and lines[0].endswith(":"):  # a heading, such as MLflow prints over its failures
         lines[0] = f"{lines[-1]} ({lines[0][:-1]})"
     text = re.sub(r"^\[Errno -?\d+\] ", "", lines[0]) if lines else type(error).__name__
     return without_secrets(text)[:MAX_LENGTH]
 
 
 def without_secrets(text: str) -> str:
-    """Return a text whose URLs and headers name no password, key, token or signature."""
+    """Return a text without the passwords, keys, tokens and signatures in its URLs and headers."""
     text = re.sub(r"(\w+://)[^/\s@]+@", r"\1", text)
     text = re.sub(r"(?i)\b([\w-]*(?:api[_-]?key|token|password|secret|signature)|sig)=[^&\s]+", r"\1=...", text)
     text = re.sub(r"(?i)\b(authorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic)\s+)?[^\s'\",]+", r"\1...", text)
@@ -38,7 +38,7 @@ def without_secrets(text: str) -> str:
 
 
 def within(timeout_s: float, function: Callable[[], T]) -> T:
-    """Call a function and wait for it that long; a call that hangs is left behind on a thread of its own.
+    """Call a function and wait for at most `timeout_s`; a call that hangs is left on its own thread.
 
     Raises:
       TimeoutError: it took longer.
@@ -48,7 +48,7 @@ def within(timeout_s: float, function: Callable[[], T]) -> T:
     def work() -> None:
         try:
             outcome.append((True, function()))
-        except BaseException as error:  # raised in the caller's thread
+        except BaseException as error:  # raised again in the caller's thread
             outcome.append((False, error))
 
     thread = threading.Thread(target=work, daemon=True)
@@ -64,13 +64,13 @@ def within(timeout_s: float, function: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class RemoteService:
-    """A service as its errors name it.
+    """A service as its error messages describe it.
 
     Attributes:
-      name: what it is and where, as "MLflow at http://127.0.0.1:5000".
-      advice: what a person can do when it can't be used.
-      is_race: tells errors that another process caused, which vanish when the call is made again.
-      passes: tells errors that the caller handles itself; they are raised as they are.
+      name: the service and its address, as "MLflow at http://127.0.0.1:5000".
+      advice: what a person can do if it can't be used.
+      is_race: whether another process caused an error; such a call is repeated.
+      passes: whether the caller handles an error itself; it is then raised unchanged.
     """
 
     name: str
@@ -98,16 +98,16 @@ class RemoteService:
             time.sleep(random.uniform(0.05, 0.3))
 
     def failed(self, error: BaseException) -> UserError:
-        """Return the error that a person is shown."""
+        """Return the error to show to a person."""
         return UserError(f"{without_secrets(self.name)}: {one_line(error)}; {self.advice}")
 
     def check_reachable(self, url: str, timeout_s: float = REACH_S) -> None:
-        """Ask for a URL of the service; any HTTP answer will do. Other kinds of URLs aren't asked.
+        """Send a request to the service; any HTTP answer is accepted. URLs of other kinds are not checked.
 
-        A certificate that isn't trusted here is an answer too: the service's own client may know its authority.
+        An untrusted certificate counts as an answer too: the service's own client may know its authority.
 
         Raises:
-          UserError: no answer within the time.
+          UserError: no answer within the timeout.
         """
         if not url.startswith(("http://", "https://")):
             return
@@ -117,12 +117,12 @@ class RemoteService:
             try:
                 with urllib.request.urlopen(request, timeout=timeout_s):
                     pass
-            except urllib.error.HTTPError as answer:  # it is there, whatever it thinks of the question
+            except urllib.error.HTTPError as answer:  # it is there, whatever its answer
                 answer.close()
 
         try:
             within(timeout_s, ask)
-        except OSError as error:  # URLError and TimeoutError are kinds of it
+        except OSError as error:  # parent of URLError and TimeoutError
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLError):
                 return
@@ -130,7 +130,7 @@ class RemoteService:
 
 
 class Guarded:
-    """A client of which every call goes through its service's door."""
+    """A client that makes every call through `RemoteService.call`."""
 
     def __init__(self, client: Any, service: RemoteService):
         self._client, self._service = client, service
@@ -147,5 +147,5 @@ class Guarded:
 
 
 def advise_login(variable: str, command: str) -> str:
-    """Return the advice for a service that wants a key."""
+    """Return the advice for a service that needs a login."""
     return f"check the network and the address, and log in: set {variable}, or run `{command}`"

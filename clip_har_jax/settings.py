@@ -1,8 +1,7 @@
-"""Setting: a config field with its default, the values that it accepts, and its policy when a run is continued.
+"""Setting: a config field with its default, accepted values and resume policy.
 
-`config.py` declares its fields with `setting(default, ACCEPTED, POLICY)`. The functions here read such dataclasses:
-they build one from nested values and command-line overrides, check the ranges and list the keys. Nothing here knows a
-particular key.
+`config.py` declares its fields with `setting(default, ACCEPTED, POLICY)`. The functions here build such dataclasses
+from nested values and command-line overrides, check the ranges and list the keys. No particular key is known here.
 """
 
 import dataclasses
@@ -14,22 +13,22 @@ from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
 
-# What a changed value means for a run that is continued.
+# The effect of a changed value when a run is continued.
 FREE = "free"  # allowed
 WARNED = "warned"  # allowed; logged and recorded in run.json
-REFUSED = "refused"  # an error: with that value it would be another run
+REFUSED = "refused"  # an error: with the new value it would be another run
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number. NaN is in no range."""
+    """Bounds of a number. NaN is never inside."""
 
     above: float | None = None
     at_least: float | None = None
     at_most: float | None = None
 
     def check(self, key: str, value: Any) -> None:
-        """Raise UserError where `value` is out of bounds."""
+        """Raise UserError if `value` is out of bounds."""
         fits = (
             (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
@@ -52,12 +51,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """Names, one of which the value is."""
+    """The accepted names."""
 
     names: tuple[str, ...]
 
     def check(self, key: str, value: Any) -> None:
-        """Raise UserError where `value` is none of the names."""
+        """Raise UserError if `value` isn't one of the names."""
         if value not in self.names:
             raise UserError(f"config key {key!r} is {value!r}; {nearest(str(value), list(self.names))}")
 
@@ -67,7 +66,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Anything:
-    """Every value of the field's type; other code checks it, e.g. the reader of a SPEC."""
+    """Any value of the field's type; other code checks it, such as the parser of a SPEC."""
 
     def check(self, key: str, value: Any) -> None:
         """Accept `value`."""
@@ -95,11 +94,11 @@ class Setting:
 
 
 def setting(default: Any, accepted: Range | Choices | Anything, at_resume: str) -> Any:
-    """Return a dataclass field.
+    """Return a dataclass field with its metadata.
 
     Args:
-      default: its value where nobody sets it.
-      accepted: the values that are accepted; of a tuple, the accepted items. None is accepted where the type allows it.
+      default: the value if none is set.
+      accepted: the accepted values; for a tuple, of each item. None is accepted if the type allows it.
       at_resume: FREE, WARNED or REFUSED.
     """
     metadata = {"setting": Setting(accepted, at_resume)}
@@ -119,7 +118,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def settings_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Setting | None]]:
-    """Yield (dotted key, type, setting) of every field below a config dataclass; no setting where it lacks one."""
+    """Yield (dotted key, type, setting) of every field of a config dataclass; the setting is None if it has none."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[item.name]):
@@ -143,7 +142,7 @@ def check_values(config: Any) -> None:
 
 
 def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Return the dataclass `cls` with these nested values; the other fields keep their defaults.
+    """Return an instance of the dataclass `cls` with these nested values; other fields keep their defaults.
 
     Raises:
       UserError: an unknown key or a value of the wrong type.
@@ -163,7 +162,7 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
-    """Return `value` as the type `hint`: an int becomes a float, a list a tuple; nothing else is converted."""
+    """Return `value` as the type `hint`: an int can become a float, a list a tuple; nothing else is converted."""
     wrong = UserError(f"config key {key!r} takes {getattr(hint, '__name__', hint)}, not {value!r}")
     if isinstance(hint, types.UnionType):
         inner = next(arm for arm in typing.get_args(hint) if arm is not type(None))
@@ -179,13 +178,13 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return {str(name): _typed(item, typing.get_args(hint)[1], f"{key}.{name}") for name, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not hint:  # a bool is an int to isinstance
+    if type(value) is not hint:  # isinstance would accept a bool as an int
         raise wrong
     return value
 
 
 def merge_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return both nested mappings merged; where both have a key, the second one's value counts."""
+    """Return both nested mappings merged; values of `second` have precedence."""
     merged = dict(first)
     for key, value in second.items():
         merged[key] = merge_values(merged.get(key, {}), value) if isinstance(value, Mapping) else value
@@ -229,7 +228,7 @@ def override_key(override: str) -> str:
 
 
 def _placeholder(cls: type, key: str) -> Any:
-    """Return an empty field of an ml_collections config that takes the type of `key`."""
+    """Return an empty field of an ml_collections config that accepts the type of `key`."""
     from ml_collections import config_dict
 
     hint: Any = cls
@@ -242,7 +241,7 @@ def _check_key(key: str, flat: Mapping[str, Any]) -> None:
     if key not in flat:
         last = {name.rsplit(".", 1)[-1]: name for name in flat}
         hint = nearest(key, list(flat))
-        if "did you mean" not in hint:  # the section may be what was forgotten: learning_rate, not optim.learning_rate
+        if "did you mean" not in hint:  # the section may be missing: learning_rate instead of optim.learning_rate
             name = key.rsplit(".", 1)[-1]
             hint = f"did you mean {last[name]!r}?" if name in last else hint
         raise UserError(f"--config.{key}: unknown key; {hint}")

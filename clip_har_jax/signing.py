@@ -1,7 +1,7 @@
-"""Who made a folder: a signature over all of its files, in the format of the OpenSSF's model-signing.
+"""Signatures of folders, over all of their files, in the format of the OpenSSF's model-signing.
 
-A manifest says that nothing was changed by accident; a signature, that nobody without the key changed anything. Keys
-are of elliptic curves, as `openssl ecparam -name prime256v1 -genkey` makes them.
+A manifest detects accidental changes; a signature also detects changes by anyone without the key. Keys are of elliptic
+curves, as `openssl ecparam -name prime256v1 -genkey` makes them.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 from clip_har_jax.errors import UserError
 
 SIGNATURE_FILE = "model.sig"
-OUTSIDE = (SIGNATURE_FILE, "README.md")  # what a signature doesn't cover
+OUTSIDE = (SIGNATURE_FILE, "README.md")  # files that a signature doesn't cover
 
 
 def sign(folder: Path, private_key: Path) -> None:
@@ -23,7 +23,7 @@ def sign(folder: Path, private_key: Path) -> None:
 
 
 def check_private_key(private_key: Path) -> None:
-    """Return whether `sign` could use a key, before there is a folder.
+    """Check that `sign` can use a key, before the folder is written.
 
     Raises:
       UserError: model-signing isn't installed, or no usable key.
@@ -42,7 +42,7 @@ def _signer(private_key: Path, folder: Path) -> Any:
 
 
 def verify_signature(folder: Path, public_key: Path) -> None:
-    """Check that a folder was signed with the private half of a key and hold what it held then.
+    """Check that a folder was signed with the private half of a key and hasn't changed since.
 
     Raises:
       UserError: not signed, signed with another key, or changed; model-signing isn't installed.
@@ -57,7 +57,7 @@ def verify_signature(folder: Path, public_key: Path) -> None:
         raise UserError(f"{public_key}: no public key of an elliptic curve in PEM ({error})") from error
     try:
         config.verify(folder, folder / SIGNATURE_FILE)
-    except Exception as error:  # each kind of mismatch has its own
+    except Exception as error:  # each kind of mismatch raises its own exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: its signature isn't good for {public_key} ({reason})") from error
 

@@ -1,4 +1,4 @@
-"""SPEC: what a person types to name data, the same in every flag and config."""
+"""SPEC: the text that names data, the same in every flag and config."""
 
 import os
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ KINDS = {
     "tfds": ("NAME", ("split", "data_dir")),
     "hf": ("OWNER/NAME", ("split",)),
 }
-CLIPS = ("motion", "video")  # kinds whose examples are clips
+CLIPS = ("motion", "video")  # kinds whose examples are video clips
 
-# What the folders of a split, or the splits of a prepared data set, are called; the first one found serves.
+# Accepted names of the folders or splits; the first one found is used.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "validation", "valid", "test"),
@@ -46,15 +46,15 @@ class Spec:
 def parse_spec(text: str) -> Spec:
     """Parse a SPEC.
 
-    A path that is there as it is written wins, with `?`, `#` and `%` in it; else options begin at the `?`, and escapes
-    of an address (`%3F`) are read where the path as written isn't there. Options are taken as typed.
+    An existing path has precedence as written, even with `?`, `#` or `%` in it. Otherwise options begin at the `?`, and
+    percent-escapes (`%3F`) are decoded if the path as written doesn't exist. Options are taken as typed.
 
     >>> spec = parse_spec("synthetic?split=test")
     >>> spec.kind, spec.options
     ('synthetic', {'split': 'test'})
 
     Raises:
-      UserError: an unknown kind or option, an option without a value, a path missing or where none goes.
+      UserError: an unknown kind or option, an option without a value, a missing path, or a path where none is accepted.
     """
     head, mark, query = text.partition("?")
     kind, _, path = head.partition(":")
@@ -72,7 +72,7 @@ def parse_spec(text: str) -> Spec:
 
 
 def _split_path(text: str) -> tuple[str, str, str]:
-    """Split what follows the kind into path, `?` and options; the longest path that is there wins."""
+    """Split the part after the kind into path, `?` and options; the longest existing path has precedence."""
     ends = [len(text), *(i for i in reversed(range(len(text))) if text[i] == "?")]
     for decode in (str, unquote):
         for end in ends:
@@ -103,12 +103,12 @@ def _option(text: str, item: str) -> tuple[str, str]:
 
 
 def find_split(split: str, available: Sequence[str], exactly: bool) -> str | None:
-    """Return the name of a split among those available, in any case; None where there is no such.
+    """Return the name of a split among those available, in any case; None if there is none.
 
     Args:
-      split: a name; where it isn't meant `exactly`, train, val or test, which go by several names.
+      split: a name. If not `exactly`: train, val or test, each of which has several accepted names.
       available: the names to choose from.
-      exactly: whether a person named the split, so that no other serves.
+      exactly: whether a person chose the name, so that no other name is accepted.
     """
     names = (split,) if exactly else SPLIT_NAMES.get(split, (split,))
     by_key = {name_key(name): name for name in reversed(available)}

@@ -1,4 +1,4 @@
-"""Prompts for class names, and CLIP's byte-pair tokenizer (by the `tokenizers` library)."""
+"""Prompts for class names, and CLIP's byte-pair tokenizer (with the `tokenizers` library)."""
 
 import json
 import re
@@ -43,14 +43,14 @@ _SPLIT = rf"{re.escape(BOS)}|{re.escape(EOS)}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+
 
 
 def phrase(label: str) -> str:
-    """Return the words for a label in a prompt.
+    """Return the phrase for a label in a prompt.
 
     >>> phrase("using_laptop"), phrase("ApplyLipstick")
     ('using a laptop', 'apply lipstick')
     """
     if label in HAR15_PHRASES:
         return HAR15_PHRASES[label]
-    if " " in label:  # words already; capitals such as of names stay
+    if " " in label:  # already words; keep capitals, such as of names
         return " ".join(label.split())
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-]", " ", label)
     return " ".join(words.lower().split())
@@ -68,7 +68,7 @@ def make_prompts(
     {'dancing': ('a person is dancing.',)}
 
     Raises:
-      UserError: a template without {}, a description or phrase of an unknown class, a class without prompts.
+      UserError: a template without {}, a description or phrase of an unknown class, or a class without prompts.
     """
     descriptions, phrases = descriptions or {}, phrases or {}
     for template in templates:
@@ -90,7 +90,7 @@ def make_prompts(
 
 
 def _clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> "tokenizers.Tokenizer":
-    """Return CLIP's tokenizer (openai/CLIP, simple_tokenizer.py) for a vocabulary, built as Hugging Face builds it."""
+    """Return CLIP's tokenizer (openai/CLIP, simple_tokenizer.py) for a vocabulary, built like Hugging Face's."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     tokenizer = Tokenizer(
@@ -115,11 +115,11 @@ def _clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> "to
 
 
 class Tokenizer:
-    """The tokenizer of a CLIP text tower; threads can share it.
+    """The tokenizer of a CLIP text tower. Thread-safe.
 
     Args:
-      tokenizer: contains the special tokens and adds the begin and end tokens itself.
-      pad_token: fills short texts; published models differ in it.
+      tokenizer: contains the special tokens, and adds the begin and end tokens itself.
+      pad_token: fills short texts; published models use different ones.
     """
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", pad_token: str = EOS):
@@ -132,7 +132,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, begin and end token included."""
+        """Number of tokens, including the begin and end tokens."""
         return self._tokenizer.get_vocab_size()
 
     @classmethod
@@ -140,7 +140,7 @@ class Tokenizer:
         """Read tokenizer.json, else vocab.json and merges.txt.
 
         Raises:
-          UserError: both are missing, or they can't be read.
+          UserError: both are missing or can't be read.
         """
         from tokenizers import Tokenizer as Backend
 
@@ -155,15 +155,15 @@ class Tokenizer:
             return cls(backend, _content(settings["pad_token"]))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
-        except Exception as error:  # the library raises bare Exception on a damaged file
+        except Exception as error:  # the library raises a bare Exception for a damaged file
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: the tokenizer can't be read ({reason}); copy it again") from error
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
-        """Return a small byte-pair tokenizer of CLIP's kind, trained on texts; equal texts give equal tokenizers.
+        """Return a small byte-pair tokenizer like CLIP's, trained on texts; equal texts give equal tokenizers.
 
-        Its vocabulary has every byte, inside and at the end of a word, so it covers any text.
+        Its vocabulary has every byte, both inside and at the end of a word, so it can encode any text.
 
         Args:
           texts: the prompts of a run.
@@ -179,7 +179,7 @@ class Tokenizer:
         words = _clip_tokenizer({token: i for i, token in enumerate([*base, BOS, EOS])}, [])
         learner = Backend(models.BPE(end_of_word_suffix="</w>"))
         learner.normalizer, learner.pre_tokenizer = words.normalizer, words.pre_tokenizer
-        # As special tokens the bytes have fixed ids; otherwise equally frequent pairs are merged in random order.
+        # As special tokens, the bytes have fixed ids; otherwise equally frequent pairs would be merged in random order.
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 2, special_tokens=base, end_of_word_suffix="</w>", show_progress=False
         )
@@ -191,7 +191,7 @@ class Tokenizer:
         return cls(tokenizer)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers opens."""
+        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, as transformers reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = self._tokenizer.to_str(pretty=True)
@@ -215,7 +215,7 @@ class Tokenizer:
         assert context_length >= 2, "no room for the begin and end tokens"
         ids = np.full((len(texts), context_length), self.pad_token_id, np.int32)
         mask = np.zeros_like(ids)
-        # Not by the library: its truncation and padding are settings of an object that threads share.
+        # Not by the library: its truncation and padding are state of an object that threads share.
         for row, encoding in enumerate(self._tokenizer.encode_batch_fast(list(texts))):
             tokens = encoding.ids
             if len(tokens) > context_length:
@@ -261,16 +261,16 @@ def _content(token: str | dict[str, Any]) -> str:
 
 
 def _add_special_tokens(tokenizer: "tokenizers.Tokenizer", settings: dict[str, Any]) -> None:
-    """Add the listed special tokens, then the named ones that are still missing; later flags override earlier ones.
+    """Add the listed special tokens, then any missing named ones; later flags override earlier ones.
 
-    This includes the pad token: where it is "!", a "!" in a text becomes that token too (as in transformers).
+    This includes the pad token: if it is "!", a "!" in a text becomes that token too (as in transformers).
     """
     listed = [token for _, token in sorted(settings["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
     tokenizer.add_special_tokens([_added_token(token) for token in listed])
     present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     named = [settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
     for token in named:
-        _token_id(tokenizer, _content(token))  # a token beyond the vocabulary would have no embedding
+        _token_id(tokenizer, _content(token))  # a token outside the vocabulary would have no embedding
     tokenizer.add_special_tokens([_added_token(token) for token in named if _content(token) not in present])
 
 
