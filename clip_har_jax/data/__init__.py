@@ -1,1 +1,1 @@
-"""Data sources, splits, augmentation and the input pipeline; knows nothing of models."""
+"""Data sources, splits, augmentation and the input pipeline. Independent of models."""

@@ -1,4 +1,4 @@
-"""Train-only transforms on uint8 images; each is a function of its generator alone."""
+"""Training transforms of uint8 images; each is a pure function of its image and generator."""
 
 import math
 
@@ -19,14 +19,14 @@ def augment(
     label: str = "",
     max_megapixels: float = DataConfig.max_megapixels,
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Return a random resized crop (Szegedy et al. 2015), a flip, and what else the config says, in this order.
+    """Return a random resized crop (Szegedy et al. 2015), a flip and the other transforms of the config, in this order.
 
     Args:
-      image: encoded, or pixels.
+      image: encoded bytes, or pixels in RGB.
       size_px: side of the result.
-      config: what is done.
-      rng: of the example in its epoch.
-      label: the example's class, which may be one of those that are never mirrored.
+      config: the transforms and their strengths.
+      rng: the generator of the example in its epoch.
+      label: the example's class; the config can exclude classes from mirroring.
       max_megapixels: larger encoded images are refused.
 
     Raises:
@@ -64,7 +64,7 @@ def _random_box(height: int, width: int, scale_min: float, rng: np.random.Genera
 
 
 def _jitter(image: UInt8[np.ndarray, "h w 3"], strength: float, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """Brightness, contrast and saturation, each times 1 - strength to 1 + strength, in one map of the colours."""
+    """Multiply brightness, contrast and saturation by random factors, 1 - strength to 1 + strength, in one pass."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
     luma = np.array([0.299, 0.587, 0.114])
     colours = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * luma)
@@ -73,7 +73,7 @@ def _jitter(image: UInt8[np.ndarray, "h w 3"], strength: float, rng: np.random.G
 
 
 def _erase(image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """Random erasing (Zhong et al. 2020): noise over 2 to 33% of the image."""
+    """Fill a random box of 2 to 33% of the image with noise: random erasing (Zhong et al. 2020)."""
     height, width = image.shape[:2]
     area, aspect = height * width * rng.uniform(0.02, 0.33), math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
     down = min(max(round(math.sqrt(area * aspect)), 1), height)

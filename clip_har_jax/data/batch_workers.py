@@ -1,8 +1,8 @@
-"""Batches read in worker processes, straight into memory that these share with the trainer.
+"""Batches decoded in worker processes, directly into memory that they share with the trainer.
 
-Threads of one process wait for one another between decoders: two of them read photographs of 12 KB 1.2 to 1.4 times as
-fast as one, two processes 1.9 times (`python -m benchmarks.input_pipeline`; docs/adr/0003-own-batch-workers.md says why
-grain's processes aren't used). The memory has no name and is gone with its processes.
+Threads of one process wait for each other between decoders: with photographs of 12 KB, two threads are 1.2 to 1.4 times
+as fast as one, two processes 1.9 times (`python -m benchmarks.input_pipeline`). docs/adr/0003-own-batch-workers.md says
+why grain's processes aren't used. The shared memory has no name, so it is freed with its processes.
 """
 
 import atexit
@@ -23,16 +23,16 @@ from clip_har_jax.data.batches import BatchSource, HostBatch
 from clip_har_jax.errors import UserError
 from clip_har_jax.processes import Lifeline, SharedMemory, follow_parent, make_pipe, make_process, serialize
 
-JOIN_LIMIT_S = 5.0  # for a process that was killed, or has closed its end of a pipe
+JOIN_LIMIT_S = 5.0  # time for a killed process, or one whose pipe is closed, to end
 
 
 class WorkerBatches:
-    """The batches from `start_step` on, in order: worker w of W reads every W-th and stays a few ahead.
+    """The batches from `start_step` on, in order. Worker w of W reads every W-th batch and stays a few ahead.
 
     Args:
       num_workers: processes.
-      num_threads: of each that read the rows of its batch, which hides what slow storage takes; 1: none.
-      ahead: batches in shared memory that wait for the trainer, of all workers together; at least two of each.
+      num_threads: threads of each worker that read the rows of a batch, to hide the latency of storage; 1: none.
+      ahead: batches in shared memory that wait for the trainer, over all workers; at least two per worker.
     """
 
     def __init__(self, batches: BatchSource, start_step: int, num_workers: int, num_threads: int, ahead: int):
@@ -41,10 +41,10 @@ class WorkerBatches:
         pickled = serialize(batches)
         self._lifeline = Lifeline()
         self._workers = [_Worker(batches.shape, mine, slots, num_threads, self._lifeline) for mine in steps]
-        atexit.register(self.close)  # before multiprocessing waits for its processes
+        atexit.register(self.close)  # runs before multiprocessing waits for its processes
         try:
             for worker in self._workers:
-                worker.begin(pickled)  # after all were started, so that they come up side by side
+                worker.begin(pickled)  # after all were started, so that they start in parallel
         except BaseException:
             self.close()
             raise
@@ -56,7 +56,7 @@ class WorkerBatches:
         return worker.take()
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the processes."""
         atexit.unregister(self.close)
         for worker in self._workers:
             worker.end()
@@ -65,7 +65,7 @@ class WorkerBatches:
 
 
 class _Worker:
-    """A process and what the trainer shares with it; the slots of the memory are filled and emptied in turns."""
+    """A process, and the shared memory whose slots it fills in turn and the trainer empties."""
 
     def __init__(self, shape: tuple[int, ...], steps: range, slots: int, num_threads: int, lifeline: Lifeline):
         memory = SharedMemory(slots * math.prod(shape))
@@ -74,7 +74,7 @@ class _Worker:
         self._pipe, other_end = make_pipe()
         self._process = make_process(_work, other_end, memory, shape, steps, num_threads, lifeline, name="batch-worker")
         self._process.start()
-        other_end.close()  # so that the end of the process is the end of the pipe
+        other_end.close()  # so that the pipe ends when the process ends
 
     def begin(self, batches: bytes) -> None:
         try:
@@ -93,8 +93,8 @@ class _Worker:
             raise found
         images = self._slots[self._taken % len(self._slots)].copy()
         self._taken += 1
-        with suppress(OSError):  # it has read its last batch, and is gone
-            self._pipe.send_bytes(b"")  # its slot is free
+        with suppress(OSError):  # it has read its last batch and has ended
+            self._pipe.send_bytes(b"")  # the slot is free
         return HostBatch(found.batch._replace(image=images), found.errors)
 
     def _died(self) -> UserError:
@@ -111,7 +111,7 @@ class _Worker:
         self._pipe.close()
         if self._process.exitcode is None and self._process.pid is not None:
             with suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)  # it ignores the others
+                os.kill(self._process.pid, signal.SIGKILL)  # it ignores other signals
         self._process.join(JOIN_LIMIT_S)
 
 
@@ -127,7 +127,7 @@ def _work(
     num_threads: int,
     lifeline: Lifeline,
 ) -> None:
-    """Read this worker's batches, in a process of its own, until the last one or until the trainer closes the pipe."""
+    """Read this worker's batches in its own process, until the last one or until the trainer closes the pipe."""
     follow_parent(lifeline)
     try:
         batches: BatchSource = pickle.loads(pipe.recv_bytes())
@@ -138,7 +138,7 @@ def _work(
             with ThreadPoolExecutor(num_threads) as pool:
                 _read(pipe, batches, slots, steps, pool.map)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the trainer has closed its end
+        pass  # the trainer closed its end
 
 
 def _read(
@@ -146,7 +146,7 @@ def _read(
 ) -> None:
     for turn, step in enumerate(steps):
         if turn >= len(slots):
-            pipe.recv_bytes()  # waits for a free slot
+            pipe.recv_bytes()  # wait for a free slot
         try:
             batch, errors = batches.read(step, slots[turn % len(slots)], each)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Batch number -> batch: read, decoded and transformed by whichever thread or process asks for it."""
+"""Batch number -> batch: read, decoded and transformed in the calling thread or process."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ BadInput = tuple[int, str, str]  # index, name, reason
 
 
 class HostBatch(NamedTuple):
-    """A batch in host memory, and what could not be read of it."""
+    """A batch in host memory, and the inputs of it that couldn't be read."""
 
     batch: Batch
     errors: tuple[BadInput, ...]
@@ -28,9 +28,9 @@ class BatchSource:
     """Batch number -> this process's rows of that batch, with random access.
 
     Args:
-      seed: of the order and the augmentation; None: evaluation, in the source's order, each example once.
+      seed: of order and augmentation; None: evaluation, in the source's order, each example once.
       rows: (first, last) row of each global batch that this process reads.
-      first_example: position where batch 0 begins, or would begin: not 0 after the batch size was changed.
+      first_example: position at which batch 0 begins; not 0 after the batch size was changed at resume.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class BatchSource:
 
     def __len__(self) -> int:
         if self.seed is not None:
-            return 2**40 // self.global_batch_size  # endless, as far as positions go
+            return 2**40 // self.global_batch_size  # practically endless
         return -(-len(self.source) // self.global_batch_size)
 
     def __getitem__(self, step: int) -> HostBatch:
@@ -58,11 +58,11 @@ class BatchSource:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the images: [rows, h, w, 3]; of clips [rows, frames, h, w, 3], with views [rows, views, frames, ...]."""
+        """Shape of images: [rows, h, w, 3], clips [rows, frames, h, w, 3]; with views [rows, views, frames, ...]."""
         return (self.rows[1] - self.rows[0], *self._example_shape())
 
     def read(self, step: int, images: UInt8[np.ndarray, "..."], each: Callable[..., Iterator[Any]] = map) -> HostBatch:
-        """Read batch `step`, its images into `images`; `each` is map, or does the same in threads."""
+        """Read batch `step` and write its images into `images`; `each` is `map` or a parallel version of it."""
         first, last = (self.first_example + step * self.global_batch_size + row for row in self.rows)
         loaded = each(self._load, range(first, last), images)
         labels, mask, index, errors = zip(*loaded, strict=True)
@@ -70,7 +70,7 @@ class BatchSource:
         return HostBatch(batch, tuple(error for error in errors if error is not None))
 
     def _load(self, position: int, image: UInt8[np.ndarray, "..."]) -> tuple[int, float, int, BadInput | None]:
-        """Write an example into `image`, zeros where there is none; gives its label, mask, index and error."""
+        """Write an example into `image`, or zeros if there is none; return its label, mask, index and error."""
         if self._order is None and position >= len(self.source):
             image.fill(0)
             return 0, 0.0, -1, None
@@ -86,19 +86,19 @@ class BatchSource:
         except OSError as error:
             name = str(error.filename or name or self.source.name(index))
             reason = f"can't be read ({error.strerror or error})"
-        except Exception as error:  # a bug; of its kind nothing is sure, not even that a worker can send it
+        except Exception as error:  # a bug; the exception may be one that a worker can't send
             raise RuntimeError(f"{name or self.source.name(index)}: {type(error).__name__}: {error}") from error
         image.fill(0)
         return label, 0.0, index, (index, name, reason)
 
     def _example_shape(self) -> tuple[int, ...]:
-        """Of one example: an image, or the frames of a clip's view, or of several views."""
+        """Return the shape of one example: an image, the frames of one view of a clip, or of several views."""
         size, video = self.preprocess.image_size_px, self.config.video
         views = (video.num_views,) if video.num_views > 1 and self.seed is None else ()
         return (*views, video.num_frames, size, size, 3) if self._clips else (size, size, 3)
 
     def _read_frames(self, clip: ClipData, label: str, key: tuple[int, ...]) -> np.ndarray:
-        """Return the frames of a clip, transformed alike."""
+        """Return the frames of a clip, all transformed in the same way."""
         config, video = self.config, self.config.video
         sampling = FrameSampling(video.num_frames, video.sampling, video.rate_hz, video.num_views)
 

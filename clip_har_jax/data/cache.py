@@ -1,4 +1,4 @@
-"""Cached shards: images made small once, in ArrayRecord files that are read by random access."""
+"""Cached shards: images resized once and stored in ArrayRecord files with random access."""
 
 import io
 import json
@@ -18,7 +18,7 @@ SHARD_BYTES = 256 * 2**20
 
 
 def make_small(data: bytes, side_px: int) -> bytes:
-    """Return an image whose shorter side is `side_px`, as a JPEG; itself where it is no larger."""
+    """Return an image as a JPEG whose shorter side is `side_px`; unchanged if it isn't larger."""
     image = Image.fromarray(decode(data))
     scale = side_px / min(image.size)
     if scale >= 1:
@@ -34,7 +34,7 @@ def _make_small(job: tuple[Sequence[str], int], i: int) -> bytes:
 
 
 def write_cache(manifest: Manifest, folder: Path, side_px: int, num_workers: int | None) -> None:
-    """Write the shards of each split, in the manifest's order, and about.json, which says whose they are."""
+    """Write the shards of each split in the manifest's order, and about.json with the manifest's digest."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +64,10 @@ def write_cache(manifest: Manifest, folder: Path, side_px: int, num_workers: int
 
 
 class CachedRecords:
-    """The records of a split by random access; opens the files on first use, so that it can be sent to a worker.
+    """The records of a split with random access. Files are opened at first use, so it can be sent to a worker.
 
     Raises:
-      UserError: no such cache, or one of another manifest.
+      UserError: no such cache, or a cache of another manifest.
     """
 
     def __init__(self, folder: Path, split: str, digest: str):

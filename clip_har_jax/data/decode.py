@@ -1,6 +1,6 @@
-"""Bytes -> a part of an image at a size, for training: JPEGs at the least scale that holds enough pixels.
+"""Bytes -> a resized part of an image, for training. JPEGs are decoded at the smallest sufficient scale.
 
-Other kernels than evaluation's: faster, and never used where a model is judged.
+The resize kernels differ from evaluation's: they are faster, and never used to evaluate a model.
 """
 
 import io
@@ -18,14 +18,14 @@ from clip_har_jax.preprocess import check_size, decode, quiet_pillow
 ORIENTATION = 0x0112  # of Exif; 1: upright
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the whole image
 
-cv2.setNumThreads(1)  # batches are decoded side by side already
+cv2.setNumThreads(1)  # batches are decoded in parallel already
 
 
 class TrainingImage:
-    """An image of which a part will be taken; an encoded one is decoded when the part is known.
+    """An image from which a part will be taken; encoded data is decoded when the part is known.
 
     Raises:
-      BadImage: as `preprocess.decode`, now or by `take`.
+      BadImage: as `preprocess.decode`, here or in `take`.
     """
 
     def __init__(self, image: bytes | UInt8[np.ndarray, "h w 3"], max_megapixels: float):
@@ -47,7 +47,7 @@ class TrainingImage:
         if isinstance(image, bytes):
             need = max(size_px / (bottom - top), size_px / (right - left))
             pixels = _decode_jpeg(image, math.ceil(self.height * need), math.ceil(self.width * need))
-            # None: damaged, or a kind of JPEG that this decoder doesn't read
+            # None: damaged, or a kind of JPEG that this decoder can't read
             image = decode(image, self._max_megapixels) if pixels is None else pixels
             down, across = image.shape[0] / self.height, image.shape[1] / self.width
             top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
@@ -55,12 +55,12 @@ class TrainingImage:
         part = image[top:bottom, left:right]
         if part.shape[:2] == (size_px, size_px):
             return part
-        shrinks = min(part.shape[:2]) > size_px  # cubic interpolation would skip pixels, and show moiré
+        shrinks = min(part.shape[:2]) > size_px  # cubic interpolation would skip pixels and produce moiré
         return cv2.resize(part, (size_px, size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that needs neither turning nor a conversion of colours; None for all else."""
+    """Return (height, width) of a JPEG that needs no rotation and no colour conversion; None for any other image."""
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
@@ -69,17 +69,17 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     if colorspace not in ("YCbCr", "Gray", "RGB") or is_arithmetic_jpeg(data):
         return None
-    if (b"Exif\0" in data or b"tiff:Orientation" in data) and _is_turned(data):  # segments stand in any order
+    if (b"Exif\0" in data or b"tiff:Orientation" in data) and _is_turned(data):  # segments can have any order
         return None
     return height, width
 
 
 def _is_turned(data: bytes) -> bool:
-    """Return whether the metadata of a JPEG, or what can't be read of it, may turn the image."""
+    """Return whether the metadata of a JPEG may rotate the image; True if it can't be read."""
     try:
         with quiet_pillow, Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return image.getexif().get(ORIENTATION, 1) != 1
-    except Exception:  # damaged metadata: Pillow decides, when it decodes the whole image
+    except Exception:  # damaged metadata: Pillow decides when it decodes the whole image
         return True
 
 

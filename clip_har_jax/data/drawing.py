@@ -1,4 +1,4 @@
-"""People and things drawn on a canvas by their outlines: what the scenes of the embedded sets are made of."""
+"""People and objects drawn on a canvas as outlines: the parts of the scenes in the embedded sets."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ SUPERSAMPLING = 2
 
 # Lengths in units of a person's height.
 TORSO, NECK, HEAD = 0.30, 0.13, 0.085
-ARM, LEG = 0.17, 0.24  # of each of the two parts
+ARM, LEG = 0.17, 0.24  # length of each of the two parts
 
 Point = tuple[float, float]  # x to the right, y up
 Colour = tuple[int, int, int]
@@ -17,15 +17,15 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a person's parts are; hands from the neck, feet from the hip, facing right. Angles in degrees."""
+    """A person's posture: hands relative to the neck, feet to the hip, facing right. Angles in degrees."""
 
     hands: tuple[Point, Point] = ((0.05, -0.32), (-0.06, -0.32))
     feet: tuple[Point, Point] = ((0.06, -0.47), (-0.06, -0.47))
     lean: float = 0.0  # of the torso, forwards
     nod: float = 0.0  # of the head, forwards, beyond the lean
-    turn: float = 0.0  # of the whole body; 90 lies on its back
-    mouth: float = 0.0  # how far open, 0 to 1
-    elbows: tuple[float, float] = (-1.0, -1.0)  # -1: bend backwards, 1: forwards
+    turn: float = 0.0  # of the whole body; at 90 it lies on its back
+    mouth: float = 0.0  # opening, 0 to 1
+    elbows: tuple[float, float] = (-1.0, -1.0)  # -1: bent backwards, 1: forwards
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Look:
 
 
 class Canvas:
-    """Draws in scene units: 1 is a person's height, the origin a point of the picture, y up."""
+    """Draw in scene units: 1 is a person's height, the origin a point of the picture, y up."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, origin: Point, scale_px: float, mirror: bool, roll: float):
         self.draw, self.origin, self.scale_px, self.mirror = draw, origin, scale_px, mirror
@@ -78,13 +78,13 @@ def _add(a: Point, b: Point) -> Point:
 
 
 def _rotate(point: Point, degrees: float) -> Point:
-    """Clockwise: forwards for a person who faces right."""
+    """Rotate clockwise: forwards for a person who faces right."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return point[0] * cos + point[1] * sin, point[1] * cos - point[0] * sin
 
 
 def _joint(start: Point, end: Point, part: float, bend: float) -> tuple[Point, Point]:
-    """Return the elbow or knee of a limb of two equal parts, and where it ends, at most at full stretch."""
+    """Return the elbow or knee of a limb of two equal parts, and the limb's end, limited by full stretch."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     distance = math.hypot(dx, dy) or 1e-6
     reach = min(distance, 1.98 * part)
@@ -96,7 +96,7 @@ def _joint(start: Point, end: Point, part: float, bend: float) -> tuple[Point, P
 
 @dataclass(frozen=True)
 class Body:
-    """The places of a drawn person that objects are put at."""
+    """Positions of a drawn person at which objects can be placed."""
 
     neck: Point
     head: Point
@@ -105,7 +105,7 @@ class Body:
 
 
 def draw_person(canvas: Canvas, pose: Pose, look: Look) -> Body:
-    """Draws a person whose hip is at the canvas's origin."""
+    """Draw a person whose hip is at the canvas's origin."""
     neck = _rotate((0.0, TORSO), pose.lean + pose.turn)
     up = pose.lean + pose.turn + pose.nod
     head = _add(neck, _rotate((0.0, NECK), up))
@@ -137,7 +137,7 @@ def draw_person(canvas: Canvas, pose: Pose, look: Look) -> Body:
 
 
 def draw_bike(canvas: Canvas, colour: Colour) -> None:
-    """Return a bike whose saddle is at the origin."""
+    """Draw a bike whose saddle is at the origin."""
     back, front, crank = (-0.25, -0.40), (0.33, -0.40), (0.02, -0.40)
     for wheel in (back, front):
         canvas.disc(wheel, 0.18, None, colour)
@@ -147,28 +147,28 @@ def draw_bike(canvas: Canvas, colour: Colour) -> None:
 
 
 def draw_chair(canvas: Canvas, colour: Colour) -> None:
-    """Return a chair whose seat is at the origin, for someone who faces right."""
+    """Draw a chair whose seat is at the origin, for a person who faces right."""
     canvas.line([(-0.14, 0.26), (-0.12, -0.06), (0.12, -0.06)], colour, 0.035)
     canvas.line([(-0.12, -0.06), (-0.13, -0.30)], colour, 0.03)
     canvas.line([(0.12, -0.06), (0.13, -0.30)], colour, 0.03)
 
 
 def draw_table(canvas: Canvas, colour: Colour) -> None:
-    """Return a table whose top begins at the origin and goes to the right."""
+    """Draw a table whose top begins at the origin and extends to the right."""
     canvas.line([(0.0, 0.0), (0.40, 0.0)], colour, 0.035)
     canvas.line([(0.05, 0.0), (0.05, -0.36)], colour, 0.03)
     canvas.line([(0.35, 0.0), (0.35, -0.36)], colour, 0.03)
 
 
 def draw_bed(canvas: Canvas, colour: Colour) -> None:
-    """Return a bed on whose middle the origin is."""
+    """Draw a bed with the origin at its middle."""
     canvas.polygon([(-0.56, -0.06), (0.56, -0.06), (0.56, -0.15), (-0.56, -0.15)], colour)
     canvas.line([(-0.55, 0.10), (-0.55, -0.22)], colour, 0.03)
     canvas.line([(0.55, -0.06), (0.55, -0.22)], colour, 0.03)
 
 
 def draw_laptop(canvas: Canvas, colour: Colour) -> None:
-    """Return a laptop whose near edge is at the origin, its screen to the right."""
+    """Draw a laptop whose near edge is at the origin, its screen to the right."""
     canvas.line([(0.0, 0.0), (0.16, 0.0)], colour, 0.03)
     canvas.line([(0.16, 0.0), (0.22, 0.17)], colour, 0.03)
 

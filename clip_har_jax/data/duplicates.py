@@ -1,7 +1,7 @@
-"""Near duplicates: the same photograph re-encoded, resized, slightly cropped or framed; groups of them.
+"""Near duplicates: the same photograph re-encoded, resized, slightly cropped or framed; and groups of them.
 
-A 64-bit perceptual hash finds candidates among all pairs, a comparison of small pictures at several scales decides.
-Clips are compared by some of their frames.
+A 64-bit perceptual hash finds candidates among all pairs; a comparison of thumbnails at several scales decides. Clips
+are compared by some of their frames.
 """
 
 import sys
@@ -19,40 +19,40 @@ from scipy.sparse.csgraph import connected_components
 from clip_har_jax.data.hamming import near_pairs
 
 # Of copies of 840 photographs, re-encoded, resized, cropped or bordered, 99.6 to 100% pass both bounds (docs/
-# performance.md). Of the 352,380 pairs of those photographs two do: one of a copy, and one of two shots of a scene.
-MAX_BITS = 16  # that may differ of 64
+# performance.md). Of the 352,380 pairs of different photographs two pass: one copy, and two shots of one scene.
+MAX_BITS = 16  # differing bits of 64
 MIN_CORRELATION = 0.85
-SCALES = (0.92, 0.95, 0.98, 1.0, 1.02, 1.05, 1.08)  # of a crop against what it was cropped from
-COMPARED = 0.84  # share of a side that is compared, so that it lies in both
+SCALES = (0.92, 0.95, 0.98, 1.0, 1.02, 1.05, 1.08)  # sizes at which a crop is compared with its original
+COMPARED = 0.84  # share of a side that is compared, so that both contain it
 WORKING_PX, THUMBNAIL_PX = 256, 48
-FLAT = 4.0  # grey levels (standard deviation) below which a line is a part of a border, or a picture shows nothing
-MIN_SIDE_PX = 16  # of what borders leave
-FRAMES = 6  # of a clip, spread evenly over it
-# Frames of copies of drawn clips, re-encoded, rescaled or trimmed, have 0.95 or more; of two that differ 0.90 at most.
+FLAT = 4.0  # standard deviation in grey levels below which a line is a border and a picture is empty
+MIN_SIDE_PX = 16  # size after borders are removed
+FRAMES = 6  # per clip, evenly spaced
+# Frames of copies of drawn clips, re-encoded, rescaled or trimmed, reach 0.95; of different clips 0.90 at most.
 MIN_CLIP_CORRELATION = 0.92
-MIN_SHARE = 2 / 3  # of a clip's frames that must be near duplicates of frames of the other
-MAX_COMPARED = 100  # pictures of a group that are all compared with one another
-PAIRS_TO_FILTER = 10_000  # that are looked up in the groups at once
-PAIRS_AT_ONCE = 2**24  # of hashes, which bounds memory even where all are alike
-# Two images whose labels differ count as one picture only from here on: of copies of 60 photographs 87% (8% cut off
-# one side) to 100% (half the size) have it, of pairs that are two shots of a scene or two people none (0.874 at most).
+MIN_SHARE = 2 / 3  # share of a clip's frames that must be near duplicates of frames of the other
+MAX_COMPARED = 100  # largest group in which all pairs are compared
+PAIRS_TO_FILTER = 10_000  # pairs looked up in the groups at once
+PAIRS_AT_ONCE = 2**24  # bounds the memory
+# Images with different labels count as one picture only above this bound: 87% (8% cut off one side) to 100% (half the
+# size) of the copies of 60 photographs pass, but no pair of two shots of a scene or two people (0.874 at most).
 MIN_CONFLICT_CORRELATION = 0.93
-# The thumbnails of 523 copies as above correlate by 0.93 and more when they are made 8 x 8. Of blurred pictures, whose
-# hashes say little, that spares 149 of 150 comparisons.
+# The thumbnails of 523 such copies, resized to 8 x 8, correlate by 0.93 and more. For blurred pictures, whose hashes
+# say little, this check saves 149 of 150 comparisons.
 COARSE_PX = 8
 MIN_COARSE = 0.8
 
 
 class Signature(NamedTuple):
-    """What pictures are compared by."""
+    """The data by which pictures are compared."""
 
     hash: int  # of 64 bits
     thumbnail: UInt8[np.ndarray, "s s"]  # grey, without borders
-    flat: bool  # shows nothing, so that it looks like any other such
+    flat: bool  # an empty picture, which would look like any other empty one
 
 
 def make_signature(image: UInt8[np.ndarray, "h w 3"]) -> Signature:
-    """Return the signature of a picture: pHash (Zauner 2010, as imagehash computes it) of what its borders frame."""
+    """Return the signature of a picture without borders: pHash (Zauner 2010, as in imagehash), thumbnail, flatness."""
     grey = Image.fromarray(image).convert("L").resize((WORKING_PX, WORKING_PX), Image.Resampling.BILINEAR)
     inner = _without_borders(np.asarray(grey))
     bits = imagehash.phash(Image.fromarray(inner)).hash
@@ -62,9 +62,7 @@ def make_signature(image: UInt8[np.ndarray, "h w 3"]) -> Signature:
 
 
 def _without_borders(grey: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
-    """Return the picture less even lines at its edges, again and again, since a framed picture may have a
-    margin too.
-    """
+    """Return the picture without uniform lines at its edges; repeated, since a framed picture may have a margin too."""
     while True:
         top, bottom = _border(grey), _border(grey[::-1])
         left, right = _border(grey.T), _border(grey.T[::-1])
@@ -75,9 +73,9 @@ def _without_borders(grey: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2
 
 
 def _border(lines: np.ndarray) -> int:
-    """Count the first lines that are a border: even and alike, at most half of the picture.
+    """Count the first lines that are a border: uniform and alike, at most half of the picture.
 
-    The line behind them counts too, since scaling mixes it with the border.
+    The line after them counts too, since scaling mixes it with the border.
     """
     lines = lines[: len(lines) // 2].astype(np.float32)
     even = (lines.std(axis=1) < FLAT) & (np.abs(lines.mean(axis=1) - lines[0].mean()) < FLAT)
@@ -86,9 +84,7 @@ def _border(lines: np.ndarray) -> int:
 
 
 def similarity(a: UInt8[np.ndarray, "s s"], b: UInt8[np.ndarray, "s s"]) -> float:
-    """Return the correlation of two thumbnails, the middle of one laid over the other where it fits best; 1: the
-    same.
-    """
+    """Return the correlation of two thumbnails, where the middle of one fits best on the other; 1: identical."""
     best = -1.0
     for scale in SCALES:
         side = round(THUMBNAIL_PX * scale)
@@ -103,9 +99,10 @@ def similarity(a: UInt8[np.ndarray, "s s"], b: UInt8[np.ndarray, "s s"]) -> floa
 def find_candidates(
     hashes: UInt64[np.ndarray, " n"], coarse: Float32[np.ndarray, "n d"]
 ) -> Iterator[tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"], float]]:
-    """Yield pairs of positions (first below second) whose hashes differ in few bits, and which look alike from afar.
+    """Yield pairs of positions (first below second) whose hashes differ in few bits and whose tiny thumbnails
+    correlate.
 
-    All such pairs are found. The third item is the share of the search that is done.
+    All such pairs are found. The third item is the finished share of the search.
     """
     return near_pairs(hashes, MAX_BITS, coarse, MIN_COARSE)
 
@@ -117,17 +114,17 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _coarse(thumbnail: UInt8[np.ndarray, "s s"]) -> Float32[np.ndarray, " d"]:
-    """Return a thumbnail made very small, so that products of two are their correlation."""
+    """Return a tiny, normalised version of a thumbnail: the product of two is their correlation."""
     small = cv2.resize(thumbnail, (COARSE_PX, COARSE_PX), interpolation=cv2.INTER_AREA).astype(np.float32).reshape(-1)
     small -= small.mean()
     return small / max(float(np.linalg.norm(small)), 1e-6)
 
 
 def find_pairs(signatures: Sequence[Signature]) -> list[tuple[int, int, float]]:
-    """(position, position, similarity) of near duplicates, sorted; flat pictures are nobody's.
+    """Return (position, position, similarity) of near duplicates, sorted; flat pictures have none.
 
-    Of more than MAX_COMPARED pictures that are one picture for certain, no further pairs are compared: their group
-    stays the same, and the time doesn't grow with the square of their number.
+    In a group of more than MAX_COMPARED certain copies, no further pairs are compared: their group stays the same, and
+    the time doesn't grow with the square of its size.
     """
     shown = np.array([i for i, signature in enumerate(signatures) if not signature.flat], np.int64)
     hashes = np.array([signatures[i].hash for i in shown], np.uint64)
@@ -144,11 +141,11 @@ def find_pairs(signatures: Sequence[Signature]) -> list[tuple[int, int, float]]:
 
 
 class _Certain:
-    """Groups of pictures that are one picture whatever their labels are, as pairs join them."""
+    """Groups of pictures that are certainly copies, whatever their labels."""
 
     def __init__(self, count: int):
         self._group = np.arange(count)
-        self._members: dict[int, list[int]] = {}  # of groups of more than one
+        self._members: dict[int, list[int]] = {}  # only groups of more than one
         self._large = np.zeros(count, bool)
 
     def join(self, i: int, j: int) -> None:
@@ -165,7 +162,7 @@ class _Certain:
     def left_to_compare(
         self, first: Int64[np.ndarray, " p"], second: Int64[np.ndarray, " p"]
     ) -> Iterator[tuple[int, int]]:
-        """Yield the pairs, less those inside of a group that is large by then."""
+        """Yield the pairs, except those within a group that is large already."""
         for start in range(0, len(first), PAIRS_TO_FILTER):
             i, j = first[start : start + PAIRS_TO_FILTER], second[start : start + PAIRS_TO_FILTER]
             left = ~self._is_settled(i, j)
@@ -180,7 +177,7 @@ class _Certain:
 def _shown(
     found: Iterator[tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"], float]],
 ) -> Iterator[tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]]]:
-    """Yield the candidates, with a bar on a terminal that tells the time left."""
+    """Yield the candidates, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -193,14 +190,14 @@ def _shown(
 
 
 def find_clip_pairs(clips: Sequence[Sequence[Signature]]) -> list[tuple[int, int, float]]:
-    """(position, position, similarity) of clips most of whose frames are near duplicates, sorted.
+    """Return (position, position, similarity) of clips most of whose frames are near duplicates, sorted.
 
-    A frame is compared with the other clip's frame at its place and those beside it, as a copy may begin later. Flat
-    frames are like none, and a pair needs half of all frames nevertheless. The frames of either of the two may do:
-    those of a copy that fades out are all in the whole clip, not the other way round.
+    A frame is compared with the other clip's frames at its place and beside it, since a copy can begin later. Flat
+    frames match nothing, but count among all frames. The matching share of either clip may suffice: all frames of a
+    copy that fades out occur in the whole clip, but not the reverse.
 
     Args:
-      clips: FRAMES signatures of each.
+      clips: FRAMES signatures for each.
     """
     hashes = np.array([[frame.hash for frame in clip] for clip in clips], np.uint64).reshape(-1, FRAMES)
     shown = np.array([[not frame.flat for frame in clip] for clip in clips], bool).reshape(-1, FRAMES)
@@ -227,7 +224,7 @@ def _beside(k: int) -> range:
 
 
 def _clip_similarity(a: Sequence[Signature], b: Sequence[Signature], needed: float) -> float | None:
-    """Return the mean similarity of the frames of `a` that are in `b`; None where those are too few."""
+    """Return the mean similarity of the frames of `a` that match in `b`; None: too few match."""
     best = [
         max((similarity(one.thumbnail, b[other].thumbnail) for other in _beside(k) if not b[other].flat), default=-1.0)
         for k, one in enumerate(a)
@@ -238,7 +235,7 @@ def _clip_similarity(a: Sequence[Signature], b: Sequence[Signature], needed: flo
 
 
 def group(count: int, pairs: Sequence[tuple[int, int]]) -> Int32[np.ndarray, " n"]:
-    """Each example's group: pairs, and what hangs together by pairs, share one; numbered by their first example."""
+    """Return the group of each example: pairs connect examples; a group has the number of its first example."""
     first, second = np.array(pairs, np.int64).reshape(-1, 2).T
     _, groups = connected_components(coo_matrix((np.ones(len(first)), (first, second)), (count, count)), directed=False)
     _, start, inverse = np.unique(groups, return_index=True, return_inverse=True)

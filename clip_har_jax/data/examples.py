@@ -1,4 +1,4 @@
-"""What sources give: an example, and the interface of whatever holds them."""
+"""Example, and the interface of sources of examples."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class ClipFile(NamedTuple):
 
 
 class MotionClip(NamedTuple):
-    """A clip of the embedded motion set, which is drawn."""
+    """A drawn clip of the embedded motion set."""
 
     split: str
     number: int
@@ -62,23 +62,23 @@ class MotionClip(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One example as its source gives it."""
+    """One example of a source."""
 
     data: bytes | np.ndarray | ClipData  # an encoded image, uint8 [h, w, 3], or a clip
     label: int
-    name: str  # by which a person finds it
+    name: str  # the name by which a person finds it
 
 
 class Source(ABC):
-    """Labelled examples with random access; listed at once, read one by one, and sent to worker processes.
+    """Labelled examples with random access. Listed at once, read one by one, and sent to worker processes.
 
     Attributes:
       labels: the classes.
-      label_ids: each example's class, known without reading an image.
-      fingerprint: SHA-256 over the labels and over what tells the examples from others.
+      label_ids: the class of each example, known without reading it.
+      fingerprint: SHA-256 over the labels and the identity of the examples.
       clips: the examples are videos.
-      weights: how often each example counts in sampling by weight; None: nothing is known.
-      manifest_sha256: the checksum of the split manifest that lists the examples; None: no manifest.
+      weights: of the examples in weighted sampling; None: there are none.
+      manifest_sha256: checksum of the split manifest that lists the examples; None: no manifest.
     """
 
     labels: tuple[str, ...]
@@ -97,24 +97,24 @@ class Source(ABC):
         """Read one example.
 
         Raises:
-          OSError: its file can't be read.
-          BadImage: its file isn't the one that was listed.
+          OSError: the file can't be read.
+          BadImage: the file changed since it was listed.
         """
 
     @cached_property
     def tally(self) -> Tally:
-        """What the listing kept and left out; everything is kept where nothing is listed from a disk."""
+        """The kept and left out files of the listing; all are kept if nothing was listed from a disk."""
         return Tally(len(self))
 
     def path(self, i: int) -> str | None:
-        """Return an example's file; None where it has none."""
+        """Return an example's file; None if it has none."""
         return None
 
     def name(self, i: int) -> str:
-        """Return the name by which a person finds an example that can't be read: its file, or else its number."""
+        """Return the name of an example for messages: its file, or else its number."""
         return self.path(i) or f"example {i}"
 
 
 def fingerprint_of(*parts: object) -> str:
-    """Return a SHA-256 over the parts as Python writes them."""
+    """Return a SHA-256 over the `repr` of the parts."""
     return sha256(repr(part) + "\0" for part in parts)

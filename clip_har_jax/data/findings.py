@@ -1,4 +1,4 @@
-"""The contents of duplicates.json: groups of copies, and pairs that a person should decide."""
+"""The contents of duplicates.json: groups of copies, and pairs for a person to decide."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def list_duplicates(
 def list_undecided(
     rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int, float]], given: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return the pairs that look alike under different labels, for duplicates.json: both stay where they are."""
+    """Return the pairs that look alike but have different labels, for duplicates.json; both keep their splits."""
     return [
         {
             "group": None,

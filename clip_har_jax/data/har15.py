@@ -1,6 +1,6 @@
-"""`tfds:har15`: a copy of the Human Action Recognition set on this machine as a TFDS data set, without TensorFlow.
+"""`tfds:har15`: a local copy of the Human Action Recognition set as a TFDS data set, without TensorFlow.
 
-`prepare_data.py --tfds_dir=DIR` builds it from a manifest, so its splits are those of the manifest.
+`prepare_data.py --tfds_dir=DIR` builds it from a manifest, with the manifest's splits.
 """
 
 import os
@@ -23,12 +23,12 @@ class Har15(tfds.core.GeneratorBasedBuilder):
     """15 human actions in photographs, split without leaks.
 
     Args:
-      manifest: what is built; None: a data set that was built already is read.
+      manifest: the data to build; None: read a data set that was built before.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "built from a split manifest"}  # noqa: RUF012  TFDS reads it so
-    pkg_dir_path = Path(__file__).parent  # TFDS looks for a package's citation there, by a library it doesn't declare
+    pkg_dir_path = Path(__file__).parent  # TFDS looks there for a citation, with a library that it doesn't declare
 
     def __init__(self, *, manifest: Manifest | None = None, **options: Any):
         self._manifest = manifest
@@ -61,10 +61,10 @@ class Har15(tfds.core.GeneratorBasedBuilder):
 
 
 def build_har15(manifest: Manifest, data_dir: str | os.PathLike[str]) -> Path:
-    """Write ArrayRecord files below `data_dir`; returns their folder.
+    """Write ArrayRecord files below `data_dir`; return their folder.
 
     Raises:
-      UserError: labels that aren't HAR-15's, or a data set that is there already.
+      UserError: labels that aren't HAR-15's, or the data set exists already.
     """
     if unknown := sorted(set(manifest.column("label")) - set(LABELS)):
         raise UserError(f"--tfds_dir: label {unknown[0]!r} is none of HAR-15's {len(LABELS)} actions")
@@ -74,7 +74,7 @@ def build_har15(manifest: Manifest, data_dir: str | os.PathLike[str]) -> Path:
         raise UserError(f"--tfds_dir={data_dir}: {folder} is there already; remove it, or name another folder")
     tfds.display_progress_bar(False)
     with output_folder(folder.parent, "--tfds_dir"):
-        for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of a killed writer, as TFDS names them
+        for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of a killed writer, with TFDS's name
             shutil.rmtree(leftover)
         builder.download_and_prepare()
     return folder

@@ -1,4 +1,4 @@
-"""Split manifests: which file is in which split, with checksums, so that a run can name it and no change is unseen."""
+"""Split manifests: a table of files, labels and splits with checksums, so that no change goes undetected."""
 
 import json
 import os
@@ -23,12 +23,12 @@ FORMAT = 1
 ROWS_AT_ONCE = 65536
 SCHEMA = pa.schema(
     {
-        "path": pa.string(),  # below the root, with forward slashes
+        "path": pa.string(),  # relative to the root, with forward slashes
         "sha256": pa.string(),
         "label": pa.string(),
-        "group": pa.int32(),  # near duplicates share one
+        "group": pa.int32(),  # near duplicates have the same number
         "split": pa.string(),  # train, val, test, or excluded
-        "weight": pa.float32(),  # how much the example counts in sampling by weight; may be edited
+        "weight": pa.float32(),  # weight in weighted sampling; may be edited
         "bytes": pa.int64(),
         "width": pa.int32(),
         "height": pa.int32(),
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         "contrast": pa.float32(),  # its standard deviation
     }
 )
-PROMISED = ("path", "sha256", "label", "group", "split")  # what the checksum is over
+PROMISED = ("path", "sha256", "label", "group", "split")  # columns of the checksum
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Manifest:
 
     Attributes:
       table: rows of SCHEMA, sorted by path.
-      root: the folder that the paths are below.
+      root: the folder to which the paths are relative.
       about: how it was made: the data's SPECs, the seed, the shares.
     """
 
@@ -55,7 +55,7 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over what the manifest promises: each file, its content, label, group and split."""
+        """SHA-256 over the promised columns: each file, its content, label, group and split."""
         return sha256(_promises(self.table))
 
     @property
@@ -68,7 +68,7 @@ class Manifest:
 
 
 def _promises(table: pa.Table) -> Iterator[str]:
-    """Yield the promised columns of each row as a JSON list and a line end, many rows at once."""
+    """Yield the promised columns of each row as a JSON list and a newline, many rows at once."""
     for batch in table.select(PROMISED).to_batches(max_chunksize=ROWS_AT_ONCE):
         paths, digests, labels, groups, splits = (column.to_pylist() for column in batch.columns)
         text = {value: json.dumps(value) for value in {*labels, *splits}}
@@ -83,7 +83,7 @@ def make_manifest(rows: Sequence[Mapping[str, Any]], root: Path, about: Mapping[
 
 
 def write_split_manifest(manifest: Manifest, path: Path) -> None:
-    """Write a manifest; whole or not at all."""
+    """Write a manifest atomically."""
     about = {"format": FORMAT, "digest": manifest.digest, "root": str(manifest.root), "about": dict(manifest.about)}
     with atomic(path) as partial:
         pq.write_table(manifest.table.replace_schema_metadata({"manifest": json.dumps(about)}), partial)
@@ -94,7 +94,7 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
 
     Args:
       path: the manifest.
-      root: the folder that its paths are below; None: the one it names, else the one it lies in.
+      root: the folder to which its paths are relative; None: the one that it names, or else its own folder.
 
     Raises:
       UserError: not a manifest, or changed since it was written.
@@ -129,9 +129,9 @@ class SplitRows:
     """The rows of one split; parallel lists."""
 
     split: str
-    labels: tuple[str, ...]  # of the whole manifest
+    labels: tuple[str, ...]  # over the whole manifest
     paths: list[str]
-    names: list[str]  # the label of each
+    names: list[str]  # label of each
     sha256: list[str]
     weights: np.ndarray  # float32
     digest: str  # of the manifest
@@ -139,10 +139,10 @@ class SplitRows:
 
 
 def read_split(spec: Spec, split: str) -> SplitRows:
-    """Return the rows of a split that `manifest:FILE` names, after a look at each file.
+    """Return the rows of a split of `manifest:FILE`, after checking that the files exist.
 
     Raises:
-      UserError: no such split, or files that are missing or of another size; names the first, with their number.
+      UserError: no such split, or files are missing or have another size; names the first one and their number.
     """
     path = Path(spec.path).expanduser()
     manifest = read_manifest(path, Path(spec.options["images"]).expanduser() if "images" in spec.options else None)
@@ -152,7 +152,7 @@ def read_split(spec: Spec, split: str) -> SplitRows:
         raise UserError(f"{spec}: no split {split!r}; it has {', '.join(available)}; say ?split=NAME")
     rows = manifest.table.filter(pc.equal(manifest.table.column("split"), found))
     paths = [os.path.join(manifest.root, name) for name in rows.column("path").to_pylist()]
-    if "cache" not in spec.options:  # whose records were made from files that were there then
+    if "cache" not in spec.options:  # the records were made when the files existed
         _check_files(path, paths, rows.column("bytes").to_pylist(), manifest.root)
     return SplitRows(
         found,
@@ -167,7 +167,7 @@ def read_split(spec: Spec, split: str) -> SplitRows:
 
 
 def _shared(column: pa.ChunkedArray) -> list[str]:
-    """Return a column's values, of which equal ones are one object."""
+    """Return a column's values, with equal values as one object, to save memory."""
     encoded = column.combine_chunks().dictionary_encode()
     values = encoded.dictionary.to_pylist()
     return [values[i] for i in encoded.indices.to_pylist()]

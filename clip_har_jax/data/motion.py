@@ -1,9 +1,9 @@
-"""The embedded motion set: drawn clips of actions that single frames don't tell apart.
+"""The embedded motion set: drawn clips of actions that a single frame can't tell apart.
 
-Actions come in pairs. Seven pairs are one another's reverse (sitting down, standing up): both are drawn by one path
-through poses, which one member runs forwards and the other backwards, so each frame of one could be a frame of the
-other. The members of the eighth pair differ in how often a movement is made. A classifier that ignores the order of
-the frames gets a pair right half of the time at best, whatever it knows of poses (a test).
+Actions come in pairs. Seven pairs are each other's reverse (sitting down, standing up): both follow one path of poses,
+one forwards and one backwards, so each frame of one could be a frame of the other. The actions of the eighth pair
+differ in how often a movement is made. A classifier that ignores the order of frames is right for at most half of the
+clips of a pair (a test proves it).
 """
 
 import math
@@ -30,7 +30,7 @@ from clip_har_jax.data.synthetic import (
     draw_person,
 )
 
-VERSION = 1  # changes when the same seed draws another clip
+VERSION = 1  # increase it when the same seed draws another clip
 PAIRS = (
     ("sitting_down", "standing_up"),
     ("opening_a_door", "closing_a_door"),
@@ -44,21 +44,21 @@ PAIRS = (
 LABELS = tuple(sorted(label for pair in PAIRS for label in pair))
 PARTNER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 REVERSES = frozenset(label for pair in PAIRS[:-1] for label in pair)  # whose reverse is the partner
-SPLITS = {"train": 16000, "val": 480, "test": 480}  # number of clips; no split shares a seed with another
+SPLITS = {"train": 16000, "val": 480, "test": 480}  # number of clips; the splits share no seeds
 DEFAULT_SIZE_PX = 64
 DURATION_S = 2.0
 
-GROUND = -0.47  # of the feet of a standing person, from the origin
+GROUND = -0.47  # height of a standing person's feet, from the origin
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is seen at one point of an action.
+    """The state of an action at one point of its course.
 
     Attributes:
-      hip: where the person is.
-      pose: how the person stands, sits or lies there.
-      thing: the object of the action as (name, place, extent); None: there is none.
+      hip: position of the person.
+      pose: posture of the person.
+      thing: the object of the action as (name, position, extent); None: there is none.
     """
 
     hip: Point
@@ -104,7 +104,7 @@ def _door(p: float) -> Moment:
 
 
 def _pick_up(p: float) -> Moment:
-    low = 1 - abs(2 * p - 1)  # how far down the person is
+    low = 1 - abs(2 * p - 1)  # how low the person bends
     pose = _mix_poses(STANDING if p < 0.5 else CARRYING, CROUCHING, low)
     hip = _mix_points((0.0, 0.0), (-0.06, -0.24), low)
     held = _mix_points((0.30, GROUND + 0.10), (0.26, 0.08), max(0.0, 2 * p - 1))
@@ -158,7 +158,7 @@ def _draw_thing(canvas: Canvas, thing: tuple[str, Point, float], colour: Colour)
     name, (x, y), extent = thing
     if name == "chair":
         draw_chair(canvas.at((x, y)), colour)
-    elif name == "door":  # seen from the side, hinged at x
+    elif name == "door":  # side view, with its hinge at x
         tall = 0.05 * (x - extent)
         canvas.polygon([(x, GROUND), (x, 0.42), (extent, 0.42 + tall), (extent, GROUND - tall)], colour)
     else:
@@ -168,7 +168,7 @@ def _draw_thing(canvas: Canvas, thing: tuple[str, Point, float], colour: Colour)
 
 @dataclass(frozen=True)
 class Course:
-    """When an action happens within a clip: a rest, the action, a rest."""
+    """The timing of an action in a clip: a rest, the action, a rest."""
 
     begin_s: float
     end_s: float
@@ -180,19 +180,19 @@ class Course:
         share = min(1.0, max(0.0, (time_s - self.begin_s) / (self.end_s - self.begin_s)))
         if self.waves:
             return math.sin(2 * math.pi * self.waves * share)
-        eased = share * share * (3 - 2 * share)  # slow, fast, slow; the same in both directions
+        eased = share * share * (3 - 2 * share)  # slow, fast, slow; symmetric in time
         return 1 - eased if self.backwards else eased
 
 
 def label_of(split: str, index: int) -> int:
-    """Return the class of a clip; classes take turns, so every split is balanced."""
+    """Return the class of a clip; classes alternate, so every split is balanced."""
     assert 0 <= index < SPLITS[split]
     return index % len(LABELS)
 
 
 @dataclass(frozen=True)
 class DrawnClip:
-    """A clip of which frames are drawn when it is known which; a pure function of its fields."""
+    """A clip whose frames are drawn on demand; a pure function of its fields."""
 
     split: str
     index: int
@@ -207,12 +207,12 @@ class DrawnClip:
         )
 
     def frame_at(self, time_s: float) -> UInt8[np.ndarray, "size size 3"]:
-        """Draw the frame of a time, 0 to `duration_s`."""
+        """Draw the frame at a time from 0 to `duration_s`."""
         return self._scene.draw(time_s)
 
 
 class _Scene:
-    """What stays the same in all frames of a clip."""
+    """The constant parts of a clip's frames."""
 
     def __init__(self, label: str, seed: tuple[int, int], size_px: int):
         rng = np.random.default_rng((*seed, VERSION, 7))
@@ -256,7 +256,7 @@ class _Scene:
         return np.asarray(image.reduce(SUPERSAMPLING))
 
     def _vary(self, pose: Pose) -> Pose:
-        """Return a pose with this person's habits."""
+        """Return a pose with this person's individual posture."""
         usual, own = Pose(), self.pose_change
 
         def shift(points: tuple[Point, Point], limbs: str) -> tuple[Point, Point]:

@@ -1,7 +1,7 @@
-"""Iterators over batches: a batch is a pure function of (seed, step).
+"""Iterators over batches. A batch is a pure function of (seed, step).
 
-So the order doesn't depend on the number of threads, workers or processes, and a run continues from the number of its
-step alone.
+So the order doesn't depend on the number of threads, workers or processes, and a run resumes from its step number
+alone.
 """
 
 import json
@@ -22,17 +22,17 @@ from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import Preprocess
 
-MIN_FOR_WORKERS = 10_000  # examples from which on decoding processes are worth their start
+MIN_FOR_WORKERS = 10_000  # examples; below it, starting decoding processes costs more than they save
 
 
 class BadInputs:
-    """The images of a source that can't be read: counted once each, logged, and the end of the run when too many.
+    """The unreadable images of a source: counted once each, logged, and an error if there are too many.
 
     Args:
-      source: whose examples are meant.
-      max_fraction: share of the source; one image more ends the run.
-      log: bad_inputs.jsonl, appended to; None: counted only. The sources of a run, and the run continued, share one:
-        an input that is in it already isn't logged again.
+      source: the source of the examples.
+      max_fraction: accepted share of the source; one image more ends the run.
+      log: bad_inputs.jsonl, appended to; None: only count. All sources of a run share one file, also after a resume; an
+        input that it contains isn't logged again.
     """
 
     def __init__(self, source: Source, max_fraction: float, log: epath.PathLike | None = None):
@@ -45,7 +45,7 @@ class BadInputs:
         return len(self._seen)
 
     def record(self, errors: Iterable[BadInput]) -> None:
-        """Take the errors of a batch.
+        """Count and log the errors of a batch.
 
         Raises:
           UserError: more bad images than the config allows.
@@ -63,20 +63,20 @@ class BadInputs:
 
 
 def _append(log: epath.Path, entries: dict[int, tuple[str, str]]) -> None:
-    """Add index -> (name, reason) to a log, less the names that are in it."""
+    """Append index -> (name, reason) to a log, without names that it contains."""
     text = log.read_text() if log.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
+    whole = text[: text.rfind("\n") + 1]  # a killed run may have left a partial line
     logged = {json.loads(line)["input"] for line in whole.splitlines()}
     new = [
         json.dumps({"input": name, "index": index, "error": reason}) + "\n"
         for index, (name, reason) in entries.items()
         if name not in logged
     ]
-    log.write_text(whole + "".join(new))  # as a whole, since object stores can't append
+    log.write_text(whole + "".join(new))  # rewritten as a whole, since object stores can't append
 
 
 class BatchIterator:
-    """Batches of this process, read ahead in threads or worker processes; a context manager that ends them."""
+    """Batches of this process, read ahead in threads or worker processes; a context manager that stops them."""
 
     def __init__(self, batches: BatchSource, bad_inputs: BadInputs, start_step: int = 0):
         config, cores = batches.config, usable_cores()
@@ -87,7 +87,7 @@ class BatchIterator:
         if workers:
             self._iterator = WorkerBatches(batches, start_step, workers, config.num_threads or 1, ahead)
         else:
-            threads = min(config.num_threads or min(cores, 8), ahead)  # a thread reads a whole batch
+            threads = min(config.num_threads or min(cores, 8), ahead)  # each thread reads a whole batch
             options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
             self._iterator = iter(grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options))
 
@@ -100,7 +100,7 @@ class BatchIterator:
         try:
             batch, errors = next(self._iterator)
             self._bad_inputs.record(errors)
-        except BaseException:  # the end of the data, or of the run: nothing is read any more
+        except BaseException:  # the end of the data or of the run: stop reading
             self.close()
             raise
         return batch
@@ -112,17 +112,17 @@ class BatchIterator:
         self.close()
 
     def close(self) -> None:
-        """End the threads and workers."""
+        """Stop the threads and workers."""
         if self._iterator is not None:
             self._iterator.close()
-            self._iterator = None  # collected as late as the interpreter's end, it would fail noisily
+            self._iterator = None  # collected only at interpreter exit, it would print errors
 
 
 def default_workers(cores: int, num_examples: int) -> int:
-    """Return how many processes decode on so many cores: one a core, half of them where there are many, at most 8.
+    """Return the number of decoding processes for a number of cores: one per core, half for many cores, at most 8.
 
-    Each has to start first and takes about 60 MB, so there are none for small data; nor on one core, where a thread
-    does the same for less.
+    Each takes time to start and about 60 MB, so small data gets none. Nor does a single core, where a thread is as
+    fast.
     """
     if cores == 1 or num_examples < MIN_FOR_WORKERS:
         return 0
@@ -131,9 +131,7 @@ def default_workers(cores: int, num_examples: int) -> int:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where training begins: at `step`, and at which example batch 0 begins or would begin (not 0 after the batch size
-    was changed).
-    """
+    """The start of training: its step, and the position at which batch 0 begins (not 0 if the batch size changed)."""
 
     step: int = 0
     first_example: int = 0
@@ -141,13 +139,13 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """This process's share of each global batch: process `index` of `count` gets rows [index * B / count, ...)."""
+    """This process's share of each global batch: process `index` of `count` reads rows [index * B / count, ...)."""
 
     index: int = 0
     count: int = 1
 
     def rows(self, batch_size: int) -> tuple[int, int]:
-        """Return the first row of the share and the one behind its last.
+        """Return the first row of the share and the row after its last.
 
         Raises:
           UserError: the batch doesn't divide over the processes.
@@ -171,9 +169,9 @@ def train_batches(
     resume: ResumePoint = ResumePoint(),
     share: ProcessShare = ProcessShare(),
 ) -> BatchIterator:
-    """Return endless batches in an order that is shuffled anew each epoch, from `resume.step` on.
+    """Return endless batches, shuffled again in each epoch, from `resume.step` on.
 
-    The global batch is the same for every number of processes.
+    The global batches are the same for every number of processes.
 
     Raises:
       UserError: a batch that doesn't divide over the processes; more bad images than the config allows.
@@ -202,7 +200,7 @@ def eval_batches(
 
 
 def prefetch_to_mesh(batches: Iterator[Batch], place: Callable[[Batch], Any], size: int = 2) -> Iterator[Any]:
-    """Keep `size` batches on their way to the devices while another is computed with."""
+    """Keep `size` batches in transfer to the devices while the previous one is computed."""
     placed: deque[Any] = deque()
     for batch in batches:
         placed.append(place(batch))

@@ -1,4 +1,4 @@
-"""What a data set looks like in numbers and at a glance: sizes, brightness, drift between two sets, contact sheets."""
+"""Statistics of a data set: sizes, brightness, drift between two sets, contact sheets, suspicious labels."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ MEASURES = ("width", "height", "aspect", "brightness", "contrast", "bytes")
 
 
 class Facts(NamedTuple):
-    """What is measured of an image."""
+    """Measurements of an image."""
 
     width: int
     height: int
@@ -28,13 +28,13 @@ def measure(image: UInt8[np.ndarray, "h w 3"]) -> Facts:
 
 
 class Drift(NamedTuple):
-    """How far a measure's distribution in one set is from that in another."""
+    """The distance between the distributions of a measurement in two sets."""
 
     measure: str
     median: float
     reference_median: float
-    distance: float  # Kolmogorov-Smirnov, 0 to 1; of class shares the total variation, without medians
-    p_value: float | None  # of the test that both are the same; None: not tested
+    distance: float  # Kolmogorov-Smirnov, 0 to 1; for class shares total variation, without medians
+    p_value: float | None  # of the hypothesis that both are equal; None: not tested
 
 
 def find_drift(
@@ -43,7 +43,7 @@ def find_drift(
     labels: Sequence[str],
     reference_labels: Sequence[str],
 ) -> list[Drift]:
-    """Return the distance of each of MEASURES, and of the class shares, between two sets that aren't empty."""
+    """Return the distance of each of MEASURES, and of the class shares, between two non-empty sets."""
     from scipy.stats import ks_2samp
 
     found = [
@@ -64,7 +64,7 @@ def find_drift(
 
 
 def contact_sheet(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> bytes:
-    """Return the images side by side, each whole in a square cell, as a JPEG."""
+    """Return a JPEG of the images side by side, each whole in a square cell."""
     columns = min(len(images), SHEET_COLUMNS)
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * CELL_PX, rows * CELL_PX), (128, 128, 128))
@@ -78,11 +78,11 @@ def contact_sheet(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> bytes:
 
 
 class Suspect(NamedTuple):
-    """An example whose neighbours carry another label."""
+    """An example whose neighbours have another label."""
 
     position: int
     suggested: int  # the label of most neighbours
-    share: float  # of the neighbours, weighted alike
+    share: float  # share of the neighbours with it, equally weighted
 
 
 def find_suspects(
@@ -92,10 +92,10 @@ def find_suspects(
     neighbours: int = 10,
     min_share: float = 0.8,
 ) -> list[Suspect]:
-    """Examples most of whose nearest neighbours, of other groups, carry one other label; the clearest first.
+    """Return examples most of whose nearest neighbours in other groups share another label; the clearest first.
 
     Args:
-      features: L2-normalised, so that products are cosine similarities.
+      features: L2-normalised, so that their products are cosine similarities.
     """
     suspects = []
     count = min(neighbours, len(features) - 1)

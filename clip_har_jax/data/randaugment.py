@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2020) on uint8 images: a few random operations of one strength, one after the other."""
+"""RandAugment (Cubuk et al. 2020) on uint8 images: several random operations of one strength."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from clip_har_jax.config import MAX_MAGNITUDE
 
-FILL = (124, 116, 104)  # CLIP's mean colour, where an operation moves the picture away
+FILL = (124, 116, 104)  # CLIP's mean colour, for pixels from outside of the image
 
-# name -> what it does to an image for a strength of 0 to 1 and a sign of -1 or 1
+# name -> operation on an image, for a strength from 0 to 1 and a sign of -1 or 1
 OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "identity": lambda image, s, sign: image,
     "autocontrast": lambda image, s, sign: ImageOps.autocontrast(image),

@@ -1,4 +1,4 @@
-"""Which example comes at which position: shuffled anew each epoch, and where asked for, rare classes more often."""
+"""The example at each position: shuffled in each epoch, with rare classes more often if configured."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -11,20 +11,20 @@ from clip_har_jax.errors import UserError
 
 
 class Draw(NamedTuple):
-    """An example at a position, and the seed of what is random in it."""
+    """An example at a position, and the seed of its augmentation."""
 
     example: int
     key: tuple[int, ...]
 
 
 def example_weights(source: Source, sampling: str) -> Float64[np.ndarray, " n"] | None:
-    """How often each example comes, on average in an epoch; None: once.
+    """Return how often each example occurs in an epoch on average; None: once.
 
     class_balanced: each class equally often. repeat_factor: classes rarer than the mean more often, by the square root
-    of how much (Gupta et al. 2019, equation 1, with the mean share as threshold). weights: as the manifest says.
+      of the ratio (Gupta et al. 2019, equation 1, with the mean share as threshold). weights: the manifest's.
 
     Raises:
-      UserError: weights of a source that has none, or of which none is above 0.
+      UserError: the source has no weights, or none above 0.
     """
     if sampling == "shuffle":
         return None
@@ -44,9 +44,9 @@ def example_weights(source: Source, sampling: str) -> Float64[np.ndarray, " n"] 
 
 
 class Order:
-    """Position -> example, endless and with random access; an epoch is as many positions as there are examples.
+    """Position -> example, endless and with random access; an epoch has as many positions as there are examples.
 
-    With weights, an epoch is a systematic sample: an example of weight w comes floor(w) or ceil(w) times in it.
+    With weights, an epoch is a systematic sample: an example of weight w occurs floor(w) or ceil(w) times.
     """
 
     def __init__(self, source: Source, sampling: str, seed: int):
@@ -64,8 +64,8 @@ class Order:
         return Draw(min(index, self._size - 1), (self._seed, epoch, index, rank))
 
 
-@lru_cache(maxsize=4)  # batches that are read at a time lie in two epochs at most, of one source or two
+@lru_cache(maxsize=4)  # concurrent batches lie in at most two epochs of one or two sources
 def _of_epoch(seed: int, epoch: int, size: int) -> tuple[Int[np.ndarray, " n"], float]:
-    """Return an epoch's permutation, and where in the first example its systematic sample begins."""
+    """Return an epoch's permutation, and the offset of its systematic sample in the first example."""
     rng = np.random.default_rng((seed, epoch))
     return rng.permutation(size), rng.random()

@@ -1,4 +1,4 @@
-"""What is kept of each image or clip of a data set when it is read through: checksum, measures, signatures; groups."""
+"""One pass over a data set: checksum, measurements and signatures of each image or clip; groups of copies."""
 
 import io
 import re
@@ -28,7 +28,7 @@ from clip_har_jax.preprocess import BadImage, decode
 from clip_har_jax.video.clips import read_clip
 from clip_har_jax.video.sampling import FrameSampling
 
-# Clips cut from one recording: UCF101's v_CLASS_gGROUP_cCLIP, HMDB51's RECORDING_CLASS_<five properties>_CLIP
+# Clips of one recording: UCF101's v_CLASS_gGROUP_cCLIP, HMDB51's RECORDING_CLASS_<five properties>_CLIP
 RECORDINGS = (
     re.compile(r"(v_.+_g\d+)_c\d+"),
     re.compile(r"(.+)_[fhlu]_[cn]m_np\d_(?:fr|le|ri|ba)_(?:goo|med|bad)_\d+"),
@@ -36,19 +36,19 @@ RECORDINGS = (
 
 
 class Scanned(NamedTuple):
-    """What is kept of an image or a clip that was read."""
+    """The results of reading an image or a clip."""
 
     sha256: str
     bytes: int
-    facts: Facts  # of a clip: the means over its sampled frames
-    signatures: tuple[Signature, ...]  # one of an image, FRAMES of a clip
+    facts: Facts  # for a clip, means over its sampled frames
+    signatures: tuple[Signature, ...]  # one for an image, FRAMES for a clip
 
 
 class Pooled:
-    """Several sources one after the other, under the union of their labels.
+    """Several sources, one after the other, with the union of their labels.
 
     Raises:
-      UserError: images and clips together, or clips that are drawn.
+      UserError: images mixed with clips, or drawn clips.
     """
 
     def __init__(self, sources: Sequence[Source]):
@@ -70,7 +70,7 @@ class Pooled:
         return len(self.label_ids)
 
     def read(self, i: int) -> tuple[bytes | ClipFile, str]:
-        """Return an encoded image or a clip, and its name; OSError where it can't be read."""
+        """Return an encoded image or a clip, and its name; raise OSError if it can't be read."""
         source = self.sources[self.given[i]]
         example = source[int(i - self._start[self.given[i]])]
         if not isinstance(example.data, np.ndarray):
@@ -79,16 +79,16 @@ class Pooled:
         return buffer.getvalue(), example.name
 
     def path(self, i: int) -> str | None:
-        """Its file, where the source has files."""
+        """Return an example's file, if its source has files."""
         source = self.sources[self.given[i]]
         return source.path(int(i - self._start[self.given[i]]))
 
 
 def refuse_drawn_clips(source: Source) -> None:
-    """Refuse clips that have no files, which a manifest can't name.
+    """Refuse drawn clips: they have no files that a manifest could name.
 
     Raises:
-      UserError: they are drawn.
+      UserError: the source's clips are drawn.
     """
     if source.clips and source.path(0) is None:
         raise UserError(
@@ -97,7 +97,7 @@ def refuse_drawn_clips(source: Source) -> None:
 
 
 def scan(source: Pooled, i: int) -> Scanned | tuple[str, str]:
-    """Return what is kept of an example, or its name and why it can't be read."""
+    """Return the results of reading an example, or its name and the reason of failure."""
     name = source.path(i) or f"example {i}"
     try:
         data, name = source.read(i)
@@ -122,7 +122,7 @@ def _scan_clip(path: str) -> Scanned:
 
 
 def find_duplicates(scanned: Sequence[Scanned], clips: bool) -> list[tuple[int, int, float]]:
-    """Pairs of near duplicates; similarity 1 where the files are identical."""
+    """Return pairs of near duplicates; similarity 1 for identical files."""
     first: dict[str, int] = {}
     pairs: list[tuple[int, int, float]] = []
     for i, one in enumerate(scanned):
@@ -139,10 +139,10 @@ def find_duplicates(scanned: Sequence[Scanned], clips: bool) -> list[tuple[int, 
 def part_conflicts(
     pairs: Sequence[tuple[int, int, float]], label_ids: np.ndarray
 ) -> tuple[list[tuple[int, int, float]], list[tuple[int, int, float]]]:
-    """Split pairs into those that join two examples, and those that a person should decide.
+    """Split pairs into those that join two examples, and those for a person to decide.
 
-    A near duplicate whose label differs is either a mistaken label or another picture. It joins only where the
-    similarity is high enough that it is one picture.
+    A near duplicate with another label is a wrong label or another picture. It joins the examples only if the
+    similarity is so high that it must be the same picture.
     """
     joined: list[tuple[int, int, float]] = []
     undecided: list[tuple[int, int, float]] = []
@@ -153,7 +153,7 @@ def part_conflicts(
 
 
 def recording_of(path: str, label: str) -> str | None:
-    """Return the recording that a clip is of, by the names that UCF101 and HMDB51 give; None: nothing is known."""
+    """Return the recording of a clip by the file names of UCF101 and HMDB51; None: unknown."""
     for pattern in RECORDINGS:
         if found := pattern.fullmatch(Path(path).stem):
             return f"{label}/{found[1]}"
@@ -163,9 +163,9 @@ def recording_of(path: str, label: str) -> str | None:
 def find_groups(
     pairs: Sequence[tuple[int, int, float]], label_ids: np.ndarray, recordings: Sequence[str | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Group of copies, and what must be in one split: copies, and clips cut from one recording.
+    """Return the groups of copies, and the groups that must share a split: copies, and clips of one recording.
 
-    Copies with different labels join nothing else, so that they alone are in no split.
+    Copies with different labels join nothing else, so that only they are left without a split.
     """
     copies = group(len(label_ids), [(a, b) for a, b, _ in pairs])
     order = np.lexsort((label_ids, copies))

@@ -1,6 +1,6 @@
 """SPEC -> Source: a list of labelled examples with random access.
 
-A source holds names and labels, and reads an image only when it is asked for; it can be sent to worker processes.
+A source holds names and labels, and reads an image only on demand. It can be sent to worker processes.
 """
 
 import os
@@ -31,8 +31,8 @@ SAMPLED_BYTES = 4096
 class FileSource(Source):
     """Image files with labels: a folder or a CSV.
 
-    The fingerprint is over the files' names, sizes, labels and a part of their contents; not over where they lie or
-    when they were written, so that a copy on another machine is the same data set.
+    The fingerprint covers the files' names, sizes, labels and samples of their contents, but not their location and
+    time, so that a copy on another machine is the same data set.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class FileSource(Source):
 
 
 def fingerprint_files(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[str, int, str, str]]:
-    """Yield name, size, label and sampled digest of each file.
+    """Yield the name, size, label and sampled digest of each file.
 
-    The digest is over the first, middle and last `SAMPLED_BYTES` of at most `SAMPLED_FILES` files, spread evenly; an
-    image that is saved again differs in one of them. "" for the files between, and size -1 for those that are gone.
+    The digest covers the first, middle and last `SAMPLED_BYTES` of at most `SAMPLED_FILES` evenly spaced files; an
+    image that is saved again differs in one of them. It is "" for other files; the size is -1 for missing files.
     """
     every = -(-len(files) // SAMPLED_FILES) or 1
     for i, (path, label) in enumerate(files):
         size, digest = -1, ""
-        with suppress(OSError):  # read later, it is told as a bad image
+        with suppress(OSError):  # reported as a bad image when it is read
             size = os.stat(path).st_size
             digest = _sample(path, size) if i % every == 0 else ""
         yield path.name, size, label, digest
@@ -81,7 +81,7 @@ def _sample(path: Path, size: int) -> str:
 
 
 class VideoSource(FileSource):
-    """Video files with labels; their examples are clips."""
+    """Labelled video files; their examples are clips."""
 
     clips = True
 
@@ -90,7 +90,7 @@ class VideoSource(FileSource):
 
 
 class ManifestSource(FileSource):
-    """A split of a manifest: its files, each checked when it is read, or its cached images."""
+    """A split of a manifest: its files, checked when they are read, or its cached images."""
 
     def __init__(self, spec: Spec, split: str, labels: Sequence[str]):
         rows = read_split(spec, split)
@@ -114,7 +114,7 @@ class ManifestSource(FileSource):
 
 
 class SyntheticSource(Source):
-    """The embedded action set, drawn when asked for."""
+    """The embedded action set, drawn on demand."""
 
     def __init__(self, split: str, labels: Sequence[str]):
         self.labels = tuple(labels) or synthetic.LABELS
@@ -131,7 +131,7 @@ class SyntheticSource(Source):
 
 
 class MotionSource(Source):
-    """The embedded motion set: clips whose frames are drawn when asked for."""
+    """The embedded motion set: clips whose frames are drawn on demand."""
 
     clips = True
 
@@ -150,7 +150,7 @@ class MotionSource(Source):
 
 
 class SubsetSource(Source):
-    """Some examples of another source."""
+    """A selection of examples from another source."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices = source, indices
@@ -173,7 +173,7 @@ class SubsetSource(Source):
 
 
 def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, several_classes: bool = False) -> Source:
-    """Return the examples that a SPEC names.
+    """Return the examples of a SPEC.
 
     >>> source = make_source("folder:images", "train")
     >>> len(source), source.labels
@@ -181,12 +181,12 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
 
     Args:
       text: the SPEC.
-      default_split: train, val or test; where the SPEC leaves it open.
+      default_split: train, val or test, if the SPEC names no split.
       labels: the classes and their order; empty: the data's own.
-      several_classes: whether one class alone is a mistake, as it is in training.
+      several_classes: refuse data of a single class, for training.
 
     Raises:
-      UserError: the SPEC, or what it names, isn't usable; says what to do.
+      UserError: the SPEC or its data can't be used; says what to do.
     """
     spec = parse_spec(text)
     makers: dict[str, Callable[[Spec, str, Sequence[str]], Source]] = {

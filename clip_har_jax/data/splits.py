@@ -1,4 +1,4 @@
-"""Which examples are for training, which for validation and which for test."""
+"""The division of examples into training, validation and test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from clip_har_jax.errors import UserError
 def hold_out(
     label_ids: Int32[np.ndarray, " n"], fraction: float, seed: int
 ) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " val"]]:
-    """Split positions by class: the same share of each class is held out, at least one image where it has two.
+    """Split positions by class: hold out the same share of each class, at least one image if it has two.
 
     Args:
-      label_ids: each example's class.
+      label_ids: the class of each example.
       fraction: share to hold out, 0 to 1.
-      seed: the split is a function of it and of the labels.
+      seed: the split depends only on it and on the labels.
 
     Returns:
-      Sorted positions for training and for validation; every class with an image has one for training.
+      Sorted positions for training and for validation; every class with images has one for training.
     """
     held: list[np.ndarray] = []
     for label in np.unique(label_ids) if fraction > 0 else []:
@@ -42,16 +42,16 @@ class Shares:
 def assign_splits(
     label_ids: Int32[np.ndarray, " n"], groups: Int32[np.ndarray, " n"], shares: Shares, seed: int
 ) -> list[str]:
-    """Return the split of each example: near duplicates stay together, and each class has the same shares.
+    """Return the split of each example: near duplicates stay together, and the shares are equal in all classes.
 
-    The largest groups of a class come first, each to the split that misses most; single examples then fill up, so
-    that a class without large groups is split exactly. A function of its arguments alone.
+    The largest groups of a class are placed first, each in the split that lacks most; single examples then fill up, so
+    that a class without large groups is split exactly. A pure function of its arguments.
 
     Args:
-      label_ids: each example's class; those of a group are equal, else the group is excluded.
-      groups: each example's group.
+      label_ids: the class of each example; a group with several classes is excluded.
+      groups: the group of each example.
       shares: of the examples of each class.
-      seed: which examples.
+      seed: of the random choice.
     """
     wanted = {"train": 1 - shares.val - shares.test, "val": shares.val, "test": shares.test}
     splits = ["excluded"] * len(label_ids)
@@ -65,7 +65,7 @@ def assign_splits(
             by_class.setdefault(labels.pop(), []).append(positions)
     for label, found in sorted(by_class.items()):
         order = np.random.default_rng((seed, label)).permutation(len(found))
-        shuffled = sorted((found[k] for k in order), key=len, reverse=True)  # stable: equal sizes stay shuffled
+        shuffled = sorted((found[k] for k in order), key=len, reverse=True)  # stable sort: equal sizes stay shuffled
         total, have = sum(map(len, found)), dict.fromkeys(wanted, 0)
         for positions in shuffled:
             split = max(wanted, key=lambda name: (wanted[name] * total - have[name], wanted[name]))
@@ -78,10 +78,10 @@ def assign_splits(
 def take_shots(
     label_ids: Int32[np.ndarray, " n"], labels: Sequence[str], shots: int, seed: int
 ) -> Int[np.ndarray, " chosen"]:
-    """Sorted positions of `shots` examples of each class, drawn by the seed.
+    """Return sorted positions of `shots` random examples of each class.
 
     Raises:
-      UserError: a class has fewer.
+      UserError: a class has too few.
     """
     chosen = []
     for i, label in enumerate(labels):

@@ -1,10 +1,9 @@
 """The embedded action set: the 15 actions of the Human Action Recognition set, drawn as scenes from a seed.
 
-Articulated figures act before a background, among clutter that can be anything of the scenes: bikes, chairs, tables,
-beds, cups, phones, bystanders. Colours, size, view, proportions and occlusion vary alike in every class; the class
-shows in the pose and in what the people hold, sit or lie on. Raw colours and coarse thumbnails don't give it away to a
-linear classifier (a test), but silhouettes say much: the set proves that the whole way works, not that a method is
-good.
+Articulated figures act before a background, among clutter from any scene: bikes, chairs, tables, beds, cups, phones,
+bystanders. Colours, size, view, proportions and occlusion vary equally in every class; only the pose and the objects
+that people hold, sit or lie on show the class. A linear classifier can't tell it from raw colours and coarse thumbnails
+(a test proves it), but silhouettes tell much. The set shows that the whole pipeline works, not that a method is good.
 """
 
 import math
@@ -36,7 +35,7 @@ from clip_har_jax.data.drawing import (
     draw_table,
 )
 
-VERSION = 1  # changes when the same seed draws another picture
+VERSION = 1  # increase it when the same seed draws another picture
 LABELS = (
     "calling",
     "clapping",
@@ -54,7 +53,7 @@ LABELS = (
     "texting",
     "using_laptop",
 )
-SPLITS = {"train": 30000, "val": 600, "test": 600}  # number of examples; no split shares a seed with another
+SPLITS = {"train": 30000, "val": 600, "test": 600}  # number of examples; the splits share no seeds
 DEFAULT_SIZE_PX = 64
 
 OBJECTS: tuple[Callable[[Canvas, Colour], None], ...] = (
@@ -91,7 +90,7 @@ POSES = {
     "texting": Pose(hands=((0.17, -0.08), (0.16, -0.10)), nod=35.0),
     "using_laptop": _seated(hands=((0.26, -0.17), (0.23, -0.17)), lean=8.0, nod=12.0),
 }
-ACTORS_OFFSET = {"fighting": 0.27, "hugging": 0.10}  # half the distance between two who act together
+ACTORS_OFFSET = {"fighting": 0.27, "hugging": 0.10}  # half the distance between two people who act together
 
 
 def _jitter(pose: Pose, rng: np.random.Generator) -> Pose:
@@ -109,7 +108,7 @@ def _jitter(pose: Pose, rng: np.random.Generator) -> Pose:
 
 
 def _colour(rng: np.random.Generator, lightness: tuple[float, float], saturation: float = 0.6) -> Colour:
-    """Return a random hue of a lightness (0 to 1)."""
+    """Return a random hue with a lightness from 0 to 1."""
     light, chroma, hue = rng.uniform(*lightness), rng.uniform(0, saturation), rng.uniform(0, 2 * math.pi)
     offsets = (math.cos(hue), math.cos(hue - 2.094), math.cos(hue + 2.094))
     red, green, blue = (int(255 * min(1.0, max(0.0, light + 0.35 * chroma * offset))) for offset in offsets)
@@ -117,7 +116,7 @@ def _colour(rng: np.random.Generator, lightness: tuple[float, float], saturation
 
 
 def _behind(canvas: Canvas, label: str, colour: Colour) -> None:
-    """Draw what the person acts on."""
+    """Draw the furniture or vehicle that the person uses."""
     if label == "cycling":
         draw_bike(canvas, colour)
     elif label in ("eating", "sitting", "using_laptop"):
@@ -127,7 +126,7 @@ def _behind(canvas: Canvas, label: str, colour: Colour) -> None:
 
 
 def _in_hand(canvas: Canvas, label: str, body: Body, colour: Colour, furniture: Colour) -> None:
-    """Draw what the person holds or wears."""
+    """Draw the object that the person holds or wears."""
     hand = canvas.at(body.hands[0])
     if label == "calling":
         draw_phone(canvas.at(_add(body.head, _rotate((0.07, 0.0), body.up))), colour)
@@ -153,7 +152,7 @@ def _in_hand(canvas: Canvas, label: str, body: Body, colour: Colour, furniture: 
 
 
 def _act(canvas: Canvas, label: str, rng: np.random.Generator, dark: bool) -> None:
-    """One or two people at an action; feet of a standing person 0.47 below the origin."""
+    """Draw one or two people at an action; the feet of a standing person are 0.47 below the origin."""
     tones = (0.0, 0.28) if dark else (0.72, 1.0)
     thing, furniture = _colour(rng, tones), _colour(rng, tones)
     offset = ACTORS_OFFSET.get(label, 0.0)
@@ -188,7 +187,7 @@ def _background(size: int, rng: np.random.Generator, dark: bool) -> Image.Image:
 
 
 def _clutter(canvas: Canvas, rng: np.random.Generator, dark: bool) -> None:
-    """Things and bystanders of any scene, smaller than the actors and off the middle."""
+    """Draw objects and bystanders of any scene, smaller than the actors and away from the middle."""
     tones = (0.25, 0.5) if dark else (0.5, 0.75)
     for _ in range(rng.integers(0, 2)):
         side = rng.choice((-1, 1)) * rng.uniform(0.42, 0.65)
@@ -202,13 +201,13 @@ def _clutter(canvas: Canvas, rng: np.random.Generator, dark: bool) -> None:
 
 
 def label_of(split: str, index: int) -> int:
-    """Return the class of an example; classes take turns, so every split is balanced."""
+    """Return the class of an example; classes alternate, so every split is balanced."""
     assert 0 <= index < SPLITS[split]
     return index % len(LABELS)
 
 
 def draw(split: str, index: int, size_px: int = DEFAULT_SIZE_PX) -> UInt8[np.ndarray, "size size 3"]:
-    """Draws one example; a pure function of its arguments."""
+    """Draw one example; a pure function of its arguments."""
     label = LABELS[label_of(split, index)]
     rng = np.random.default_rng((list(SPLITS).index(split), index, VERSION))
     size = size_px * SUPERSAMPLING
@@ -219,7 +218,7 @@ def draw(split: str, index: int, size_px: int = DEFAULT_SIZE_PX) -> UInt8[np.nda
     canvas = Canvas(ImageDraw.Draw(image), origin, scale, bool(rng.random() < 0.5), rng.normal(0, 2))
     _clutter(canvas, rng, dark)
     _act(canvas, label, rng, dark)
-    if rng.random() < 0.2:  # something before the camera
+    if rng.random() < 0.2:  # an object in the foreground
         x, y = rng.uniform(0, size, 2)
         half = rng.uniform(0.03, 0.09) * size
         canvas.draw.ellipse((x - half, y - half, x + half, y + half), fill=_colour(rng, (0.0, 1.0)))

@@ -1,4 +1,4 @@
-"""Data sets that others prepared: TFDS without TensorFlow, and Hugging Face."""
+"""Data sets of other providers: TFDS (without TensorFlow) and Hugging Face."""
 
 import importlib
 import sys
@@ -15,15 +15,15 @@ from clip_har_jax.specs import Spec, find_split
 
 
 class TableSource(Source):
-    """Rows of a prepared data set (TFDS, Hugging Face) that give encoded images.
+    """Rows of a prepared data set (TFDS, Hugging Face) with encoded images.
 
     Args:
-      read: row number -> encoded image; opens what it needs on first use, so that it can be sent to a worker.
-      names: how the data set calls its classes.
-      ids: each row's class in `names`.
+      read: row number -> encoded image; opens its files at first use, so that it can be sent to a worker.
+      names: the data set's class names.
+      ids: the class of each row, an index into `names`.
       labels: the classes and their order; empty: `names`.
-      where: by which a person finds the data set.
-      identity: what tells this version of the data set from others.
+      where: the data set's name in messages.
+      identity: distinguishes this version of the data set from others.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TableSource(Source):
         name = f"{self.where}#{i}"
         try:
             return Example(self.read(i), int(self.label_ids[i]), name)
-        except Exception as error:  # what a damaged record raises is the library's choice
+        except Exception as error:  # the library chooses the exceptions for damaged records
             raise OSError(None, str(error) or type(error).__name__, name) from error
 
 
@@ -59,7 +59,7 @@ def _require(package: str, spec: Spec) -> Any:
 
 
 def _split_of(spec: Spec, split: str, available: Sequence[str]) -> str:
-    """Return the data set's name of the split; a part of one, as in `train[:10%]`, is for its library to read."""
+    """Return the data set's name of the split; its library parses slices such as `train[:10%]`."""
     found = find_split(split.partition("[")[0], available, "split" in spec.options)
     if found is None:
         raise UserError(f"{spec}: no split {split!r}; it has {', '.join(available)}; say ?split=NAME")
@@ -67,7 +67,7 @@ def _split_of(spec: Spec, split: str, available: Sequence[str]) -> str:
 
 
 def _columns(spec: Spec, features: Mapping[str, Any], image: type, label: type) -> tuple[str, str]:
-    """Return the first column of images and the first of class labels."""
+    """Return the first column of images and the first column of class labels."""
     images = [name for name, feature in features.items() if isinstance(feature, image)]
     classes = [name for name, feature in features.items() if isinstance(feature, label)]
     if not images or not classes:
@@ -77,12 +77,12 @@ def _columns(spec: Spec, features: Mapping[str, Any], image: type, label: type) 
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of what a library says."""
+    """Return the first line of an error message of a library."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class _TfdsReader:
-    """Reads encoded images of a prepared TFDS data set, without TensorFlow."""
+    """Read encoded images of a prepared TFDS data set, without TensorFlow."""
 
     def __init__(self, folder: str, split: str, key: str):
         self.folder, self.split, self.key = folder, split, key
@@ -95,7 +95,7 @@ class _TfdsReader:
 
 
 def _encoded_rows(folder: str, split: str) -> Any:
-    """Rows with random access, whose images stay encoded."""
+    """Return rows with random access and encoded images."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder)
@@ -110,7 +110,7 @@ def tfds_source(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     features = builder.info.features
     image, label = _columns(spec, features, tfds.features.Image, tfds.features.ClassLabel)
     folder = str(builder.data_path)
-    # ArrayRecord has no columns: every record is read once for its label, but no image is decoded.
+    # ArrayRecord has no columns: each record is read once for its label, but no image is decoded.
     ids = [int(row[label]) for row in _encoded_rows(folder, split)]
     return TableSource(
         _TfdsReader(folder, split, image), features[label].names, ids, labels, str(spec), builder.info.full_name
@@ -130,7 +130,7 @@ def _tfds_builder(spec: Spec, tfds: Any) -> Any:
     prepare = f"prepare it with tfds.builder({spec.path!r}{where}, file_format='array_record').download_and_prepare()"
     try:
         builder = tfds.builder(spec.path, data_dir=data_dir)
-    except Exception as error:  # TFDS raises its own kinds for unknown names, import errors and unreadable folders
+    except Exception as error:  # TFDS raises its own exceptions for unknown names, import errors and unreadable folders
         raise UserError(f"{spec}: TFDS can't open it ({_reason(error)}); check the name, or {prepare}") from error
     if not builder.info.splits:
         raise UserError(f"{spec}: not prepared in {builder.data_path}; {prepare}")
@@ -143,7 +143,7 @@ def _tfds_builder(spec: Spec, tfds: Any) -> Any:
 
 
 class _HubReader:
-    """Reads encoded images of a Hugging Face data set."""
+    """Read encoded images of a Hugging Face data set."""
 
     def __init__(self, rows: Any, key: str):
         self.rows, self.key = rows, key
@@ -164,7 +164,7 @@ def hf_source(spec: Spec, split: str, labels: Sequence[str]) -> Source:
         rows = builder.as_dataset(split)
     except UserError:
         raise
-    except Exception as error:  # the Hub's client, the network and the file formats raise many kinds
+    except Exception as error:  # the Hub's client, the network and the file formats raise many kinds of exceptions
         raise UserError(
             f"{spec}: can't be loaded ({_reason(error)}); check the name and the network, or download it and give the "
             "folder as hf:PATH"
@@ -178,7 +178,7 @@ def hf_source(spec: Spec, split: str, labels: Sequence[str]) -> Source:
 
 
 def _check_labelled(spec: Spec, split: str, names: Sequence[str], ids: Sequence[int | None]) -> None:
-    """Refuses a split whose labels were withheld, as test splits of competitions are: none, -1, or all the first."""
+    """Refuse a split with withheld labels, as in test splits of competitions: none, -1, or all the first class."""
     unlabelled = sum(i is None or i < 0 for i in ids)
     same = len(ids) > 1 and len(names) > 1 and len(set(ids)) == 1
     if not unlabelled and not same:

@@ -1,4 +1,4 @@
-"""A function over the examples of a source, in worker processes, in order, with progress."""
+"""A parallel map over the examples of a source, in worker processes, in order, with progress."""
 
 import pickle
 import sys
@@ -16,10 +16,10 @@ from clip_har_jax.cores import usable_cores
 from clip_har_jax.errors import UserError
 from clip_har_jax.processes import Lifeline, follow_parent, make_pool, serialize
 
-CHUNK = 32  # examples that a worker takes at once, at most
+CHUNK = 32  # most examples that a worker takes at once
 MIN_FOR_WORKERS = 1000  # images
 
-_shared: Any = None  # in a worker: what it was started with
+_shared: Any = None  # in a worker: the value that it was started with
 
 
 def map_in_workers(
@@ -30,17 +30,17 @@ def map_in_workers(
     title: str,
     min_for_workers: int = MIN_FOR_WORKERS,
 ) -> Iterator[Any]:
-    """`function(shared, i)` for i in 0 ... count - 1.
+    """Yield `function(shared, i)` for i in 0 ... count - 1.
 
     Args:
-      function: of a module, so that workers can import it.
+      function: defined at the top of a module, so that workers can import it.
       shared: sent to each worker once.
-      num_workers: None: one a core; 0: this process alone does it.
-      title: of the bar on the terminal.
-      min_for_workers: fewer examples are done by this process alone, before workers have started.
+      num_workers: None: one per core; 0: run in this process.
+      title: of the progress bar.
+      min_for_workers: with fewer examples, run in this process.
 
     Raises:
-      UserError: a worker was killed, as it is when memory runs out.
+      UserError: a worker was killed, as happens when memory runs out.
     """
     num_workers = usable_cores() if num_workers is None else num_workers
     if num_workers == 0 or count < min_for_workers:
@@ -59,7 +59,7 @@ def map_in_workers(
 
 @contextmanager
 def _pool(num_workers: int, shared: Any) -> Iterator[ProcessPoolExecutor]:
-    """Give processes that have `shared`, by a file: a pipe to a reader that was killed would block for ever."""
+    """Yield processes that received `shared` through a file: a pipe to a killed reader would block for ever."""
     lifeline = Lifeline()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shared.pickle"
@@ -68,7 +68,7 @@ def _pool(num_workers: int, shared: Any) -> Iterator[ProcessPoolExecutor]:
         try:
             yield pool
         finally:
-            pool.shutdown(kill_workers=True)  # all results are here, or nobody asks for the rest
+            pool.shutdown(kill_workers=True)  # all results have arrived, or the caller stopped
             lifeline.close()
 
 

@@ -1,4 +1,4 @@
-"""Clip -> timed frames: those of one view of a clip, or all of them one after the other."""
+"""Clip -> timed frames: those of one view, or all of them in order."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,11 @@ from clip_har_jax.video.decoding import BadVideo, Decoding, TooSlow, VideoLike, 
 from clip_har_jax.video.sampling import FrameSampling, sample_times
 
 ROUNDING_S = 1e-3  # containers round times, some to milliseconds
-SEEK_S = 2.0  # a wanted frame further ahead than this is sought, not decoded up to
+SEEK_S = 2.0  # for a frame further ahead, seek instead of decoding up to it
 
 
 class TimedFrame(NamedTuple):
-    """A frame as it is to be looked at."""
+    """A frame, rotated for display."""
 
     time_s: float  # from the first frame on; never decreases
     image: UInt8[np.ndarray, "h w 3"]
@@ -27,10 +27,10 @@ class TimedFrame(NamedTuple):
 class Clip:
     """The sampled frames of one clip."""
 
-    frames: tuple[np.ndarray, ...]  # in the order of time; uint8 [h, w, 3], or what `each` made of it
+    frames: tuple[np.ndarray, ...]  # in the order of time; uint8 [h, w, 3], or the results of `each`
     times_s: tuple[float, ...]  # of the frames, from the start of the clip
     duration_s: float
-    damage: str | None = None  # the part of the clip that couldn't be read
+    damage: str | None = None  # a description of the part that couldn't be read
 
 
 def read_clip(
@@ -42,17 +42,17 @@ def read_clip(
     max_megapixels: float = MAX_MEGAPIXELS,
     num_threads: int = 1,
 ) -> Clip:
-    """Read the frames of one view of a clip, upright.
+    """Read the frames of one view of a clip, rotated for display.
 
     Args:
-      source: a file's path, or an open binary file that can seek.
+      source: the path of a file, or an open seekable binary file.
       sampling, view, rng: as `sample_times` takes them.
-      each: applied to each frame at once, so that no more than one frame is held in full size.
-      max_megapixels: of a frame; more is refused.
-      num_threads: of the decoder; 0: as many as the machine has cores.
+      each: applied to each frame at once, so that only one frame is held in full size.
+      max_megapixels: larger frames are refused.
+      num_threads: of the decoder; 0: as many as there are cores.
 
     Raises:
-      BadVideo: not a video, no frame in it, or less than half of it readable.
+      BadVideo: not a video, no frames, or less than half of it readable.
     """
     with open_video(source, num_threads) as container:
         stream = find_stream(container)
@@ -77,17 +77,17 @@ def iter_frames(
     num_threads: int = 0,
     time_limit_s: float | None = None,
 ) -> Iterator[TimedFrame]:
-    """Yield the frames of a file or a live stream, upright, one after the other.
+    """Yield the frames of a file or a live stream in order, rotated for display.
 
     Args:
       source: a file's path, an open binary file, or the address of a live stream (rtsp, rtmp, srt, udp, http).
-      rate_hz: at most so many frames a second, evenly over time; None: all.
-      max_megapixels: of a frame; more is refused.
-      num_threads: of the decoder; 0: as many as the machine has cores.
-      time_limit_s: for reading and for what is done with each frame; None: as long as it takes.
+      rate_hz: at most so many frames per second, evenly spaced; None: all.
+      max_megapixels: larger frames are refused.
+      num_threads: of the decoder; 0: as many as there are cores.
+      time_limit_s: for reading and for the caller's work on the frames; None: no limit.
 
     Raises:
-      BadVideo: not a video or no frame in it; or, after the frames that could be read, where it is damaged.
+      BadVideo: not a video or no frames in it; or, after the last readable frame, where it is damaged.
       TooSlow: over `time_limit_s`.
     """
     with open_video(source, num_threads) as container:
@@ -100,10 +100,10 @@ def timed_frames(
     max_megapixels: float = MAX_MEGAPIXELS,
     time_limit_s: float | None = None,
 ) -> Iterator[TimedFrame]:
-    """Yield the upright frames of an open video, at most `rate_hz` a second, timed from the first.
+    """Yield the frames of an open video, rotated for display, at most `rate_hz` per second, with times from the first.
 
     Raises:
-      BadVideo: behind the frames that could be read, where it is damaged.
+      BadVideo: after the last readable frame, where it is damaged.
       TooSlow: over `time_limit_s`.
     """
     end = float("inf") if time_limit_s is None else time.monotonic() + time_limit_s
@@ -111,7 +111,7 @@ def timed_frames(
     first_s: float | None = None
     due_s = 0.0
     for frame_s, frame in decoding:
-        if time.monotonic() > end:  # also among frames that nobody looks at
+        if time.monotonic() > end:  # also between frames that are skipped
             raise TooSlow(f"reading it takes over {time_limit_s:g} s; send a shorter or smaller one")
         first_s = frame_s if first_s is None else first_s
         time_s = frame_s - first_s
@@ -126,7 +126,7 @@ def timed_frames(
 
 
 def _scan(container: Any, stream: Any) -> tuple[list[float], list[float]]:
-    """Return the times of a clip's frames and of its keyframes, both sorted; reads the packets, decodes nothing."""
+    """Return the sorted times of a clip's frames and keyframes; reads the packets without decoding."""
     times, keyframes = [], []
     for packet in container.demux(stream):
         stamp = packet.pts if packet.pts is not None else packet.dts
@@ -143,7 +143,7 @@ def _scan(container: Any, stream: Any) -> tuple[list[float], list[float]]:
 def _frames_at(
     decoding: Decoding, wanted: Sequence[float] | np.ndarray, keyframes: list[float], each: Callable[[Any], Any]
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Return the frame that is shown at each of the times, with its own time; `wanted` never decreases."""
+    """Yield the frame shown at each of the times, with its own time; `wanted` never decreases."""
     frames = iter(decoding)
     shown: tuple[float, Any] | None = None
     ahead = next(frames, None)

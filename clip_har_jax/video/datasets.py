@@ -1,4 +1,4 @@
-"""The clips that `video:PATH` names: one folder a class, or UCF101 and HMDB51 with their official split files."""
+"""The clips of `video:PATH`: one folder per class, or UCF101 and HMDB51 with their official split files."""
 
 import re
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ HMDB_USE = {"1": "train", "2": "test"}  # 0: in neither
 
 
 def list_videos(spec: Spec, split: str, tally: Tally | None = None) -> list[tuple[Path, str]]:
-    """Return the (file, label) pairs of a spec of kind video, in an order that is the same on every machine.
+    """Return the (file, label) pairs of a video SPEC, in the same order on every machine.
 
     Where PATH holds UCF101's `ucfTrainTestlist` or HMDB51's `testTrainMulti_7030_splits`, they say what is train and
     test (`?fold=1`, 2 or 3); validation clips are then the test clips, as there are no others.
 
     Raises:
-      UserError: nothing is there, or clips that the split files name are missing; names the first, with their number.
+      UserError: nothing is there, or clips in the split files are missing; names the first one and their number.
     """
     tally = Tally() if tally is None else tally
     root = Path(spec.path).expanduser()
@@ -61,14 +61,14 @@ def _fold(spec: Spec) -> int:
 
 
 def _read_ucf(lists: Path, split: str, fold: int) -> list[tuple[str, str]]:
-    """(file below the classes' folder, label); lines are `Class/clip.avi`, in train lists with the class's number."""
+    """Return (file below the classes' folder, label) pairs; lines: `Class/clip.avi`, in train lists with a number."""
     text = (lists / f"{split}list{fold:02d}.txt").read_text(encoding="utf-8")
     names = [re.sub(r"\s+\d+$", "", line.strip()).replace("\\", "/") for line in text.splitlines() if line.strip()]
     return [(name, name.split("/")[0]) for name in names]
 
 
 def _read_hmdb(lists: Path, split: str, fold: int) -> list[tuple[str, str]]:
-    """(file below the classes' folder, label); a file a class, whose lines are `clip.avi 1`."""
+    """Return (file below the classes' folder, label) pairs; one file per class, with lines `clip.avi 1`."""
     ending = f"_test_split{fold}.txt"
     rows = []
     for path in sorted(lists.glob(f"*{ending}")):
@@ -81,7 +81,7 @@ def _read_hmdb(lists: Path, split: str, fold: int) -> list[tuple[str, str]]:
 
 
 def _resolve(spec: Spec, parent: Path, rows: list[tuple[str, str]], tally: Tally) -> list[tuple[Path, str]]:
-    """Return the rows' files: below PATH, or the one folder in it or beside the split files that holds the classes."""
+    """Return the rows' files: below PATH, or the folder of classes in it or beside the split files."""
     root = Path(spec.path).expanduser()
     if not rows:
         raise UserError(f"{spec}: its split files name no clips of this split")

@@ -1,4 +1,4 @@
-"""Videos opened and decoded by PyAV: files and live streams, past damage, within limits."""
+"""Videos opened and decoded by PyAV: files and live streams, damaged ones too, within limits."""
 
 import io
 import os
@@ -15,26 +15,26 @@ from clip_har_jax.preprocess import BadImage
 if TYPE_CHECKING:
     import av
 
-# Formats that hold their pictures themselves: a playlist would have FFmpeg open other files and addresses.
+# Formats that contain their own pictures: a playlist would make FFmpeg open other files and addresses.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 LIVE = ("rtsp://", "rtsps://", "rtmp://", "rtmps://", "srt://", "udp://", "tcp://", "http://", "https://")
 LIVE_FORMATS = CONTAINERS + ",rtsp,rtp,live_flv,mjpeg,mpjpeg"
 LIVE_TIMEOUT_S = 10.0
-MIN_READABLE = 0.5  # share of a clip's packets that must decode for its prediction to be worth something
+MIN_READABLE = 0.5  # least share of packets that must decode for a useful prediction
 
 VideoLike = str | os.PathLike[str] | BinaryIO | io.IOBase
 
 
 class BadVideo(BadImage):
-    """A clip that can't serve; as for an image, the message is the reason alone."""
+    """A clip that can't be used; as for an image, the message is only the reason."""
 
 
 class TooSlow(BadVideo):
-    """Reading it takes longer than was allowed."""
+    """Reading the video takes longer than allowed."""
 
 
 def import_av() -> Any:
-    """Return PyAV, which only those who have videos need.
+    """Return PyAV, which is needed for videos only.
 
     Raises:
       UserError: it isn't installed.
@@ -43,28 +43,28 @@ def import_av() -> Any:
         import av
     except ImportError as error:
         raise UserError(f"videos need PyAV ({error}); pip install 'clip-har-jax[data]'") from error
-    av.logging.set_level(None)  # what FFmpeg finds is told by us, with the file's name
+    av.logging.set_level(None)  # FFmpeg's messages are reported here, with the file's name
     return av
 
 
 def is_live(source: VideoLike) -> bool:
-    """Return whether a source is the address of a stream, not a file."""
+    """Return whether a source is the address of a stream instead of a file."""
     return isinstance(source, str) and source.lower().startswith(LIVE)
 
 
 @contextmanager
 def open_video(source: VideoLike, num_threads: int) -> Iterator[Any]:
-    """Return an open PyAV container of a file or a live stream.
+    """Return an open PyAV container of a file or a live stream; a context manager.
 
     Raises:
-      BadVideo: no video that can be read; as well where the block fails to read on.
+      BadVideo: not a readable video, or reading fails inside the block.
     """
     av = import_av()
     live = is_live(source)
     formats = {"format_whitelist": LIVE_FORMATS if live else CONTAINERS}
     try:
         if live:
-            # By UDP a camera's packets are lost on the way, and by firewalls; where it has TCP, that is taken.
+            # Prefer TCP: with UDP, packets of a camera are lost on the way and in firewalls.
             options = formats | {"rtsp_flags": "prefer_tcp"} if str(source).lower().startswith("rtsp") else formats
             with av.open(source, container_options=options, timeout=LIVE_TIMEOUT_S) as container:
                 yield _with_threads(container, num_threads)
@@ -77,7 +77,7 @@ def open_video(source: VideoLike, num_threads: int) -> Iterator[Any]:
         else:
             with av.open(source, container_options=formats) as container:
                 yield _with_threads(container, num_threads)
-    except av.error.FFmpegError as error:  # most of its kinds are an OSError too
+    except av.error.FFmpegError as error:  # most of its subclasses are OSErrors too
         text = (error.strerror or type(error).__name__).lower()
         if live:
             text = "nothing came for too long" if isinstance(error, av.error.ExitError) else text
@@ -95,12 +95,12 @@ def _with_threads(container: Any, num_threads: int) -> Any:
 
 
 def find_stream(container: Any) -> Any:
-    """Return the first video stream that is no cover picture.
+    """Return the first video stream that isn't a cover picture.
 
     Raises:
       BadVideo: there is none.
     """
-    # A song's cover is a video stream of one picture.
+    # the cover of a song is a video stream with one picture
     streams = [stream for stream in container.streams.video if not _is_cover(stream)]
     if not streams:
         raise BadVideo("no video in it")
@@ -112,7 +112,7 @@ def _is_cover(stream: Any) -> bool:
 
 
 class Decoding:
-    """The frames of a stream with their times, in order; counts what can't be decoded and goes on behind it."""
+    """The frames of a stream with their times, in order; damaged ones are counted and skipped."""
 
     def __init__(self, container: Any, stream: Any, max_megapixels: float):
         self.container, self.stream, self.max_megapixels = container, stream, max_megapixels
@@ -136,7 +136,7 @@ class Decoding:
                 return
             except FFmpegError as error:
                 self.bad, self.reason = self.bad + 1, (error.strerror or type(error).__name__).lower()
-                if self.bad > 100 and self.bad > self.good:  # a demuxer that fails for good would fail for ever
+                if self.bad > 100 and self.bad > self.good:  # a demuxer that fails permanently would loop for ever
                     return
                 continue
             for frame in frames:
@@ -147,7 +147,7 @@ class Decoding:
                 yield last_s, frame
 
     def seek(self, time_s: float) -> None:
-        """Go to the last keyframe before a time."""
+        """Seek to the last keyframe before a time."""
         self.container.seek(int(time_s / self.stream.time_base), stream=self.stream)
 
     def _check_size(self, frame: "av.VideoFrame") -> None:
@@ -157,11 +157,11 @@ class Decoding:
             )
 
     def why(self) -> str:
-        """Return the last reason in brackets, to be put behind a message."""
+        """Return the last reason in brackets, as the end of a message."""
         return f" ({self.reason})" if self.reason else ""
 
     def damage(self) -> str | None:
-        """Return what couldn't be decoded; None where all could.
+        """Return a description of the damage; None: everything could be decoded.
 
         Raises:
           BadVideo: more than half.
@@ -175,7 +175,7 @@ class Decoding:
 
 
 def upright(frame: "av.VideoFrame") -> UInt8[np.ndarray, "h w 3"]:
-    """Return a frame in RGB, turned as the container's display matrix says (PyAV gives degrees counterclockwise)."""
+    """Return a frame in RGB, rotated by the container's display matrix (PyAV gives degrees counterclockwise)."""
     image = frame.to_ndarray(format="rgb24")
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image

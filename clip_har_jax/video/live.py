@@ -1,4 +1,4 @@
-"""Sources that go on: streams by their address, connected to again when they break off, and cameras of this machine."""
+"""Continuous sources: network streams, with reconnection, and cameras of this machine."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,11 +7,11 @@ from urllib.parse import urlsplit
 from clip_har_jax.video.clips import TimedFrame, timed_frames
 from clip_har_jax.video.decoding import LIVE_TIMEOUT_S, BadVideo, import_av, open_video
 
-PAUSES_S = (0.5, 1.0, 2.0, 5.0)  # between attempts to connect; the last one again and again
+PAUSES_S = (0.5, 1.0, 2.0, 5.0)  # between attempts to reconnect; the last one repeats
 
 
 def mask_password(address: str) -> str:
-    """Return an address for people and logs, its password masked."""
+    """Return an address with its password masked, for messages and logs."""
     password = urlsplit(address).password if "://" in address else None
     return address.replace(f":{password}@", ":***@", 1) if password else address
 
@@ -22,18 +22,18 @@ def iter_live(
     patience_s: float = 60.0,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Iterator[TimedFrame]:
-    """Return the frames of a live stream; where it breaks off, those of the next connection.
+    """Yield the frames of a live stream; reconnect when it breaks off.
 
-    Times go on over the gap, by this machine's clock. A file behind an address (it knows its length) ends with its end.
+    Times continue over the gap, by this machine's clock. A file at an address (it has a duration) ends at its end.
 
     Args:
       address: of `video.LIVE`.
-      rate_hz: at most so many frames a second; None: all.
-      patience_s: how long it is tried to connect again; 0: not at all.
-      tell: given a line when the stream breaks off, and when it is back.
+      rate_hz: at most so many frames per second; None: all.
+      patience_s: time limit for reconnecting; 0: don't reconnect.
+      tell: called with a message when the stream breaks off and when it is back.
 
     Raises:
-      BadVideo: no stream there at the beginning, or none any more.
+      BadVideo: no stream at the start, or it couldn't be reconnected.
     """
     start: float | None = None
     lost: float | None = None
@@ -72,7 +72,7 @@ def iter_live(
 
 
 def iter_camera(device: str, rate_hz: float | None = None) -> Iterator[TimedFrame]:
-    """Return the frames of a camera of this machine, as `/dev/video0`, by Video4Linux.
+    """Yield the frames of a camera of this machine, such as `/dev/video0`, with Video4Linux.
 
     Raises:
       BadVideo: no such camera, or it stopped.
