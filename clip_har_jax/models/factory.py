@@ -51,7 +51,7 @@ HUB_SIZES = {
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that a run fine-tunes, with its tokenizer and preprocessing.
+    """The model to fine-tune, with its tokenizer and preprocessing.
 
     `params` None: random weights of the sizes in `config`.
     """
@@ -65,7 +65,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class BaseHead:
-    """The head of a base model that was trained here; a run of the same head and labels goes on with it."""
+    """The trained head of a base model; a run with the same head and labels continues to train it."""
 
     name: str
     labels: tuple[str, ...]
@@ -74,7 +74,7 @@ class BaseHead:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and what turns images and texts into its inputs."""
+    """A model with its tokenizer and preprocessing."""
 
     model: FlaxCLIPModel
     tokenizer: Tokenizer
@@ -83,12 +83,12 @@ class LoadedModel:
 
 
 def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = None, temporal: str = "mean") -> BaseModel:
-    """Return the base model that a config's `model` section names.
+    """Return the base model of a config's `model` section.
 
     A named size has random weights and a tokenizer trained on `prompts`; a Hub name or folder has its own.
 
     Raises:
-      UserError: an unknown name, or a folder that isn't a whole CLIP.
+      UserError: an unknown name, or a folder that isn't a complete CLIP.
     """
     if name in NAMED_SIZES:
         tokenizer = Tokenizer.train(prompts, VOCABULARY_SIZE)
@@ -134,12 +134,12 @@ def _resized(config: CLIPConfig, image_size_px: int | None) -> CLIPConfig:
 
 
 def known_config(name: str, image_size_px: int | None = None, temporal: str = "mean") -> CLIPConfig:
-    """Return the sizes of the model that a config's `model` section names, known without downloading anything.
+    """Return the sizes of the model of a config's `model` section, without a download.
 
-    Of a named size the vocabulary is as large as that of a run can become.
+    A named size gets the largest vocabulary that a run can have.
 
     Raises:
-      UserError: a name that isn't known here.
+      UserError: a name whose sizes aren't known here.
     """
     if name in NAMED_SIZES:
         config = NAMED_SIZES[name]
@@ -155,9 +155,9 @@ def known_config(name: str, image_size_px: int | None = None, temporal: str = "m
 
 
 def base_params(base: BaseModel, seed: int, shardings: Mapping[str, NamedSharding]) -> Params:
-    """Return the base model's parameters that `shardings` names.
+    """Return the base model's parameters that are listed in `shardings`.
 
-    Those of a folder are host arrays. Random ones are made on the devices, each of which computes its own part.
+    Those of a folder are host arrays. Random ones are made on the devices, each of which computes its own shard.
     """
     if base.params is None:
         return init_params(base.config, seed, shardings)
@@ -174,7 +174,7 @@ def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
     (1, 16)
 
     Raises:
-      UserError: not a whole CLIP in the Hugging Face layout.
+      UserError: not a complete CLIP in the Hugging Face layout.
     """
     folder = resolve_folder(name_or_folder)
     config = read_config(folder)

@@ -28,7 +28,7 @@ def read_head(folder: str | Path, name: str, dim: int, num_classes: int) -> Para
       num_classes: number of classes in actions.json.
 
     Raises:
-      UserError: missing, damaged, or of another head, model or number of classes.
+      UserError: missing or damaged, or for another head, model or number of classes.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

@@ -22,7 +22,7 @@ from clip_har_jax.models.clip import FlaxCLIPModel, l2_normalize
 from clip_har_jax.models.layers import DropPath, Runtime, linear
 from clip_har_jax.models.params import axis_names, flat_params, unflatten
 
-FLOAT32 = Runtime()  # heads are small, so they always compute in float32
+FLOAT32 = Runtime()  # heads are small, so they compute in float32
 MLP_DIM = 256
 ADAPTER_REDUCTION = 4  # Gao et al. 2021, section 4.1
 ADAPTER_RATIO = 0.2  # share of the new features; the rest is CLIP's
@@ -49,7 +49,7 @@ class Head(nnx.Module):
     """Class logits from features; the base of all heads."""
 
     needs_patches = False
-    of_clips = False  # whether it uses the single frames of a clip
+    of_clips = False  # whether it uses the frames of a clip one by one
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs, use_bias: bool = False):
         self.classes = linear(
@@ -58,12 +58,12 @@ class Head(nnx.Module):
 
     @property
     def class_embeddings(self) -> Float[Array, "c d"]:
-        """The directions that stand for the classes, L2-normalised."""
+        """Class embeddings that the head implies, L2-normalised."""
         return l2_normalize(self.classes.kernel[...].T)
 
 
 class LinearHead(Head):
-    """One linear layer, as a linear probe learns it; learned prompts are saved as one too."""
+    """One linear layer, as in a linear probe; learned prompts are saved as one too."""
 
     def __init__(self, size: HeadSize, rngs: nnx.Rngs):
         super().__init__(size, rngs, use_bias=True)

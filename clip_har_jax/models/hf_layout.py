@@ -41,7 +41,7 @@ def _table() -> dict[str, tuple[str, str]]:
     }
     parts = [
         ("text.final_norm", "text_model.final_layer_norm", _NORM),
-        ("vision.pre_norm", "vision_model.pre_layrnorm", _NORM),  # spelled so in every published file
+        ("vision.pre_norm", "vision_model.pre_layrnorm", _NORM),  # the spelling of every published file
         ("vision.post_norm", "vision_model.post_layernorm", _NORM),
     ]
     for tower in ("text", "vision"):
@@ -132,7 +132,7 @@ def params_from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple
         layers = [_from_hf(np.asarray(tensors[name], np.float32), transform) for name in fitting[ours]]
         return np.stack(layers) if "{i}" in theirs else layers[0]
 
-    with ThreadPoolExecutor() as pool:  # copying leaves Python's lock free
+    with ThreadPoolExecutor() as pool:  # copying releases Python's lock
         return dict(zip(fitting, pool.map(convert, fitting), strict=True))
 
 

@@ -110,7 +110,7 @@ def linear(
         dtype=runtime.dtype,
         kernel_init=nnx.with_partitioning(nnx.initializers.normal(std), axes),
         bias_init=nnx.with_partitioning(nnx.initializers.zeros_init(), axes[1:]),
-        # A remat policy that keeps products doesn't see those inside a rule of our own.
+        # A remat policy that saves matrix products doesn't see those inside a custom gradient.
         dot_general=last_dim_product if runtime.remat == "none" else jax.lax.dot_general,
         rngs=rngs,
     )
@@ -173,10 +173,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: attention and MLP, each with a residual connection; in models of clips also a part for time.
+    """One pre-norm layer: attention and MLP, each with a residual connection; in clip models also a part over time.
 
     Args:
-      time: makes the part that looks over the frames of a clip, before the attention; None: there is none.
+      time: makes the module over the frames of a clip, placed before the attention; None: there is none.
     """
 
     def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs, time: MakeModule | None = None):
@@ -209,12 +209,12 @@ class Block(nnx.Module):
 
 
 def make_layers(config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs, time: MakeModule | None = None) -> Block:
-    """Return all blocks of a tower as one `Block` with a leading 'layers' dim (OpenAI's initialisation)."""
+    """Return all blocks of a tower as one `Block` with a leading 'layers' dim, initialised like OpenAI's."""
     return stack_modules(lambda rngs: Block(config, runtime, rngs, time), config.num_layers, rngs)
 
 
 def stack_modules(make: MakeModule, count: int, rngs: nnx.Rngs) -> Any:
-    """Return `count` modules as one whose parameters have a leading 'layers' dim; each starts from other numbers."""
+    """Return `count` modules stacked into one with a leading 'layers' dim, each with its own random weights."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})

@@ -60,8 +60,8 @@ def init_params(config: CLIPConfig, seed: int, shardings: Mapping[str, NamedShar
     """Return random weights.
 
     Args:
-      shardings: of the parameters that are wanted, by dotted path, which are then made in their shards: no device ever
-        holds a whole copy of one that is sharded. None: all parameters, on one device.
+      shardings: of the parameters to make, by dotted path. Each device computes only its shards, so no device ever
+        holds a whole copy of a sharded parameter. None: all parameters, on one device.
     """
     key = jax.random.key_data(jax.random.key(seed))
     if shardings is None:
@@ -70,7 +70,7 @@ def init_params(config: CLIPConfig, seed: int, shardings: Mapping[str, NamedShar
 
 
 def init_program(config: CLIPConfig, shardings: Mapping[str, NamedSharding]) -> Any:
-    """Return the jitted function from raw key data, uint32[2], to random weights, sharded so."""
+    """Return the jitted function from raw key data, uint32[2], to random weights with these shardings."""
 
     def make(key: UInt32[Array, "2"]) -> Params:
         params = _make_params(config, key)
@@ -84,7 +84,7 @@ def _make_params(config: CLIPConfig, key: Any) -> Params:
 
 
 def init_temporal(config: CLIPConfig, seed: int) -> Params:
-    """Return starting weights of what a temporal model adds to a CLIP; they change no answer."""
+    """Return initial weights of the temporal parts of a model; with them, its predictions don't change."""
     rngs = nnx.Rngs(seed)
     params: Params = {}
     with nnx.use_eager_sharding(False):

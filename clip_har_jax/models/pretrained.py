@@ -1,4 +1,4 @@
-"""Model folders in the Hugging Face layout, read and written; pickles (`pytorch_model.bin`) are refused."""
+"""Reading and writing model folders in the Hugging Face layout; pickles (`pytorch_model.bin`) are refused."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def read_params(folder: Path, config: CLIPConfig) -> Params:
     The first of these is read: model.safetensors, sharded safetensors with an index, flax_model.msgpack.
 
     Raises:
-      UserError: no weights, unreadable ones, or ones that don't fit the configuration (all named).
+      UserError: no weights, unreadable ones, or ones that don't match the configuration (all are named).
     """
     shapes = {name: value.shape for name, value in flat_params(abstract_model(config)).items()}
     own, added = split_temporal(shapes)
@@ -51,7 +51,7 @@ def read_params(folder: Path, config: CLIPConfig) -> Params:
 
 
 def _read_temporal(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Params:
-    """Read what a model of clips adds to CLIP, of exactly `shapes`."""
+    """Read the temporal parameters of a clip model, of exactly `shapes`."""
     path = folder / TEMPORAL_FILE
     if not shapes:
         return {}
@@ -95,7 +95,7 @@ def _read_shard_names(index: Path) -> list[str]:
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
-    from safetensors.flax import load_file  # the numpy reader knows no bfloat16
+    from safetensors.flax import load_file  # the numpy reader doesn't know bfloat16
 
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -110,7 +110,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
 
     try:
         tree = msgpack_restore(path.read_bytes())
-    except Exception as error:  # msgpack raises many kinds on a damaged file
+    except Exception as error:  # msgpack raises many kinds of exceptions for a damaged file
         raise UserError(f"{path}: can't be read ({error}); copy it again") from error
     tensors: dict[str, np.ndarray] = {}
     for name, value in traverse_util.flatten_dict(tree, sep=".").items():

@@ -1,15 +1,15 @@
-"""What a model of clips adds to CLIP's image tower, so that the order of the frames counts.
+"""The parts that a clip model adds to CLIP's image tower, so that the order of the frames counts.
 
-| kind | what is added | after |
+| kind | addition | source |
 |---|---|---|
 | `mean` | nothing: a clip is the mean of its frames | |
 | `head` | a transformer over the frames' embeddings | Luo et al. 2021 (CLIP4Clip, sequential type) |
 | `st_adapter` | a depth-wise space-time convolution before each block, the tower frozen | Pan et al. 2022 |
 | `divided` | attention over time before each block's attention over space | Bertasius et al. 2021 |
 
-Frames are a batch dim of the tower. Every addition reads how a frame differs from the mean of its clip, has no bias on
-that way, and starts at 0. So a photograph, which is a clip of one frame, and a clip in which nothing moves always get
-exactly the image model's answer, and an untrained model gives the mean of its frames.
+The tower treats frames as batch rows. Each addition sees the difference between a frame and the mean of its clip, has
+no bias on that path, and starts at 0. So a photograph (a clip of one frame) and a clip without motion always get
+exactly the image model's output, and an untrained model averages the frames.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,43 +25,43 @@ from clip_har_jax.models.layers import Runtime, TowerConfig, layer_norm, linear
 
 KINDS = ("mean", "head", "st_adapter", "divided")
 IN_BLOCKS = ("st_adapter", "divided")  # kinds that add a module to each block of the image tower
-BLOCK, HEAD = "vision.layers.time.", "time_head."  # beginnings of the parameters' names
+BLOCK, HEAD = "vision.layers.time.", "time_head."  # prefixes of the parameters' names
 TEMPORAL_FILE = "temporal.safetensors"
-ST_ADAPTER_REDUCTION = 4  # width of the tower by that of the bottleneck; Pan et al. have 2 (384 of 768)
+ST_ADAPTER_REDUCTION = 4  # width of the tower divided by that of the bottleneck; Pan et al. use 2 (384 of 768)
 HEAD_LAYERS = 2
-LONGEST_FRAMES = 100.0  # longest wave of the positions over 2 pi: clips have tens of frames, texts thousands of words
+LONGEST_FRAMES = 100.0  # longest wavelength divided by 2 pi: clips have tens of frames, texts thousands of words
 
 
 def is_temporal(name: str) -> bool:
-    """Return whether a parameter of this dotted name belongs to what this module adds."""
+    """Return whether a parameter of this dotted name belongs to a temporal part."""
     return name.startswith((BLOCK, HEAD))
 
 
 def split_temporal(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the parameters of CLIP, and those that this module adds, by dotted name."""
+    """Return the parameters of CLIP and those of the temporal parts, by dotted name."""
     clip = {name: value for name, value in params.items() if not is_temporal(name)}
     return clip, {name: value for name, value in params.items() if is_temporal(name)}
 
 
 def difference(frames: Float[Array, "b t *d"]) -> Float[Array, "b t *d"]:
-    """Return how each frame of a clip differs from the mean of the clip."""
+    """Return the difference between each frame and the mean of its clip."""
     return frames - frames.mean(axis=1, keepdims=True)
 
 
 def frame_positions(length: int, dim: int) -> Float[Array, "t d"]:
-    """Return sinusoids of amplitude 1 (Vaswani et al. 2017, section 3.5), so that clips may be of any length."""
+    """Return sinusoids of amplitude 1 (Vaswani et al. 2017, section 3.5), for clips of any length."""
     waves = -(-dim // 2)
     angles = jnp.arange(length)[:, None] / LONGEST_FRAMES ** (np.arange(waves, dtype=np.float32) / waves)[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[:, :dim]
 
 
 class TimeAttention(nnx.Module):
-    """Multi-head attention over time, for each place of the image by itself (divided space-time attention).
+    """Multi-head attention over time, separately for each position in the image (divided space-time attention).
 
     Args:
       config: the sizes of the tower.
-      runtime: how it is computed.
-      rngs: where random starting weights come from.
+      runtime: the settings of computation.
+      rngs: source of the random initial weights.
     """
 
     def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
@@ -74,7 +74,7 @@ class TimeAttention(nnx.Module):
         self.out = linear(dim, dim, ("heads", "embed"), rngs, runtime, std=0.0, use_bias=False)
 
     def __call__(self, x: Float[Array, "f n d"], num_frames: int) -> Float[Array, "f n d"]:
-        """Return what is added to the tokens [clips * frames, tokens, dim]."""
+        """Return the addition to the tokens [clips * frames, tokens, dim]."""
         _, tokens, dim = x.shape
         heads = (self.num_heads, dim // self.num_heads)
 
@@ -96,7 +96,7 @@ class TimeAttention(nnx.Module):
 
 
 class SpaceTimeAdapter(nnx.Module):
-    """A bottleneck with a depth-wise convolution of 3 frames by 3 x 3 patches; the class token's is of 3 frames."""
+    """A bottleneck with a depth-wise convolution over 3 frames and 3 x 3 patches; over 3 frames for the class token."""
 
     def __init__(self, config: TowerConfig, runtime: Runtime, rngs: nnx.Rngs):
         dim = config.hidden_size
@@ -107,7 +107,7 @@ class SpaceTimeAdapter(nnx.Module):
         self.up = linear(hidden, dim, ("mlp", "embed"), rngs, runtime, std=0.0, use_bias=False)
 
     def __call__(self, x: Float[Array, "f n d"], num_frames: int) -> Float[Array, "f n d"]:
-        """Return what is added to the tokens [clips * frames, 1 + patches, dim]."""
+        """Return the addition to the tokens [clips * frames, 1 + patches, dim]."""
         _, tokens, dim = x.shape
         side = round((tokens - 1) ** 0.5)
         hidden = self.down(difference(x.reshape(-1, num_frames, tokens, dim)))
@@ -120,9 +120,9 @@ class SpaceTimeAdapter(nnx.Module):
 
 
 def _shifted_sum(x: jax.Array, taps: jax.Array, dims: tuple[int, ...]) -> jax.Array:
-    """Convolve each channel (the last dim) along `dims` with 3 taps a dim; 0 outside.
+    """Convolve each channel (the last dim) along `dims` with 3 taps per dim; 0 outside.
 
-    As a sum of shifted copies: compilers fuse it, while grouped convolutions of one channel are slow on CPUs.
+    A sum of shifted copies, which compilers fuse; grouped convolutions of one channel are slow on CPUs.
     """
     padded = jnp.pad(x, [(1, 1) if i in dims else (0, 0) for i in range(x.ndim)])
     total = jnp.zeros_like(x)
@@ -139,11 +139,11 @@ class FrameTransformer(nnx.Module):
 
     Args:
       dim: of the embeddings.
-      rngs: where random starting weights come from.
+      rngs: source of the random initial weights.
     """
 
     def __init__(self, dim: int, rngs: nnx.Rngs):
-        float32 = Runtime()  # as small as a head: in float32 whatever the tower computes in
+        float32 = Runtime()  # as small as a head: float32 whatever the tower's type
         std = dim**-0.5
 
         def layer(axes: tuple[str | None, str | None], in_dim: int, out_dim: int, std: float) -> nnx.Linear:
@@ -162,9 +162,9 @@ class FrameTransformer(nnx.Module):
         self.out = layer(("heads", "embed"), dim, dim, 0.0)
 
     def __call__(self, frames: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Return what is added to the frames' L2-normalised embeddings."""
+        """Return the addition to the frames' L2-normalised embeddings."""
         dim = frames.shape[-1]
-        x = difference(frames) * dim**0.5  # elements of about 1, as the positions are
+        x = difference(frames) * dim**0.5  # elements of about 1, like the positions
         positions = frame_positions(frames.shape[1], dim)[None]
         for layer in self.layers:
             timed = x + positions
@@ -175,6 +175,6 @@ class FrameTransformer(nnx.Module):
 
 
 def make_block_part(kind: str, config: TowerConfig, runtime: Runtime) -> Callable[[nnx.Rngs], nnx.Module] | None:
-    """Return what makes the module that a kind adds to each block; None where it adds none."""
+    """Return the function that makes the module of a kind in each block; None if there is none."""
     modules = {"st_adapter": SpaceTimeAdapter, "divided": TimeAttention}
     return (lambda rngs: modules[kind](config, runtime, rngs)) if kind in modules else None

@@ -1,1 +1,1 @@
-"""Devices, meshes and shardings; knows nothing of models or data."""
+"""Devices, meshes and shardings. Independent of models and data."""

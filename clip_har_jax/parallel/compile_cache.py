@@ -1,9 +1,8 @@
-"""Compiled programs on disk, so that a second start compiles nothing.
+"""Compiled programs on disk, so that the next start needs no compilation.
 
-JAX's own persistent cache writes an entry in place, never replaces a damaged one, checks no bytes of the machine code
-that it loads, and grows without a bound. So the first process that finds the folder unused looks it through: it removes
-what is damaged and what was used least recently. A shared lock says that a process uses the folder; the kernel takes
-it back however the process ends.
+JAX's persistent cache writes entries in place, never replaces a damaged one, doesn't check the machine code that it
+loads, and grows without limit. So the first process that opens the unused folder removes the damaged entries and the
+least recently used ones. A shared lock marks the folder as in use; the kernel releases it when the process ends.
 """
 
 import fcntl
@@ -20,19 +19,19 @@ from clip_har_jax.files import sha256
 
 MAX_BYTES = 512 * 2**20
 _ENTRY, _SEAL, _LOCK = "-cache", ".sha256", ".in-use"
-_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # RFC 8878, section 3.1.1: what a frame begins with
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # magic number of a frame: RFC 8878, section 3.1.1
 
 _log = logging.getLogger(__name__)
-_held: list[int] = []  # file descriptors whose locks last as long as the process
+_held: list[int] = []  # file descriptors; their locks last as long as the process
 
 
 def keep_compiled() -> Path | None:
-    """Keep compiled programs in the user's cache folder; one that JAX was given already stays as it is.
+    """Keep compiled programs in the user's cache folder; a folder that JAX was given already has precedence.
 
-    Programs are machine code that runs unasked, so a folder that others can write to isn't used.
+    The programs are machine code, so a folder that others can write to isn't used.
 
     Returns:
-      The folder; None where it can't be used, and each process compiles for itself.
+      The folder; None if it can't be used, and each process compiles for itself.
     """
     if given := jax.config.values["jax_compilation_cache_dir"]:
         return Path(given)
@@ -43,7 +42,7 @@ def keep_compiled() -> Path | None:
         if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(f"others can write to {folder}")
         _held.append(_lock(folder))
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         _log.info("compiled programs aren't kept: %s", error)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -52,7 +51,7 @@ def keep_compiled() -> Path | None:
 
 
 def _lock(folder: Path) -> int:
-    """Return the descriptor of a shared lock on the folder, which is cleaned first unless another process uses it."""
+    """Return the descriptor of a shared lock on the folder; clean it first if no other process uses it."""
     lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -61,7 +60,7 @@ def _lock(folder: Path) -> int:
             pass
         else:
             clean(folder)
-        fcntl.flock(lock, fcntl.LOCK_SH)  # waits while another process cleans
+        fcntl.flock(lock, fcntl.LOCK_SH)  # wait while another process cleans
     except OSError:
         os.close(lock)
         raise
@@ -69,15 +68,15 @@ def _lock(folder: Path) -> int:
 
 
 def clean(folder: Path, max_bytes: int = MAX_BYTES) -> None:
-    """Remove damaged entries, and those used least recently beyond `max_bytes`; no process may be using the folder.
+    """Remove damaged entries, and the least recently used ones beyond `max_bytes`; no process may use the folder.
 
-    An entry is sealed by its SHA-256 when it is first seen. Until then the only damage to expect is that of a process
-    killed while writing, which the compression's own format shows.
+    The first time that an entry is seen, its SHA-256 is stored. Before that, only a process killed while writing can
+    have damaged it, which the compression's own format detects.
     """
     entries = []
     for path in folder.glob(f"*{_ENTRY}"):
         seal, found, content = _seal_of(path), path.stat(), path.read_bytes()
-        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # this reading isn't a use
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # this reading doesn't count as a use
         digest = sha256(content)
         if seal.exists():
             whole = seal.read_text() == digest
@@ -97,7 +96,7 @@ def clean(folder: Path, max_bytes: int = MAX_BYTES) -> None:
 
 
 def _is_whole(content: bytes) -> bool:
-    """Return whether an entry unpacks to its end: JAX uses Zstandard where Python has it, else zlib."""
+    """Return whether an entry decompresses to its end: JAX uses Zstandard if Python has it, else zlib."""
     if content.startswith(_ZSTANDARD):
         try:
             from compression import zstd  # Python 3.14

@@ -50,7 +50,7 @@ def join(
     heartbeat_timeout_s: int = 100,
     barrier_timeout_s: int = 600,
 ) -> Iterator[None]:
-    """Make this process part of a run for the length of a `with` block; nothing changes for a run of one process.
+    """Make this process part of a run for the duration of a `with` block; no effect for a run of one process.
 
     Call it before JAX initialises devices: it also sets XLA's flags. The first three arguments are given together, or
     found by `rendezvous.find_group`. In a group, an error in the block is printed as commands print it and ends this

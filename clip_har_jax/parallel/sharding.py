@@ -16,8 +16,8 @@ from clip_har_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
-# logical name -> (mesh axis, may be replicated where the axis doesn't divide the size). A vocabulary can have any size.
-# For the others replication would silently undo the strategy, so it is an error.
+# logical name -> (mesh axis, whether to replicate if the axis doesn't divide the size). A vocabulary can have any size.
+# For the others, replication would silently disable the strategy, so it is an error.
 RULES = {
     "vocab": ("tensor", True),
     "heads": ("tensor", False),
@@ -100,15 +100,15 @@ def process_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 
 
 def put_local_rows(tree: Tree, sharding: NamedSharding) -> Tree:
-    """Return global arrays of which each process contributes its own rows, given as host arrays."""
-    with jax.transfer_guard("allow"):  # over several processes JAX takes this very transfer for an accident
+    """Return global arrays from host arrays with each process's own rows."""
+    with jax.transfer_guard("allow"):  # with several processes JAX mistakes this transfer for an implicit one
         return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), tree)
 
 
 def put_global(tree: Tree, shardings: Any) -> Tree:
-    """Put whole host arrays, the same on every process, on the mesh; each device takes only its shard.
+    """Put whole host arrays, equal on every process, on the mesh; each device receives only its shard.
 
-    An array that lies there already, sharded so, stays what it is.
+    An array with the right sharding is returned unchanged.
     """
 
     def one(value: Any, sharding: NamedSharding) -> jax.Array:
@@ -122,6 +122,6 @@ def put_global(tree: Tree, shardings: Any) -> Tree:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Return the bytes of `tree`, arrays or their shapes with shardings, that each of its devices holds."""
+    """Return the bytes of `tree` (arrays, or shapes with shardings) on each device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

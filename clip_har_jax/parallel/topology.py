@@ -1,4 +1,4 @@
-"""Figures of chips, and the devices of a TPU slice for ahead-of-time compilation."""
+"""Data sheets of chips, and the devices of a TPU slice for ahead-of-time compilation."""
 
 import importlib.util
 import os
@@ -18,17 +18,16 @@ class Chip:
     """One device as JAX counts them: a GPU, a TPU chip, or one of the two halves of a TPU7x chip."""
 
     peak_flops: float  # nominal dense bfloat16 FLOP/s
-    memory_bytes: int  # of a TPU: available to a program, a little less than the chip has
+    memory_bytes: int  # for a TPU: usable by a program, a little less than the chip has
     memory_bandwidth: float  # bytes/s
-    interconnect_bandwidth: float  # bytes/s that it can send, over all its links together
-    clock_hz: float | None = None  # of a TPU: the peak over 2 * 128 * 128 operations a cycle of each matrix unit
+    interconnect_bandwidth: float  # bytes/s sent over all its links together
+    clock_hz: float | None = None  # for a TPU: peak / (2 * 128 * 128 operations per cycle and matrix unit)
     devices_per_chip: int = 1  # prices are for whole chips
 
 
-# By the beginning of JAX's `device_kind`; the first match counts. Sources: NVIDIA's data sheets of A100, H100 and H200
-# (half of NVLink's bidirectional figure); docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (half of the
-# bidirectional ICI figure; number of matrix units). The memory of TPUs is from libtpu 0.0.42's message when it refuses
-# a program for its size.
+# By prefix of JAX's `device_kind`; the first match counts. Sources: NVIDIA's data sheets of A100, H100 and H200 (half of
+# NVLink's bidirectional figure); docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (half of the bidirectional ICI
+# figure; number of matrix units). The memory of TPUs is from libtpu 0.0.42's message when a program is too large.
 CHIPS = {
     "NVIDIA A100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
     "NVIDIA H100": Chip(989e12, 80 * GIB, 3350e9, 450e9),

@@ -1,8 +1,8 @@
 """Checkpoints: the training state and the data position, saved by Orbax in the background, each sealed by a manifest.
 
-Orbax writes aside and renames, so a kill leaves whole checkpoints only, but it doesn't check the bytes of arrays when
-it reads them back. Beside each checkpoint stands `<step>.manifest.json` with the SHA-256 of its files; one that
-differs is moved aside when the folder is opened, and the one before it is used.
+Orbax writes to a temporary folder and renames it, so a kill leaves only complete checkpoints, but it doesn't verify the
+bytes of arrays when it reads them. Beside each checkpoint stands `<step>.manifest.json` with the SHA-256 of its files.
+A checkpoint that differs is moved aside when the folder is opened, and an earlier one is used.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Checkpointer:
 
     Args:
       folder: on a disk or an object store; made if missing.
-      config: the numbers of the latest and of the best checkpoints, by validation accuracy, that are kept.
+      config: how many of the latest and of the best checkpoints (by validation accuracy) to keep.
 
     Raises:
       UserError: the folder can't be written.
@@ -59,7 +59,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=_best_by,
-                cleanup_tmp_directories=True,  # what a killed save left behind
+                cleanup_tmp_directories=True,  # leftovers of a killed save
                 async_options=ocp.options.AsyncOptions(
                     timeout_secs=SAVE_TIMEOUT_S,
                     post_finalization_callback=self._seal,
@@ -71,7 +71,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # The error that ends the run is reported, not a background save that failed for the same reason.
+        # Report the error that ends the run, not a background save that failed for the same reason.
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():
             self._manager.close()
 
@@ -85,28 +85,28 @@ class Checkpointer:
         return value if value >= 0 else None
 
     def save(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Start to save a state; return once it may be changed again.
+        """Start to save a state; return when it may be changed again.
 
-        If this save or the one before it fails, as on a full disk, all checkpoints but the newest and the best are
-        deleted and the state is saved once more.
+        If this save or the previous one fails, as on a full disk, all checkpoints except the newest and the best are
+        deleted, and the state is saved once more.
 
         Args:
           position: the step, and the position in the data, for `position`.
-          metrics: of the validation; empty where the state wasn't evaluated.
+          metrics: of the validation; empty if the state wasn't evaluated.
 
         Raises:
-          UserError: the second try fails too. Checkpoints that were whole still are.
+          UserError: the second attempt fails too. Earlier complete checkpoints are kept.
         """
         step = position["step"]
         if step == self.latest_step():
             return
         try:
             self._save(step, state, position, metrics)
-        except Exception as error:  # tensorstore's, Orbax's and the file system's have no common class
+        except Exception as error:  # tensorstore, Orbax and the file system have no common exception class
             self._save_again(step, state, position, metrics, error)
 
     def finish(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Wait until the last save, of this very state, is whole on disk; save it again if that failed.
+        """Wait until the last save, of this state, is complete on disk; save it again if that failed.
 
         Raises:
           UserError: as `save`.
@@ -137,7 +137,7 @@ class Checkpointer:
         error: Exception,
     ) -> None:
         reason = _reason(error)
-        if jax.process_count() > 1:  # the others don't know of it, and can't be asked while they compute
+        if jax.process_count() > 1:  # the other processes don't know of it, and can't be asked while they compute
             raise UserError(f"{self._folder}: checkpoint {step} can't be saved ({reason}); start again") from error
         try:
             self._reopen()
@@ -147,7 +147,7 @@ class Checkpointer:
             self._seal_late()
         except Exception as again:
             self._reopen()
-            # Deleting the older ones may have stopped halfway, so each is read again before it is called whole.
+            # Deleting the older ones may have stopped halfway, so each is verified again.
             whole = [step for step in self._manager.all_steps() if checkpoint_seals.problem(self._folder, step) is None]
             kept = ", ".join(map(str, whole)) or "none"
             raise UserError(
@@ -159,23 +159,23 @@ class Checkpointer:
     def _reopen(self) -> None:
         """Forget a failed save and remove its partial folder."""
         self._saving = None
-        with contextlib.suppress(Exception):  # the failure that is being handled, once more
+        with contextlib.suppress(Exception):  # the failure that is being handled, again
             self._manager.close()
         self._manager = self._open()
 
     def free_space(self) -> None:
-        """Delete all checkpoints but the newest and the best."""
+        """Delete all checkpoints except the newest and the best."""
         kept = {self._manager.latest_step(), self._manager.best_step()}
         for step in self._manager.all_steps():
             if step not in kept:
                 self._manager.delete(step)
 
     def newest_whole(self) -> int | None:
-        """Return the newest step, whose files are as they were saved; None: there never were checkpoints.
+        """Return the newest step whose files are unchanged since they were saved; None: no checkpoint was ever saved.
 
         Raises:
-          UserError: there were checkpoints, and none of them was whole, at this start or an earlier one. A supervisor
-            that starts a run again must not begin it anew without a person knowing.
+          UserError: there were checkpoints, but none is intact, at this start or an earlier one. A supervisor that
+            restarts a run must not start it from scratch unnoticed.
         """
         step = self._manager.latest_step()
         if step is None and self._steps_aside():
@@ -183,10 +183,10 @@ class Checkpointer:
         return step
 
     def best_whole(self) -> int:
-        """Return the whole checkpoint of the highest validation accuracy; the newest where none was evaluated.
+        """Return the intact checkpoint with the highest validation accuracy; the newest if none was evaluated.
 
         Raises:
-          UserError: none is whole.
+          UserError: none is intact.
         """
         rank = {step: (_best_by(self._manager.metrics(step)), step) for step in self._manager.all_steps()}
         for step in sorted(rank, key=lambda step: rank[step], reverse=True):
@@ -206,7 +206,7 @@ class Checkpointer:
         )
 
     def _steps_aside(self) -> list[str]:
-        """Return the damaged checkpoints that were moved aside at any start; the first process looks for all."""
+        """Return the damaged checkpoints that were moved aside at any start; process 0 looks them up for all."""
         aside = checkpoint_seals.aside(self._folder)
         found = sorted(path.name for path in aside.iterdir()) if distributed.is_main() and aside.exists() else []
         return distributed.broadcast(found)
@@ -228,10 +228,10 @@ class Checkpointer:
         """Return the state of a checkpoint, placed on the mesh.
 
         Args:
-          target: a state, or its shapes, types and shardings, which the restored one will have.
+          target: a state, or its shapes, types and shardings, for the restored one.
 
         Raises:
-          UserError: the checkpoint is of a model with other parameters.
+          UserError: the checkpoint is from a model with other parameters.
         """
         try:
             return self._manager.restore(
@@ -254,9 +254,10 @@ class Checkpointer:
             checkpoint_seals.manifest_path(self._folder, int(step)).unlink(missing_ok=True)
 
     def _seal(self) -> None:
-        """Write the manifest of the checkpoint being saved; Orbax calls it in its thread before it renames the folder.
+        """Write the manifest of the checkpoint being saved; Orbax calls this in its thread before it renames the
+        folder.
 
-        So no whole checkpoint is without one. `_seal_late` adds the files that Orbax writes after that.
+        So every complete checkpoint has one. `_seal_late` adds the files that Orbax writes afterwards.
         """
         if not distributed.is_main():
             return
@@ -267,7 +268,7 @@ class Checkpointer:
         )
 
     def _seal_late(self) -> None:
-        """Finish the manifest of the checkpoint that was saved last, and remove those of deleted ones."""
+        """Complete the manifest of the last saved checkpoint, and remove those of deleted checkpoints."""
         step, self._saving = self._saving, None
         if step is None or not distributed.is_main():
             return
@@ -275,14 +276,14 @@ class Checkpointer:
 
 
 def report_failed_saves_once() -> None:
-    """Report a failed save in one line, without the many lines of Orbax and tensorstore; for programs.
+    """Report a failed save in one line instead of the many lines of Orbax and tensorstore; for programs.
 
-    Their complaints may come as late as at the interpreter's end, so the hooks are never put back.
+    Their messages can come as late as the interpreter's exit, so the hooks stay in place.
     """
     hook = sys.unraisablehook
 
     def unless_of_a_save(unraisable: Any) -> None:
-        # A write that ends after the save was given up, or with the interpreter.
+        # A write that ends after the save failed, or at the interpreter's exit.
         of_a_save = "async_serialize" in getattr(unraisable.object, "__qualname__", "")
         if not of_a_save and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)

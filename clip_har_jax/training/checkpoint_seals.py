@@ -1,4 +1,4 @@
-"""The files of checkpoints, on a disk or an object store: their digests, and damaged ones moved aside.
+"""The files of checkpoints, on a disk or in an object store: their digests, and the handling of damaged ones.
 
 Beside each checkpoint stands `<step>.manifest.json` with the SHA-256 of its files.
 """
@@ -13,11 +13,11 @@ from etils import epath
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local, sha256_file, write_json
 
-LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax writes last, after it calls back
+LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")  # files that Orbax writes last, after its callback
 
 
 def probe(folder: epath.Path) -> None:
-    """Make a folder, and write to it.
+    """Make a folder and check that it can be written.
 
     Raises:
       OSError: it can't be written.
@@ -36,12 +36,12 @@ def steps_on_disk(folder: epath.Path) -> list[int]:
 
 
 def was_saved(folder: epath.Path) -> bool:
-    """Return whether there is a checkpoint, or was one that is damaged now."""
+    """Return whether any checkpoint exists, intact or damaged."""
     return bool(steps_on_disk(folder)) or aside(folder).exists()
 
 
 def aside(folder: epath.Path) -> epath.Path:
-    """Return the folder that damaged checkpoints are moved to."""
+    """Return the folder to which damaged checkpoints are moved."""
     return folder.parent / f"{folder.name}_damaged"
 
 
@@ -64,10 +64,10 @@ def seal_late(folder: epath.Path, step: int) -> None:
 
 
 def problem(folder: epath.Path, step: int) -> str | None:
-    """Return how the files of a checkpoint differ from its manifest; None: not at all.
+    """Return how the files of a checkpoint differ from its manifest; None: they don't.
 
     Raises:
-      UserError: the files may not be read, so they can't be compared.
+      UserError: the files can't be read for lack of permission.
     """
     try:
         return _difference(folder, step)
@@ -85,7 +85,7 @@ def _difference(folder: epath.Path, step: int) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest is damaged"
     try:
-        # A kill may have come before these were sealed. They hold nothing of the state.
+        # A kill may have come before these were added. They hold no part of the state.
         unsealed = tuple(name for name in LATE if name not in files)
         found = hashes(folder / str(step), leave_out=unsealed)
     except PermissionError:
@@ -121,6 +121,6 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
     if is_local(source):
         source.rename(target)
         return
-    for name, path in _files(source, ""):  # object stores have neither folders nor renaming
+    for name, path in _files(source, ""):  # object stores have neither folders nor renames
         path.copy(target / name, overwrite=True)
     source.rmtree()

@@ -12,9 +12,9 @@ from clip_har_jax.errors import UserError
 
 
 class StopSignal:
-    """A flag that SIGTERM and SIGINT set and the loop reads between steps; a second SIGINT ends the process at once.
+    """A flag set by SIGTERM and SIGINT, which the loop reads between steps; a second SIGINT ends the process at once.
 
-    A context manager, which puts the earlier handlers back at its end.
+    A context manager that restores the earlier handlers at its end.
     """
 
     def __init__(self) -> None:
@@ -35,12 +35,12 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """128 + the number of the signal, as shells have it; SIGTERM's where only another process got the signal."""
+        """128 + the number of the signal, as in shells; that of SIGTERM if only another process got the signal."""
         return 128 + (self.received or signal.SIGTERM)
 
 
 class TooManySkippedError(UserError):
-    """Too many updates in a row weren't finite; `examples` are those of their batches, by step."""
+    """Too many consecutive updates weren't finite; `examples` are those of their batches, by step."""
 
     def __init__(self, message: str, examples: dict[int, list[int]]):
         super().__init__(message)
@@ -48,23 +48,24 @@ class TooManySkippedError(UserError):
 
 
 class SkipGuard:
-    """End a run whose updates aren't finite any more.
+    """End a run whose updates are no longer finite.
 
     Args:
-      max_in_row: updates in a row that may be left out.
+      max_in_row: accepted number of consecutive skipped updates.
     """
 
-    LAG = 2  # steps between a step's dispatch and the reading of its result, so that the device always has work
+    LAG = 2  # steps between dispatching a step and reading its result, so that the device always has work
 
     def __init__(self, max_in_row: int):
         self._max, self._pending = max_in_row, deque[tuple[int, jax.Array, Any]]()
         self._skipped: dict[int, Any] = {}
 
     def watch(self, step: int, skipped: jax.Array, index: jax.Array) -> None:
-        """Take a step's count of skipped updates in a row and its batch's index; read those of `LAG` steps earlier.
+        """Record a step's count of consecutive skipped updates and its batch's index; read those of `LAG` steps
+        earlier.
 
         Raises:
-          TooManySkippedError: there were more than `max_in_row`.
+          TooManySkippedError: more than `max_in_row`.
         """
         self._pending.append((step, skipped, index))
         while len(self._pending) > self.LAG:
@@ -74,7 +75,7 @@ class SkipGuard:
         """Read the counts of the last steps.
 
         Raises:
-          TooManySkippedError: there were more than `max_in_row`.
+          TooManySkippedError: more than `max_in_row`.
         """
         while self._pending:
             self._read()
@@ -94,6 +95,6 @@ class SkipGuard:
 
 
 def _rows_here(index: jax.Array) -> list[int]:
-    """Return the positions of the examples that this process holds of a batch."""
+    """Return the indices of the examples of a batch that this process holds."""
     rows = {shard.index[0].start or 0: np.asarray(jax.device_get(shard.data)) for shard in index.addressable_shards}
     return [int(value) for start in sorted(rows) for value in rows[start] if value >= 0]

@@ -1,4 +1,4 @@
-"""The training loop, which reads as the order of events: step, log, evaluate, save, stop."""
+"""The training loop, in the order of events: step, log, evaluate, save, stop."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from clip_har_jax.training.time_account import TimeAccount
 
 @dataclass(frozen=True)
 class Timetable:
-    """At which steps a run logs, evaluates, saves and ends."""
+    """The steps at which a run logs, evaluates, saves and ends."""
 
     num_steps: int
     log_every: int
@@ -29,10 +29,10 @@ class Timetable:
     checkpoint_every: int
     global_batch_size: int
     first_example: int = 0  # examples seen before step 0 of this batch size; not 0 after the batch size was changed
-    patience: int = 0  # evaluations without a better one after which the run is done; 0: never
+    patience: int = 0  # evaluations without improvement that end the run; 0: never
 
     def is_over(self, step: int, best_step: int | None) -> bool:
-        """Return whether all steps are made, or the last ones brought nothing better."""
+        """Return whether all steps are done, or the validation metric hasn't improved for `patience` evaluations."""
         patience = self.patience * self.eval_every
         return step >= self.num_steps or (patience > 0 and best_step is not None and step - best_step >= patience)
 
@@ -51,7 +51,7 @@ class Best:
     step: int | None
 
     def improve(self, step: int, values: Mapping[str, float]) -> bool:
-        """Return whether these validation metrics are better than all before; then they are the best."""
+        """Return whether these validation metrics are the best so far, and store them if so."""
         if not values or (self.value is not None and values[BEST_BY] <= self.value):
             return False
         self.value, self.step = values[BEST_BY], step
@@ -60,11 +60,11 @@ class Best:
 
 @dataclass
 class Loop:
-    """All that the training loop works with.
+    """The parts that the training loop works with.
 
     Attributes:
-      train_step: donates the state that it is given.
-      batches: endless, placed on the mesh, beginning at the state's step.
+      train_step: donates its state argument.
+      batches: endless, placed on the mesh, starting at the state's step.
       evaluate: returns the validation metrics of a state.
       stop: read between steps.
     """
@@ -82,7 +82,7 @@ class Loop:
     profiler: Profiler
 
     def next_batch(self) -> Batch:
-        """Return the next batch, and count how long it was waited for."""
+        """Return the next batch and measure the wait for it."""
         begin = time.monotonic()
         with self.times.measure("data_wait"):
             batch = next(self.batches)
@@ -109,14 +109,14 @@ class Loop:
 
     def save(self, step: int, state: TrainState, best: Best, values: Mapping[str, float]) -> None:
         """Start saving a state; `values` are its validation metrics, if it was evaluated."""
-        if step % self.timetable.log_every == 0:  # a start that continues here won't write them
+        if step % self.timetable.log_every == 0:  # a run that resumes here won't log this step again
             self.log(step)
-        # Orbax moves arrays to the host in its own way.
+        # Orbax moves arrays to the host implicitly.
         with self.times.measure("checkpoint"), jax.transfer_guard("allow"):
             self.checkpointer.save(state, self.position(step, best), values)
 
     def position(self, step: int, best: Best) -> dict[str, Any]:
-        """Return what a checkpoint holds beside the state."""
+        """Return the contents of a checkpoint beside the state."""
         return {
             "step": step,
             "examples_seen": self.timetable.examples_seen(step),
@@ -127,9 +127,9 @@ class Loop:
 
 
 def train_loop(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
-    """Train from `state`, which is given up, to the last step, to one after which nothing gets better, or to a signal.
+    """Train from `state` (donated) to the last step, the end of `patience` or a signal.
 
-    Nothing moves between host and device by accident: only transfers that the code names are allowed.
+    Only explicit transfers between host and device are allowed.
 
     Returns:
       The last state, which is saved, and whether a signal stopped the run; if so, at the same step on all processes.
@@ -150,7 +150,7 @@ def train_loop(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             batch = loop.next_batch()
             log_last_step = (step - 1) % table.log_every == 0
             state, metrics, skipped = loop.train_step(state, batch)
-            if log_last_step:  # only now that the device has the next step to work on
+            if log_last_step:  # now the device has the next step to work on
                 loop.log(step - 1)
             loop.meter.metrics.append(metrics)
             loop.skips.watch(step, skipped, batch.index)

@@ -22,7 +22,7 @@ def cross_entropy(
     Args:
       logits: of the classes.
       target: probability of each class: one-hot, or a mixture for mixed images.
-      label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016).
+      label_smoothing: share of the target that is distributed evenly over all classes (Szegedy et al. 2016).
       focal_gamma: exponent of the focal loss, which scales by (1 - p)^gamma (Lin et al. 2017, equation 4); 0: off.
       class_weights: weight of the examples of each class.
     """

@@ -1,4 +1,4 @@
-"""The metrics of training steps, read late, with the rate of the training and what it takes of the machine."""
+"""Metrics of training steps, read one step late, with throughput and use of the machine."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _PROCESS = psutil.Process()
 
 @dataclass
 class Meter:
-    """The device metrics of the steps since the last log, and how long these steps waited for data.
+    """The device metrics of the steps since the last log, and the time that they waited for data.
 
     Reading a metric waits for its step; `read` is therefore called one step late, when the device has the next one.
     """
@@ -29,15 +29,15 @@ class Meter:
     begin: float = field(default_factory=time.monotonic)
 
     def restart(self) -> None:
-        """Begin an interval now."""
+        """Start an interval now."""
         self.metrics, self.data_wait_s, self.begin = [], 0.0, time.monotonic()
 
     def read(self) -> Metrics:
-        """Return the averages of the interval, and begin the next one."""
+        """Return the averages of the interval and start the next one."""
         total = reduce(lambda a, b: a.merge(b), jax.device_get(self.metrics))
         elapsed, steps, waited = time.monotonic() - self.begin, len(self.metrics), self.data_wait_s
         self.restart()
-        with np.errstate(invalid="ignore"):  # the mean over no example, where all updates were left out
+        with np.errstate(invalid="ignore"):  # a mean over no examples, if all updates were skipped
             computed = total.compute()
         values: dict[str, float | None] = {f"train/{name}": to_jsonable(value) for name, value in computed.items()}
         values["train/images_per_s"] = steps * self.global_batch_size / elapsed
@@ -48,9 +48,9 @@ class Meter:
 
 
 def system_metrics() -> dict[str, float | None]:
-    """Return this process's CPU use since the last call (100 a busy core), its memory, and the fullest device's.
+    """Return CPU use since the last call (100 per busy core), memory use, and the memory of the fullest device.
 
-    Device memory is None where the platform doesn't report it, as a CPU.
+    Device memory is None if the platform doesn't report it, as on CPUs.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     used = [float(stat["bytes_in_use"]) for stat in stats if "bytes_in_use" in stat]

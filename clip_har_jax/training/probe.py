@@ -55,7 +55,7 @@ def fit_linear_probe(
     """Fit a linear head by cross-entropy and a penalty on the squared distance from CLIP's class embeddings.
 
     Radford et al. 2021 (appendix A.3) fit with L-BFGS from 0 and choose the penalty on validation data. Starting from
-    CLIP's own classifier is better with few images a class, and without images it leaves the zero-shot classifier.
+    CLIP's own classifier is better with few images per class; without images, it remains the zero-shot classifier.
 
     Args:
       train: features to fit.

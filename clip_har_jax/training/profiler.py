@@ -8,7 +8,7 @@ from clip_har_jax.training.state import TrainState
 
 
 class Profiler:
-    """Write a trace of some steps; a context manager that ends a trace which the loop's end cut short.
+    """Write a trace of some steps; a context manager that closes the trace if the loop ends earlier.
 
     Args:
       steps: the first and the last one; None: no trace.
@@ -28,13 +28,13 @@ class Profiler:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Start the trace where `step` is its first one."""
+        """Start the trace if `step` is its first one."""
         if step == self._first:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._is_tracing = True
 
     def after(self, step: int, state: TrainState) -> None:
-        """End the trace where `step` is its last one, when the device has made it."""
+        """End the trace if `step` is its last one, after the device has finished it."""
         if self._is_tracing and step == self._last:
             jax.block_until_ready(state)
             self._stop()

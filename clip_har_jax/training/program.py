@@ -1,6 +1,6 @@
-"""The computations of a run on a mesh: what is trained, how it is sharded, and the steps.
+"""The computations of a run on a mesh: its trainable parameters, their shardings, and the jitted steps.
 
-Making a program places no array and compiles nothing, so a planner can use it for a machine that isn't there.
+Making a program places no arrays and compiles nothing, so a planner can use it for a machine that isn't present.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ from clip_har_jax.training.steps import make_class_step, make_eval_step, make_fe
 
 
 class Program:
-    """The steps of a config on a mesh, with the shapes and shardings of all that they take.
+    """The steps of a config on a mesh, with the shapes and shardings of their arguments.
 
     Args:
       config: the run.
@@ -46,13 +46,13 @@ class Program:
       preprocess: mean, deviation and size of its images.
       num_classes: actions.
       num_steps: updates of the whole run.
-      mesh: the devices, which may be descriptions of devices elsewhere.
+      mesh: the devices, or descriptions of devices elsewhere.
       class_counts: training images of each class, for a loss that balances them.
-      cache_size: training images that a Tip-Adapter remembers.
+      cache_size: training images in the cache of a Tip-Adapter.
 
     Raises:
-      UserError: a batch or a parameter that the mesh doesn't divide, a method's settings that don't fit, nothing to
-        train.
+      UserError: the mesh doesn't divide a batch or a parameter, settings of a method don't match, or nothing is
+        trainable.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Program:
     ):
         self.config, self.clip, self.preprocess, self.num_steps, self.mesh = config, clip, preprocess, num_steps, mesh
         self.num_classes = num_classes
-        # Of a clip that is trained on; None: images.
+        # Frames of a clip in training; None: images.
         self.num_frames = config.data.video.num_frames if parse_spec(config.data.train).kind in CLIPS else None
         check_batch_size(config.train.global_batch_size, mesh, "train.global_batch_size")
         check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
@@ -126,8 +126,8 @@ class Program:
         """Return the state before the first step and the frozen parameters, on the mesh.
 
         Args:
-          params: host arrays, or arrays on the mesh, which the state takes over. Missing ones become 0: the head of
-            a method that fits it to features which were not computed.
+          params: host arrays, or arrays on the mesh, which the state takes over. Missing ones become 0: the head of a
+            method that fits it to features, if these weren't computed.
         """
         params = {name: params.get(name, np.zeros(shape, np.float32)) for name, shape in self.shapes.items()}
         trainable = {name: params[name] for name in self.trainable}
@@ -135,18 +135,18 @@ class Program:
         return state, self.place_params({name: params[name] for name in self.frozen})
 
     def place_params(self, params: Mapping[str, Any]) -> Params:
-        """Return some of the parameters, from host arrays, on the mesh."""
+        """Return host arrays of some parameters, placed on the mesh."""
         return put_global(dict(params), {name: self.param_shardings[name] for name in params})
 
     @property
     def frozen(self) -> list[str]:
-        """The names of the parameters that no step changes."""
+        """The names of the parameters that no step updates."""
         return [name for name in self.shapes if name not in self.trainable]
 
     def place_prompts(
         self, input_ids: Int[np.ndarray, "p t"], class_of_prompt: Sequence[int], num_classes: int | None = None
     ) -> tuple[Any, Any]:
-        """Return the prompts on the mesh, filled up to a multiple of it so that every device computes its share.
+        """Return the prompts on the mesh, padded to a multiple of it so that every device computes an equal share.
 
         Args:
           num_classes: of the prompts; None: the run's.
@@ -159,7 +159,7 @@ class Program:
         return put_global((ids, classes), (rows, rows))
 
     def abstract_state(self) -> TrainState:
-        """Return the shapes, types and shardings of the state, into which a checkpoint is restored."""
+        """Return the shapes, types and shardings of the state, for restoring a checkpoint."""
         params, whole = self._abstract(self.trainable), replicated(self.mesh)
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)

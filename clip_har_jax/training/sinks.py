@@ -1,4 +1,4 @@
-"""Receivers of metrics: the Sink protocol, the JSONL file that keeps all of them, and the screen."""
+"""Receivers of metrics: the Sink protocol, the JSONL file with all of them, and the screen."""
 
 import json
 import sys
@@ -18,20 +18,20 @@ Metrics = Mapping[str, float | None]
 
 @runtime_checkable
 class Sink(Protocol):
-    """A receiver of the metrics of a run, as they become known."""
+    """A receiver of the metrics of a run."""
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of one step."""
+        """Receive the metrics of one step."""
 
     def close(self) -> None:
-        """Write what is still held back; the last call."""
+        """Write buffered metrics; the last call."""
 
 
 class JsonlSink:
     """metrics.jsonl: one object a line, {"step": 10, "train/loss": ...}.
 
-    A run that continues at `resume_step` drops the lines after that step, which it will write again. An object store
-    can't append, so it gets the whole file every `UPLOAD_EVERY_S` and at the end.
+    A run that resumes at `resume_step` drops the lines after that step, since it writes them again. Object stores can't
+    append, so they get the whole file every `UPLOAD_EVERY_S` and at the end.
     """
 
     UPLOAD_EVERY_S = 30.0
@@ -44,7 +44,7 @@ class JsonlSink:
         self._uploaded = time.monotonic()
         partial = self._local.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept))
-        partial.replace(self._local)  # a kill leaves the old lines or these
+        partial.replace(self._local)  # a kill leaves either the old lines or these
         self._file = self._local.open("a")
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -65,14 +65,14 @@ class JsonlSink:
 
 
 def _whole_lines(path: epath.Path) -> list[str]:
-    """Return the lines of a file, without a last one that a kill cut off."""
+    """Return the complete lines of a file, without a partial last one."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def write_curves(jsonl: epath.PathLike, csv: epath.PathLike) -> None:
-    """Write the metrics of a run as a table, a row a step, for tools that don't read JSON lines."""
+    """Write the metrics of a run as a table, one row per step, for tools that don't read JSON lines."""
     rows: dict[int, dict[str, Any]] = {}
     for line in _whole_lines(epath.Path(jsonl)):
         values = json.loads(line)
@@ -85,7 +85,7 @@ def write_curves(jsonl: epath.PathLike, csv: epath.PathLike) -> None:
 
 
 class ConsoleSink:
-    """A progress bar with the main metrics; plain lines where the output isn't a terminal."""
+    """A progress bar with the main metrics; plain lines if the output isn't a terminal."""
 
     def __init__(self, num_steps: int, start_step: int, stream: TextIO | None = None):
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
@@ -137,12 +137,12 @@ _SHOWN = {
 
 
 def describe(metrics: Metrics) -> str:
-    """Return the main metrics in words."""
+    """Return the main metrics as text."""
     shown = [(form, metrics.get(name)) for name, form in _SHOWN.items()]
     return "  ".join(form.format(value) for form, value in shown if value is not None)
 
 
 def to_jsonable(value: Any) -> float | None:
-    """Return a Python float; None for NaN and infinity, which JSON doesn't have."""
+    """Return a Python float; None for NaN and infinity, which JSON lacks."""
     value = float(value)
     return value if value == value and abs(value) != float("inf") else None

@@ -1,4 +1,4 @@
-"""TrainState: all that a step changes, placed on the mesh."""
+"""TrainState: everything that a step changes, placed on the mesh."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,19 +14,19 @@ from clip_har_jax.parallel.sharding import put_global, replicated
 
 
 class TrainState(NamedTuple):
-    """What a step takes and returns, and a checkpoint holds; or, in the same places, shapes or shardings."""
+    """The state that a step takes and returns and a checkpoint holds; or shapes or shardings in its place."""
 
-    step: Any  # int32 scalar: updates made
+    step: Any  # int32 scalar: number of updates
     params: Params  # trainable parameters by dotted path, float32
-    ema: Params  # their moving average; empty where none is kept
+    ema: Params  # their moving average; empty if there is none
     opt_state: Any
-    key: Any  # raw uint32[2] random key, as checkpoints hold it; a step folds its number into it
-    skipped: Any  # int32 scalar: updates in a row, up to this step, that were left out for not being finite
-    skipped_total: Any  # int32 scalar: updates left out since the run began
+    key: Any  # raw uint32[2] random key, as in checkpoints; each step folds its number into it
+    skipped: Any  # int32 scalar: consecutive updates, up to this step, skipped because they weren't finite
+    skipped_total: Any  # int32 scalar: skipped updates since the run began
 
     @property
     def weights(self) -> Params:
-        """The trainable parameters that are evaluated and kept: their moving average where there is one."""
+        """The trainable parameters to evaluate and save: their moving average if there is one."""
         return self.ema or self.params
 
 
@@ -61,10 +61,10 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, seed: in
     """Return the state before the first step; every process passes the same parameters.
 
     Args:
-      params: host arrays, or arrays on the mesh, which the state takes over: its first step donates them.
+      params: host arrays, or arrays on the mesh, which the state takes over: the first step donates them.
     """
     params = put_global(params, shardings.params)
-    # Copies: a step that donates the state must not be given one buffer twice.
+    # Copies: a step that donates the state must not receive one buffer twice.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings.ema)
     ema = copy(params) if shardings.ema else {}
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
@@ -74,5 +74,5 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, seed: in
 
 
 def abstract_state(state: TrainState) -> TrainState:
-    """Return the shapes, types and shardings of a state, which may itself be abstract."""
+    """Return the shapes, types and shardings of a state, which may be abstract itself."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -1,4 +1,4 @@
-"""The pure, jitted steps: train_step(state, frozen, classes, batch) -> (state, metrics), and those that evaluate."""
+"""The pure, jitted steps: train_step(state, frozen, classes, batch) -> (state, metrics), and the evaluation steps."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -28,13 +28,13 @@ MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 
 
 def _per_example(name: str) -> Callable[..., dict[str, jax.Array]]:
-    """Return a reader of the output `name`, for an average in which rows of mask 0 don't count."""
+    """Return a reader of the output `name` for an average in which rows of mask 0 don't count."""
     return lambda *, example_mask, **outputs: {"values": outputs[name], "mask": example_mask}
 
 
 @struct.dataclass
 class TrainMetrics(clu_metrics.Collection):
-    """One step's metrics; merging several gives their average over examples (loss, top1) and steps (the rest)."""
+    """Metrics of one step; merging several averages them over examples (loss, top1) or steps (the rest)."""
 
     loss: clu_metrics.Average.from_fun(_per_example("loss"))  # type: ignore[valid-type]
     top1: clu_metrics.Average.from_fun(_per_example("top1"))  # type: ignore[valid-type]
@@ -52,13 +52,13 @@ def make_train_step(
     shardings: TrainState,
     mesh: Mesh,
 ) -> Callable[[TrainState, Params, ClassInputs, Batch], tuple[TrainState, TrainMetrics, Int[Array, ""]]]:
-    """Return the training step, jitted; it donates the state, so the caller keeps only what it returns.
+    """Return the jitted training step; it donates the state, so the caller must use the returned one.
 
-    An update that isn't finite is left out and counted, so the state stays finite whatever the batch. The third output
-    is the number of updates left out in a row; unlike the state's own, the next step doesn't donate it.
+    An update that isn't finite is skipped and counted, so the state always stays finite. The third output is the number
+    of consecutive skipped updates; unlike the state's own count, the next step doesn't donate it.
 
     Args:
-      schedule: the learning rate by step, as the optimiser has it; it is a metric.
+      schedule: the learning rate by step, the same as the optimiser's; logged as a metric.
       shardings: of the state.
     """
     gradients = make_gradients(method, config, preprocess, shardings.params, mesh)
@@ -73,8 +73,8 @@ def make_train_step(
         if "logit_scale" in params:
             params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
         grad_norm = optax.tree.norm(grads)
-        # The updates aren't checked: they are finite if gradients and state are, and their norm would take one more
-        # pass over the memory of the optimiser.
+        # The updates aren't checked: they are finite if gradients and state are, and their norm would take one more pass
+        # over the optimiser's memory.
         is_finite = jnp.isfinite(masked_mean(losses, batch.mask) + grad_norm)
         params, opt_state = optax.tree.where(is_finite, (params, opt_state), (state.params, state.opt_state))
         skipped_total = state.skipped_total + ~is_finite
@@ -96,7 +96,7 @@ def make_train_step(
 
 
 def _moving_average(state: TrainState, params: Params, decay: float) -> Params:
-    """Return the moving average after this step; the first steps weigh more, so that it soon forgets the start."""
+    """Return the moving average after this step; the first steps weigh more, so that the start fades quickly."""
     step = state.step.astype(jnp.float32)
     rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
     return {name: average + rate * (params[name] - average) for name, average in state.ema.items()}
@@ -109,10 +109,10 @@ def make_gradients(
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
 ) -> Callable[[Params, Params, ClassInputs, Batch, jax.Array], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
-    """Return a function to the gradients of a batch's mean loss, each row's loss, and whether its class was found.
+    """Return a function that gives the gradients of a batch's mean loss, each row's loss, and whether it was right.
 
-    With `config.train.accumulation_steps` the parts of a batch go through the image tower one after the other. The
-    class embeddings are computed once for all parts and differentiated once, through the sum of the parts' gradients.
+    With `config.train.accumulation_steps`, the parts of a batch pass the image tower one after the other. The class
+    embeddings are computed once for all parts and differentiated once, with the sum of the parts' gradients.
     """
     parts = config.train.accumulation_steps
 
@@ -142,7 +142,7 @@ def make_gradients(
         def add_part(total: tuple[Params, jax.Array], part: tuple[Batch, Any]) -> tuple[tuple[Params, jax.Array], Any]:
             grads, rows = grad_fn((params, embeddings), frozen, classes, part[0], count, part[1])
             grads, of_embeddings = jax.tree.map(jnp.add, total, grads)
-            # The sum is sharded as the parameters are, since it takes as much memory as they do.
+            # The sum is sharded like the parameters, since it takes as much memory.
             return (jax.lax.with_sharding_constraint(grads, dict(shardings)), of_embeddings), rows
 
         if parts == 1:
@@ -159,7 +159,7 @@ def make_gradients(
 
 
 def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
-    """Return a batch as [parts, rows / parts, ...]; every device keeps its rows, so nothing is sent."""
+    """Return a batch as [parts, rows / parts, ...]; every device keeps its rows, so there is no communication."""
     rows = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
 
     def one(x: jax.Array) -> jax.Array:
@@ -172,9 +172,9 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 def make_eval_step(
     method: Method, preprocess: Preprocess, mesh: Mesh
 ) -> Callable[[Params, Params, ClassInputs, Batch], tuple[Float[Array, "b c"], Batch]]:
-    """Return a jitted function from a batch to its class logits and its labels, mask and index.
+    """Return a jitted function from a batch to its class logits, and its labels, mask and index.
 
-    All processes get all rows of them.
+    Every process receives all rows.
     """
 
     def eval_step(params: Params, frozen: Params, classes: ClassInputs, batch: Batch) -> tuple[jax.Array, Batch]:
@@ -187,7 +187,7 @@ def make_eval_step(
 def make_feature_step(
     method: Method, preprocess: Preprocess, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[Float[Array, "b d"], Batch]]:
-    """Return the same as `make_eval_step`, but for L2-normalised image embeddings in place of logits."""
+    """Return the same as `make_eval_step`, but with L2-normalised image embeddings instead of logits."""
 
     def feature_step(params: Params, batch: Batch) -> tuple[jax.Array, Batch]:
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
@@ -197,9 +197,9 @@ def make_feature_step(
 
 
 def make_class_step(method: Method, mesh: Mesh) -> Callable[[Params, ClassInputs], Float[Array, "c d"]]:
-    """Return a jitted function to the embeddings of the run's classes.
+    """Return a jitted function that gives the embeddings of the run's classes.
 
-    It runs once where they never change, otherwise before each evaluation.
+    It runs once if they never change, otherwise before each evaluation.
     """
 
     def class_step(params: Params, classes: ClassInputs) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Where the time of a run went, over all its starts, and what share of it was spent in training steps.
+"""The time of a run by category over all its starts, and the share spent in training steps.
 
-The field calls that share goodput, the name that it has in run.json.
+The usual name of that share is goodput; run.json uses it.
 """
 
 import time
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import jax
 
-# category in run.json -> how a person is told
+# category in run.json -> words for people
 CATEGORIES = {
     "productive": "training steps",
     "start": "starting",  # imports, listing the data, restoring
@@ -17,18 +17,18 @@ CATEGORIES = {
     "data_wait": "waiting for data",
     "checkpoint": "saving",
     "evaluation": "evaluating",
-    "lost": "steps repeated after a kill",  # made after the last checkpoint before it
+    "lost": "steps repeated after a kill",  # steps after the last checkpoint before the kill
 }
-# Tracing isn't counted as compiling: traces nest, and so do their times.
+# Tracing doesn't count as compiling: traces are nested, and their times overlap.
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 
 
 class TimeAccount:
-    """Seconds by category; a context manager that counts compiling. Time without a category is productive.
+    """Seconds by category; a context manager that measures compilation. Time without a category is productive.
 
     Args:
-      before: the seconds at the checkpoint from which the run continues.
-      lost_s: seconds that an earlier start spent after that checkpoint.
+      before: seconds by category at the checkpoint from which the run resumes.
+      lost_s: seconds of an earlier start after that checkpoint.
       begin: `time.monotonic()` when this start began.
     """
 
@@ -59,7 +59,7 @@ class TimeAccount:
 
     @contextmanager
     def measure(self, category: str) -> Iterator[None]:
-        """Count the time of a block, without what was compiled in it."""
+        """Measure the time of a block, without compilation in it."""
         begin, counted = time.monotonic(), self._counted
         try:
             yield
@@ -75,7 +75,7 @@ class TimeAccount:
 
 
 def describe_seconds(seconds: Mapping[str, float]) -> str:
-    """Return where the time went in plain words, the longest first; what took less than half a second is left out."""
+    """Return the time by category in words, the longest first; less than half a second is left out."""
     total = max(sum(seconds.values()), 1e-9)
     longest = sorted(seconds.items(), key=lambda item: -item[1])
     return ", ".join(
