@@ -25,7 +25,7 @@ class Chip:
     devices_per_chip: int = 1  # prices are for whole chips
 
 
-# By prefix of JAX's `device_kind`; the first match counts. Sources: NVIDIA's data sheets of A100, H100 and H200 (half of
+# By prefix of JAX's `device_kind`; the first match counts. Sources: NVIDIA's data sheets of A100, H100, H200 (half of
 # NVLink's bidirectional figure); docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (half of the bidirectional ICI
 # figure; number of matrix units). The memory of TPUs is from libtpu 0.0.42's message when a program is too large.
 CHIPS = {

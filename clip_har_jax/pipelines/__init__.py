@@ -1,1 +1,1 @@
-"""The jobs that the scripts call, each as one function."""
+"""The jobs behind the scripts, each as one function."""

@@ -1,7 +1,7 @@
-"""From a data set to a model that is served: steps that are skipped while their inputs stay the same.
+"""From a data set to a served model, in steps; a step is skipped while its inputs are unchanged.
 
-Each step is a script of the project in a process of its own, and can be killed at any moment: training continues where
-it stopped, the others write aside and rename. auto.json remembers what each finished step was made from.
+Each step is a script of the project in its own process and can be killed at any time: training resumes, the others
+replace their outputs atomically. auto.json stores the inputs of each finished step.
 """
 
 import time
@@ -24,7 +24,7 @@ from clip_har_jax.trainer.provenance import ROOT
 from clip_har_jax.trainer.workdir import make_workdir
 
 STATE, SUMMARY = "auto.json", "summary.html"
-EXIT_REFUSED = 1  # a gate kept the model from being served
+EXIT_REFUSED = 1  # a gate refused the model
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class AutoSettings:
     """The settings of an automated training.
 
     Attributes:
-      config_file: the training's config.
+      config_file: the config of the training.
       overrides: of its keys, as on the command line.
-      config: both, read.
-      workdir: all is written below it.
-      test: SPEC that models are judged by; empty: the test part of the prepared data, else the config's data.val.
-      formats: of the export, divided by commas.
+      config: both, parsed.
+      workdir: the folder for all files.
+      test: SPEC of the test images; empty: the test part of the prepared data, else the config's data.val.
+      formats: of the export, separated by commas.
       name: in the registry.
-      gates: what must be shown before the model is served.
+      gates: the conditions for serving the model.
     """
 
     config_file: str
@@ -99,7 +99,7 @@ class Auto:
         return "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.passed)
 
     def _data(self) -> dict[str, str]:
-        """Return the SPECs of the splits; make a leak-free split where the config names no validation data."""
+        """Return the SPECs of the splits; make a leak-free split if the config names no validation data."""
         config, output = self.settings.config.data, self.workdir / "data"
         train = make_source(config.train, "train", config.labels, several_classes=True)
         if config.val:
@@ -154,7 +154,7 @@ class Auto:
         return self.steps.run("evaluate", inputs, [output / "metrics.json"], evaluate)
 
     def _gate(self, test: Mapping[str, Any]) -> list[Check]:
-        """Check the model against the champion by the gates that need no export."""
+        """Check the model against the champion with the gates that need no export."""
         from clip_har_jax.mlops.model_registry import CHAMPION, open_registry
 
         checks = open_registry(self.settings.name).compare_with(
@@ -203,7 +203,7 @@ class Auto:
         return self.steps.run("register", inputs, [], register)["version"]
 
     def _promote(self, version: int) -> list[Check]:
-        """Make the version the champion if it passes; return the checks."""
+        """Make the version the champion if it passes the gates; return the checks."""
         from clip_har_jax.mlops.model_registry import CHAMPION, open_registry
 
         registry = open_registry(self.settings.name)
@@ -225,6 +225,6 @@ class Auto:
 
 
 def code_digest() -> str:
-    """SHA-256 over the package's own code, so that a changed program trains again."""
+    """Return a SHA-256 over the package's code, so that a changed program trains again."""
     files = sorted((ROOT / "clip_har_jax").rglob("*.py"))
     return sha256(path.relative_to(ROOT).as_posix().encode() + path.read_bytes() for path in files)

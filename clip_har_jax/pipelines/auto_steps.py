@@ -1,4 +1,4 @@
-"""The steps of a pipeline: each runs once on the same inputs, as a process that takes the pipeline's signals."""
+"""Steps of an automated training: each runs once for given inputs, as a process that receives the signals."""
 
 import ctypes
 import json
@@ -33,13 +33,13 @@ class StepFailedError(UserError):
 
 @dataclass
 class Step:
-    """The outcome of one step.
+    """The result of one step.
 
     Attributes:
       name: of the step.
-      skipped: it ran before on the same inputs.
+      skipped: it had run on the same inputs before.
       seconds: how long it took.
-      result: what it found, by name; JSON.
+      result: values by name; JSON.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Step:
 
 
 class Steps:
-    """Run steps and remember in a JSON file what each was made from.
+    """Run steps, and store the inputs of each in a JSON file.
 
     Args:
       state: the file.
@@ -72,16 +72,16 @@ class Steps:
                 signal.signal(number, handler)
 
     def run(self, name: str, inputs: Sequence[Any], outputs: Sequence[Path], do: Callable[[], dict[str, Any]]) -> Any:
-        """Run a step, unless it ran on these inputs before and its outputs are still there; return its result.
+        """Run a step, unless it ran on these inputs before and its outputs exist; return its result.
 
         Args:
           name: of the step.
-          inputs: all that the result depends on; JSON.
+          inputs: everything that the result depends on; JSON.
           outputs: files or folders that must exist for the step to be skipped.
           do: makes the outputs and returns the result.
 
         Raises:
-          StepFailedError: a signal was received meanwhile.
+          StepFailedError: a signal was received during the step.
         """
         digest = sha256(json.dumps(inputs, sort_keys=True))
         state = read_json(epath.Path(self._state)) or {}
@@ -98,16 +98,16 @@ class Steps:
         return result
 
     def add(self, name: str, result: dict[str, Any], seconds: float = 0.0, skipped: bool = False) -> None:
-        """Record a step that is never skipped, such as a gate."""
+        """Record a step that always runs, such as a gate."""
         self.done.append(Step(name, skipped, seconds, result))
 
     def call(self, name: str, *command: str | Path) -> None:
-        """Run a script of the project in a process of its own, as part of a step.
+        """Run a script of the project in its own process, as part of a step.
 
         Raises:
           StepFailedError: it ended with an exit code other than 0.
         """
-        paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # for `-m export`, wherever this was started
+        paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # for `-m export`, from any working directory
         self._child = subprocess.Popen(
             [sys.executable, *map(str, command)],
             env=os.environ | {"PYTHONPATH": paths},

@@ -1,4 +1,4 @@
-"""A model folder and held-out images in, a new model folder with temperature and thresholds out."""
+"""Calibration of a model folder on held-out images, written as a new model folder."""
 
 import shutil
 import tempfile
@@ -25,14 +25,14 @@ def calibrate_model(
     batch_size: int = EvalConfig.batch_size,
     max_bad_fraction: float = DataConfig.max_bad_fraction,
 ) -> CalibrationResult:
-    """Calibrate a model folder, or any CLIP on the labels of the data, and write the outcome as a new folder.
+    """Calibrate a model folder, or any CLIP on the labels of the data, and write the result as a new folder.
 
     Args:
-      model: a folder or a Hub name; it stays as it is.
-      data: the SPEC of images that the model neither learned from nor will be judged by.
-      output: the folder to write; nothing may be there.
-      batch_size: images computed at once.
-      max_bad_fraction: share of unreadable images above which it ends.
+      model: a folder or a Hub name; it isn't changed.
+      data: the SPEC of images that are neither training nor test data.
+      output: the folder to write; it must not exist.
+      batch_size: images in one forward pass.
+      max_bad_fraction: accepted share of unreadable images.
 
     Raises:
       UserError: a mistake in the arguments, the model or the data.
@@ -49,7 +49,7 @@ def calibrate_model(
     actions = replace(backend.actions, temperature=found.temperature, thresholds=found.thresholds)
 
     def fill(folder: Path) -> None:
-        _check_output(output)  # again, since another may have written it meanwhile
+        _check_output(output)  # again, since another process may have written it
         for path in backend.path.rglob("*"):
             name = path.relative_to(backend.path)
             if path.is_file() and str(name) not in REWRITTEN and not any(part.startswith(".") for part in name.parts):

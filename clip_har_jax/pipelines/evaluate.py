@@ -1,4 +1,4 @@
-"""A model folder and a data set in, metrics and a report out."""
+"""Evaluation of a model folder on a data set: metrics and a report."""
 
 import shlex
 import sys
@@ -25,14 +25,14 @@ from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.text import phrase
 
-NUM_SHOWN = 8  # examples of a kind in the report
+NUM_SHOWN = 8  # examples of each kind in the report
 
 
 class ClassedSource(Source):
-    """A source under the classes of a model, which remembers the names of what was read until they are taken.
+    """A source with a model's classes; it stores the names of read examples until they are taken.
 
     Raises:
-      UserError: an example's label is none of the classes.
+      UserError: an example's label isn't one of the classes.
     """
 
     def __init__(self, source: Source, classes: Sequence[str], where: str):
@@ -47,15 +47,17 @@ class ClassedSource(Source):
 
     def __getitem__(self, i: int) -> Example:
         example = self.source[i]
-        self.names[i] = example.name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
+        self.names[i] = example.name.encode(
+            errors="backslashreplace"
+        ).decode()  # file names can contain bytes that aren't UTF-8
         return example._replace(label=int(self.label_ids[i]))
 
     def take_name(self, i: int) -> str:
-        """Return the name of an example that was read, once: what is written down needn't be held."""
+        """Return the name of a read example and forget it, so that memory stays bounded."""
         return self.names.pop(i)
 
     def find_name(self, i: int) -> str:
-        """Return the name of an example, which is read again."""
+        """Return the name of an example by reading it again."""
         return self[i].name.encode(errors="backslashreplace").decode()
 
     def name(self, i: int) -> str:
@@ -63,9 +65,7 @@ class ClassedSource(Source):
 
 
 def _match_labels(source: Source, classes: Sequence[str], where: str) -> np.ndarray:
-    """Return the class of each of the source's labels: of the same name, or said alike; -1 for labels without
-    examples.
-    """
+    """Return the class of each label of the source, by equal names or phrases; -1 for labels without examples."""
     by_name = {label: i for i, label in enumerate(classes)}
     by_phrase = {phrase(label): i for i, label in enumerate(classes)}
     counts = np.bincount(source.label_ids, minlength=len(source.labels))
@@ -99,10 +99,9 @@ def evaluate_model(
       data: the SPEC of the data.
       output: the folder to write to.
       classes: the actions to tell apart; empty: the folder's own, else the data's own labels.
-      batch_size: images computed at once.
-      max_bad_fraction: share of unreadable images above which the evaluation ends; they are listed in
-        bad_inputs.jsonl.
-      num_views: how often a clip is sampled; None: as the model folder says.
+      batch_size: images in one forward pass.
+      max_bad_fraction: accepted share of unreadable images, which are listed in bad_inputs.jsonl.
+      num_views: how often a clip is sampled; None: the model folder's setting.
 
     Raises:
       UserError: a mistake in the arguments, the model or the data.
@@ -133,7 +132,7 @@ def evaluate_model(
 
 
 def _heat_maps(backend: JaxBackend, result: EvalResult) -> dict[int, np.ndarray]:
-    """Return where the model sees what it predicts, in each example that is shown."""
+    """Return a heat map for the prediction of each example that is shown."""
     shown = {one.index: one for one in (*result.mistakes, *result.unsure, *result.sample)}
     heat = backend.explain(np.stack([one.image for one in shown.values()]), [one.predicted for one in shown.values()])
     return dict(zip(shown, heat, strict=True))
@@ -153,11 +152,11 @@ def run_backend(
     Args:
       backend: the model.
       source: the images, under the model's classes.
-      config: how many images may be unreadable.
-      log: where those are listed.
-      num_shown: how many examples of a kind to keep with their images.
-      num_views: how often a clip is sampled; None: as the model folder says.
-      sinks: take the predictions of each batch; without one they are kept in the result.
+      config: sets how many images may be unreadable.
+      log: the file that lists them.
+      num_shown: examples of each kind to keep with their images.
+      num_views: how often a clip is sampled; None: the model folder's setting.
+      sinks: receive the predictions of each batch; without any, the result keeps them.
 
     Raises:
       UserError: too many unreadable images.
@@ -173,7 +172,7 @@ def run_backend(
 
 
 def _logits(backend: JaxBackend, images: np.ndarray) -> np.ndarray:
-    """Return class logits; of clips, [b, views, frames, ...], the logarithm of the views' mean probabilities."""
+    """Return class logits; for clips, [b, views, frames, ...], the log of the mean probabilities over views."""
     if images.ndim < 6:
         return backend.logits(images)
     probs = [backend.predict(images[:, view]) for view in range(images.shape[1])]
@@ -189,7 +188,7 @@ def _command(
     max_bad_fraction: float,
     num_views: int | None,
 ) -> str:
-    """Return the command line that gives the same result."""
+    """Return the command line that reproduces the result."""
     flags = [f"--model={model}", f"--data={data}", f"--output={output}"]
     flags += [f"--classes={','.join(classes)}"] if classes else []
     flags += [f"--batch_size={batch_size}", f"--max_bad_fraction={max_bad_fraction:g}"]
@@ -198,7 +197,7 @@ def _command(
 
 
 def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-    """Yield the batches, with a progress bar where there is a terminal."""
+    """Yield the batches, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
@@ -207,7 +206,7 @@ def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
 
 
 def print_result(result: EvalResult, output: str | Path) -> None:
-    """Print the result and where the files are."""
+    """Print the result and the paths of the files."""
     metrics, output = result.metrics, Path(output)
     rows = [("images", str(metrics["num_examples"]))]
     if metrics["num_unreadable"]:

@@ -1,4 +1,4 @@
-"""Comparison of methods over seeds: same base model, splits, steps and search; a table and a plot of gain and cost."""
+"""Comparison of methods over seeds: same base model, splits, steps and search; with a table and a plot."""
 
 import dataclasses
 import json
@@ -58,14 +58,14 @@ def compare_methods(
     """Train each method with each seed, except finished runs, and write compare.json, compare.md and compare.png.
 
     Args:
-      config: of every run, but for method, seed, learning rate and weight decay.
-      output: a folder; a finished cell in it is not run again.
-      test: SPEC of the images that decide, which neither training nor the search sees.
-      space: what is searched on the first seed's validation data.
-      soups: add a row for the mean of the weights of each method's seeds, where the cosine head is saved.
+      config: of every run, except method, seed, learning rate and weight decay.
+      output: a folder; finished cells in it aren't run again.
+      test: SPEC of the test images, which neither training nor search uses.
+      space: the settings to search with the first seed's validation data.
+      soups: add a row for the mean of the weights over the seeds, for methods that save the cosine head.
 
     Raises:
-      UserError: an unknown method, no seeds, test images that training or the search sees, a mistake in the config, or
+      UserError: an unknown method, no seeds, test images that training or search uses, a mistake in the config, or
         cells of another config in the folder.
     """
     check_comparison(config, methods, seeds)
@@ -114,7 +114,7 @@ def default_test(config: RunConfig) -> str:
 
 
 def check_test(config: RunConfig, test: str) -> None:
-    """Check that the test data are neither the training nor the validation data, which choose the model."""
+    """Check that the test data is neither the training nor the validation data, which choose the model."""
     fingerprint = make_source(test, "test").fingerprint
     for key, spec, split in (("train", config.data.train, "train"), ("val", config.data.val, "val")):
         if spec and make_source(spec, split).fingerprint == fingerprint:
@@ -122,7 +122,7 @@ def check_test(config: RunConfig, test: str) -> None:
 
 
 def run_cell(config: RunConfig, output: Path, test: str) -> dict[str, Any]:
-    """Return the result of one run and its evaluation, which is read if finished, and otherwise computed."""
+    """Return the result of one run and its evaluation; read if it is finished, otherwise computed."""
     folder = _folder(config, output)
     done = folder / "cell.json"
     data = fingerprints(config, test)
@@ -163,7 +163,7 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
     """Make a uniform soup: the mean of the weights over the seeds (Wortsman et al. 2022, Model soups).
 
     Returns:
-      As a cell; the soup itself is a model folder, OUTPUT/soups/METHOD.
+      A cell of the comparison; the soup itself is a model folder, OUTPUT/soups/METHOD.
     """
     method, settings = cells[0]["method"], cells[0]["settings"]
     runs = [with_method(config, method, cell["seed"], *settings.values()) for cell in cells]
@@ -176,7 +176,7 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
         for name in SOUP_FILES:
             shutil.copyfile(folders[0] / name, folder / name)
         write_params(folder, clip, mean)
-        actions = bundle.read_actions(folders[0])  # its temperature and thresholds are those of one run
+        actions = bundle.read_actions(folders[0])  # its temperature and thresholds are from one run
         bundle.write_actions(folder, bundle.Actions(actions.labels, actions.prompts))
         bundle.seal(folder)
 

@@ -1,4 +1,4 @@
-"""Labelled images or clips in, a leak-free split manifest out, with the page that shows what is in them."""
+"""Data preparation: labelled images or clips -> a leak-free split manifest, and a report on the data."""
 
 import json
 import os
@@ -26,19 +26,19 @@ from clip_har_jax.files import write_json, write_text
 from clip_har_jax.folders import output_folder
 from clip_har_jax.image_formats import sniff
 
-MIN_CLIPS_FOR_WORKERS = 30  # fewer are read before workers have started
+MIN_CLIPS_FOR_WORKERS = 30  # with fewer clips, starting workers takes longer than reading them
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` found and wrote."""
+    """The results of `prepare_data`."""
 
     manifest: Manifest
     bad: list[tuple[str, str]]  # name, reason
-    # groups of more than one copy, and pairs to decide: members with label, split and the set they were given in
+    # groups of several copies, and pairs to decide; members with label, split and given set
     duplicates: list[dict[str, Any]]
     suspects: list[dict[str, Any]]
-    listing: dict[str, Any]  # SPEC -> what was kept and left out
+    listing: dict[str, Any]  # SPEC -> kept and left out files
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -64,18 +64,18 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How a data set is prepared.
+    """The options of a data preparation.
 
     Attributes:
-      test: the SPEC of a test set that stays as it is: what is near one of its images is left out of the others.
-      shares: of validation and test; of test none is taken where there is a test set.
+      test: the SPEC of a fixed test set; near duplicates of its images are excluded from the other splits.
+      shares: of validation and test; with a fixed test set, no further test images are taken.
       seed: of the split.
-      cache_px: shorter side of the images in cache_<px>px/, shards for training; None: none are written.
-      model: a CLIP whose features tell labels that may be wrong; empty: none are looked for.
+      cache_px: shorter side of the cached images in cache_<px>px/, shards for training; None: no cache.
+      model: a CLIP whose features find labels that may be wrong; empty: no search.
       reference: an earlier manifest to compare with.
-      tfds_dir: where the splits are also written as the TFDS data set har15; empty: nowhere.
-      max_bad_fraction: share of unreadable files above which nothing is written.
-      num_workers: processes; None: one a core.
+      tfds_dir: folder for the splits as the TFDS data set har15; empty: none.
+      max_bad_fraction: accepted share of unreadable files; above it nothing is written.
+      num_workers: processes; None: one per core.
     """
 
     test: str = ""
@@ -94,9 +94,9 @@ def prepare_data(data: Sequence[str], output: Path, options: PrepareOptions = Pr
 
     Args:
       data: SPECs of the data.
-      output: manifest.parquet, duplicates.json, bad_inputs.jsonl, prepare.json and report.html are written there; and
-        images/, of data that has no files of its own.
-      options: how.
+      output: receives manifest.parquet, duplicates.json, bad_inputs.jsonl, prepare.json and report.html; and images/,
+        for data without files.
+      options: see `PrepareOptions`.
 
     Raises:
       UserError: a mistake in the arguments or the data; more bad images than allowed.
@@ -144,7 +144,7 @@ def prepare_data(data: Sequence[str], output: Path, options: PrepareOptions = Pr
 
 
 def _read(source: Pooled, num_workers: int | None) -> tuple[list[int], list[Scanned], list[tuple[str, str]]]:
-    """Read all examples; return the positions of those that can be read, what is kept of them, and the bad ones."""
+    """Read all examples; return the positions of the readable ones, their scans, and the bad ones."""
     worth = MIN_CLIPS_FOR_WORKERS if source.clips else MIN_FOR_WORKERS
     outcomes = list(map_in_workers(scan, source, len(source), num_workers, "reading", worth))
     kept = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Scanned)]
@@ -153,7 +153,7 @@ def _read(source: Pooled, num_workers: int | None) -> tuple[list[int], list[Scan
 
 
 def _about(data: Sequence[str], options: PrepareOptions, clips: bool) -> dict[str, Any]:
-    """Return what a manifest says of how it was made."""
+    """Return how a manifest was made, for its `about`."""
     shares = {"val_fraction": options.shares.val, "test_fraction": options.shares.test}
     return {
         "data": list(data),
@@ -165,7 +165,7 @@ def _about(data: Sequence[str], options: PrepareOptions, clips: bool) -> dict[st
 
 
 def _open(data: Sequence[str], test: str) -> Pooled:
-    """All examples, those of the test set last."""
+    """Return all examples, those of the test set last."""
     return Pooled([*(make_source(spec, "train") for spec in data), *([make_source(test, "test")] if test else [])])
 
 
@@ -183,7 +183,7 @@ def _make_rows(
     groups: np.ndarray,
     splits: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Return the manifest's rows; an example weighs the less the more copies it has."""
+    """Return the manifest's rows; the weight of an example is lower the more copies it has."""
     weights = 1 / np.bincount(copies)[copies]
     return [
         {"path": path, "sha256": one.sha256, "label": label, "group": int(number), "split": split}
@@ -193,7 +193,7 @@ def _make_rows(
 
 
 def _write_findings(prepared: Prepared, reference: Manifest | None, output: Path) -> None:
-    """duplicates.json, report.html and, last, prepare.json."""
+    """Write duplicates.json, report.html and, last, prepare.json."""
     write_json(output / "duplicates.json", prepared.duplicates)
     page = make_data_report(
         prepared.manifest, prepared.summary, prepared.duplicates, prepared.suspects, prepared.bad, reference
@@ -215,7 +215,7 @@ def _write_bad(path: Path, bad: Sequence[tuple[str, str]], count: int, max_fract
 
 
 def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> list[str]:
-    """Return the splits with the given test set as test, and what shares a group with it nowhere."""
+    """Return the splits with the given test set as test; examples that share a group with it are excluded."""
     near = np.isin(groups, groups[in_test])
     return [
         "test" if test else "excluded" if touched else split
@@ -224,9 +224,7 @@ def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> li
 
 
 def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], output: Path) -> tuple[list[str], Path]:
-    """Return the files' paths below a common folder, and that folder; images that have no file are written to
-    images/.
-    """
+    """Return the files' paths below a common folder, and that folder; write images without files to images/."""
     files = [source.path(i) for i in kept]
     if any(file is None for file in files):
         folder = output / "images"
@@ -253,7 +251,7 @@ def _find_suspects(
     groups: np.ndarray,
     labels: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Return the images whose labels most neighbours in a model's features contradict."""
+    """Return the images whose label contradicts that of most neighbours in a model's feature space."""
     from clip_har_jax.inference.predictor import Predictor
 
     predictor = Predictor(model, None if bundle.has_actions(model) else labels)  # only its features are used
@@ -274,7 +272,7 @@ def _find_suspects(
 
 
 def print_prepared(prepared: Prepared, output: Path) -> None:
-    """Print what was found and where it lies."""
+    """Print the findings and the paths of the files."""
     summary = prepared.summary
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items() if count)
     rows = [("clips" if prepared.manifest.clips else "images", f"{summary['num_examples']} ({splits})")]

@@ -1,4 +1,4 @@
-"""Settings by the size of the data, printed with their reasons: the values of `configs/finetune.py`."""
+"""Settings chosen by the size of the data, printed with their reasons: the values of `configs/finetune.py`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +12,8 @@ from clip_har_jax.settings import leaves, merge_values, override_key
 from clip_har_jax.text import phrase
 from clip_har_jax.trainer.run_data import Data, load_data
 
-MAX_SHOTS = 16  # data whose median class has at most this many images are few-shot
-MAX_SMALL = 10_000  # data with fewer images are small
+MAX_SHOTS = 16  # data whose median class has at most this many images is few-shot
+MAX_SMALL = 10_000  # data with fewer images is small
 
 PRESETS: dict[str, dict[str, Any]] = {
     "few_shot": {
@@ -41,7 +41,7 @@ METHOD_REASONS = {
     "small": "enough to train both towers, not to forget the start: lower layers move less",
     "large": "enough to train both towers; a moving average of the weights is kept",
 }
-# Name, keys and reason of each line that is printed.
+# Name, keys and reason of each printed line.
 GROUPS = (
     ("learning", ("method.name", "optim."), ""),
     (
@@ -58,11 +58,11 @@ GROUPS = (
 
 
 def choose_values(start: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the config values for the data that the command line names, and print them with the reasons.
+    """Return the config values for the data on the command line, and print them with the reasons.
 
     Args:
-      start: nested values that hold for every size of the data, e.g. the model's name.
-      overrides: `--config.KEY=VALUE` of the command line. The text says that these keys stay as they were set.
+      start: nested values for data of any size, e.g. the model's name.
+      overrides: `--config.KEY=VALUE` of the command line. The printed text marks these keys.
 
     Raises:
       UserError: the data can't be read, as in `load_data`, or an override is wrong.
@@ -110,7 +110,7 @@ def _class_counts(data: Data) -> Int[np.ndarray, " c"]:
 
 
 def _describe(values: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """Return the settings under these keys as text, with the command line's values in place of the preset's."""
+    """Return the settings of these keys as text; values of the command line replace the preset's."""
     return ", ".join(
         f"{key}={given[key]} (as you set it)" if key in given else f"{key}={value}"
         for key, value in _flat(values)

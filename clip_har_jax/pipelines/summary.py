@@ -1,4 +1,4 @@
-"""The page on which a pass of the automated training is told."""
+"""The result page of an automated training."""
 
 import datetime
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ PAGE = """<!doctype html>
 
 
 def make_summary(config: str, outcome: str, steps: Sequence[Step], workdir: Path) -> str:
-    """Return the page, with links to what lies beside it."""
+    """Return the page, with links to the files beside it."""
     links = [
         name for name in ("test/report.html", "data/report.html", "run/model/README.md") if (workdir / name).exists()
     ]

@@ -1,4 +1,4 @@
-"""The hyperparameter search of a method comparison: the same few settings for all, chosen on validation data alone."""
+"""The hyperparameter search of a method comparison: the same few settings for all, chosen on validation data only."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ class Space:
         return sorted(config.optim.learning_rate * factor for factor in self.factors)
 
     def all_decays(self, config: RunConfig) -> list[float]:
-        """Return the weight decays, first the config's own, with which the learning rates are tried."""
+        """Return the weight decays; the learning rates are tried with the first one, the config's own."""
         return list(dict.fromkeys([config.optim.weight_decay, *self.decays]))
 
 
@@ -46,7 +46,7 @@ class Needs:
 def with_method(
     config: RunConfig, method: str, seed: int, rate: float | None = None, decay: float | None = None
 ) -> RunConfig:
-    """Return the config of a run; None leaves the learning rate or weight decay of the config."""
+    """Return the config of a run; None keeps the learning rate or weight decay of the config."""
     optim = config.optim
     rate, decay = optim.learning_rate if rate is None else rate, optim.weight_decay if decay is None else decay
     return dataclasses.replace(
@@ -74,7 +74,7 @@ def training_needs(config: RunConfig, clip: CLIPConfig) -> Needs:
 def search(
     config: RunConfig, needs: Needs, output: Path, space: Space
 ) -> tuple[tuple[float, float], list[dict[str, Any]]]:
-    """Return the (learning rate, weight decay) that is best on validation data, and the results of all settings."""
+    """Return the best (learning rate, weight decay) on validation data, and the results of all settings."""
     own = (config.optim.learning_rate, config.optim.weight_decay)
     rates, decays = space.rates(config), space.all_decays(config)
     if METHODS[config.method.name].learns_from != "steps":
@@ -91,7 +91,7 @@ def search(
 
 
 def _score(tried: dict[str, Any]) -> tuple[float, float]:
-    """Return the key to choose by: validation accuracy, then likelihood."""
+    """Return the sort key of a setting: validation accuracy, then likelihood."""
     return tried["val_top1"], -tried["val_nll"]
 
 
@@ -126,7 +126,7 @@ def setting_name(config: RunConfig) -> str:
 
 
 def fingerprints(config: RunConfig, test: str = "") -> dict[str, str]:
-    """Return the fingerprint of each part of the data, by its config key; it follows the contents."""
+    """Return the fingerprint of each data set, by its config key; it depends on the contents."""
     specs = [("data.train", config.data.train, "train"), ("data.val", config.data.val, "val"), ("test", test, "test")]
     return {key: make_source(spec, split).fingerprint for key, spec, split in specs if spec}
 
@@ -136,19 +136,19 @@ def finished(done: Path, config: RunConfig, data: Mapping[str, str], **same: Any
 
     Args:
       done: the file of the cell.
-      config: that the cell must have been made with.
-      data: `fingerprints` that the cell must have been made from.
+      config: of which the cell must be.
+      data: `fingerprints` of the cell's data.
       same: further values that must be equal.
 
     Raises:
-      UserError: it is of another config or other data, or the data changed since.
+      UserError: the cell is of another config or other data, or the data changed since.
     """
     if not done.is_file():
         return None
     cell: dict[str, Any] = json.loads(done.read_text())
     if any(cell[key] != value for key, value in {"config_hash": config.digest, **same}.items()):
         raise UserError(f"{done} is of another config or test data; use another --output")
-    known = cell.get("data", data)  # cells of earlier versions don't say
+    known = cell.get("data", data)  # cells of earlier versions lack it
     if changed := [key for key, value in data.items() if known.get(key) != value]:
         raise UserError(f"{done}: {', '.join(changed)} changed since it was made; use another --output")
     return cell

@@ -1,1 +1,1 @@
-"""What a run would need on a machine, and which variant of its step is the fastest that fits."""
+"""The needs of a run on a given machine, and the search for the fastest step that fits."""

@@ -1,4 +1,4 @@
-"""The cost of a training step on a machine: memory, traffic and time, from compiling it without running it.
+"""The cost of a training step on a machine: memory, traffic and time, compiled but not run.
 
 The machine doesn't have to be present: libtpu contains an ahead-of-time compiler for TPU slices.
 """
@@ -27,7 +27,7 @@ from clip_har_jax.training.program import Program
 
 LOCAL = "local"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_REFUSALS = (r"\(([\d.]+)([KMGT])\) exceeds available", r"Used ([\d.]+)([KMGT]) of")  # XLA's words
+_REFUSALS = (r"\(([\d.]+)([KMGT])\) exceeds available", r"Used ([\d.]+)([KMGT]) of")  # XLA's messages
 
 
 @dataclass(frozen=True)

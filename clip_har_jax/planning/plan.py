@@ -1,4 +1,4 @@
-"""The search for the settings with which a run fits a machine and is the fastest there; it compiles few of them."""
+"""The search for the fastest settings with which a run fits a machine, with few compilations."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ STRATEGIES = ("fsdp", "dp", "fsdp_tp", "tp")
 
 @dataclass(frozen=True)
 class Plan:
-    """The costs of the variants that were tried on a machine."""
+    """The costs of the tried variants on a machine."""
 
     planned_step: PlannedStep
     machine: Machine
@@ -47,7 +47,7 @@ class Plan:
         """Return the plan with the length and the price of the whole run.
 
         Args:
-          num_examples: training images, from which the length follows unless `train.num_steps` is set.
+          num_examples: training images; gives the length unless `train.num_steps` is set.
           price_per_chip_hour: in any currency.
         """
         num_steps, settings = self.num_steps, self.planned_step.config.train
@@ -140,7 +140,7 @@ def plan(
       num_classes: actions; None: those of `config.data.labels`, or 15.
       num_prompts: None: the number that the config's templates and descriptions make.
       search: try other settings than the config's.
-      max_minutes: a compilation that would probably end later isn't started.
+      max_minutes: compilations that would probably end later aren't started.
       say: called with a line of text after each variant.
 
     Raises:
@@ -171,8 +171,8 @@ class Search:
     """Try variants, one setting after the other, each time from the best variant so far.
 
     Fewer parts of a batch mean fewer passes over the weights, so the search looks for the fewest parts that fit, for
-    each mesh and rematerialisation. A program that is too large is refused within seconds, and its size tells which
-    numbers of parts needn't be tried.
+    each mesh and rematerialisation. A program that is too large is refused within seconds, and its size excludes
+    further numbers of parts.
     """
 
     def __init__(self, planned_step: PlannedStep, machine: Machine, deadline: float, say: Callable[[str], object]):
@@ -252,7 +252,7 @@ class Search:
             if candidate is None or candidate.status != "too large":
                 return candidate
             if candidate.needed_bytes and self.machine.memory_bytes:
-                # Twice the parts need half the memory at best: activations shrink with them, weights don't.
+                # Twice the parts need at least half the memory: activations shrink, weights don't.
                 least = parts * candidate.needed_bytes / self.machine.memory_bytes
         return candidate
 
@@ -291,7 +291,7 @@ class Search:
 
 
 def describe_variant(candidate: VariantCost, machine: Machine) -> str:
-    """Return one line on a variant: the memory that it needs, and how much is missing."""
+    """Return one line on a variant: its memory, and how much is missing."""
     if candidate.status in ("refused", "slower"):
         return f"{candidate.status}: {candidate.reason}"
     if candidate.needed_bytes is None or machine.memory_bytes is None:

@@ -1,4 +1,4 @@
-"""The files that a training leaves: the model folder, the report for trackers, the examples of failed updates."""
+"""The output files of a training: the model folder, the report for trackers, the examples of failed updates."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from clip_har_jax.trainer.validation import Validation
 
 
 def write_examples(run: Run, examples: Mapping[int, Sequence[int]]) -> str:
-    """Write the names of the examples whose batches gave no finite update; returns the advice for the person."""
+    """Write the names of the examples whose batches gave non-finite updates; return the advice for the person."""
     process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
     path = run.workdir / f"nonfinite_examples{process}.json"
     source = run.data.train
@@ -41,14 +41,14 @@ def write_examples(run: Run, examples: Mapping[int, Sequence[int]]) -> str:
 
 
 def write_report(validation: Validation, step: int, result: EvalResult) -> epath.Path:
-    """Write the report of an evaluation to eval/<step>/, for the trackers. It shows no images: they were on devices."""
+    """Write the report of an evaluation to eval/<step>/, for the trackers; without images, which the devices held."""
     run = validation.run
     folder = run.workdir / "eval" / str(step)
     if distributed.is_main():
         about = {"run": str(run.workdir), "step": str(step), "data": validation.data_name}
         names = [_name(run.data.val, int(i)) for i in result.scores.index]
         if is_local(folder):
-            from clip_har_jax.evaluation.report import Details  # draws: a second of imports on the way to a step
+            from clip_har_jax.evaluation.report import Details  # draws: its imports take a second on the way to a step
 
             details = Details(history=read_history(Path(run.workdir / "model")))
             write_result(result, Path(folder), names, about, details)
@@ -61,11 +61,11 @@ def write_report(validation: Validation, step: int, result: EvalResult) -> epath
 
 
 def write_model(validation: Validation, weights: Params, calibration: CalibrationResult) -> epath.Path:
-    """Write the model folder and seal it; the old one stays whole until the new one is.
+    """Write the model folder and seal it; the old one stays until the new one is complete.
 
     Args:
-      validation: of the run, with its frozen parameters.
-      weights: its trained ones, on the mesh.
+      validation: the run's, with its frozen parameters.
+      weights: the trained parameters, on the mesh.
     """
     run = validation.run
     embeddings = np.asarray(jax.device_get(validation.classes(weights).embeddings))
@@ -98,7 +98,7 @@ def write_model(validation: Validation, weights: Params, calibration: Calibratio
 
 
 def _upload_folder(fill: Callable[[Path], None], target: epath.Path) -> None:
-    """Put a folder written by `fill` on an object store, the manifest last: a part of a folder is never sealed."""
+    """Upload a folder that `fill` writes to an object store, the manifest last: a partial folder is never sealed."""
     with tempfile.TemporaryDirectory() as scratch:
         fill(Path(scratch))
         if target.exists():
@@ -110,6 +110,6 @@ def _upload_folder(fill: Callable[[Path], None], target: epath.Path) -> None:
 
 def _name(source: Source, index: int) -> str:
     try:
-        return source[index].name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
-    except Exception:  # the very example may be what is wrong
+        return source[index].name.encode(errors="backslashreplace").decode()  # names may not be UTF-8
+    except Exception:  # this example may be the faulty one
         return f"example {index}"

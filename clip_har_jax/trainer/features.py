@@ -17,7 +17,7 @@ from clip_har_jax.training.probe import LabeledFeatures
 
 
 def examples_digest(source: Source) -> str:
-    """Return the SHA-256 of the examples' bytes and labels; drawn examples give that of their seeds."""
+    """Return the SHA-256 of the examples' bytes and labels; for drawn examples, of their seeds."""
 
     def one(i: int) -> str | None:
         try:
@@ -25,7 +25,7 @@ def examples_digest(source: Source) -> str:
             if isinstance(data, ClipFile):
                 return sha256_file(data.path)
             return sha256(data) if isinstance(data, bytes) else None
-        except (OSError, BadImage) as error:  # it will be reported when it is to be read for good
+        except (OSError, BadImage) as error:  # reported when the example is really read
             return sha256(str(error))
 
     if not len(source) or one(0) is None:
@@ -36,7 +36,7 @@ def examples_digest(source: Source) -> str:
 
 
 def image_tower_digest(params: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the weights that image embeddings depend on."""
+    """Return the SHA-256 of the weights on which image embeddings depend."""
     names = sorted(name for name in params if name.startswith("vis"))
     arrays = ((name, np.ascontiguousarray(distributed.fetch_to_all(params[name]))) for name in names)
     return sha256(part for name, value in arrays for part in (name, value.tobytes()))
@@ -45,14 +45,14 @@ def image_tower_digest(params: Mapping[str, Any]) -> str:
 def cached_features(
     source: Source, tower_digest: str, depends_on: Mapping[str, Any], compute: Callable[[], LabeledFeatures]
 ) -> LabeledFeatures:
-    """Return the features of a source: read if they are kept, otherwise computed and kept.
+    """Return the features of a source, from disk if they are there; otherwise compute and store them.
 
-    Processes may share a file or have one each; unless all find theirs, all compute.
+    Processes may share the file or have one each; unless all find it, all compute.
 
     Args:
       tower_digest: from `image_tower_digest`.
-      depends_on: further settings, as JSON: preprocessing, a clip's frames, the tower's sizes, the precision.
-      compute: reads and embeds each image once; all processes together.
+      depends_on: further settings as JSON: preprocessing, frame sampling, the tower's sizes, the precision.
+      compute: reads and embeds each image once; all processes call it together.
     """
     key = json.dumps([examples_digest(source), tower_digest, PREPROCESS_VERSION, dict(depends_on)])
     path = cache_folder("features") / f"{sha256(key)}.safetensors"
@@ -66,7 +66,7 @@ def cached_features(
 
 
 def _read(path: Path, count: int) -> LabeledFeatures | None:
-    """Return kept features; None where they are missing, damaged, or lack examples, which each run must report."""
+    """Return stored features; None if they are missing, damaged or incomplete (each run must report bad images)."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -78,7 +78,7 @@ def _read(path: Path, count: int) -> LabeledFeatures | None:
 
 
 def _write(path: Path, embedded: LabeledFeatures) -> None:
-    """Write the file whole or not at all, since others may write the same at the same time."""
+    """Write the file atomically, since another run may write the same one."""
     from safetensors.numpy import save
 
     path.parent.mkdir(parents=True, exist_ok=True)

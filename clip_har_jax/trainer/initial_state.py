@@ -1,4 +1,4 @@
-"""The state before the first step of a start: made from the base model, with heads fitted to features, or restored."""
+"""The state before the first step: restored from a checkpoint, or made from the base model with fitted heads."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,20 +27,21 @@ from clip_har_jax.training.state import TrainState
 
 
 class Initial(NamedTuple):
-    """What the steps of a start begin with, on the mesh."""
+    """The state at the first step of a start, on the mesh."""
 
     state: TrainState  # the first step donates it
-    frozen: Params  # the parameters that no step changes
-    probe: dict[str, float]  # how a head was fitted to features; empty where none was
+    frozen: Params  # parameters that no step updates
+    probe: dict[str, float]  # scores of fitting the head to features; empty if none was fitted
 
 
 def initial_state(run: Run, checkpointer: Checkpointer) -> Initial:
-    """Return the state of the checkpoint that a run continues from, or else that before its first step.
+    """Return the state of the checkpoint to resume from, or else the state before the first step.
 
-    A checkpoint is restored into shapes: nothing else is made on the devices but the parameters that it doesn't hold.
+    A checkpoint is restored into shapes: only the parameters that it doesn't contain are placed on the devices
+      otherwise.
 
     Raises:
-      UserError: the checkpoint is of another model; images that a head is fitted to can't be read.
+      UserError: the checkpoint is from another model, or images for fitting a head can't be read.
     """
     program = run.program
     if not run.first_step:
@@ -55,9 +56,9 @@ def initial_state(run: Run, checkpointer: Checkpointer) -> Initial:
 
 
 def initial_params(run: Run) -> tuple[Params, dict[str, float]]:
-    """Return all parameters as a run begins with them, and how a head was fitted to features.
+    """Return all initial parameters of a run, and the scores of a head that was fitted to features.
 
-    Those of a model folder are host arrays; random ones are on the mesh.
+    Parameters of a model folder are host arrays; random ones are on the mesh.
     """
     program, method, head = run.program, run.program.method, run.base.head
     base = _from_base(run, [name for name in program.shapes if not _is_added(name)])
@@ -85,7 +86,7 @@ def _from_base(run: Run, names: list[str]) -> Params:
 
 
 def _place_base(run: Run, base: Mapping[str, Any]) -> Params:
-    """Return the base model's parameters on the mesh, with LoRA's updates, which add nothing yet."""
+    """Return the base model's parameters on the mesh, with LoRA's updates initialised to 0."""
     lora = {
         name: np.zeros(shape, np.float32)
         for name, shape in run.program.shapes.items()
@@ -95,7 +96,7 @@ def _place_base(run: Run, base: Mapping[str, Any]) -> Params:
 
 
 def place_start(run: Run) -> Params:
-    """Return all of the base model's parameters on the mesh, as they are before training."""
+    """Return all parameters of the base model on the mesh, as before training."""
     return _place_base(run, _from_base(run, [name for name in run.program.shapes if not _is_added(name)]))
 
 
@@ -105,7 +106,7 @@ def _class_embeddings(run: Run, base: Mapping[str, Any]) -> Float32[np.ndarray, 
 
 
 def embed(run: Run, params: Params, source: Source, bad_inputs: BadInputs) -> LabeledFeatures:
-    """Return the image embeddings of a source, each image read once, without those that can't be read."""
+    """Return the image embeddings of a source; each image is read once, unreadable ones are left out."""
 
     def step(batch: Batch) -> tuple[jax.Array, Batch]:
         return run.program.feature_step(params, batch)
@@ -116,7 +117,7 @@ def embed(run: Run, params: Params, source: Source, bad_inputs: BadInputs) -> La
 
 
 def fit_head(run: Run, base: Mapping[str, Any], embeddings: Float32[np.ndarray, "c d"]) -> FittedHead:
-    """Return the head of a linear probe or a Tip-Adapter, its settings chosen on the validation images.
+    """Return the head of a linear probe or a Tip-Adapter, with hyperparameters chosen on the validation images.
 
     Args:
       base: the base model's parameters.
@@ -129,7 +130,7 @@ def fit_head(run: Run, base: Mapping[str, Any], embeddings: Float32[np.ndarray, 
         depends_on = {
             "preprocess": asdict(run.base.preprocess),
             "frames": asdict(config.data.video) if source.clips else None,
-            "tower": asdict(run.base.config.vision),  # weights alone don't tell e.g. the activation
+            "tower": asdict(run.base.config.vision),  # the weights don't show e.g. the activation function
             "dtype": config.model.compute_dtype,
         }
         return cached_features(source, tower, depends_on, lambda: embed(run, params, source, run.bad_inputs[name]))

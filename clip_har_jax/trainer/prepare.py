@@ -1,4 +1,4 @@
-"""All that a run has open while it lasts, and how it is opened: from a config to a locked work folder."""
+"""Opening a run: from a config to a locked work folder with checkpoints, sinks and trackers."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ from clip_har_jax.training.time_account import TimeAccount
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a caller asks of a training beside the config."""
+    """The arguments of `train` beside the config."""
 
     sinks: Sequence[Sink]
     quiet: bool
@@ -46,7 +46,7 @@ class TrainOptions:
 
 @dataclass
 class Job:
-    """A run with all that is open while it lasts; no arrays are made for it yet."""
+    """A run and everything that is open during it; its arrays aren't made yet."""
 
     run: Run
     options: TrainOptions
@@ -56,10 +56,10 @@ class Job:
     trackers: Trackers | None
     stop: StopSignal
     retention: Retention | None
-    is_repeated: bool  # a finished run that is started again as it was
+    is_repeated: bool  # a finished run, started again unchanged
 
     def end(self, steps: int, **facts: Any) -> Result:
-        """Return the result, with the time until now, which run.json gets too."""
+        """Return the result, with the time spent until now, which is also written to run.json."""
         finished = facts.get("model") is not None
         spent = update_record(self.run, self.times, last_step=facts.pop("last_step"), finished=finished)
         seconds = time.monotonic() - self.options.begin
@@ -68,7 +68,7 @@ class Job:
 
 
 def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str], options: TrainOptions) -> Job:
-    """Return the run with its work folder locked and everything open; `stack` closes it."""
+    """Return the run with its work folder locked and everything open; closing `stack` closes it."""
     keep_compiled()
     check_trackers(config.trackers, workdir)
     check_method(config.method)
@@ -96,7 +96,7 @@ def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str]
     sinks = _open_sinks(stack, run, RecordSink(run, times, lock), trackers, options)
     stop = stack.enter_context(StopSignal())
     retention = Retention(run, retention_data) if retention_data else None
-    # By the hash: the changes are those to checkpoints, which zero_shot and the fitted heads don't write.
+    # By the hash: `changes` concern checkpoints, which zero_shot and the fitted heads don't write.
     same_config = record.get("config_hash") == config.digest
     is_repeated = bool(record.get("finished")) and same_config and not changes
     return Job(run, options, checkpointer, times, sinks, trackers, stop, retention, is_repeated)
@@ -108,7 +108,7 @@ def _claim(
     """Lock the work folder and write its config; return the settings that changed since the run began.
 
     Args:
-      fingerprints: of the data; what another run left in the folder goes. None: it stays.
+      fingerprints: of the data; the files of another run are removed. None: they stay.
     """
     with disk_faults(workdir):
         stack.enter_context(lock)
@@ -122,7 +122,7 @@ def _claim(
 
 
 def _data_changes(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return which data are others than at the start before, though their config key is the same; warn of them."""
+    """Return the data whose contents changed since the last start under the same config key; warn of them."""
     changes = []
     for name, now in data_record(run).items():
         before = record.get("data", {}).get(name, now)
@@ -132,8 +132,8 @@ def _data_changes(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         changes.append({"key": f"data.{name}", "old": old, "new": new, "policy": WARNED})
         if distributed.is_main():
             screen.warn(
-                f"the files of config.data.{name} aren't those of the last start ({old}, now {new}); what is read from "
-                "here on isn't what an unbroken run would read"
+                f"the files of config.data.{name} aren't those of the last start ({old}, now {new}); from here on, the "
+                "run reads other data than an uninterrupted run would"
             )
     return changes
 
@@ -141,14 +141,14 @@ def _data_changes(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _open_sinks(
     stack: ExitStack, run: Run, record: RecordSink, trackers: Trackers | None, options: TrainOptions
 ) -> list[Sink]:
-    """Return the receivers of the metrics, and print what is about to run; none on processes other than the first."""
+    """Return the receivers of the metrics, and print an overview of the run; only on process 0."""
     if not distributed.is_main():
         return []
     sinks: list[Sink] = [JsonlSink(run.workdir / "metrics.jsonl", run.first_step), record, *options.sinks]
     sinks += [trackers] if trackers else []
     if not options.quiet:
         if (read_json(run.workdir / "run.json") or {}).get("git_dirty"):
-            screen.warn("the code has changes that no commit holds; run.json records git_dirty")
+            screen.warn("the code has uncommitted changes; run.json records git_dirty")
         cli.print_tally("config.data.train", run.data.train.tally)
         if run.config.data.val:
             cli.print_tally("config.data.val", run.data.val.tally)

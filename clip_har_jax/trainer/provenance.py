@@ -1,4 +1,4 @@
-"""The facts of run.json that identify a run: a model can be traced to its code, config, data and environment."""
+"""The facts in run.json that identify a run, so that a model can be traced to code, config, data and environment."""
 
 import datetime
 import functools
@@ -17,11 +17,11 @@ from clip_har_jax.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE_SUFFIXES = (".py", ".pyi", ".sh", ".toml", ".c", ".cc", ".cpp", ".cu", ".h")
-GIT_SHA = "CLIP_HAR_JAX_GIT_SHA"  # set where the code came without its history, as in an image
+GIT_SHA = "CLIP_HAR_JAX_GIT_SHA"  # set where the code has no git history, as in an image
 
 
 def _git(*arguments: str) -> str | None:
-    """Return git's output for this code's own repository; None where it isn't in one."""
+    """Return git's output for this code's own repository; None if it isn't in one."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -30,9 +30,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def has_code_changes() -> bool | None:
-    """Return whether the code differs from its commit: a tracked file was changed, or there is untracked code.
+    """Return whether the code differs from its commit: a changed tracked file, or untracked code.
 
-    Other untracked files, such as a person's images, don't count. None: the code isn't in a repository.
+    Other untracked files, such as images, don't count. None: the code isn't in a repository.
     """
     changed = _git("status", "--porcelain", "--untracked-files=no")
     untracked = _git("ls-files", "--others", "--exclude-standard", "--", *(f"*{suffix}" for suffix in CODE_SUFFIXES))
@@ -47,10 +47,10 @@ def environment_hash() -> str:
 
 
 def make_record(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the contents of run.json: `facts` of this start, and those of the code and the machine.
+    """Return the contents of run.json: `facts` of this start, and facts on the code and the machine.
 
     Args:
-      previous: the contents so far, whose run id and first start a run that continues keeps; None: a new run.
+      previous: the contents so far, whose run id and first start a resumed run keeps; None: a new run.
     """
     old = previous or {}
     now = datetime.datetime.now(datetime.UTC)

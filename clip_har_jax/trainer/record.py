@@ -1,4 +1,4 @@
-"""run.json: what identifies a run, and where its time went, kept up to date while it lasts."""
+"""run.json: the identity of a run and its time by category, kept up to date while it runs."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from clip_har_jax.training.time_account import TimeAccount
 
 
 def data_record(run: Run) -> dict[str, dict[str, Any]]:
-    """Return what identifies the training and the validation data, by name."""
+    """Return the identity of the training and validation data, by name."""
     specs = {"train": run.config.data.train, "val": run.config.data.val or run.config.data.train}
     sources = {"train": run.data.train, "val": run.data.val}
     return {
@@ -34,7 +34,7 @@ def write_record(run: Run, times: TimeAccount, changes: Sequence[Mapping[str, An
     """Write run.json at a start.
 
     Args:
-      changes: the settings that differ from those of the start before.
+      changes: the settings that differ from the last start.
     """
     if not distributed.is_main():
         return
@@ -62,7 +62,7 @@ def write_record(run: Run, times: TimeAccount, changes: Sequence[Mapping[str, An
 
 
 def update_record(run: Run, times: TimeAccount, **facts: Any) -> dict[str, float]:
-    """Put facts and the seconds until now into run.json; returns the seconds."""
+    """Write facts and the time until now to run.json; return the seconds by category."""
     seconds = times.seconds()
     if distributed.is_main():
         record = read_json(run.workdir / "run.json") or {}
@@ -71,10 +71,10 @@ def update_record(run: Run, times: TimeAccount, **facts: Any) -> dict[str, float
 
 
 def continue_account(record: Mapping[str, Any], position: Mapping[str, Any], begin: float) -> TimeAccount:
-    """Return the time of all starts so far. What they spent after the checkpoint that is continued from is lost.
+    """Return the time account of all starts. Time that they spent after the checkpoint to resume from is lost.
 
     Args:
-      record: run.json of the start before; empty: there was none.
+      record: run.json of the last start; empty: there was none.
       position: of the checkpoint; empty: none.
       begin: `time.monotonic()` when this start began.
     """
@@ -87,7 +87,7 @@ def continue_account(record: Mapping[str, Any], position: Mapping[str, Any], beg
 
 
 class RecordSink:
-    """A sink that keeps the seconds in run.json up to date, in case of a kill, and ends a run that lost its folder."""
+    """A sink that keeps the time in run.json up to date, in case of a kill, and ends a run that lost its folder."""
 
     EVERY_S = 10.0
 
@@ -101,4 +101,4 @@ class RecordSink:
             self._written = time.monotonic()
 
     def close(self) -> None:
-        """Do nothing: nothing is held back."""
+        """Do nothing: there is no buffer."""

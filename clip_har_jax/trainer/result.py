@@ -1,4 +1,4 @@
-"""What a training leaves, and how its end is told."""
+"""The result of a training, and how it is printed."""
 
 import shlex
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from clip_har_jax import cli
 from clip_har_jax.evaluation.baselines import verdict
 from clip_har_jax.training.time_account import describe_seconds
 
-EXIT_RETENTION = 3  # more zero-shot accuracy was lost than the config allows
+EXIT_RETENTION = 3  # zero-shot accuracy dropped more than the config allows
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training leaves.
+    """The result of a training.
 
     Attributes:
-      model: None where a signal stopped the run, or the retention gate refused it.
-      steps: of the weights that were kept.
-      metrics: of the model folder, on the validation data.
+      model: the model folder; None if a signal stopped the run or the retention gate refused the weights.
+      steps: of the chosen weights.
+      metrics: of the model folder on the validation data.
       time_spent: seconds by category, over all starts.
       seconds: of this start.
       exit_code: 0, 128 + the signal's number, or `EXIT_RETENTION`.
-      zero_shot: accuracy of the base model on the same data without training; None: not known.
-      unseen: SPEC of test images that the run didn't see; None: its data have none.
+      zero_shot: accuracy of the base model on the same data; None: not known.
+      unseen: SPEC of test images that the run didn't use; None: its data have none.
     """
 
     workdir: epath.Path
@@ -40,7 +40,7 @@ class Result:
 
 
 def print_result(result: Result) -> None:
-    """Print the result beside its baselines, where things lie, where the time went, and what to run next."""
+    """Print the result with its baselines, the files, the time spent, and the next commands."""
     rows: list[tuple[str, str]] = []
     if result.exit_code == EXIT_RETENTION:
         rows += [
@@ -67,12 +67,12 @@ def print_result(result: Result) -> None:
 
 
 def _origin(steps: int) -> str:
-    """Return where the weights come from; nothing for a method without steps."""
+    """Return the origin of the weights; empty for a method without steps."""
     return f" (step {steps}, the best on the validation images)" if steps else ""
 
 
 def _next_commands(workdir: epath.Path, model: epath.Path, test: str | None) -> list[tuple[str, str]]:
-    """Return what to run next, by what it is for; without test images, the person has to name some."""
+    """Return the next commands, by purpose; without known test images, the person must name some."""
     exported, data = workdir / "export", test or "folder:YOUR_TEST_IMAGES"
     of_model = f"--model={model}"
     commands = {

@@ -1,4 +1,4 @@
-"""The zero-shot accuracy that fine-tuning costs, the gate that bounds it, and WiSE-FT, which buys some of it back."""
+"""Retention: the zero-shot accuracy lost by fine-tuning, the gate that limits the loss, and WiSE-FT to reduce it."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,34 +22,34 @@ from clip_har_jax.trainer.zero_shot import ZeroShot
 
 
 class Retention:
-    """Zero-shot accuracy on data that isn't trained for: CLIP's own towers and cosine, whatever head the run has."""
+    """Zero-shot accuracy on data other than the training data, with CLIP's towers and cosine, whatever the head."""
 
     def __init__(self, run: Run, data: RetentionData):
         self.run, self.data, self._bad_inputs = run, data, run.watch(data.source)
         self._zero_shot = ZeroShot(run, data.labels, data.prompts)
 
     def right(self, params: Params) -> Bool[np.ndarray, " n"]:
-        """Return which of the images all parameters, which lie on the mesh, tell rightly."""
+        """Return which images are classified correctly with these parameters (all of them, on the mesh)."""
         return self._zero_shot.right(params, self.data.source, self._bad_inputs)
 
     def top1(self, params: Params) -> float:
         return float(self.right(params).mean())
 
     def measure_start(self, params: Params | None) -> float:
-        """Return the accuracy of the run's start, which retention.json keeps.
+        """Return the base model's accuracy, which retention.json stores.
 
         Args:
-          params: all parameters before the first step, on the mesh; None: they were trained on since.
+          params: all parameters before the first step, on the mesh; None: they have been trained since.
         """
         known = distributed.broadcast(read_json(self.run.workdir / "retention.json") if distributed.is_main() else None)
-        if known is not None and params is None:  # where no step was made, the file may be another run's
+        if known is not None and params is None:  # without steps, the file may be another run's
             return float(known["before"])
         before = self.top1(place_start(self.run) if params is None else params)
         self._write({"before": before})
         return before
 
     def check(self, before: float, after: float) -> bool:
-        """Return whether the loss is within the bound; write retention.json, and warn where it isn't."""
+        """Return whether the loss is within the limit; write retention.json, and warn if it isn't."""
         config = self.run.config.retention
         passed = before - after <= config.max_drop
         facts = {"after": after, "drop": before - after, "max_drop": config.max_drop, "passed": passed}
@@ -73,7 +73,7 @@ class Retention:
 def interpolate(start: Mapping[str, Any], end: Mapping[str, Any], alpha: float) -> Params:
     """Return (1 - alpha) * start + alpha * end, parameter by parameter (WiSE-FT, Wortsman et al. 2022, equation 1).
 
-    Of a low-rank update one factor alone is scaled, since the product of both is added to the weights.
+    Of a low-rank update only one factor is scaled, since the product of both is added to the weights.
     """
     return {
         name: np.asarray(value)
@@ -85,11 +85,11 @@ def interpolate(start: Mapping[str, Any], end: Mapping[str, Any], alpha: float) 
 
 @dataclass(frozen=True)
 class Point:
-    """An interpolation between the start and the fine-tuned weights, and what it tells rightly."""
+    """An interpolation of the initial and the fine-tuned weights, and the examples that it classifies correctly."""
 
     alpha: float
     target: Bool[np.ndarray, " n"]  # of the validation examples
-    retained: Bool[np.ndarray, " m"] | None  # of the retention images; None: there is no gate
+    retained: Bool[np.ndarray, " m"] | None  # of the retention images; None: no gate
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -106,10 +106,10 @@ class Point:
 
 
 def choose_point(points: Sequence[Point]) -> tuple[Point, str]:
-    """Return the point whose weights are kept, and the reason in words. The last one is the fine-tuned weights.
+    """Return the chosen point and the reason in words. The last point is the fine-tuned weights.
 
-    The highest sum of accuracies counts, but only if its gain over the fine-tuned weights lies above 0 with 95%
-    confidence: a tie, or a gain that so few images may show by chance, keeps those.
+    The point with the highest sum of accuracies is chosen only if its gain over the fine-tuned weights is above 0 with
+    95% confidence. After a tie, or a gain that can be chance with so few images, the fine-tuned weights stay.
     """
     tuned = points[-1]
     best = max(points, key=lambda point: (point.score, point.alpha))
@@ -128,10 +128,10 @@ def choose_point(points: Sequence[Point]) -> tuple[Point, str]:
 def choose_wise_ft(
     validation: Validation, weights: Params, retention: Retention | None, quiet: bool
 ) -> tuple[Params, EvalResult]:
-    """Return the weights that are kept, of the alphas of `config.method.wise_ft` and 1, and their validation result.
+    """Return the chosen weights among alpha 1 and those of `config.method.wise_ft`, and their validation result.
 
-    Writes wise_ft.json and, where there is a retention gate, wise_ft.png. Without alphas or steps the weights stay, and
-    the files of an earlier setting go, so that no report shows them.
+    Write wise_ft.json and, with a retention gate, wise_ft.png. Without alphas or steps the weights stay, and the files
+    of an earlier setting are removed, so that no report shows them.
     """
     run = validation.run
     if distributed.is_main():

@@ -1,4 +1,4 @@
-"""A run set up: its config, data, base model and program. It holds no array on a device."""
+"""Run: config, data, base model and program of a training. It places no arrays on devices."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ from clip_har_jax.training.program import Program
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run is before its arrays are made; `setup` makes it.
+    """A run before its arrays are made; see `setup`.
 
     Attributes:
       workdir: on a disk or an object store.
-      base: the model that is fine-tuned.
+      base: the model to fine-tune.
       program: its mesh and steps.
-      timetable: when it does what.
-      first_step: the step of the checkpoint that it continues from; 0: none.
+      timetable: the steps of logging, evaluation and saving.
+      first_step: the step of the checkpoint to resume from; 0: none.
       profile_steps: the first and the last step of a trace.
-      bad_inputs: count the unreadable examples of "train" and "val".
+      bad_inputs: counters of the unreadable examples of "train" and "val".
     """
 
     config: RunConfig
@@ -58,20 +58,20 @@ class Run:
         return self.timetable.num_steps
 
     def watch(self, source: Source) -> BadInputs:
-        """Return a counter of what can't be read of a source, which logs it in the work folder."""
+        """Return a counter of the unreadable examples of a source, which logs them in the work folder."""
         return _watch(source, self.config, self.workdir)
 
     def place_prompts(self) -> ClassInputs:
-        """Return the prompts of the run's classes on the mesh, shorter by the tokens that learned vectors take."""
+        """Return the prompts of the run's classes on the mesh, shortened by the tokens of learned vectors."""
         length = self.base.config.text.context_length - self.program.method.context_length
         ids, _ = self.base.tokenizer(self.data.texts, length)
         return ClassInputs(*self.program.place_prompts(ids, self.data.class_of_prompt), None)
 
     def context_ids(self) -> Int[np.ndarray, " n"] | None:
-        """Return the tokens of the words that a learned context begins as; None where none is learned.
+        """Return the tokens of the words that initialise a learned context; None if none is learned.
 
         Raises:
-          UserError: more tokens than the context has, or a context that leaves no room for the classes' names.
+          UserError: more tokens than the context has, or no room left for the classes' names.
         """
         config, whole = self.config.method, self.base.config.text.context_length
         taken = self.program.method.context_length
@@ -96,7 +96,7 @@ class Run:
     ) -> Iterator[Batch]:
         """Yield host batches over a source, each example once, with the outputs of `step` in place of the images.
 
-        Every process gets the rows of all.
+        Every process receives all rows.
         """
         rows, batch_size = sharding.batch_sharding(self.mesh), self.config.eval.batch_size
         with eval_batches(
@@ -120,13 +120,13 @@ def setup(
     position: Mapping[str, Any],
     profile_steps: tuple[int, int] | None = None,
 ) -> Run:
-    """Return a run on all devices of all processes; nothing is placed on them yet.
+    """Return a run on all devices of all processes; no arrays are placed yet.
 
     Args:
-      position: the data position of the checkpoint that it continues from; empty: none.
+      position: the data position of the checkpoint to resume from; empty: none.
 
     Raises:
-      UserError: settings that don't fit the data, the model, the devices or one another.
+      UserError: settings that don't match the data, the model, the devices or each other.
     """
     batch_size, first_step = config.train.global_batch_size, position.get("step", 0)
     first_example = position.get("examples_seen", 0) - first_step * batch_size
@@ -153,7 +153,7 @@ def setup(
     )
     bad_inputs = {name: _watch(source, config, workdir) for name, source in (("train", data.train), ("val", data.val))}
     run = Run(config, workdir, data, base, program, timetable, first_step, profile_steps, bad_inputs)
-    run.context_ids()  # refused here rather than after the work folder is written
+    run.context_ids()  # check it before the work folder is written
     return run
 
 

@@ -17,7 +17,7 @@ from clip_har_jax.text import make_prompts
 
 @dataclass(frozen=True)
 class Data:
-    """The examples that a run is trained on and validated on, with their classes and the prompts of these."""
+    """The training and validation examples of a run, with their classes and prompts."""
 
     train: Source
     val: Source
@@ -35,10 +35,10 @@ class Data:
 
 
 def load_data(config: RunConfig) -> Data:
-    """Return the data that a config names.
+    """Return the data of a config.
 
     Raises:
-      UserError: it isn't there, or leaves nothing to train or to validate on; a class with too few images.
+      UserError: it can't be found, or leaves no training or validation images, or too few images of a class.
     """
     classes = config.data.classes
     with _named("data.train"):
@@ -63,14 +63,14 @@ def load_data(config: RunConfig) -> Data:
     if config.data.shots is not None:
         positions = take_shots(train_source.label_ids, labels, config.data.shots, config.seed)
         train_source = SubsetSource(train_source, positions)
-    # A learned context takes the place of a template's words.
+    # A learned context replaces the template's words.
     templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
     prompts = _fill(config, templates, labels)
     return Data(train_source, val_source, labels, prompts)
 
 
 def zero_shot_prompts(config: RunConfig, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the prompts of the zero-shot baseline: the config's templates, also where a run learns a context."""
+    """Return the prompts of the zero-shot baseline: the config's templates, even if a run learns a context."""
     return _fill(config, config.text.templates, labels)
 
 
@@ -79,7 +79,7 @@ def _fill(config: RunConfig, templates: Sequence[str], labels: Sequence[str]) ->
 
 
 def validates_on_test(config: RunConfig) -> bool:
-    """Return whether `config.data.val` has no validation images, so that its test images choose a run's weights."""
+    """Return whether `config.data.val` has no validation images, so that its test images choose the weights."""
     text = config.data.val
     if not text or parse_spec(text).kind not in ("folder", "video", "manifest") or "split" in parse_spec(text).options:
         return False
@@ -87,12 +87,12 @@ def validates_on_test(config: RunConfig) -> bool:
         train, val, test = (make_source(text, split).fingerprint for split in ("train", "val", "test"))
     except UserError:  # it has no such split
         return False
-    return val == test != train  # all alike: a folder without splits, whose images are all for validation
+    return val == test != train  # all equal: a folder without splits, whose images are all for validation
 
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Put the config key that names the data into an error about them: the person may not know of the config's own."""
+    """Add the config key of the data to an error: the person may not know the config's default."""
     try:
         yield
     except UserError as error:
@@ -100,7 +100,7 @@ def _named(key: str) -> Iterator[None]:
 
 
 class ClassSource(SubsetSource):
-    """The examples of some classes of another source; the classes are numbered anew."""
+    """The examples of some classes of another source; the classes are renumbered."""
 
     def __init__(self, source: Source, ids: Sequence[int]):
         super().__init__(source, np.flatnonzero(np.isin(source.label_ids, ids)))
@@ -114,10 +114,10 @@ class ClassSource(SubsetSource):
 
 
 def select_classes(source: Source, classes: Sequence[str], key: str) -> Source:
-    """Return the examples of some of a source's classes, which are then its only ones, in this order.
+    """Return the examples of some of a source's classes, with only these classes, in this order.
 
     Raises:
-      UserError: fewer than two, one that isn't there, or no examples; names the config key.
+      UserError: fewer than two classes, an unknown one, or no examples; names the config key.
     """
     if unknown := [label for label in classes if label not in source.labels]:
         raise UserError(
@@ -132,7 +132,7 @@ def select_classes(source: Source, classes: Sequence[str], key: str) -> Source:
 
 @dataclass(frozen=True)
 class RetentionData:
-    """Images whose zero-shot accuracy shows what a model has kept of its start."""
+    """Images on which zero-shot accuracy is measured before and after training."""
 
     source: Source
     labels: tuple[str, ...]
@@ -140,10 +140,10 @@ class RetentionData:
 
 
 def load_retention(config: RunConfig) -> RetentionData | None:
-    """Return the data of the retention gate; None where the config names none.
+    """Return the data of the retention gate; None if the config names none.
 
     Raises:
-      UserError: it isn't there, or doesn't have the classes.
+      UserError: it can't be found, or lacks some of the classes.
     """
     if not config.retention.data:
         if config.retention.classes or config.retention.fail:
@@ -157,7 +157,7 @@ def load_retention(config: RunConfig) -> RetentionData | None:
 
 
 def unseen_spec(config: RunConfig) -> str | None:
-    """Return the SPEC of test images that come with a config's training data; None where the run saw all of them."""
+    """Return the SPEC of test images that belong to a config's training data; None if the run used all of them."""
     spec = parse_spec(config.data.train)
     if spec.kind not in ("synthetic", "folder", "video", "manifest"):
         return None

@@ -1,4 +1,4 @@
-"""What a person sees on the screen before a training."""
+"""The overview printed before a training."""
 
 import sys
 from collections.abc import Mapping
@@ -51,5 +51,5 @@ def _describe_steps(run: Run) -> str:
 
 
 def print_probe(fitted: Mapping[str, float]) -> None:
-    """Print how a head was fitted to features."""
+    """Print the scores of a head fitted to features."""
     print("fitted  " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in fitted.items()), flush=True)

@@ -41,24 +41,24 @@ from clip_har_jax.training.state import TrainState
 
 @dataclass(frozen=True)
 class Learned:
-    """The outcome of the steps."""
+    """The result of the training steps."""
 
     validation: Validation
     weights: Params  # trainable parameters of the best checkpoint, on the mesh
     step: int  # of that checkpoint
     last_step: int
-    stopped: bool  # by a signal; there are no weights then
+    stopped: bool  # by a signal; then there are no weights
     retained_before: float  # zero-shot accuracy on the retention data; 0 without a gate
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The weights that are kept, and how good they are."""
+    """The chosen weights and their accuracy."""
 
     weights: Params
     result: EvalResult
-    zero_shot: float | None  # the base model's accuracy on the same images; None: random weights, or it is the result
-    passed: bool  # the retention gate
+    zero_shot: float | None  # accuracy of the base model on the same images; None: random weights, or itself
+    passed: bool  # whether the retention gate passed
 
 
 def train(
@@ -69,9 +69,9 @@ def train(
     profile_steps: tuple[int, int] | None = None,
     restart: bool = False,
 ) -> Result:
-    """Train a model, or continue where the run in `workdir` stopped.
+    """Train a model, or continue the run in `workdir`.
 
-    With several processes all of them call this; the first one writes the files and speaks.
+    With several processes, all of them call this; process 0 writes the files and prints.
 
     >>> from clip_har_jax import make_config
     >>> config = make_config(
@@ -88,15 +88,15 @@ def train(
 
     Args:
       config: the run.
-      workdir: config.json, run.json, metrics.jsonl, checkpoints/, eval/ and model/ are written there. A folder, or an
-        object store's address such as gs://bucket/run.
+      workdir: receives config.json, run.json, metrics.jsonl, checkpoints/, eval/ and model/. A folder, or the address
+        of an object store such as gs://bucket/run.
       sinks: further receivers of the metrics.
       quiet: print nothing.
       profile_steps: first and last step of a trace, written to profile/.
-      restart: begin anew unless the folder holds an unfinished run of the same config and data, as pipelines want it.
+      restart: start anew unless the folder holds an unfinished run of the same config and data; for pipelines.
 
     Raises:
-      UserError: a mistake in the config or the data, found before any compute where it can be; a run that can't go on.
+      UserError: a mistake in the config or the data, found before any compute if possible; or the run can't continue.
     """
     options = TrainOptions(sinks, quiet or not distributed.is_main(), profile_steps, restart, time.monotonic())
     with ExitStack() as stack:
@@ -111,7 +111,7 @@ def train(
 
 
 def learn(job: Job) -> Learned:
-    """Make the steps and return the best checkpoint's weights, or those of the start for a method without steps."""
+    """Run the steps and return the weights of the best checkpoint, or the initial ones for a method without steps."""
     run, times = job.run, job.times
     state, frozen, probe = initial_state(run, job.checkpointer)
     if probe:
@@ -147,7 +147,7 @@ def learn(job: Job) -> Learned:
 
 
 def choose(job: Job, learned: Learned) -> Chosen:
-    """Return the weights to keep, between the start and the best ones, evaluated and set beside the baselines."""
+    """Return the chosen weights, between the initial and the best ones, evaluated and compared with the baselines."""
     run, validation = job.run, learned.validation
     with job.times.measure("evaluation"):
         weights, result = choose_wise_ft(validation, learned.weights, job.retention, job.options.quiet)
@@ -159,7 +159,7 @@ def choose(job: Job, learned: Learned) -> Chosen:
         if run.base.params is not None and run.config.method.name != "zero_shot":
             classifier = ZeroShot(run, run.data.labels, zero_shot_prompts(run.config, run.data.labels))
             zero_shot = float(classifier.right(place_start(run), run.data.val, run.bad_inputs["val"]).mean())
-    # With the data that it holds for: a report on others must not set its result beside this zero-shot.
+    # With the name of the data: a report on other data must not show this zero-shot accuracy beside its result.
     baselines = {**result.metrics["baselines"], "zero_shot": zero_shot, "data": validation.data_name}
     facts = {"top1": result.metrics["top1"], "top1_interval": result.metrics["top1_interval"], "baselines": baselines}
     update_record(run, job.times, **facts)
@@ -167,7 +167,7 @@ def choose(job: Job, learned: Learned) -> Chosen:
 
 
 def refuse(job: Job, learned: Learned, chosen: Chosen) -> Result:
-    """End a run whose weights the retention gate refuses: no model folder stays, not even an older one."""
+    """End a run whose weights the retention gate refuses: no model folder remains, not even an older one."""
     model = job.run.workdir / "model"
     if distributed.is_main() and model.exists():
         model.rmtree()
@@ -176,7 +176,7 @@ def refuse(job: Job, learned: Learned, chosen: Chosen) -> Result:
 
 
 def seal(job: Job, learned: Learned, chosen: Chosen) -> Result:
-    """Write the model folder, hand it to the trackers, and end the run."""
+    """Write the model folder, upload it to the trackers, and end the run."""
     run, predictions = job.run, chosen.result.predictions
     model = run.workdir / "model"
     with job.times.measure("checkpoint"):
@@ -231,10 +231,10 @@ def _make_steps(job: Job, validation: Validation, state: TrainState) -> tuple[Tr
 
 
 def _is_whole(model: epath.Path) -> bool:
-    """Return whether a model folder is there and sealed; on an object store, whether its last file is."""
+    """Return whether a model folder is complete and sealed; on an object store, whether its last file exists."""
     if not is_local(model):
         return (model / bundle.MANIFEST).exists()
     try:
         return bundle.verify(Path(model)) is not None
-    except UserError:  # damaged: to be written anew
+    except UserError:  # damaged: write it again
         return False

@@ -1,4 +1,4 @@
-"""Weights of a run, evaluated on its validation data."""
+"""Evaluation of a run's weights on its validation data."""
 
 import jax
 import numpy as np
@@ -16,11 +16,11 @@ from clip_har_jax.training.state import TrainState
 
 
 class Validation:
-    """What evaluates the weights of a run.
+    """The evaluator of a run's weights.
 
     Args:
-      run: with the validation data.
-      frozen: the parameters that no step changes, on the mesh.
+      run: the run, with its validation data.
+      frozen: the parameters that no step updates, on the mesh.
     """
 
     def __init__(self, run: Run, frozen: Params):
@@ -29,11 +29,11 @@ class Validation:
 
     @property
     def data_name(self) -> str:
-        """The validation data as reports name them."""
+        """The name of the validation data in reports."""
         return self.run.config.data.val or "held out"
 
     def classes(self, weights: Params) -> ClassInputs:
-        """Return the class embeddings that these weights give; computed once where no step changes them."""
+        """Return the class embeddings of these weights; computed only once if no step changes them."""
         if self._constant is not None:
             return self._constant
         program = self.run.program
@@ -43,7 +43,7 @@ class Validation:
         return classes
 
     def evaluate(self, weights: Params) -> EvalResult:
-        """Return the result of trainable parameters, which lie on the mesh."""
+        """Return the result of trainable parameters on the mesh."""
         program, classes = self.run.program, self.classes(weights)
 
         def logits(batch: Batch) -> tuple[jax.Array, Batch]:

@@ -1,4 +1,4 @@
-"""The work folder of a run, on a disk or an object store: what it holds, and what may differ when a run continues."""
+"""The work folder of a run, on a disk or in an object store: its files, and the settings that a resume may change."""
 
 import errno
 import json
@@ -16,16 +16,16 @@ from clip_har_jax.files import is_local, read_json, write_json
 from clip_har_jax.settings import FREE, REFUSED, WARNED, leaves, settings_of
 from clip_har_jax.training.checkpoint_seals import probe, was_saved
 
-os.environ.setdefault("EPATH_USE_TF", "false")  # else an object store is read through TensorFlow where it is installed
+os.environ.setdefault("EPATH_USE_TF", "false")  # else epath reads object stores through TensorFlow if it is installed
 
 _FAULTS_OF_DISKS = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO".split()
-}  # not of programs
+}  # faults of the disk, not of programs
 
 
 @dataclass(frozen=True)
 class Change:
-    """A config key whose value differs from that of the run so far."""
+    """A config key whose value differs from the run so far."""
 
     key: str
     old: Any
@@ -35,7 +35,7 @@ class Change:
 
 @contextmanager
 def disk_faults(workdir: epath.Path) -> Iterator[None]:
-    """Turn the errors of a full, read-only or broken disk into one line, wherever a run writes.
+    """Turn errors of a full, read-only or broken disk into one line, wherever a run writes.
 
     Raises:
       UserError: such an error; names the file if the system does.
@@ -63,7 +63,7 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
         raise UserError(f"--workdir={workdir}: a file, not a folder; name another")
     try:
         probe(path)
-    except ImportError as error:  # names the client of the object store to install
+    except ImportError as error:  # names the object store's client to install
         raise UserError(f"--workdir={workdir}: {error} (pip)") from error
     except KeyError as error:
         raise UserError(f"--workdir={workdir}: no such kind of store; use a folder or gs://BUCKET/...") from error
@@ -77,15 +77,15 @@ RUN_FILES += "trackers.json curves.csv bad_inputs.jsonl retention.json wise_ft.j
 
 
 def clear_other_run(workdir: epath.Path, config: RunConfig, fingerprints: Mapping[str, str]) -> None:
-    """Clear a finished run out of a folder, or one of another config or other data; an unfinished one stays.
+    """Remove the files of a finished run, or of one with another config or other data; an unfinished run stays.
 
     Args:
-      fingerprints: of the data that the config names now, by split.
+      fingerprints: of the config's data, by split.
     """
     old, record = read_json(workdir / "config.json"), read_json(workdir / "run.json")
     if old is None or record is None:
         return
-    unfinished = not record.get("finished", False)  # its model/ may be gone by now: DVC removes it before a stage
+    unfinished = not record.get("finished", False)  # its model/ may be missing: DVC removes it before a stage
     same_config = all(change.policy == FREE for change in _changes(old, config))
     same_data = fingerprints == {name: part["fingerprint"] for name, part in record["data"].items()}
     if unfinished and same_config and same_data:
@@ -102,10 +102,10 @@ def claim_config(workdir: epath.Path, config: RunConfig) -> list[Change]:
     """Write config.json.
 
     Returns:
-      What differs from the run that is to be continued; nothing where none has saved a checkpoint yet.
+      The differences to the run to resume; empty if it hasn't saved a checkpoint yet.
 
     Raises:
-      UserError: a key differs that can't without being another run.
+      UserError: a key differs that would make it another run.
     """
     path = workdir / "config.json"
     old = read_json(path)
@@ -127,7 +127,7 @@ def _changes(old: Mapping[str, Any], config: RunConfig) -> Iterator[Change]:
         at_resume["train.global_batch_size"] = WARNED
     for key, value in leaves(config):
         node: Any = old
-        for name in key.split("."):  # a key that came with a newer version stood at its default
+        for name in key.split("."):  # a key of a newer version had its default value
             node = node.get(name, defaults[key]) if isinstance(node, dict) else defaults[key]
         before, new = (json.loads(json.dumps(side)) for side in (node, value))
         if new != before:

@@ -1,4 +1,4 @@
-"""Zero-shot classification by CLIP's own towers, whatever head a run trains."""
+"""Zero-shot classification with CLIP's own towers, whatever the head of a run."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,11 +15,11 @@ from clip_har_jax.training.steps import make_text_step
 
 
 class ZeroShot:
-    """A classifier whose classes are given by their prompts.
+    """A classifier whose classes are defined by their prompts.
 
     Args:
-      run: with the model's shapes, the tokenizer and the mesh.
-      labels: the classes; the examples are labelled with their positions.
+      run: provides the model's shapes, the tokenizer and the mesh.
+      labels: the classes; the examples' labels are their positions.
       prompts: the texts of each class.
     """
 
@@ -31,7 +31,7 @@ class ZeroShot:
         self._run, self._num_classes = run, len(labels)
 
     def right(self, params: Params, source: Source, bad_inputs: BadInputs) -> Bool[np.ndarray, " n"]:
-        """Return which of the readable examples of a source are told rightly, in its order.
+        """Return which readable examples of a source are classified correctly, in its order.
 
         Args:
           params: all of the model's parameters, on the mesh.

@@ -73,7 +73,7 @@ def make_train_step(
         if "logit_scale" in params:
             params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
         grad_norm = optax.tree.norm(grads)
-        # The updates aren't checked: they are finite if gradients and state are, and their norm would take one more pass
+        # The updates aren't checked: they are finite if gradients and state are. Their norm would take one more pass
         # over the optimiser's memory.
         is_finite = jnp.isfinite(masked_mean(losses, batch.mask) + grad_norm)
         params, opt_state = optax.tree.where(is_finite, (params, opt_state), (state.params, state.opt_state))
