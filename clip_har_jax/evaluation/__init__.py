@@ -1,1 +1,1 @@
-"""How good a model is: metrics, one pass over the data, and the report a person reads."""
+"""Evaluation of a model: metrics, one pass over the data, and the report."""

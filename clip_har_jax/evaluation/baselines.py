@@ -1,15 +1,15 @@
-"""Top-1 accuracy beside what needs no training: chance, the majority class, and the start's zero-shot accuracy."""
+"""Top-1 accuracy compared with chance, the majority class and the base model's zero-shot accuracy."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from clip_har_jax.evaluation.metrics import ClassificationState
 
-TOO_WIDE = 0.2  # a 95% interval wider than this tells little
+TOO_WIDE = 0.2  # a wider 95% interval says little
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """Return the 95% interval of a share (Wilson 1927), which also holds for few examples and for shares of 0 or 1."""
+    """Return the 95% interval of a share (Wilson 1927), valid for few examples and for shares of 0 or 1 too."""
     from scipy.stats import binomtest
 
     low, high = binomtest(correct, total).proportion_ci(method="wilson")
@@ -17,23 +17,23 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def baselines_of(state: ClassificationState) -> dict[str, float]:
-    """Return the accuracy of guessing (`chance`) and of always naming the most frequent class (`majority`)."""
+    """Return the accuracy of guessing (`chance`) and of always predicting the most frequent class (`majority`)."""
     support = state.confusion.sum(axis=1)
     return {"chance": 1 / len(support), "majority": float(support.max() / support.sum())}
 
 
 def zero_shot_on(record: Mapping[str, Any], data: str) -> float | None:
-    """Return the start's zero-shot accuracy from run.json, if it was measured on these data; None: it wasn't."""
+    """Return the base model's zero-shot accuracy from run.json, if it was measured on this data; else None."""
     known = record.get("baselines", {})
     return known.get("zero_shot") if known.get("data") == data else None
 
 
 def verdict(metrics: Mapping[str, Any], zero_shot: float | None = None) -> str:
-    """Say in a sentence or two how top-1 compares with the baselines.
+    """Return a sentence or two that compare top-1 with the baselines.
 
     Args:
-      metrics: of metrics.json, with `top1`, `top1_interval`, `baselines` and `num_examples`.
-      zero_shot: the accuracy of the start on the same images; None: not known.
+      metrics: the contents of metrics.json, with `top1`, `top1_interval`, `baselines` and `num_examples`.
+      zero_shot: the base model's accuracy on the same images; None: not known.
     """
     top1, (low, high) = metrics["top1"], metrics["top1_interval"]
     named = {"guessing": metrics["baselines"]["chance"], "the most frequent class": metrics["baselines"]["majority"]}

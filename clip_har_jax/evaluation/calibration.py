@@ -1,4 +1,4 @@
-"""CalibrationResult of probabilities, conformal sets and abstention, fitted on validation data."""
+"""Calibration of probabilities, conformal sets and abstention, fitted on validation data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,21 +9,21 @@ from jaxtyping import Bool, Float, Float64, Int
 from clip_har_jax.evaluation.metrics import NUM_BINS, confidence_bins, log_softmax, softmax
 
 COVERAGE = 0.9  # of the conformal sets
-WITHHELD = 0.5  # share of the validation mistakes that abstaining keeps back ...
-MAX_WITHHELD = 0.2  # ... unless that would keep back a larger share of all answers
+WITHHELD = 0.5  # share of the validation mistakes to withhold ...
+MAX_WITHHELD = 0.2  # ... unless that would withhold a larger share of all answers
 TEMPERATURES = (0.05, 20.0)
 
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The outcome of a calibration.
+    """The result of a calibration.
 
     Attributes:
-      temperature: what the model's logits are divided by.
-      thresholds: as `actions.json` has them: `abstain` (an answer of a lower probability is withheld), `coverage` (of
-        the conformal sets), `split_conformal` (the lowest probability of a class in a set) and `aps` (the probability
-        that the classes of a set reach together).
-      report: the contents of calibration.json: how well probabilities fit before and after, and what abstaining does.
+      temperature: divides the model's logits.
+      thresholds: for `actions.json`: `abstain` (answers with a lower probability are withheld), `coverage` (of the
+        conformal sets), `split_conformal` (the lowest probability of a class in a set) and `aps` (the cumulative
+        probability of a set).
+      report: the contents of calibration.json: the scores before and after, and the effect of abstaining.
     """
 
     temperature: float
@@ -32,10 +32,10 @@ class CalibrationResult:
 
 
 def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
-    """Return the temperature of the least negative log-likelihood (Guo et al. 2017, section 4.2), within
+    """Return the temperature that minimises the negative log-likelihood (Guo et al. 2017, section 4.2) in
     `TEMPERATURES`.
 
-    Where every example is right, colder is likelier without end: the temperature stays 1.
+    If every example is right, the likelihood grows as the temperature falls, without an optimum; then it stays 1.
     """
     from scipy.optimize import minimize_scalar
 
@@ -80,7 +80,7 @@ def brier_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) 
 
 
 def calibration_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> dict[str, float]:
-    """Return four measures of how well probabilities fit the truth; lower is better."""
+    """Return four scores of how well probabilities match the truth; lower is better."""
     own = probs[np.arange(len(label)), label].astype(np.float64)
     confidence, right = probs.max(axis=-1), probs.argmax(axis=-1) == label
     return {
@@ -92,7 +92,7 @@ def calibration_scores(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, "
 
 
 def conformal_quantile(scores: Float[np.ndarray, " n"], coverage: float) -> float:
-    """Return the ceil((n + 1) coverage)-th smallest score; infinity where there are too few of them."""
+    """Return the ceil((n + 1) coverage)-th smallest score; infinity if there are too few."""
     rank = int(np.ceil((len(scores) + 1) * coverage))
     return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else float("inf")
 
@@ -100,7 +100,7 @@ def conformal_quantile(scores: Float[np.ndarray, " n"], coverage: float) -> floa
 def fit_split_conformal(
     probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], coverage: float = COVERAGE
 ) -> float:
-    """Return the lowest probability of a class in a set (Sadinle et al. 2019); 0 where too few examples are known."""
+    """Return the lowest probability of a class in a set (Sadinle et al. 2019); 0 with too few examples."""
     scores = 1 - probs[np.arange(len(label)), label].astype(np.float64)
     return max(0.0, 1 - conformal_quantile(scores, coverage))
 
@@ -108,10 +108,10 @@ def fit_split_conformal(
 def fit_aps(
     probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], coverage: float = COVERAGE, seed: int = 0
 ) -> float:
-    """Return the probability that the classes of a set reach together (Romano et al. 2020, equation 8); at most 1.
+    """Return the cumulative probability of a set (Romano et al. 2020, equation 8); at most 1.
 
-    The scores are randomised as in the paper. A set then takes whole classes, which makes it that of the paper or
-    larger, and the same for the same image.
+    The scores are randomised as in the paper. Sets contain whole classes, so they are at least as large as the paper's,
+    and equal for equal images.
     """
     own = probs[np.arange(len(label)), label][:, None]
     earlier = np.arange(probs.shape[1]) < label[:, None]
@@ -121,12 +121,12 @@ def fit_aps(
 
 
 def split_conformal_sets(probs: Float[np.ndarray, "n c"], lowest: float) -> Bool[np.ndarray, "n c"]:
-    """Return the classes of each set: those of at least the probability `lowest`."""
+    """Return the classes of each set: those with at least the probability `lowest`."""
     return probs >= lowest
 
 
 def aps_sets(probs: Float[np.ndarray, "n c"], together: float) -> Bool[np.ndarray, "n c"]:
-    """Return the classes of each set: the most probable ones, until they reach `together`; the first always."""
+    """Return the classes of each set: the most probable ones until their sum reaches `together`; at least one."""
     order = np.argsort(-probs, axis=-1, kind="stable")
     ordered = np.take_along_axis(probs, order, axis=-1).astype(np.float64)
     taken = np.cumsum(ordered, axis=-1) - ordered < together
@@ -137,10 +137,10 @@ def aps_sets(probs: Float[np.ndarray, "n c"], together: float) -> Bool[np.ndarra
 
 
 def fit_abstention(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
-    """Return the top probability below which an answer is withheld: `WITHHELD` of the mistakes, `MAX_WITHHELD` of all
-    answers.
+    """Return the top probability below which an answer is withheld: it withholds `WITHHELD` of the mistakes, at most
+    `MAX_WITHHELD` of all answers.
 
-    Without a mistake it is the lowest top probability that was seen: what the model is less sure of is new to it.
+    Without mistakes it is the lowest top probability that occurred.
     """
     confidence, right = probs.max(axis=-1), probs.argmax(axis=-1) == label
     if right.all():

@@ -1,4 +1,4 @@
-"""Charts as inline SVG that takes its colours from the page, so that one drawing serves light and dark."""
+"""Charts as inline SVG in the page's colours, so that one drawing fits light and dark pages."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from clip_har_jax.evaluation.report_sums import ReliabilityBins
 
-# What is drawn in the colour on the left becomes the page's variable of that name.
+# Colour in matplotlib -> variable of the page that replaces it.
 COLORS = {
     "ink": "#010203",
     "soft": "#010204",
@@ -29,7 +29,7 @@ COLORS = {
 SERIES = ("bar", "second", "third", "soft")
 SIZE_IN = (4.6, 3.0)
 MOST_POINTS = 1000  # of a curve over the examples
-MIN_LOG_RATIO = 10  # of the largest value to the smallest
+MIN_LOG_RATIO = 10  # least ratio of the largest to the smallest value for a logarithmic axis
 
 Points = tuple[Sequence[int | float], Sequence[float]]  # x and y
 
@@ -49,7 +49,7 @@ def chart(size_in: tuple[float, float] = SIZE_IN) -> tuple[Figure, Axes]:
 
 
 def to_svg(figure: Figure, description: str) -> Markup:
-    """Return the figure as SVG for an HTML page: no address, no id that could occur twice, its colours the page's."""
+    """Return the figure as SVG for an HTML page: no addresses, unique ids, the page's colours."""
     for axes in figure.axes:
         legend = axes.get_legend()
         for entry in legend.get_texts() if legend else ():
@@ -81,7 +81,7 @@ def _legend(axes: Axes, **options: Any) -> Legend:
 def draw_lines(
     series: Mapping[str, Points], x: str, y: str, description: str, log_y: bool = False, markers: bool = False
 ) -> Markup:
-    """Draw lines over a common axis; with `log_y` a logarithmic one where the values differ tenfold."""
+    """Draw lines over a common x axis; with `log_y`, a logarithmic y axis if the values differ tenfold."""
     figure, axes = chart()
     for (name, (xs, ys)), color in zip(series.items(), SERIES * len(series), strict=False):
         marker = "o" if markers or len(xs) < 12 else None
@@ -102,7 +102,7 @@ def draw_lines(
 
 
 def draw_reliability(before: ReliabilityBins | None, after: ReliabilityBins) -> Markup:
-    """Draw how often answers of each confidence are right, with temperature and, if given, without."""
+    """Draw accuracy by confidence (reliability diagram), with temperature and, if given, without it."""
     figure, axes = chart((4.8, 4.2))
     axes.set_position((0.13, 0.12, 0.84, 0.74))
     axes.plot([0, 1], [0, 1], color=COLORS["soft"], linewidth=1, linestyle=(0, (4, 4)))
@@ -123,11 +123,11 @@ def draw_reliability(before: ReliabilityBins | None, after: ReliabilityBins) -> 
 
 
 def draw_coverage(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"], abstain: float | None) -> Markup:
-    """Draw the accuracy of the answers when only the surest part is given."""
+    """Draw the accuracy of the answers when only the most confident ones are given."""
     order = np.argsort(-confidence, kind="stable")
     answered = np.arange(1, len(order) + 1)
     accuracy = np.cumsum(right[order]) / answered
-    start = min(len(order) - 1, max(0, len(order) // 50 - 1))  # of a handful of answers the line is noise
+    start = min(len(order) - 1, max(0, len(order) // 50 - 1))  # for the first few answers the line is noise
     figure, axes = chart()
     points = np.unique(np.linspace(start, len(order) - 1, MOST_POINTS).astype(int))
     axes.plot(answered[points] / len(order), accuracy[points], color=COLORS["bar"], linewidth=1.8)
@@ -149,7 +149,7 @@ def draw_coverage(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, "
 
 
 def draw_bars(values: Mapping[str, float], x: str, description: str, unit: str = "") -> Markup:
-    """Draw horizontal bars, each with its value."""
+    """Draw horizontal bars with their values."""
     figure = Figure(figsize=(4.6, 0.4 + 0.36 * len(values)))
     axes = figure.add_axes((0.28, 0.3 / (0.4 + 0.36 * len(values)), 0.58, 0.97 - 0.3 / (0.4 + 0.36 * len(values))))
     axes.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""The page of a prepared data set: one HTML file that needs nothing else, neither network nor scripts."""
+"""The page of a prepared data set: one HTML file without network access or scripts."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from clip_har_jax.video.sampling import FrameSampling
 
 SPLITS = ("train", "val", "test", "excluded")
 PER_CLASS = 24  # images of a contact sheet
-MAX_SHOWN = 30  # groups, suspects and bad files; the rest stands in the files
-NOTABLE = 0.1  # distance from which a drift is marked, if it is also beyond chance
+MAX_SHOWN = 30  # groups, suspects and bad files; the files list all of them
+NOTABLE = 0.1  # distance above which a significant drift is marked
 
 
 def make_data_report(
@@ -29,12 +29,12 @@ def make_data_report(
     bad: Sequence[tuple[str, str]],
     reference: Manifest | None,
 ) -> str:
-    """Return the page.
+    """Return the page as HTML.
 
     Args:
       manifest: the data set.
-      summary, duplicates, suspects, bad: what was found in it.
-      reference: a data set to compare with; None: its splits alone are compared.
+      summary, duplicates, suspects, bad: the findings of the preparation.
+      reference: a data set to compare with; None: only the splits are compared.
     """
     shown = sorted(duplicates, key=_urgency)
     page = templates().get_template("data.html")
@@ -56,18 +56,18 @@ def make_data_report(
 
 
 def _urgency(entry: Mapping[str, Any]) -> tuple[bool, bool, bool, int]:
-    """Return a sort key: first what a person should decide, then what crosses the sets, conflicts, large groups."""
+    """Return a sort key: undecided pairs first, then groups across sets, conflicts, large groups."""
     return entry["joined"], not entry["crosses"], not entry["conflict"], -len(entry["members"])
 
 
 def _about(manifest: Manifest) -> dict[str, str]:
-    """How it was made, in words; what wasn't given is left out."""
+    """Return how the manifest was made, in words, without missing settings."""
     texts = {key: ", ".join(value) if isinstance(value, list) else str(value) for key, value in manifest.about.items()}
     return {key: text for key, text in texts.items() if text and key != "clips"}
 
 
 def _text(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
+    return name.encode(errors="backslashreplace").decode()  # names may not be UTF-8
 
 
 def _headlines(summary: Mapping[str, Any], noun: str) -> list[tuple[str, int, str]]:
@@ -92,7 +92,7 @@ def _classes(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _columns(manifest: Manifest, split: str | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the measures and the labels of a split, or of all."""
+    """Return the measurements and labels of a split, or of all."""
     rows = np.array([split in (None, name) for name in manifest.column("split")], bool)
     columns = {name: np.array(manifest.column(name))[rows] for name in MEASURES if name != "aspect"}
     columns["aspect"] = columns["width"] / columns["height"]
@@ -135,7 +135,7 @@ def _drift_row(row: Drift) -> dict[str, Any]:
 
 
 def _sheets(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return the contact sheet of each class: images spread evenly over its files."""
+    """Return the contact sheet of each class, of images evenly spaced over its files."""
     paths: dict[str, list[str]] = {}
     for path, label in zip(manifest.column("path"), manifest.column("label"), strict=True):
         paths.setdefault(label, []).append(path)
@@ -151,7 +151,7 @@ def _group_sheet(manifest: Manifest, entry: Mapping[str, Any]) -> str:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """Return an image file, or the middle frame of a clip.
+    """Return the pixels of an image file, or of the middle frame of a clip.
 
     Raises:
       BadImage: it can't be read.
@@ -164,6 +164,6 @@ def _sheet(paths: Sequence[Path]) -> str:
     for path in paths:
         try:
             images.append(read_picture(path))
-        except BadImage:  # it could be read a moment ago
+        except BadImage:  # it was readable before
             continue
     return "data:image/jpeg;base64," + base64.b64encode(contact_sheet(images)).decode() if images else ""

@@ -1,4 +1,4 @@
-"""One pass over a split -> EvalResult."""
+"""Evaluation in one pass over a split -> EvalResult."""
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -20,17 +20,18 @@ def evaluate(
     num_shown: int = 0,
     sinks: Sequence[Callable[[Predictions], None]] = (),
 ) -> EvalResult:
-    """Evaluate in one pass.
+    """Evaluate in one pass over the data.
 
     Args:
-      logits_fn: batch -> logits [b, c] of the same rows, temperature included.
-      batches: each example in one row of mask 1; rows of mask 0 (padding, unreadable images) count nowhere.
+      logits_fn: batch -> logits [b, c] of its rows, divided by the temperature.
+      batches: each example in one row of mask 1; rows of mask 0 (padding, unreadable images) are ignored.
       labels: the names of the c classes.
-      num_shown: how many confident mistakes, uncertain hits and random examples each to keep with their images.
-      sinks: take each batch's predictions. With a sink no logits are kept: memory grows by 28 bytes an example.
+      num_shown: number of confident mistakes, of uncertain hits and of random examples to keep with their images.
+      sinks: receive the predictions of each batch. With sinks, logits aren't kept: memory grows by 28 bytes per
+        example.
 
     Raises:
-      UserError: no example could be read, or logits that aren't finite.
+      UserError: no example could be read, or logits aren't finite.
     """
     state = ClassificationState.empty(len(labels))
     kept: list[Predictions] = []
@@ -66,7 +67,7 @@ def evaluate(
 def _predictions(
     logits: np.ndarray, label: np.ndarray, index: np.ndarray, counts: np.ndarray
 ) -> tuple[Predictions, np.ndarray]:
-    """Return a batch's predictions, and the rows they stand in."""
+    """Return a batch's predictions and their rows."""
     rows = np.flatnonzero(counts)
     own = logits[rows].astype(np.float32)
     return Predictions(
@@ -85,20 +86,18 @@ def _shown(
 
 
 def _picture(image: Any) -> np.ndarray:
-    """Return an image itself; of a clip its middle frame."""
+    """Return an image itself, or the middle frame of a clip."""
     frames = np.asarray(image)
     frames = frames.reshape(-1, *frames.shape[-3:])
     return frames[len(frames) // 2]
 
 
 def _lot(example: Shown) -> int:
-    """Return a number that follows from the example's position alone, so that the sample doesn't depend on the
-    batches.
-    """
+    """Return a random number that depends only on the example's position, so that batches don't change the sample."""
     return zlib.crc32(example.index.to_bytes(8, "little"))
 
 
-# field of EvalResult -> (which examples, what puts first those that are kept)
+# field of EvalResult -> (condition on examples, sort key of those to keep)
 KEPT: dict[str, tuple[Callable[[Predictions], np.ndarray], Callable[[Shown], Any]]] = {
     "mistakes": (lambda part: part.predicted != part.label, lambda example: (-example.score, example.index)),
     "unsure": (lambda part: part.predicted == part.label, lambda example: (example.score, example.index)),

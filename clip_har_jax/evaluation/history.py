@@ -1,4 +1,4 @@
-"""The history of the run that made a model, from its work folder: curves, time, settings."""
+"""The history of a model's training run, from its work folder: curves, time, settings."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from clip_har_jax.config import RunConfig
 
 @dataclass(frozen=True)
 class History:
-    """The traces of a run; whatever isn't there is empty.
+    """The records of a run; missing ones are empty.
 
     Attributes:
       rows: of metrics.jsonl.
@@ -28,15 +28,13 @@ class History:
     wise_ft: dict[str, Any] = field(default_factory=dict)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Return steps and values of a metric, without unknown values."""
+        """Return steps and values of a metric, without missing values."""
         points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
         return [step for step, _ in points], [float(value) for _, value in points]
 
 
 def read_history(model: str | Path) -> History:
-    """Return the history of a model folder, from the folder itself and the work folder around it if it is that
-    run's.
-    """
+    """Return the history of a model folder, from itself and, if it belongs to the same run, the folder around it."""
     folder = Path(model)
     record, workdir = _read(folder / "run.json"), folder.parent
     if not record or _read(workdir / "run.json").get("run_id") != record.get("run_id"):
@@ -56,7 +54,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # the report is about the model; what tells of its past may be missing
+        return {}  # the report is about the model; parts of its history may be missing
     return value if isinstance(value, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""The table of a comparison of methods: a row a method, of the cells of its seeds."""
+"""The table of a method comparison: one row per method, over the cells of its seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +19,8 @@ COLUMNS = (
 
 
 def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a row of the table; means with the half-width of their 95% interval (Student's t over seeds; None: of
-    one).
+    """Return a row of the table: means, with the half-width of their 95% interval (Student's t over seeds; None for one
+    seed).
     """
     from scipy.stats import t
 
@@ -48,7 +48,7 @@ def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def make_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
-    """Return the table in Markdown, and below it how it came about."""
+    """Return the table in Markdown, followed by a note on how it was made."""
 
     def percent(pair: tuple[float, float | None] | None) -> str:
         if pair is None:
@@ -67,7 +67,7 @@ def make_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
 
 
 def _chosen(row: Mapping[str, Any]) -> str:
-    """Return the settings of all seeds, then what each seed's fit chose."""
+    """Return the settings shared by all seeds, then the choice of each seed."""
     parts = [f"{name.replace('_', ' ')} {value:.2g}" for name, value in row["settings"].items()]
     for name in row["fits"][0]:
         values = [f"{fit[name]:g}" for fit in row["fits"]]

@@ -25,26 +25,26 @@ def softmax(logits: Float[np.ndarray, "b c"]) -> Float64[np.ndarray, "b c"]:
 
 
 def rank_of_label(values: Float[np.ndarray, "b c"], label: Int[np.ndarray, " b"]) -> Int32[np.ndarray, " b"]:
-    """Return the position of the true class by falling logit or probability; of equal ones, the first class leads."""
+    """Return the position of the true class by descending logit or probability; among equals, the first class leads."""
     own = values[np.arange(len(label)), label][:, None]
     earlier = np.arange(values.shape[1]) < label[:, None]
     return ((values > own) | ((values == own) & earlier)).sum(axis=-1).astype(np.int32)
 
 
 def confidence_bins(confidence: Float[np.ndarray, " b"], num_bins: int = NUM_BINS) -> Int64[np.ndarray, " b"]:
-    """Return the bin of equal width in which each confidence lies; a bin holds its upper bound."""
+    """Return the index of the equal-width bin of each confidence; a bin includes its upper bound."""
     return np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
 
 
 @dataclass(frozen=True)
 class ClassificationState:
-    """Sums from which the metrics follow; those of two sets of examples add up to those of both.
+    """Sums from which the metrics are computed; those of two sets of examples can be added.
 
     Attributes:
       confusion: number of examples by true class (row) and predicted class (column), [c, c]; sparse.
       in_top5: number of examples whose class is among the 5 most probable.
       nll: sum of the negative log-likelihoods, in nats.
-      bin_count, bin_correct, bin_confidence: examples, right ones and summed confidence in each calibration bin.
+      bin_count, bin_correct, bin_confidence: number of examples, of correct ones, and summed confidence in each bin.
     """
 
     confusion: csr_array
@@ -67,10 +67,10 @@ class ClassificationState:
     def update(
         self, logits: Float[np.ndarray, "b c"], label: Int[np.ndarray, " b"], mask: Float[np.ndarray, " b"]
     ) -> "ClassificationState":
-        """Return the state with a batch added; rows of mask 0 count nowhere. Of equal logits, the first is predicted.
+        """Return the state with a batch added; rows of mask 0 are ignored. Of equal logits, the first is predicted.
 
         Raises:
-          UserError: logits that aren't finite, as of damaged weights or a run that diverged.
+          UserError: logits aren't finite, as with damaged weights or after divergence.
         """
         counts = mask > 0
         logits, label = logits[counts], label[counts]
@@ -87,7 +87,7 @@ class ClassificationState:
             float(-log_probs[rows, label].sum()),
             np.bincount(bins, minlength=NUM_BINS),
             np.bincount(bins[predicted == label], minlength=NUM_BINS),
-            np.bincount(bins, confidence, NUM_BINS).astype(np.float64),  # of no rows, it counts in ints
+            np.bincount(bins, confidence, NUM_BINS).astype(np.float64),  # without rows it would count in ints
         )
         return self.merge(batch)
 
@@ -105,8 +105,8 @@ class ClassificationState:
     def compute(self, labels: Sequence[str]) -> dict[str, Any]:
         """Return the metrics, under the names of metrics.json.
 
-        `macro_f1` is the mean over classes that occur as label or prediction; what would divide by 0 is 0. `ece` is
-        the expected calibration error of the top class over 15 bins of equal width (Guo et al. 2017, equation 3).
+        `macro_f1` is the mean over classes that occur as label or prediction; a division by 0 counts as 0. `ece` is the
+        expected calibration error of the top class over 15 bins of equal width (Guo et al. 2017, equation 3).
 
         Raises:
           UserError: no examples.

@@ -1,4 +1,4 @@
-"""The files that the result of an evaluation is written to."""
+"""The output files of an evaluation."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
     from clip_har_jax.evaluation.report import Details
 
-GROUP_VALUES = 4_000_000  # probabilities of a row group, which is what is held in memory
+GROUP_VALUES = 4_000_000  # probabilities in a row group, the part held in memory
 
 
 class PredictionsSink:
-    """A sink of `evaluate` that writes predictions as they come; `predictions_file` makes one.
+    """A sink of `evaluate` that writes predictions at once; made by `predictions_file`.
 
     Args:
-      file: takes the row groups.
+      file: receives the row groups.
       labels: names of the classes.
-      name_of: name of an example by its index, as a person finds it.
+      name_of: example index -> name for people.
     """
 
     def __init__(self, file: "ParquetWriter", labels: Sequence[str], name_of: Callable[[int], str]):
@@ -37,7 +37,7 @@ class PredictionsSink:
         self._last = -1
 
     def __call__(self, part: Predictions) -> None:
-        """Take a batch; batches come in the order of the source."""
+        """Write a batch; batches come in the order of the source."""
         if len(part.index):
             assert part.index[0] > self._last, "batches come in the order of the source"
             self._last = int(part.index[-1])
@@ -46,7 +46,7 @@ class PredictionsSink:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the buffer."""
         import pyarrow as pa
 
         if not self._held:
@@ -66,14 +66,14 @@ class PredictionsSink:
 
 @contextmanager
 def predictions_file(path: Path, labels: Sequence[str], name_of: Callable[[int], str]) -> Iterator[PredictionsSink]:
-    """Give a sink that writes predictions.parquet, which takes its place when all is written.
+    """Yield a sink that writes predictions.parquet, which replaces the old file at the end.
 
     The columns are input, label, predicted, score and probs; the schema's metadata names the order of probs, `labels`.
 
     Args:
       path: of the file.
       labels: names of the classes.
-      name_of: name of an example by its index, as a person finds it.
+      name_of: example index -> name for people.
     """
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
@@ -93,13 +93,13 @@ def write_result(
     about: Mapping[str, str],
     details: "Details | None" = None,
 ) -> None:
-    """Write predictions.parquet and the pages of a result whose predictions were kept.
+    """Write predictions.parquet and the pages of a result that kept its predictions.
 
     Args:
-      output: the folder; made if need be.
-      names: by which a person finds each example, in the order of `result.predictions`.
-      about: what was evaluated (model, digest, data, command ...), shown in the report as it stands.
-      details: what else the report can tell of the model.
+      output: the folder; created if missing.
+      names: of the examples, for people, in the order of `result.predictions`.
+      about: the evaluation's facts (model, digest, data, command ...), shown unchanged in the report.
+      details: further contents of the report.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -120,9 +120,9 @@ def write_pages(
 
     Args:
       output: a folder that exists.
-      name_of: name of an example that is shown, by its index.
-      about: what was evaluated, shown in the report as it stands.
-      details: what else the report can tell of the model.
+      name_of: example index -> name for people.
+      about: the evaluation's facts, shown unchanged in the report.
+      details: further contents of the report.
     """
     from clip_har_jax.evaluation.pages import spoken
     from clip_har_jax.evaluation.plots import draw_confusion

@@ -1,4 +1,4 @@
-"""Parts that all HTML pages share: templates, and pictures that the page itself holds."""
+"""Shared parts of the HTML pages: templates and embedded pictures."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @cache
 def templates() -> jinja2.Environment:
-    """Return the templates of the pages, with the style and the script that all pages share."""
+    """Return the templates of the pages, with their shared style and script."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -39,13 +39,13 @@ def templates() -> jinja2.Environment:
 
 
 def spoken(labels: Sequence[str]) -> tuple[str, ...]:
-    """Return labels as people say them ("using_laptop": "using a laptop"); as they are, where two would be the same."""
+    """Return labels as phrases ("using_laptop": "using a laptop"); unchanged if two phrases would be equal."""
     phrases = tuple(phrase(label) for label in labels)
     return phrases if len(set(phrases)) == len(labels) else tuple(labels)
 
 
 def thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> str:
-    """Return a small JPEG of an image as an address that holds it."""
+    """Return a small JPEG of an image as a data URI."""
     picture = Image.fromarray(image)
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()
@@ -54,5 +54,5 @@ def thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Return an image as an address that holds it."""
+    """Return an encoded image as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""Several evaluations of the same images side by side, with a paired test of whether they differ."""
+"""Comparison of several evaluations on the same images, with paired significance tests."""
 
 import json
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def read_predictions(folder: str) -> Evaluation:
     """Read the predictions of an evaluation.
 
     Raises:
-      UserError: there are none, or they are damaged.
+      UserError: they are missing or damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -69,7 +69,7 @@ def check_pair(first: Evaluation, other: Evaluation) -> None:
     """Refuse evaluations that can't be compared image by image.
 
     Raises:
-      UserError: other classes, other images, or other truths.
+      UserError: other classes, other images, or other true labels.
     """
     for what, a, b in (
         ("actions", first.labels, other.labels),
@@ -87,11 +87,11 @@ def compare_evaluations(folders: Sequence[str], output: str | Path) -> dict[str,
     """Compare evaluations with the first of them, and write comparison.json and comparison.html.
 
     Args:
-      folders: that `evaluate.py` wrote.
+      folders: outputs of `evaluate.py`.
       output: the folder to write to.
 
     Raises:
-      UserError: fewer than two, or ones that can't be compared.
+      UserError: fewer than two, or they can't be compared.
     """
     if len(folders) < 2 or not all(folders):
         raise UserError(
@@ -134,7 +134,7 @@ def compare_evaluations(folders: Sequence[str], output: str | Path) -> dict[str,
 
 
 def _verdict(run: dict[str, Any], first: dict[str, Any]) -> str:
-    """Say in words what the test found."""
+    """Return the result of the test in words."""
     difference = run["differences"]["top1"][0]
     if run["p_corrected"] >= ALPHA:
         return (
@@ -146,7 +146,7 @@ def _verdict(run: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def print_result(result: dict[str, Any], output: str | Path) -> None:
-    """Print a short table of all, and what the tests found."""
+    """Print a short table of all evaluations, and the results of the tests."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, drawn without pyplot's global state."""
+"""Pictures of an evaluation, drawn without the global state of pyplot."""
 
 import io
 import warnings
@@ -16,13 +16,13 @@ from scipy.sparse import csr_array
 
 LIGHT = {"page": "#ffffff", "ink": "#1c2430", "low": "#f2f5f9", "high": "#0b4f9c", "on_high": "#ffffff"}
 DARK = {"page": "#161b22", "ink": "#e2e8f0", "low": "#1f2630", "high": "#7cc0ff", "on_high": "#0b1117"}
-MAX_COUNTED_CLASSES = 40  # above, the cells are too small for numbers
-MAX_NAMED_CLASSES = 150  # above, no name could be read
-MAX_DRAWN_CLASSES = 2000  # above, each point stands for several
+MAX_COUNTED_CLASSES = 40  # with more, the cells are too small for numbers
+MAX_NAMED_CLASSES = 150  # with more, names would be unreadable
+MAX_DRAWN_CLASSES = 2000  # with more, each point stands for several classes
 MAX_SIDE_IN = 24.0
-PAGE_IN = 10.0  # what is larger is made smaller to fit a page
+PAGE_IN = 10.0  # larger pictures are scaled down to a page
 MAX_LABEL_LENGTH = 28
-FALLBACK_FONTS = (  # of scripts that matplotlib's own font lacks
+FALLBACK_FONTS = (  # for scripts that matplotlib's own font lacks
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
     "WenQuanYi Zen Hei",
@@ -32,7 +32,7 @@ FALLBACK_FONTS = (  # of scripts that matplotlib's own font lacks
 
 
 def draw_confusion(confusion: csr_array, labels: Sequence[str], dark: bool = False, normalized: bool = False) -> bytes:
-    """Return a confusion matrix as a PNG: colour is the share of the true class, numbers are examples or percent of it.
+    """Return a confusion matrix as a PNG: colours are shares of the true class, numbers are examples or percent of it.
 
     Args:
       confusion: number of examples by true (row) and predicted (column) class, [c, c].
@@ -46,7 +46,7 @@ def draw_confusion(confusion: csr_array, labels: Sequence[str], dark: bool = Fal
 
 
 def _summed(confusion: csr_array) -> Int[np.ndarray, "s s"]:
-    """Return the matrix; of too many classes, the sums of blocks of neighbouring ones."""
+    """Return the matrix; with too many classes, sums over blocks of neighbouring ones."""
     cells, width = confusion.tocoo(), -(-confusion.shape[0] // MAX_DRAWN_CLASSES)
     side = -(-confusion.shape[0] // width)
     summed = np.zeros((side, side), np.int64)
@@ -73,7 +73,7 @@ def _draw_confusion(
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # labels may be in any script
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # labels can be in any script
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
     return buffer.getvalue()
 

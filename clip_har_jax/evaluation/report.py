@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing else."""
+"""The report of an evaluation: one self-contained HTML file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +37,12 @@ GALLERIES = (
 
 @dataclass(frozen=True)
 class Details:
-    """What a report can tell beyond the predictions.
+    """Contents of a report beyond the predictions.
 
     Attributes:
-      sums: of the pass, with the model's temperature and thresholds; None: neither is known.
-      heat_maps: where the model sees the predicted class, of the examples that are shown, by their index.
-      history: of the run that made the model.
+      sums: of the evaluation, with the model's temperature and thresholds; None: there are neither.
+      heat_maps: for the predicted class of the shown examples, by their index.
+      history: of the model's training run.
     """
 
     sums: ReportSums | None = None
@@ -97,7 +97,7 @@ def make_report(
 
 
 def worst_confusions(result: EvalResult, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the pairs of actions that are confused most often, with their share of the true action's images."""
+    """Return the most frequent confusions, with their share of the true class's images."""
     cells: coo_array = result.confusion.tocoo()
     true, predicted = cells.coords
     wrong = np.flatnonzero(true != predicted)

@@ -1,4 +1,4 @@
-"""Sums over all class probabilities that the report needs, taken batch by batch so that none has to be kept."""
+"""Sums over all class probabilities for the report, computed batch by batch so that memory stays bounded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from clip_har_jax.evaluation.calibration import aps_sets, split_conformal_sets
 from clip_har_jax.evaluation.metrics import NUM_BINS, confidence_bins, softmax
 from clip_har_jax.evaluation.result import Predictions
 
-MOST_COUNTED = 5  # sizes of conformal sets that have a column of their own
+MOST_COUNTED = 5  # sizes of conformal sets with their own column
 
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """Examples by confidence, in bins of equal width: their number, the right ones, the summed confidence."""
+    """Counts of examples by confidence, in bins of equal width: all, correct ones, and summed confidence."""
 
     count: Int64[np.ndarray, " bins"]
     correct: Int64[np.ndarray, " bins"]
@@ -42,10 +42,10 @@ class ReliabilityBins:
 
 
 class ReportSums:
-    """A sink of `evaluate`: reliability without the temperature, and sizes and coverage of the conformal sets.
+    """A sink of `evaluate`: reliability without the temperature, and size and coverage of the conformal sets.
 
     Args:
-      temperature: that the logits are divided by already; 1: there is nothing to tell apart.
+      temperature: by which the logits are divided already; 1: no difference.
       thresholds: as in `actions.json`; conformal sets need `coverage`, `split_conformal` and `aps`.
     """
 
@@ -78,7 +78,7 @@ class ReportSums:
             self._size_sum[title] = self._size_sum.get(title, 0) + int(sizes.sum())
 
     def conformal(self) -> dict[str, Any] | None:
-        """Return the table of the conformal sets, a row a method; None: the model has no thresholds."""
+        """Return the table of the conformal sets, one row per method; None: the model has no thresholds."""
         if not self._sizes:
             return None
         rows = []

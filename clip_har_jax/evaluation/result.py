@@ -1,4 +1,4 @@
-"""The outcome of an evaluation, as data."""
+"""The result of an evaluation, as data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ from clip_har_jax.evaluation.metrics import log_softmax, rank_of_label
 
 @dataclass(frozen=True)
 class Scores:
-    """The few numbers of each example from which all figures follow, whatever the number of classes.
+    """A few numbers per example from which all metrics can be computed, independent of the number of classes.
 
     Attributes:
       index: position in the source.
@@ -22,7 +22,7 @@ class Scores:
       predicted: the most probable class.
       score: the probability of the predicted class.
       nll: negative log-likelihood of the true class, in nats.
-      rank: of the true class by probability; 0: it is predicted.
+      rank: of the true class by probability; 0: it is the predicted class.
     """
 
     index: Int32[np.ndarray, " n"]
@@ -34,7 +34,7 @@ class Scores:
 
     @classmethod
     def of_probs(cls, label: Int[np.ndarray, " n"], probs: Float[np.ndarray, "n c"]) -> "Scores":
-        """Return the scores of probabilities, which stand in the order of their source."""
+        """Return the scores of probabilities in the order of their source."""
         count, predicted = len(label), probs.argmax(axis=-1)
         own = probs[np.arange(count), label].astype(np.float64)
         nll = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
@@ -52,12 +52,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The model's answers to examples, in the order of the source."""
+    """The model's outputs for examples, in the order of the source."""
 
     index: Int32[np.ndarray, " n"]  # position in the source
     label: Int32[np.ndarray, " n"]
     predicted: Int32[np.ndarray, " n"]
-    logits: Float32[np.ndarray, "n c"]  # temperature included
+    logits: Float32[np.ndarray, "n c"]  # divided by the temperature
 
     @cached_property
     def probs(self) -> Float32[np.ndarray, "n c"]:
@@ -71,7 +71,7 @@ class Predictions:
 
     @cached_property
     def scores(self) -> Scores:
-        """The same answers without a column a class."""
+        """The same predictions without one column per class."""
         nll = -np.take_along_axis(log_softmax(self.logits), self.label[:, None], axis=1)[:, 0].astype(np.float32)
         rank = rank_of_label(self.logits, self.label)
         return Scores(self.index, self.label, self.predicted, self.score, nll, rank)
@@ -86,7 +86,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example that a person is shown, with the image as the model saw it."""
+    """An example to show to a person, with the image as the model saw it."""
 
     index: int
     label: int
@@ -97,16 +97,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The outcome of an evaluation.
+    """The result of an evaluation.
 
     Attributes:
       labels: names of the c classes.
       metrics: the contents of metrics.json.
       confusion: number of examples by true (row) and predicted (column) class, [c, c]; sparse, since c may be 10,000.
       scores: of each example.
-      kept: the predictions with their logits; None: `evaluate` handed them to its sinks.
+      kept: the predictions with their logits; None: `evaluate` passed them to its sinks.
       mistakes: the most confident ones, most confident first.
-      unsure: right, but with the lowest probability; the lowest first.
+      unsure: correct ones with the lowest probability; the lowest first.
       sample: drawn at random.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures of what accuracy on the target costs in zero-shot accuracy elsewhere."""
+"""Plots of accuracy on the target against retained zero-shot accuracy."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -30,11 +30,11 @@ def _png(figure: Figure) -> bytes:
 
 
 def draw_wise_ft(points: Sequence[Mapping[str, float]], chosen: float) -> bytes:
-    """Return the curve between a start and its fine-tuning, a point an alpha, as a PNG.
+    """Return the WiSE-FT curve between a base model and its fine-tuning, one point per alpha, as a PNG.
 
     Args:
-      points: each with alpha, target_top1 and retained_top1, by growing alpha.
-      chosen: the alpha that was taken.
+      points: each with alpha, target_top1 and retained_top1, by increasing alpha.
+      chosen: the chosen alpha.
     """
     figure, axes = _figure("zero-shot top-1 retained", "top-1 on the target (validation)")
     x, y = ([point[key] for point in points] for key in ("retained_top1", "target_top1"))
@@ -50,7 +50,7 @@ def draw_wise_ft(points: Sequence[Mapping[str, float]], chosen: float) -> bytes:
 
 
 def draw_comparison(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Accuracy against retention, a method a point with its 95% intervals, as a PNG.
+    """Return accuracy against retention, one point with 95% intervals per method, as a PNG.
 
     Args:
       rows: each with method, and (mean, half-width or None) under target and retained.

@@ -1,4 +1,4 @@
-"""Intervals of figures and tests between models, from the predictions on the same examples."""
+"""Confidence intervals of metrics, and tests between models, from predictions on the same examples."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,13 +11,13 @@ from clip_har_jax.evaluation.result import Scores
 
 RESAMPLES = 1000
 LEVEL = 0.95
-MOST_DRAWN = 10_000_000  # indices held at once
+MOST_DRAWN = 10_000_000  # limit of indices in memory
 METRIC_NAMES = ("top1", "top5", "macro_f1", "nll", "ece")
 ECE = METRIC_NAMES.index("ece")
 
 
 def headline_metrics(scores: Scores, num_classes: int) -> Callable[[Int[np.ndarray, " n"]], Float64[np.ndarray, " 5"]]:
-    """Return a function from rows, which may repeat, to the metrics in `METRIC_NAMES` of those examples."""
+    """Return a function from rows (with repetitions) to the metrics in `METRIC_NAMES` of those examples."""
     right = scores.rank == 0
     columns = right, scores.rank < 5, scores.nll, confidence_bins(scores.score), right - scores.score.astype(np.float64)
     label, predicted = scores.label, scores.predicted
@@ -39,7 +39,7 @@ def _bootstrap(
 ) -> Float64[np.ndarray, "5 r"]:
     """Return the metrics of resamples of `count` examples, drawn with replacement (Efron 1979).
 
-    One example has one resample, itself; scipy refuses it.
+    One example has one resample, itself, which scipy refuses.
     """
     from scipy.stats import bootstrap
 
@@ -72,8 +72,8 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return 95% percentile intervals of the headline metrics.
 
-    The interval of the calibration error is shifted back by the bootstrap's own bias: resampling adds to an error that
-    is taken over bins.
+    The interval of the calibration error is shifted by the bootstrap's bias: resampling increases an error that is
+    computed over bins.
     """
     compute, count = headline_metrics(scores, num_classes), len(scores.label)
     draws = _bootstrap(compute, count, resamples, seed)
@@ -84,11 +84,11 @@ def bootstrap_intervals(
 def paired_differences(
     a: Scores, b: Scores, num_classes: int, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
-    """Return b less a in each headline metric with its 95% interval; each resample draws the same examples for both.
+    """Return b minus a for each headline metric with its 95% interval; each resample draws the same examples for both.
 
     Args:
       a: of one model.
-      b: of another, on the same examples in the same order.
+      b: of another one, for the same examples in the same order.
       num_classes: of both.
     """
     first, second, count = headline_metrics(a, num_classes), headline_metrics(b, num_classes), len(a.label)
@@ -100,7 +100,7 @@ def paired_differences(
 
 
 def mean_interval(values: Float[np.ndarray, " n"], resamples: int = 2000) -> tuple[float, float]:
-    """Return the 95% percentile interval of a mean, from a fixed seed; one value gives itself."""
+    """Return the 95% percentile interval of a mean, from a fixed seed; of a single value, the value itself."""
     from scipy.stats import bootstrap
 
     if len(values) == 1 or (values == values[0]).all():
@@ -118,7 +118,7 @@ def mean_interval(values: Float[np.ndarray, " n"], resamples: int = 2000) -> tup
 
 
 def mcnemar(right_a: Bool[np.ndarray, " n"], right_b: Bool[np.ndarray, " n"]) -> tuple[int, int, float]:
-    """Return the examples that only a has right, those that only b has, and the exact two-sided p-value
+    """Return the number of examples that only a has right, that only b has right, and the exact two-sided p-value
     (McNemar 1947).
     """
     from scipy.stats import binomtest
@@ -131,12 +131,12 @@ def mcnemar(right_a: Bool[np.ndarray, " n"], right_b: Bool[np.ndarray, " n"]) ->
 def paired_gain(
     pairs: Sequence[tuple[Bool[np.ndarray, " _"], Bool[np.ndarray, " _"]]],
 ) -> tuple[float, float, float]:
-    """Return how much more accurate b is than a, summed over data sets, with the ends of its 95% interval.
+    """Return the gain in accuracy of b over a, summed over data sets, with its 95% interval.
 
-    The interval is the adjusted Wald one of Bonett and Price (2012), which holds for few examples too.
+    The interval is the adjusted Wald interval of Bonett and Price (2012), valid for few examples too.
 
     Args:
-      pairs: of each data set, which of its examples a and b have right.
+      pairs: for each data set, which of its examples a and b have right.
     """
     gain = centre = variance = 0.0
     for right_a, right_b in pairs:

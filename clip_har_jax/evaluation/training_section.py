@@ -1,4 +1,4 @@
-"""The sections of a report that tell how the model was trained, from the history of its run."""
+"""The sections of a report on the model's training, from the history of its run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ CURVES = (
     ("Learning rate", "rate", {"learning rate": "train/learning_rate"}, False),
     ("Throughput", "images a second", {"images a second": "train/images_per_s"}, False),
 )
-SHORTEST_S = 0.05  # parts of the time below this aren't drawn
+SHORTEST_S = 0.05  # shorter parts of the time aren't drawn
 
 
 def draw_training(history: History) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def draw_training(history: History) -> list[dict[str, Any]]:
 
 
 def draw_tradeoffs(history: History) -> list[dict[str, Any]]:
-    """Return the loss of zero-shot accuracy by fine-tuning, and the curve of WiSE-FT, as far as they were measured."""
+    """Return charts of the lost zero-shot accuracy and of WiSE-FT, if they were measured."""
     found, kept, curve = [], history.retention, history.wise_ft
     if {"before", "after"} <= set(kept):
         title = "What was kept of the start"
@@ -57,7 +57,7 @@ def draw_tradeoffs(history: History) -> list[dict[str, Any]]:
 
 
 def describe_run(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what run.json tells of the training, by name."""
+    """Return the facts of run.json on the training, by name."""
     if not record:
         return {}
     data = record.get("data", {})

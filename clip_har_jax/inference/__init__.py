@@ -1,1 +1,1 @@
-"""From images to predictions, over one protocol of backends."""
+"""From images to predictions, with one protocol for all backends."""

@@ -1,4 +1,4 @@
-"""The protocol of whatever runs a model, and what its implementations share."""
+"""The protocol of backends, which run models, and functions that they share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from clip_har_jax.text import make_prompts, phrase
 
 @runtime_checkable
 class Backend(Protocol):
-    """A loaded model with its classes; images come as `preprocess` leaves them, in any number."""
+    """A loaded model with its classes; takes any number of images, transformed by `preprocess`."""
 
     path: Path
     digest: str | None  # of the sealed model folder; None: not sealed
@@ -25,25 +25,25 @@ class Backend(Protocol):
     preprocess: Preprocess
 
     def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
-        """Class logits, temperature included."""
+        """Return class logits, divided by the temperature."""
 
     def predict(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
-        """Class probabilities."""
+        """Return class probabilities."""
 
     def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
-        """L2-normalised image embeddings."""
+        """Return L2-normalised image embeddings."""
 
     def explain(
         self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
     ) -> Float32[np.ndarray, "b g g"]:
-        """Where the model sees a class in each image: a value from 0 to 1 for each patch, 1 the largest of the image.
+        """Return a heat map of a class for each image: a value from 0 to 1 per patch, the largest of an image is 1.
 
-        `class_indices` says which of `labels`, one for each image.
+        `class_indices` are positions in `labels`, one for each image.
         """
 
 
 def split_classes(text: str | None) -> tuple[str, ...]:
-    """Return the names in the value of --classes, divided by commas; no names for None.
+    """Return the names in the value of --classes, separated by commas; none for None.
 
     Raises:
       UserError: an empty name.
@@ -55,10 +55,10 @@ def split_classes(text: str | None) -> tuple[str, ...]:
 
 
 def check_classes(classes: Sequence[str]) -> None:
-    """Refuse classes that no model could tell apart.
+    """Refuse classes that a model can't tell apart.
 
     Raises:
-      UserError: fewer than two, or two that are said alike.
+      UserError: fewer than two, or two with the same phrase.
     """
     if len(classes) < 2:
         raise UserError(f"--classes: two or more are needed, not {', '.join(map(repr, classes)) or 'none'}")
@@ -71,10 +71,10 @@ def check_classes(classes: Sequence[str]) -> None:
 
 
 def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequence[str] = ()) -> bundle.Actions:
-    """Return the classes to tell apart: `classes` if given, else the folder's own, else `default_classes`.
+    """Return the classes to recognise: `classes` if given, else the folder's own, else `default_classes`.
 
     Raises:
-      UserError: there are none, they can't be told apart, or the folder's head knows only its own.
+      UserError: there are none, they can't be told apart, or the folder's head knows only its own classes.
     """
     if bundle.has_actions(folder):
         actions = bundle.read_actions(folder)
@@ -104,10 +104,10 @@ def mean_by_class(embeddings: Float32[np.ndarray, "p d"], counts: Sequence[int])
 
 
 def check_indices(indices: Sequence[int], num_images: int, num_classes: int) -> Int64[np.ndarray, " b"]:
-    """Return classes to explain as an array.
+    """Return the classes to explain as an array.
 
     Raises:
-      UserError: not one for each image, or one that isn't there.
+      UserError: not one per image, or one out of range.
     """
     array = np.asarray(indices, np.int64).reshape(-1)
     if len(array) != num_images:
@@ -118,7 +118,7 @@ def check_indices(indices: Sequence[int], num_images: int, num_classes: int) -> 
 
 
 def check_finite(logits: np.ndarray, path: Path) -> None:
-    """Refuse the outputs of damaged weights.
+    """Refuse outputs of damaged weights.
 
     Raises:
       UserError: NaN or infinity.
@@ -128,5 +128,5 @@ def check_finite(logits: np.ndarray, path: Path) -> None:
 
 
 def pad(rows: np.ndarray, size: int) -> np.ndarray:
-    """Return `rows` with rows of zeros behind them, `size` in all."""
+    """Return `rows` followed by rows of zeros, `size` in total."""
     return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])

@@ -1,7 +1,7 @@
-"""Predictions for any number of files, as Parquet: one part after the other, so that a kill costs one part at most.
+"""Predictions for any number of files, written as Parquet in parts; a kill loses at most one part.
 
-The inputs are a stream in a fixed order; shard I of N takes every N-th. A part holds the next `part_size` of a shard
-and appears whole or not at all, so the number of parts says where to go on.
+The inputs are a stream in a fixed order; shard I of N takes every N-th. A part holds the next `part_size` inputs of a
+shard and is written atomically, so the number of parts says where to continue.
 """
 
 import json
@@ -24,30 +24,30 @@ from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.predictor import Predictor
 from clip_har_jax.listing import find_images
 
-Row = tuple[str, str | np.ndarray]  # an input, and its probabilities or what is wrong with it
+Row = tuple[str, str | np.ndarray]  # an input, and its probabilities or the error
 PATH_COLUMNS = ("path", "filename", "file", "input")
-CSV_ENCODING = "utf-8-sig"  # spreadsheets put a mark in front
+CSV_ENCODING = "utf-8-sig"  # spreadsheets write a byte order mark
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a shard is; counts are of this shard, over all starts."""
+    """Progress of a shard, over all starts."""
 
     done: int
     failed: int
-    total: int | None  # None: not yet counted
+    total: int | None  # None: not counted yet
     images_per_s: float  # since this start
 
 
 def open_inputs(source: str) -> Callable[[], Iterator[str]]:
-    """Return a way to read the inputs from the start, again and again; none of them is kept.
+    """Return a function that reads the inputs from the start each time, without storing them.
 
     Args:
-      source: a folder of images, a manifest (.parquet or .csv, its column `path`, `filename`, `file` or `input`), or a
-        text file with one path a line. Paths in a manifest are as they stand, or from its folder.
+      source: a folder of images, a manifest (.parquet or .csv with a column `path`, `filename`, `file` or `input`), or
+        a text file with one path per line. Paths in a manifest are used as written, or relative to its folder.
 
     Raises:
-      UserError: none of these.
+      UserError: the source is none of these.
     """
     path = Path(source)
     if path.is_dir():
@@ -121,22 +121,22 @@ def predict_bulk(
     workers: int = os.cpu_count() or 1,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Predict a shard of the inputs, from where an earlier start ended.
+    """Predict a shard of the inputs, continuing where an earlier start ended.
 
-    Writes `predictions-III-of-NNN/PPPPPP.parquet` (input, label, score, probs) and, where files couldn't be read,
+    Writes `predictions-III-of-NNN/PPPPPP.parquet` (input, label, score, probs) and, for unreadable files,
     `bad_inputs-III-of-NNN/PPPPPP.parquet` (input, error).
 
     Args:
       predictor: the model.
-      source: as `open_inputs` takes it.
-      output: the folder to write to; one for all shards.
+      source: as for `open_inputs`.
+      output: the folder to write, one for all shards.
       shard: (index, count).
-      part_size: inputs of a part; memory and what a kill costs grow with it.
-      workers: threads that decode.
+      part_size: inputs of a part; determines the memory and the loss by a kill.
+      workers: decoding threads.
       report: called after each batch.
 
     Raises:
-      UserError: the folder holds the predictions of another model or other inputs, or another process writes it.
+      UserError: the folder holds predictions of another model or other inputs, or another process writes to it.
     """
     index, count = shard
     if not 0 <= index < count:
@@ -153,7 +153,7 @@ def predict_bulk(
         inputs = islice(read(), index, None, count)
         done = _skip(inputs, parts, part_size, folder)
         failed = _count_failed(bad_folder, parts)
-        if parts and done < parts * part_size:  # the last part was the end
+        if parts and done < parts * part_size:  # the last part was the end of the inputs
             if next(inputs, None) is not None:
                 raise UserError(f"{folder}: more inputs have come behind the last part; name another --output for them")
             return Progress(done, failed, done, 0.0)
@@ -170,7 +170,7 @@ def predict_bulk(
 
 
 def _about(predictor: Predictor, source: str, part_size: int) -> dict[str, Any]:
-    """Return the contents of about.json: what another start must have in common with this one."""
+    """Return the contents of about.json: the facts that a later start must share."""
     graphs = getattr(predictor.backend, "graphs", None)
     return {
         "model": str(predictor.backend.path),
@@ -196,7 +196,7 @@ class _Meter:
         self._before, self._start, self._report = done, time.perf_counter(), report
 
     def watch(self, batches: Iterable[tuple[list[str], list[str | np.ndarray]]]) -> Iterator[Row]:
-        """Give the rows of the batches of `_predict`."""
+        """Yield the rows of the batches of `_predict`."""
         for names, outcomes in batches:
             self.done += len(names)
             self.failed += sum(isinstance(outcome, str) for outcome in outcomes)
@@ -212,7 +212,7 @@ class _Meter:
 def _predict(
     predictor: Predictor, chunk: list[str], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[str], list[str | np.ndarray]]]:
-    """Give (inputs, probabilities or what is wrong with each) by batch; the next batch is decoded meanwhile."""
+    """Yield (inputs, probabilities or errors) by batch; the next batch is decoded at the same time."""
     size = predictor.batch_size
     batches = [chunk[start : start + size] for start in range(0, len(chunk), size)]
     loading = [pool.submit(predictor.try_load, path) for path in batches[0]]
@@ -227,14 +227,14 @@ def _predict(
 
 
 def _write_part(rows: list[Row], folder: Path, bad_folder: Path, part: int, labels: tuple[str, ...]) -> None:
-    """Write a part's files, the bad inputs first: the predictions' file says that the part is done."""
+    """Write a part's files, the bad inputs first: the file of predictions marks the part as done."""
     bad = [(_text(name), outcome) for name, outcome in rows if isinstance(outcome, str)]
     good = [(_text(name), outcome) for name, outcome in rows if not isinstance(outcome, str)]
     if bad:
         _write_table(
             bad_folder / f"{part:06d}.parquet", {"input": [n for n, _ in bad], "error": [e for _, e in bad]}, {}
         )
-    else:  # what couldn't be read before a kill can be now
+    else:  # a file that was unreadable before a kill can be readable now
         (bad_folder / f"{part:06d}.parquet").unlink(missing_ok=True)
     probs = np.stack([outcome for _, outcome in good]) if good else np.zeros((0, len(labels)), np.float32)
     best = probs.argmax(axis=-1)
@@ -249,7 +249,7 @@ def _write_part(rows: list[Row], folder: Path, bad_folder: Path, part: int, labe
 
 
 def _text(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode()  # file names needn't be UTF-8
+    return name.encode(errors="backslashreplace").decode()  # names may not be UTF-8
 
 
 def _write_table(path: Path, columns: dict[str, Any], about: dict[str, str]) -> None:
@@ -270,7 +270,7 @@ def _check_same_run(path: Path, about: dict[str, Any]) -> None:
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         for key, value in about.items():
-            # A sealed model may lie elsewhere by now: its digest says that it is the same.
+            # A sealed model may have moved: its digest shows that it is the same.
             if earlier.get(key, value) != value and (key != "model" or about["digest"] is None):
                 raise UserError(
                     f"{path.parent}: holds predictions with another {key} ({str(earlier.get(key))[:80]!r}, now "
@@ -288,7 +288,7 @@ def _finished_parts(folder: Path) -> int:
 
 
 def _skip(inputs: Iterator[str], parts: int, part_size: int, folder: Path) -> int:
-    """Read past what finished parts hold, and check that the inputs are still those."""
+    """Skip the inputs of finished parts, and check that they haven't changed."""
     skipped = 0
     for part in range(parts):
         about = pq.read_schema(folder / f"{part:06d}.parquet").metadata

@@ -1,9 +1,9 @@
-"""Exported models, each format opened in its own runtime; JAX is imported for StableHLO alone.
+"""Exported models, each format opened in its own runtime; JAX is imported only for StableHLO.
 
-An exported folder holds one folder a format, and for all of them `signature.json` (the arrays that its graphs take and
-give), `actions.json`, the tokenizer and the image settings.
+An exported folder holds one folder per format and, for all of them, `signature.json` (the inputs and outputs of its
+graphs), `actions.json`, the tokenizer and the image settings.
 
-The file is over 300 lines: the table of formats stands beside what opens each of them and the backend that runs them.
+This file is over 300 lines: the table of formats, their functions to open a graph, and the backend belong together.
 """
 
 import copy
@@ -25,11 +25,11 @@ from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
 from clip_har_jax.text import Tokenizer
 
 SIGNATURE = "signature.json"
-ORIGIN = "origin.json"  # what the model was trained on, and how good it was
+ORIGIN = "origin.json"  # the model's training data and scores
 GRAPHS = ("image_encoder", "text_encoder", "classifier", "explainer")
 PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "OpenVINOExecutionProvider", "CPUExecutionProvider")
 
-# Runs a graph on its inputs in the order of the signature; gives its outputs in that order.
+# Runs a graph on its inputs and returns its outputs, both in the order of the signature.
 Run = Callable[..., Sequence[np.ndarray]]
 
 
@@ -46,7 +46,7 @@ def _open_onnx(folder: Path, graph: str, signature: dict[str, Any], threads: int
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        # A thread that has nothing to do would spin, for the core that another one of the service needs.
+        # An idle thread would spin, on a core that another thread of the service needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=_providers())
     return lambda *inputs: session.run(signature["outputs"], dict(zip(signature["inputs"], inputs, strict=True)))
@@ -97,8 +97,8 @@ def _open_tensorrt(folder: Path, graph: str, signature: dict[str, Any], threads:
     return open_engine(folder / f"{graph}.engine", signature)
 
 
-# format -> (the packages that run it, what opens a graph, whether a new batch size compiles anew); the first whose
-# packages are installed is taken where a folder holds several.
+# format -> (its packages, the function that opens a graph, whether a new batch size needs a compilation). In a folder
+# with several formats, the first whose packages are installed is used.
 RUNTIMES: dict[str, tuple[tuple[str, ...], Callable[[Path, str, dict[str, Any], int | None], Run], bool]] = {
     "onnx": (("onnxruntime",), _open_onnx, False),
     "onnx_int8": (("onnxruntime",), _open_onnx, False),
@@ -111,15 +111,15 @@ RUNTIMES: dict[str, tuple[tuple[str, ...], Callable[[Path, str, dict[str, Any], 
 
 
 class Graphs:
-    """The graphs of one format of an exported folder, each opened when it is first run.
+    """The graphs of one format of an exported folder, each opened at its first run.
 
     Args:
       folder: the exported folder.
       format: one of `RUNTIMES`.
-      threads: of ONNX Runtime and PyTorch, which then leave a core while they wait; None: all cores, for itself alone.
+      threads: of ONNX Runtime and PyTorch, without spinning; None: all cores, for this process alone.
 
     Raises:
-      UserError: the format isn't in the folder, or what runs it isn't installed.
+      UserError: the folder lacks the format, or its packages aren't installed.
     """
 
     def __init__(self, folder: Path, format: str, threads: int | None = None):
@@ -138,12 +138,12 @@ class Graphs:
         """Return the outputs of a graph, in the order of its signature.
 
         Raises:
-          UserError: a file that the runtime can't open.
+          UserError: the runtime can't open the file.
         """
         if graph not in self._opened:
             try:
                 self._opened[graph] = self._open(self.folder, graph, self.signatures[graph], self._threads)
-            except Exception as error:  # each runtime has its own kinds
+            except Exception as error:  # each runtime has its own exceptions
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise UserError(f"{self.folder}: {graph} can't be opened ({reason})") from error
         return self._opened[graph](*inputs)
@@ -153,7 +153,7 @@ def read_signature(folder: Path) -> dict[str, Any]:
     """Read signature.json.
 
     Raises:
-      UserError: it isn't as this version writes it.
+      UserError: it has another version's form.
     """
     signature = read_object(folder / SIGNATURE)
     graphs = signature.get("graphs")
@@ -166,7 +166,7 @@ def read_signature(folder: Path) -> dict[str, Any]:
 
 
 def formats_in(folder: Path) -> list[str]:
-    """Return the formats that an exported folder holds, the preferred first."""
+    """Return the formats in an exported folder, the preferred ones first."""
     return [name for name in RUNTIMES if (folder / name).is_dir()] if (folder / SIGNATURE).is_file() else []
 
 
@@ -175,13 +175,13 @@ class ExportedBackend:
 
     Args:
       folder: the exported folder.
-      format: one of `RUNTIMES`; None: the first there is whose runtime is installed.
-      classes: the actions to tell apart, through the text encoder; empty: the folder's own.
-      batch_size: images computed at once.
-      threads: as `Graphs` takes them.
+      format: one of `RUNTIMES`; None: the first one in the folder whose runtime is installed.
+      classes: the actions to recognise, with the text encoder; empty: the folder's own.
+      batch_size: images in one forward pass.
+      threads: as for `Graphs`.
 
     Raises:
-      UserError: a changed file, an image preprocessing of another version, or nothing that runs here.
+      UserError: a changed file, another version of the image preprocessing, or no format that runs here.
     """
 
     def __init__(
@@ -217,9 +217,7 @@ class ExportedBackend:
             self._scale = self.logit_scale / actions.temperature
 
     def in_one_thread(self) -> "ExportedBackend | None":
-        """Return the same model, of which each run takes one thread of its caller's; None: its runtime has no such
-        thing.
-        """
+        """Return the same model with runs in the caller's thread only; None: its runtime has no such mode."""
         if not self.graphs.format.startswith("onnx") or len(_providers()) > 1:
             return None
         other = copy.copy(self)
@@ -227,12 +225,12 @@ class ExportedBackend:
         return other
 
     def embed_classes(self, prompts: Sequence[Sequence[str]]) -> Float32[np.ndarray, "c d"]:
-        """Class embeddings, by the text encoder from the texts of each class."""
+        """Return class embeddings of the texts of each class, from the text encoder."""
         ids, _ = self._tokenizer([text for group in prompts for text in group], self._context_length)
         return mean_by_class(self._run("text_encoder", ids)[0], [len(group) for group in prompts])
 
     def _run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        """Return a graph's outputs, `batch_size` rows at a time; padded where another size would be compiled first."""
+        """Return a graph's outputs, computed `batch_size` rows at a time; padded if a new size needs a compilation."""
         parts, length = [], len(inputs[0])
         for start in range(0, length, self.batch_size):
             part = [rows[start : start + self.batch_size] for rows in inputs]
@@ -243,7 +241,7 @@ class ExportedBackend:
         return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
     def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
-        """Class logits, temperature included."""
+        """Return class logits, divided by the temperature."""
         if self._classes is None:
             logits = self._run("classifier", images)[1]
         else:
@@ -252,19 +250,19 @@ class ExportedBackend:
         return logits
 
     def predict(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
-        """Class probabilities."""
+        """Return class probabilities."""
         logits = self.logits(images)
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return powers / powers.sum(axis=-1, keepdims=True)
 
     def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
-        """L2-normalised image embeddings."""
+        """Return L2-normalised image embeddings."""
         return self._run("image_encoder", images)[0]
 
     def explain(
         self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
     ) -> Float32[np.ndarray, "b g g"]:
-        """Where the model sees a class in each image; new classes by what the patches add to the embedding."""
+        """Return a heat map of a class for each image; for new classes, from the patches' part in the embedding."""
         indices = check_indices(class_indices, len(images), len(self.labels))
         if self._classes is None:
             return self._run("explainer", images, np.eye(len(self.labels), dtype=np.float32)[indices])[0]
@@ -273,7 +271,7 @@ class ExportedBackend:
     def explain_embeddings(
         self, images: UInt8[np.ndarray, "b h w 3"], classes: Float32[np.ndarray, "b d"]
     ) -> Float32[np.ndarray, "b g g"]:
-        """As `explain`, for the embedding of any class, one for each image."""
+        """Return heat maps like `explain`, for the embedding of any class, one per image."""
         own = self.graphs.signatures["explainer"]["inputs"]["class_weights"][1][1]
         patches = self._run("explainer", images, np.zeros((len(images), own), np.float32))[1]
         relevance = np.maximum(np.einsum("bnd,bd->bn", patches, classes), 0)
@@ -292,10 +290,8 @@ def _first_that_runs(folder: Path) -> str:
 
 
 def exported_folder(path: Path) -> tuple[Path, str | None] | None:
-    """Return the exported folder that `path` names, and the format where it names one in it; None: another kind of
-    path.
-    """
-    if (path / SIGNATURE).is_file():  # comes first: an exported folder may be called "onnx"
+    """Return the exported folder of `path`, and the format if `path` is one in it; None: another kind of path."""
+    if (path / SIGNATURE).is_file():  # first, since an exported folder may be called "onnx"
         return path, None
     if path.name in RUNTIMES and (path.parent / SIGNATURE).is_file():
         return path.parent, path.name
@@ -303,7 +299,8 @@ def exported_folder(path: Path) -> tuple[Path, str | None] | None:
 
 
 def open_backend(path: str | os.PathLike[str], classes: Sequence[str] = (), batch_size: int = 32) -> Backend:
-    """Return what runs `path`: an exported folder or one format in it, else a model folder or Hub name, by JAX.
+    """Return the backend of `path`: for an exported folder or one of its formats, else JAX for a model folder or Hub
+    name.
 
     Raises:
       UserError: no usable model there, or no classes.

@@ -1,7 +1,7 @@
-"""Golden outputs: drawn pictures with the model's own outputs for them, kept in the exported folder.
+"""Golden outputs: drawn pictures with the model's outputs for them, stored in the exported folder.
 
-Every load computes them again. Another answer means other weights, or a runtime, image library or tokenizer that
-computes differently from the one of the export; a manifest can't tell that.
+They are compared at every load. A difference means other weights, or a runtime, image library or tokenizer that
+computes differently than at the export, which a manifest can't detect.
 """
 
 import zipfile
@@ -19,19 +19,19 @@ from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.preprocess import evaluation_transform
 
 FILE = "golden.npz"
-TEXTS = 8  # of the classes' prompts, at most
-SEVERAL = 4  # images of a batch, where there are no golden ones
+TEXTS = 8  # most of the classes' prompts
+SEVERAL = 4  # images in a batch if there are no golden ones
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much rounding may change; wider than an export's own bounds, since another processor rounds differently.
+    """Accepted differences by rounding; wider than an export's own bounds, since other processors round differently.
 
     Attributes:
-      logits: largest error of a logit, over the largest logit.
+      logits: largest error of a logit, relative to the largest logit.
       cosine: smallest cosine of an embedding to the golden one.
       heat: smallest cosine of a heat map to the golden one.
-      probs: largest difference of probabilities between two ways to the same answer.
+      probs: largest difference of probabilities between two ways to compute them.
     """
 
     logits: float
@@ -72,10 +72,10 @@ def _explained(count: int, num_classes: int) -> list[int]:
 def check(backend: ExportedBackend) -> bool:
     """Run every graph and compare with the golden outputs; return whether there are any.
 
-    Without them, as in folders of older exports, the graphs are compared with one another.
+    Without them, as in older exports, the graphs are compared with each other.
 
     Raises:
-      UserError: not finite, another answer than the golden one or than a single image's in a batch, or a damaged file.
+      UserError: not finite, different from the golden output, different in a batch than alone, or a damaged file.
     """
     path = backend.path / FILE
     there = path.is_file()
@@ -98,7 +98,7 @@ def _compare_with(path: Path, backend: ExportedBackend) -> None:
     heat = backend.explain(images, _explained(len(images), len(backend.actions.labels)))
     if not np.isfinite(heat).all():
         raise UserError(f"{backend.path}: the model gives NaN or infinity; export it again")
-    if "heat_maps" in golden:  # exports of earlier versions have none
+    if "heat_maps" in golden:  # missing in exports of earlier versions
         _compare_heat(backend, heat, golden["heat_maps"], limit.heat)
     _compare_logits(backend, backend.logits(images), golden["logits"], limit.logits, "in a batch")
     _compare_logits(backend, backend.logits(images[:1]), golden["logits"][:1], limit.logits, "alone")
@@ -122,7 +122,7 @@ def _compare_cosines(
     backend: Backend, ours: Float32[np.ndarray, "n d"], golden: Float32[np.ndarray, "n d"], limit: float, what: str
 ) -> None:
     cosine = np.inf
-    if ours.shape == golden.shape:  # both of length 1; what is longer or shorter counts as far away too
+    if ours.shape == golden.shape:  # both have length 1; another length counts as a difference too
         cosines = (ours * golden).sum(axis=-1)
         cosine = float(cosines[np.abs(1 - cosines).argmax()])
     if not abs(1 - cosine) <= 1 - limit:
@@ -139,7 +139,7 @@ def _compare_heat(
     if ours.shape == golden.shape:
         a, b = (maps.reshape(len(maps), -1) for maps in (ours, golden))
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        empty = (a == 0).all(axis=-1) & (b == 0).all(axis=-1)  # no patch speaks for the class
+        empty = (a == 0).all(axis=-1) & (b == 0).all(axis=-1)  # no patch contributes to the class
         cosine = float(np.where(empty, 1.0, (a * b).sum(axis=-1) / np.maximum(lengths, 1e-30)).min())
     if not cosine >= limit:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A model folder, or any CLIP in the Hugging Face layout, run by JAX, which is imported when one is opened."""
+"""A model folder, or any CLIP in the Hugging Face layout, run by JAX, which is imported when a model is opened."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from clip_har_jax.models.factory import LoadedModel
 
 PROMPTS_AT_ONCE = 64  # bounds the text tower's memory for long lists of classes
-IMAGE_TOWER = ("vision.", "visual_projection.")  # the parameters that predictions need
+IMAGE_TOWER = ("vision.", "visual_projection.")  # the parameters for predictions
 
 
 class JaxBackend:
@@ -33,15 +33,15 @@ class JaxBackend:
 
     Args:
       name_or_folder: a model folder or a Hub name.
-      classes: the actions to tell apart; empty: the folder's own.
-      default_classes: the actions where neither is given.
-      batch_size: images that are computed at once; fewer are padded, so that nothing is compiled again.
+      classes: the actions to recognise; empty: the folder's own.
+      default_classes: the actions if neither is given.
+      batch_size: images in one forward pass; smaller batches are padded, to avoid a new compilation.
 
     Raises:
-      UserError: not a whole model, a sealed one with a changed file, or no classes.
+      UserError: an incomplete model, a sealed one with a changed file, or no classes.
     """
 
-    takes_clips = True  # [b, frames, h, w, 3] where images are [b, h, w, 3]
+    takes_clips = True  # [b, frames, h, w, 3] in place of [b, h, w, 3]
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class JaxBackend:
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
         self.path, self.batch_size = resolve_folder(os.fspath(name_or_folder)), batch_size
-        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as importing JAX, and leaves Python's lock free
+        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as importing JAX, and releases Python's lock
             verifying = pool.submit(bundle.verify, self.path)
             import jax
 
@@ -77,16 +77,16 @@ class JaxBackend:
 
     @property
     def class_embeddings(self) -> Float32[np.ndarray, "c d"]:
-        """Return the directions that stand for the classes: of their texts, or those that the head has learned."""
+        """Return the class embeddings: those of the texts, or those that the head has learned."""
         return self._tensors["class_embeddings"]
 
     @cached_property
     def head_params(self) -> dict[str, np.ndarray]:
-        """Return the parameters of any head but the cosine, whose parameters are the class embeddings and the scale."""
+        """Return the parameters of the head; empty for the cosine, which has only class embeddings and the scale."""
         return {name.removeprefix("head."): self._tensors[name] for name in self._tensors if name.startswith("head.")}
 
     def _make_tensors(self) -> dict[str, np.ndarray]:
-        """Compute what depends on the classes alone, and keep it."""
+        """Compute the arrays that depend only on the classes, and store them."""
         from clip_har_jax.models.head_file import read_head
 
         config, head = self._loaded.model.config, self.actions.head
@@ -107,7 +107,7 @@ class JaxBackend:
         return tensors
 
     def _embed_classes(self) -> Float32[np.ndarray, "c d"]:
-        """Return the class embeddings of the prompts; of many texts, those that any folder of these weights has."""
+        """Return the class embeddings of the prompts; for many texts, shared by all folders of these weights."""
 
         prompts = [self.actions.prompts[label] for label in self.labels]
         ids = self.tokenize([text for group in prompts for text in group])
@@ -127,7 +127,7 @@ class JaxBackend:
 
     @cached_property
     def _restore(self) -> Callable[[Mapping[str, Any]], Any]:
-        """Return the function from flat parameters to a model; those that aren't given must not be used."""
+        """Return the function from flat parameters to a model; missing parameters must not be used."""
         from flax import nnx
 
         from clip_har_jax.models.params import unflatten
@@ -141,7 +141,7 @@ class JaxBackend:
 
     @cached_property
     def _classes(self) -> Any:
-        """Return the program's second argument: a head's parameters, or class embeddings and their scale."""
+        """Return the second argument of the program: a head's parameters, or class embeddings and their scale."""
         import jax
 
         classes = self.head_params or (self.class_embeddings, np.float32(self.scale))
@@ -162,7 +162,7 @@ class JaxBackend:
         return self._programs[shape]
 
     def _read_image_params(self, exported: Any) -> dict[str, Any] | None:
-        """Return the parameters of a kept program, without loading the model; None: they have to be loaded."""
+        """Return the parameters of a stored program without loading the model; None: the model must be loaded."""
         import jax
 
         if "_image_params" in self.__dict__:
@@ -233,7 +233,7 @@ class JaxBackend:
         return np.concatenate(parts)
 
     def outputs(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> tuple[np.ndarray, ...]:
-        """Return logits, probabilities and embeddings; compiled for one image and for `batch_size` images alone."""
+        """Return logits, probabilities and embeddings; compiled only for one image and for `batch_size` images."""
         size, parts = 1 if len(images) == 1 else self.batch_size, []
         program = self._program((size, *images.shape[1:]))
         for start in range(0, len(images), size):
@@ -245,7 +245,7 @@ class JaxBackend:
         return logits, probs, embeddings
 
     def logits(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
-        """Return class logits, temperature included."""
+        """Return class logits, divided by the temperature."""
         return self.outputs(images)[0]
 
     def predict(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:

@@ -1,4 +1,4 @@
-"""Images -> predictions."""
+"""Predictor: images and videos -> predictions."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,20 +24,20 @@ from clip_har_jax.video.sampling import FrameSampling
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
 MAX_TOP = 5
-PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # 8 bits a channel
+PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # 8 bits per channel
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one input; with an `error` there is no label."""
+    """The prediction for one input; with an `error` there is no label."""
 
     input: str
     label: str | None = None
     score: float | None = None  # probability of the label
     top: tuple[tuple[str, float], ...] = ()  # at most 5 (label, probability), the most probable first
     error: str | None = None
-    abstained: bool = False  # less sure than the model's threshold: more often wrong than its other answers
-    damage: str | None = None  # what of a clip couldn't be read, if something
+    abstained: bool = False  # less confident than the model's threshold
+    damage: str | None = None  # a description of the unreadable part of a clip
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that `predict.py --json` prints."""
@@ -49,7 +49,7 @@ class Prediction:
 
 
 class Predictor:
-    """A model with its classes, ready to tell actions in images.
+    """A model with its classes, for recognising actions in images and videos.
 
     >>> predictor = Predictor("model")
     >>> predictor.labels
@@ -57,8 +57,8 @@ class Predictor:
 
     Args:
       path: a model folder, any CLIP in the Hugging Face layout, or an exported folder (or one format in it).
-      classes: the actions to tell apart, in any words; None: those of the model folder.
-      batch_size: images computed at once.
+      classes: the actions to recognise, in free words; None: those of the model folder.
+      batch_size: images in one forward pass.
 
     Raises:
       UserError: no usable model there, or no classes.
@@ -70,11 +70,11 @@ class Predictor:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The actions that are told apart."""
+        """The actions that the model recognises."""
         return self.backend.labels
 
     def predict(self, inputs: Iterable[ImageLike]) -> list[Prediction]:
-        """One prediction for each input, in order; an input that can't be read has an error, and the rest go on.
+        """Return one prediction per input, in order; the prediction of an unreadable input has an error.
 
         >>> predictor = Predictor("model")
         >>> good, bad = predictor.predict(["photo.jpg", "missing.jpg"])
@@ -86,7 +86,7 @@ class Predictor:
         return list(self.stream(inputs))
 
     def stream(self, inputs: Iterable[ImageLike]) -> Iterator[Prediction]:
-        """As `predict`, batch after batch; `inputs` are taken as they are needed."""
+        """Yield predictions like `predict`, batch by batch; `inputs` are read on demand."""
         numbered = enumerate(inputs)
         while chunk := list(islice(numbered, self.batch_size)):
             names = [_name(item, position) for position, item in chunk]
@@ -102,9 +102,9 @@ class Predictor:
                     )
 
     def predict_clip(self, path: str | Path) -> Prediction:
-        """One prediction for a whole video, its frames sampled as the model folder says.
+        """Return one prediction for a whole video; its frames are sampled with the model folder's settings.
 
-        An exported model, which takes single images, answers with the mean over the frames.
+        An exported model, which takes single images, returns the mean over the frames.
         """
         video = asdict(VideoConfig()) | self.backend.actions.video
         sampling = FrameSampling(video["num_frames"], video["sampling"], video["rate_hz"], video["num_views"])
@@ -120,7 +120,7 @@ class Predictor:
         return replace(self._prediction(str(path), np.mean(probs, axis=0)), damage=damage)
 
     def embed(self, inputs: Iterable[ImageLike]) -> Float32[np.ndarray, "n d"]:
-        """L2-normalised image embeddings.
+        """Return L2-normalised image embeddings.
 
         Raises:
           BadImage: an input can't be read.
@@ -134,7 +134,7 @@ class Predictor:
         return Prediction(name, *top[0], top, abstained=abstained)
 
     def try_load(self, item: ImageLike) -> np.ndarray | str:
-        """Return an input as the model takes it, or why it can't be read."""
+        """Return an input as the model takes it, or the reason why it can't be read."""
         try:
             return self._load(item)
         except BadImage as error:
@@ -173,16 +173,16 @@ def _to_array(item: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes], tally: Tally | None = None) -> Iterator[str]:
-    """Return the files that a command line names: files, folders' images and videos (sorted), - for the lines of
+    """Return the files of a command line: files, images and videos of folders (sorted), and for - the lines of
     `stdin`.
 
     Args:
       arguments: of the command line.
-      stdin: the lines that `-` stands for.
-      tally: takes what folders hold and what of them is left out.
+      stdin: the lines for `-`.
+      tally: records the kept and left out files of folders.
 
     Raises:
-      UserError: a folder without images; before anything is read.
+      UserError: a folder without images; raised before any file is read.
     """
     parts: list[Iterable[str]] = []
     for argument in arguments:

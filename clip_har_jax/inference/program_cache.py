@@ -1,8 +1,8 @@
-"""What a model folder's first prediction leaves on disk, by content, so that the next one starts faster.
+"""The cache of a model folder's traced programs and class embeddings, which makes the next start faster.
 
-An entry holds the traced programs (StableHLO, in `jax.export`'s versioned format; no weights in them) and the class
-embeddings. With them neither flax nor the text tower's weights are needed. JAX's compilation cache, another folder,
-holds the compiled programs.
+An entry holds traced programs (StableHLO in `jax.export`'s versioned format, without weights) and class embeddings.
+With them, neither flax nor the text tower's weights are needed. JAX's compilation cache, in another folder, holds the
+compiled programs.
 """
 
 import shutil
@@ -18,17 +18,17 @@ from clip_har_jax.caches import cache_folder
 from clip_har_jax.files import sha256, sha256_file, write_bytes
 
 MAX_ENTRIES = 100
-_DIGEST_BYTES = 64  # of the hex digits before a program
+_DIGEST_BYTES = 64  # of hex digits before a program
 _CODE = ("inference/jax_backend.py", "inference/program_cache.py", "models/*.py", "text.py", "preprocess.py")
 
 
 class KeptEntry:
-    """The entry of a model folder with its classes; a damaged file in it counts as missing.
+    """The cache entry of a model folder with its classes; damaged files count as missing.
 
     Args:
       content: the digest of the model folder, see `model_folder_digest`.
-      actions: the classes to tell apart.
-      machine: what else programs depend on: platform and versions.
+      actions: the classes to recognise.
+      machine: further dependencies of programs: platform and versions.
     """
 
     def __init__(self, content: str, actions: Actions, machine: Sequence[str]):
@@ -38,31 +38,31 @@ class KeptEntry:
         self.folder = cache_folder("programs") / key
 
     def tensors(self) -> dict[str, np.ndarray] | None:
-        """Return what `write_tensors` kept; None: nothing, or damaged."""
+        """Return the arrays that `write_tensors` stored; None: missing or damaged."""
         from safetensors.numpy import load
 
         data = self._read("classes.safetensors")
         return None if data is None else load(data)
 
     def write_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Keep small arrays: class embeddings, their scale, a head."""
+        """Store small arrays: class embeddings, their scale, a head."""
         from safetensors.numpy import save
 
         self._write("classes.safetensors", save({name: np.array(value, order="C") for name, value in tensors.items()}))
 
     def program(self, name: str) -> Any | None:
-        """Return a `jax.export.Exported` that `write_program` kept; None: there is none, or it is damaged."""
+        """Return a `jax.export.Exported` that `write_program` stored; None: missing or damaged."""
         from jax import export
 
         data = self._read(f"{name}.jax_export")
         return None if data is None else export.deserialize(bytearray(data))
 
     def write_program(self, name: str, exported: Any) -> None:
-        """Keep a `jax.export.Exported`."""
+        """Store a `jax.export.Exported`."""
         self._write(f"{name}.jax_export", bytes(exported.serialize()))
 
     def _read(self, name: str) -> bytes | None:
-        """Return a file's contents without the digest before them; None: there is none, or it doesn't fit."""
+        """Return a file's contents without the leading digest; None: missing, or the digest differs."""
         try:
             data = (self.folder / name).read_bytes()
         except OSError:
@@ -71,13 +71,13 @@ class KeptEntry:
         return contents if data[:_DIGEST_BYTES] == sha256(contents).encode() else None
 
     def _write(self, name: str, contents: bytes) -> None:
-        with suppress(OSError):  # a cache that can't be written costs time alone
+        with suppress(OSError):  # a cache that can't be written only costs time
             _make_room(self.folder)
             write_bytes(self.folder / name, sha256(contents).encode() + contents)
 
 
 def _make_room(folder: Path) -> None:
-    """Make an entry's folder, and remove the entries that were written longest ago."""
+    """Make an entry's folder, and remove the oldest entries."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
     for old in entries[:-MAX_ENTRIES]:
@@ -85,7 +85,7 @@ def _make_room(folder: Path) -> None:
 
 
 def model_folder_digest(folder: Path, sealed: str | None) -> str:
-    """Return the digest of a model folder: the one it is sealed with, else one over the files that models have."""
+    """Return the digest of a model folder: that of its seal, else one over its model files."""
     if sealed is not None:
         return sealed
     files = [path for ending in ("safetensors", "json", "txt", "msgpack") for path in folder.glob(f"*.{ending}")]
@@ -93,7 +93,7 @@ def model_folder_digest(folder: Path, sealed: str | None) -> str:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
-    """Return these tensors of a safetensors file and no others; None where numpy lacks their type (bfloat16).
+    """Return only these tensors of a safetensors file; None if numpy lacks their type (bfloat16).
 
     Raises:
       OSError: the file can't be read.

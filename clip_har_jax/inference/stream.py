@@ -1,8 +1,8 @@
-"""Frames -> smoothed action events: what is done, from when to when.
+"""Frames -> action events with start and end, smoothed over time.
 
-A frame alone is a poor witness: it is blurred, or shows what several actions share. So each frame's logits are averaged
-with those just before it, and an action starts above one score and ends below a lower one (hysteresis, as a Schmitt
-trigger has it), so that a score that wavers about a threshold gives one event, not many.
+A single frame is unreliable: it can be blurred, or fit several actions. So each frame's logits are averaged with those
+just before it. An action starts above one score and ends below a lower one (hysteresis, as in a Schmitt trigger), so
+that a score that varies around a threshold gives one event instead of many.
 """
 
 import threading
@@ -23,24 +23,24 @@ from clip_har_jax.video.decoding import BadVideo
 
 T = TypeVar("T")
 SMOOTHING = ("exponential", "attention", "none")
-WINDOW = 3  # times memory_s: what is older weighs under 5%
+WINDOW = 3  # times memory_s: older frames weigh under 5%
 ATTENTION_TEMPERATURE = 0.05  # of cosine similarities between frames
-MAX_FRAMES = 256  # that are remembered, however many come
+MAX_FRAMES = 256  # limit of stored frames
 
 
 @dataclass(frozen=True)
 class EventRules:
-    """When a run of frames is an action.
+    """The rules that turn frames into actions.
 
     Attributes:
-      smoothing: how a frame is averaged with those before it. exponential: by age. attention: by how alike the frames'
-        embeddings are, so that a cut in the film counts at once.
-      memory_s: the age at which a frame's weight has fallen to 1/e.
-      start_score: the smoothed probability at which an action starts.
-      end_score: below which it ends.
-      min_duration_s: shorter ones aren't told.
-      abstain_below: a smoothed probability under which a frame has no label; starts nothing either.
-      max_gap_s: a longer time without a frame ends what went on, at the last one; None: nothing does.
+      smoothing: weights of earlier frames. exponential: by age. attention: by similarity of the frames' embeddings, so
+        that a cut in the film takes effect at once.
+      memory_s: age at which a frame's weight is 1/e.
+      start_score: smoothed probability at which an action starts.
+      end_score: smoothed probability below which it ends.
+      min_duration_s: shorter actions aren't reported.
+      abstain_below: smoothed probability below which a frame gets no label and starts no action.
+      max_gap_s: a longer gap between frames ends the current action at the last frame; None: no limit.
     """
 
     smoothing: str = "exponential"
@@ -62,7 +62,7 @@ class EventRules:
 
 @dataclass
 class Event:
-    """An action; the first frame that shows it, and the first that doesn't any more (None: it goes on)."""
+    """An action: the times of the first frame that shows it and the first that no longer does (None: it continues)."""
 
     label: str
     start_s: float
@@ -72,12 +72,12 @@ class Event:
 
 @dataclass(frozen=True)
 class FrameResult:
-    """What is seen at one frame.
+    """The result for one frame.
 
     Attributes:
       probs: smoothed.
       label: the most probable action; None: abstained.
-      started, ended: events that this frame made certain.
+      started, ended: events that became certain with this frame.
     """
 
     time_s: float
@@ -90,7 +90,7 @@ class FrameResult:
 
 @dataclass
 class _Running:
-    """An action that has begun, told or not."""
+    """An action that has begun, reported or not."""
 
     index: int
     start_s: float
@@ -110,11 +110,11 @@ class _Remembered:
 
 
 class EventDetector:
-    """Follows one stream of frames.
+    """The detector of events in one stream of frames.
 
     Args:
       labels: the classes, in the order of the logits.
-      rules: when a run of frames is an action.
+      rules: see `EventRules`.
     """
 
     def __init__(self, labels: Sequence[str], rules: EventRules = EventRules()):
@@ -129,12 +129,12 @@ class EventDetector:
         logits: Float32[np.ndarray, " c"],
         embedding: Float32[np.ndarray, " d"] | None = None,
     ) -> FrameResult:
-        """Take the next frame.
+        """Process the next frame.
 
         Args:
           time_s: of the frame; never decreases.
-          logits: of its classes.
-          embedding: of length 1; needed for attention alone.
+          logits: of the classes.
+          embedding: L2-normalised; needed only for attention.
         """
         gap = self.rules.max_gap_s is not None and time_s - self._last_s > self.rules.max_gap_s
         before = self.finish() if gap else ()
@@ -150,7 +150,7 @@ class EventDetector:
         return FrameResult(time_s, probs, None if below else self.labels[best], score, started, before + ended)
 
     def finish(self) -> tuple[Event, ...]:
-        """End what still goes on, at the last frame."""
+        """End the current action at the last frame."""
         return self._end(self._last_s)
 
     def _smoothed(self) -> np.ndarray:
@@ -200,21 +200,21 @@ class EventDetector:
 
 @dataclass
 class Watched:
-    """What became of a whole video."""
+    """The result for a whole video."""
 
     events: list[Event] = field(default_factory=list)
     frames: int = 0
     duration_s: float = 0.0
-    damage: str | None = None  # what of the video couldn't be read
+    damage: str | None = None  # a description of the unreadable part
 
 
 def watch(
     frames: Iterable[TimedFrame], backend: Backend, detector: EventDetector, batch_size: int = 1
 ) -> Iterator[FrameResult]:
-    """Follows frames, `batch_size` at a time; what still goes on at the end is for `detector.finish`.
+    """Yield the results of frames, computed `batch_size` at a time; call `detector.finish` at the end.
 
     Raises:
-      BadVideo: as `video.iter_frames`, after the frames before.
+      BadVideo: as `video.iter_frames`, after the results of the frames before.
     """
     source = iter(frames)
     failure: BadVideo | None = None
@@ -223,7 +223,7 @@ def watch(
         try:
             for frame in islice(source, batch_size):
                 chunk.append(frame)
-        except BadVideo as error:  # what came before it still counts
+        except BadVideo as error:  # the frames before it still count
             failure = error
         if not chunk:
             break
@@ -241,7 +241,7 @@ def find_events(frames: Iterable[TimedFrame], backend: Backend, rules: EventRule
     """Return the events of a whole video.
 
     Raises:
-      BadVideo: none of it can be read.
+      BadVideo: no frame can be read.
     """
     watched, detector = Watched(), EventDetector(backend.labels, rules)
     try:
@@ -257,10 +257,10 @@ def find_events(frames: Iterable[TimedFrame], backend: Backend, rules: EventRule
 
 
 class Latest(Generic[T]):
-    """Reads a source in a thread and gives its newest item: what isn't taken in time is left out, and counted.
+    """Read a source in a thread and yield its newest item; items that aren't taken in time are skipped and counted.
 
     Args:
-      source: read as fast as it gives.
+      source: read at its own speed.
     """
 
     def __init__(self, source: Iterable[T]):

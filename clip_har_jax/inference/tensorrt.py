@@ -1,4 +1,4 @@
-"""Running a TensorRT engine. It has not run yet: no machine with NVIDIA's libraries was at hand."""
+"""Running a TensorRT engine. Not tested: no machine with NVIDIA's libraries was available."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

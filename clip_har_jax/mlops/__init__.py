@@ -1,1 +1,1 @@
-"""What surrounds a model: trackers, registry, hub; each third-party service in one file."""
+"""Operations around a model: trackers, registry, hub; each third-party service in one file."""

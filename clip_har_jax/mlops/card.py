@@ -1,4 +1,4 @@
-"""The model card, as the Hub shows it: what the model does, was made from, and is not for."""
+"""The model card for the Hub: what the model does, how it was made, and its limits."""
 
 import html
 import re
@@ -16,7 +16,7 @@ from clip_har_jax.files import read_object
 
 LICENSE = "apache-2.0"
 DRAWINGS = "drawings made by a program"
-# What a SPEC's kind tells of its pictures.
+# Kind of a SPEC -> its pictures.
 KINDS = {"synthetic": DRAWINGS, "motion": DRAWINGS, "people": DRAWINGS, "video": "video clips"}
 SECTIONS = ("## Results", "## Data", "## Limits", "## Use", "## Where it comes from")
 METRICS = (("top1", "accuracy", "top-1"), ("top5", "accuracy", "top-5"), ("macro_f1", "f1", "macro F1"))
@@ -27,8 +27,8 @@ def make_card(model: Path, metrics: Mapping[str, Any] | None, name: str, license
 
     Args:
       model: the folder.
-      metrics: metrics.json of an evaluation of it; None: the card says that there is none.
-      name: as the Hub has it, OWNER/NAME, or any other by which it is told apart.
+      metrics: metrics.json of its evaluation; None: the card says that there is none.
+      name: the name on the Hub, OWNER/NAME, or any other name.
       license: an identifier of the Hub's list.
 
     Raises:
@@ -70,10 +70,10 @@ def make_card(model: Path, metrics: Mapping[str, Any] | None, name: str, license
 
 
 def check_card(text: str) -> None:
-    """Check a card without asking the Hub: its metadata is read back, and each section is there.
+    """Check a card without the Hub: parse its metadata and look for each section.
 
     Raises:
-      UserError: what is missing or can't be read.
+      UserError: names what is missing or can't be parsed.
     """
     try:
         data = ModelCard(text).data
@@ -86,7 +86,7 @@ def check_card(text: str) -> None:
 
 
 def _public(spec: str) -> str:
-    """Return a SPEC without the folders of the machine where it was used."""
+    """Return a SPEC without local folders of the machine where it was used."""
     kind, colon, place = spec.partition(":")
     return f"{kind}:{_public_path(place)}" if colon else spec
 
@@ -112,13 +112,13 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _pictures(record: Mapping[str, Any]) -> str:
-    """Return the kind of pictures that the model was trained on, as far as the data's SPEC tells."""
+    """Return the kind of pictures that the model was trained on, as far as the data's SPEC says it."""
     kind = str(record.get("data", {}).get("train", {}).get("spec", "")).split(":")[0].split("?")[0]
     return KINDS.get(kind, "images")
 
 
 def _summary(num_actions: int, record: Mapping[str, Any]) -> str:
-    """Say in a sentence what the model tells apart and what it was made from."""
+    """Return a sentence on the model's actions and its training."""
     start, method = record.get("start", {}), record.get("method")
     made = f"A CLIP that tells {num_actions} human actions apart in {_pictures(record)}, trained with clip_har_jax"
     if not start:
@@ -153,7 +153,7 @@ def _data(record: Mapping[str, Any]) -> str:
 
 
 def _plain(label: str) -> str:
-    """Return a label as Markdown that shows it as it stands, be it HTML or a link."""
+    """Return a label as Markdown that shows it unchanged, even if it is HTML or a link."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(label, quote=False))
 
 

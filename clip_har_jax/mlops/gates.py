@@ -1,4 +1,4 @@
-"""The checks that a model must pass before it replaces the served one."""
+"""The gates: conditions that a model must meet before it replaces the served one."""
 
 import statistics
 import time
@@ -12,18 +12,18 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.significance import mean_interval
 from clip_har_jax.files import read_object
 
-RETENTION = "retention.json"  # what a training writes beside its model/
-TIMED = 20  # predictions whose median is the latency
+RETENTION = "retention.json"  # written by a training beside its model/
+TIMED = 20  # number of predictions; their median is the latency
 
 
 @dataclass(frozen=True)
 class Gates:
-    """The bounds; None: not asked for.
+    """The bounds of the gates; None: no such gate.
 
     Attributes:
-      min_gain: the 95% interval of top-1's gain over the champion, on the same examples, must lie above this.
-      min_retention: share of the zero-shot accuracy on other classes that must be left.
-      max_latency_ms: of one image on this machine, in the exported format that is served.
+      min_gain: lower bound of the 95% interval of the gain in top-1 over the champion, on the same examples.
+      min_retention: least share of the zero-shot accuracy on other classes that the model keeps.
+      max_latency_ms: of one image on this machine, in the exported format.
     """
 
     min_gain: float = 0.0
@@ -33,7 +33,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one gate."""
+    """The result of one gate."""
 
     name: str
     passed: bool
@@ -56,7 +56,7 @@ def read_metrics(folder: Path, digest: str) -> dict[str, Any]:
 
 
 def check_gates(gates: Gates, candidate: Path, champion: Path | None) -> list[Check]:
-    """Check a version's folders against the bounds, and against those of the champion if there is one."""
+    """Check a version's folders against the bounds and, if there is one, against the champion's folders."""
     checks = [_check_parity(candidate / "export")] if (candidate / "export").is_dir() else []
     retention = candidate / RETENTION
     checks += check_evaluation(gates, candidate / "evaluation", champion and champion / "evaluation", retention)
@@ -66,7 +66,7 @@ def check_gates(gates: Gates, candidate: Path, champion: Path | None) -> list[Ch
 
 
 def check_evaluation(gates: Gates, candidate: Path, champion: Path | None, retention: Path) -> list[Check]:
-    """Check an evaluation against the champion's, if there is one, and the zero-shot accuracy that training kept."""
+    """Check an evaluation against the champion's, if there is one, and the retained zero-shot accuracy."""
     checks = [_check_gain(gates.min_gain, candidate, champion)] if champion is not None else []
     if gates.min_retention is not None:
         checks.append(_check_retention(gates.min_retention, retention))
@@ -101,7 +101,7 @@ def _check_gain(least: float, candidate: Path, champion: Path) -> Check:
 
 
 def _read_hits(folder: Path) -> dict[str, int]:
-    """Return whether each example was told right."""
+    """Return for each example whether it was classified correctly."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(folder / "predictions.parquet", columns=["input", "label", "predicted"]).to_pydict()
@@ -129,7 +129,7 @@ def _check_latency(most_ms: float, export: Path) -> Check:
 
 
 def measure_latency_ms(export: Path) -> float:
-    """Return the median time of one prediction of an exported folder, pixels to probabilities."""
+    """Return the median time of one prediction of an exported folder, from pixels to probabilities."""
     from clip_har_jax.inference.exported import ExportedBackend
 
     backend = ExportedBackend(export, batch_size=1)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: a model folder with its card, and the same folder written to the disk for a look before."""
+"""The Hugging Face Hub: a model folder with its card, pushed or written to the disk for inspection."""
 
 import json
 import shutil
@@ -14,13 +14,13 @@ from clip_har_jax.mlops.card import check_card, make_card
 
 
 def write_hub_folder(model: Path, metrics: Path | None, repository: str, license: str, output: Path) -> str:
-    """Write the exact folder that would be pushed: the model's files, and README.md, the card.
+    """Write the folder that would be pushed: the model's files, and the card as README.md.
 
     Returns:
       The model's digest.
 
     Raises:
-      UserError: a name that the Hub refuses, a model that isn't sealed, or metrics of another one.
+      UserError: the Hub refuses the name, the model isn't sealed, or the metrics are of another model.
     """
     try:
         validate_repo_id(repository)
@@ -47,7 +47,7 @@ def push_folder(folder: Path, repository: str, digest: str, private: bool) -> st
     """Push a folder in one commit; return its address.
 
     Raises:
-      UserError: the Hub refuses, or can't be reached.
+      UserError: the Hub refuses the folder or can't be reached.
     """
     api = HfApi()
     service = remote.RemoteService(

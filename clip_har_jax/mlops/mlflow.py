@@ -1,6 +1,6 @@
-"""MLflow: where its own variables say (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME), else mlflow.db in this folder.
+"""MLflow: at MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME if set, else in mlflow.db of the current folder.
 
-That is also what `mlflow ui`, started in the same folder, shows.
+`mlflow ui`, started in the same folder, shows that database.
 """
 
 import logging
@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# A server that stops answering is noticed within a minute instead of ten; one that is down, by `check_reachable`.
+# A server that stops answering is detected within a minute instead of ten; one that is down, by `check_reachable`.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -29,23 +29,23 @@ from clip_har_jax import remote
 from clip_har_jax.files import atomic
 from clip_har_jax.mlops.tracking import FAILED, FINISHED, STOPPED, Handle, Metrics, RunInfo
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # how its database is set up is nothing for a run's screen
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # hides messages on the set-up of its database
 logging.getLogger("alembic").setLevel(logging.WARNING)
 EXPERIMENT = "clip_har_jax"
-BATCH = 100  # parameters that MLflow takes at once
+BATCH = 100  # parameters in one request, MLflow's limit
 LOCK_S = 60.0
 LONGEST = 6000  # characters of a parameter's value
 STATUS = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
 
 
 def is_race(error: Exception) -> bool:
-    """Return whether another process caused the error, so that the same call succeeds later."""
+    """Return whether another process caused the error, so that the same call can succeed later."""
     text = str(error).lower()
     return any(part in text for part in ("database is locked", "unique constraint", "duplicate key", "deadlock"))
 
 
 def _is_answer(error: Exception) -> bool:
-    """Return whether an error is the answer to a question: what was asked for is there already, or isn't there."""
+    """Return whether an error is the answer to a question: something exists already, or doesn't exist."""
     return getattr(error, "error_code", "") in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
 
 
@@ -55,10 +55,10 @@ def _service(uri: str) -> remote.RemoteService:
 
 
 def open_client() -> Any:
-    """Return a client of the store that MLFLOW_TRACKING_URI names, whose calls go through `remote`.
+    """Return a client of the store at MLFLOW_TRACKING_URI that makes its calls through `remote`.
 
     Raises:
-      UserError: the store can't be reached, or isn't one.
+      UserError: the store can't be reached, or isn't an MLflow store.
     """
     uri = get_tracking_uri()
     service = _service(uri)
@@ -70,7 +70,7 @@ def open_client() -> Any:
 
 
 def _database(uri: str) -> Path | None:
-    """Return the file of a SQLite store; None: the store is a server, or no file."""
+    """Return the file of a SQLite store; None: the store is a server or isn't a file."""
     if not uri.startswith("sqlite:"):
         return None
     from sqlalchemy.engine import make_url
@@ -81,10 +81,10 @@ def _database(uri: str) -> Path | None:
 
 @contextmanager
 def store_lock(uri: str) -> Iterator[None]:
-    """Keep other processes of this project from changing the same SQLite store; stores on servers need no lock here.
+    """Keep other processes of this project from writing to the same SQLite store; servers need no lock here.
 
     Raises:
-      UserError: another process holds it for too long.
+      UserError: another process holds the lock for too long.
     """
     database = _database(uri)
     if database is None:
@@ -115,13 +115,13 @@ def _create_store(uri: str) -> None:
 
 
 def find_experiment(client: Any) -> str:
-    """Return the id of the experiment, which is made if need be."""
+    """Return the id of the experiment; create it if it doesn't exist."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     if (found := client.get_experiment_by_name(name)) is not None:
         return found.experiment_id
     try:
         return client.create_experiment(name)
-    except MlflowException:  # another run made it meanwhile
+    except MlflowException:  # another run created it
         if (found := client.get_experiment_by_name(name)) is None:
             raise
         return found.experiment_id
@@ -143,7 +143,7 @@ class Mlflow:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            return None  # somebody deleted it
+            return None  # deleted by someone
         return handle["run_id"]
 
     def _begin(self, info: RunInfo) -> str:
@@ -178,18 +178,18 @@ def _entities(step: int, metrics: Metrics) -> list[Metric]:
 
 
 def open_tracker(info: RunInfo, handle: Handle | None) -> Mlflow:
-    """Continue the run of `handle` if the server still has it, else begin one."""
+    """Continue the run of `handle` if the server still has it, else start one."""
     return Mlflow(info, handle)
 
 
 def sync(
     info: RunInfo, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
 ) -> tuple[str, Handle]:
-    """Hand in what MLflow lacks of a run's metrics and folders; return how much that was, in words, and the handle.
+    """Upload the metrics and folders of a run that MLflow lacks; return a summary in words, and the handle.
 
     Args:
       lines: of metrics.jsonl.
-      folders: by the name that they are logged under.
+      folders: by their names in MLflow.
     """
     tracker = Mlflow(info, handle)
     known: dict[str, set[int]] = {}

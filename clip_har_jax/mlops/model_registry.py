@@ -1,7 +1,7 @@
-"""The model registry, on MLflow's aliases: `champion` is what is served, `challenger` what may follow.
+"""The model registry, with MLflow's aliases: `champion` is the served version, `challenger` its possible successor.
 
-A version is a folder of artifacts (model/, export/, evaluation/) of an MLflow run, with the model's digest as a tag.
-What is pulled is checked against both the folder's manifest and that tag.
+A version is a folder of artifacts (model/, export/, evaluation/) of an MLflow run, with the model's digest as a tag. A
+pulled version is checked against its manifest and that tag.
 """
 
 import re
@@ -26,7 +26,7 @@ from clip_har_jax.mlops.mlflow import find_experiment, open_client, store_lock
 NAME = "har"
 CHAMPION, CHALLENGER = "champion", "challenger"
 PARTS = ("model", "export", "evaluation")
-REPLACED = "replaced_version"  # the version that had the alias before, for the way back
+REPLACED = "replaced_version"  # the version that had the alias before, for a rollback
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class RegisteredVersion:
     """A registered version.
 
     Attributes:
-      number: counted from 1 by the registry.
-      digest: of the model folder; the exported folder names it as its source.
-      aliases: those that point here.
-      tags: all that was written beside it.
+      number: assigned by the registry, from 1.
+      digest: of the model folder; the exported folder refers to it.
+      aliases: those that point to this version.
+      tags: further facts on the version.
     """
 
     name: str
@@ -49,7 +49,7 @@ class RegisteredVersion:
 
 
 def open_registry(name: str = NAME) -> "ModelRegistry":
-    """Return the registry that MLFLOW_TRACKING_URI names, else mlflow.db in this folder.
+    """Return the registry at MLFLOW_TRACKING_URI, else in mlflow.db of the current folder.
 
     Raises:
       UserError: it can't be reached.
@@ -66,12 +66,12 @@ class ModelRegistry:
         self.name, self._client = name, client
 
     def register(self, model: Path, export: Path | None, evaluation: Path | None) -> RegisteredVersion:
-        """Upload folders as a new version; the same digest again gives the version that is there.
+        """Upload folders as a new version; for a registered digest, return the existing version.
 
         Args:
           model: a sealed model folder.
           export: a sealed folder exported from it.
-          evaluation: what `scripts/evaluate.py` wrote of it.
+          evaluation: the output of `scripts/evaluate.py` for it.
 
         Raises:
           UserError: a folder isn't sealed, was changed, or belongs to another model.
@@ -120,7 +120,7 @@ class ModelRegistry:
             return self._read(self._client.create_model_version(self.name, source, run_id, tags=dict(tags)))
 
     def _find_run(self, run_id: str | None) -> str | None:
-        """Return the training's own run, where this store has it."""
+        """Return the training's own run, if this store has it."""
         if run_id is None or not re.fullmatch(r"[\w.-]+", run_id):
             return None
         found = self._client.search_runs([find_experiment(self._client)], f"tags.run_id = '{run_id}'", max_results=1)
@@ -162,7 +162,7 @@ class ModelRegistry:
         """Return a version by alias or number.
 
         Raises:
-          UserError: there is none; says what there is.
+          UserError: there is none; lists the existing ones.
         """
         aliases = self._aliases()
         number = int(reference) if reference.isdecimal() else aliases.get(reference)
@@ -177,13 +177,13 @@ class ModelRegistry:
     def promote(self, reference: str, alias: str, gates: Gates) -> list[Check]:
         """Point an alias to a version that passes the gates.
 
-        Where another process moves the alias meanwhile, the version is checked again, against the new holder.
+        If another process moves the alias at the same time, the version is checked again, against the new holder.
 
         Returns:
-          What was checked. Where one failed, nothing was changed.
+          The checks. If one failed, nothing was changed.
 
         Raises:
-          UserError: no such version, or one that was tampered with.
+          UserError: no such version, or its files were changed.
         """
         version = self.find(reference)
         while True:
@@ -199,7 +199,7 @@ class ModelRegistry:
                     return checks
 
     def _check(self, version: RegisteredVersion, champion: int | None, gates: Gates) -> list[Check]:
-        """Check a version against the gates, and against the version with the number `champion` if there is one."""
+        """Check a version with the gates, against the version number `champion` if there is one."""
         with tempfile.TemporaryDirectory() as scratch:
             candidate, holder = self._download(version, Path(scratch) / "candidate"), None
             if champion is not None:
@@ -207,10 +207,10 @@ class ModelRegistry:
             return check_gates(gates, candidate, holder)
 
     def compare_with(self, model: Path, evaluation: Path, alias: str, gates: Gates) -> list[Check]:
-        """Check a model that isn't registered yet against an alias's version, by what needs no export.
+        """Check an unregistered model against the version of an alias, with the gates that need no export.
 
         Raises:
-          UserError: the alias's version was tampered with.
+          UserError: the files of the alias's version were changed.
         """
         number = self._aliases().get(alias)
         digest = bundle.verify(model)
@@ -221,7 +221,7 @@ class ModelRegistry:
             return check_evaluation(gates, evaluation, champion, model.parent / RETENTION)
 
     def point(self, alias: str, version: RegisteredVersion) -> None:
-        """Point an alias to a version without a check, such as the challenger's."""
+        """Point an alias to a version without gates, such as the challenger's."""
         self._client.set_registered_model_alias(self.name, alias, str(version.number))
 
     def _point(self, alias: str, version: RegisteredVersion, before: int | None) -> None:
@@ -230,10 +230,10 @@ class ModelRegistry:
         self.point(alias, version)
 
     def rollback(self, alias: str) -> RegisteredVersion:
-        """Point an alias back to the version that had it before; that one passed its gates when it was promoted.
+        """Point an alias back to its previous version, which passed the gates when it was promoted.
 
         Raises:
-          UserError: the alias points nowhere, or has no earlier version.
+          UserError: the alias points to nothing, or has no previous version.
         """
         version = self.find(alias)
         before = version.tags.get(f"{REPLACED}.{alias}")
@@ -243,10 +243,11 @@ class ModelRegistry:
         return self.find(before)
 
     def pull(self, reference: str, part: str, output: Path) -> RegisteredVersion:
-        """Write a version's model/, export/ or evaluation/ folder to `output`; the old one stays until it is whole.
+        """Write a version's model/, export/ or evaluation/ folder to `output`, replacing an old one when it is
+        complete.
 
         Raises:
-          UserError: no such version or part, or one that isn't what was registered.
+          UserError: no such version or part, or its files aren't those that were registered.
         """
         version = self.find(reference)
         with replacing(output) as target, tempfile.TemporaryDirectory() as scratch:
@@ -257,7 +258,7 @@ class ModelRegistry:
         return version
 
     def _download(self, version: RegisteredVersion, target: Path) -> Path:
-        """Fetch a version's folders and check them."""
+        """Download a version's folders and verify them."""
         try:
             target.mkdir(parents=True)
             folder = Path(download_artifacts(artifact_uri=version.source, dst_path=str(target)))
@@ -281,7 +282,7 @@ class ModelRegistry:
 
 
 def _run_tags(model: Path) -> dict[str, str]:
-    """Return the tags that the model's run.json gives: where it comes from."""
+    """Return the tags on a model's origin, from its run.json."""
     if not (model / "run.json").is_file():
         return {}
     record = read_object(model / "run.json")

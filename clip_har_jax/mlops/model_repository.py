@@ -1,4 +1,4 @@
-"""Triton's model repository, which KServe reads too: an exported folder's ONNX graphs in the layout that they want.
+"""Triton's model repository, which KServe reads too: the ONNX graphs of an exported folder in its layout.
 
 NAME/1/model.onnx, NAME/config.pbtxt and NAME/labels.txt, as Triton's model configuration describes them
 (https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md).
@@ -16,7 +16,7 @@ from clip_har_jax.folders import replace_folder
 
 SIGNATURE = "signature.json"
 TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
-# The outputs of each graph: the shape without the batch; -1 where the model's width stands.
+# The outputs of each graph: shape without the batch; -1 stands for the model's width.
 SHAPES = {"probs": "classes", "logits": "classes", "image_embeds": -1, "text_embeds": -1}
 SERVED = ("classifier", "image_encoder", "text_encoder")
 
@@ -26,10 +26,10 @@ def write_model_repository(export: Path, output: Path, name: str, format: str, m
 
     Args:
       export: a sealed exported folder.
-      output: the repository; models of these names in it are replaced.
+      output: the repository; existing models of these names are replaced.
       name: of the classifier; the encoders are NAME_image_encoder and NAME_text_encoder.
       format: one of the folder's ONNX formats.
-      max_batch_size: images that Triton may put together.
+      max_batch_size: most images that Triton may batch.
 
     Raises:
       UserError: not an exported folder, a changed file, or no such format in it.
@@ -52,7 +52,7 @@ def write_model_repository(export: Path, output: Path, name: str, format: str, m
         def fill(folder: Path, graph: str = graph, config: str = config) -> None:
             (folder / "1").mkdir()
             shutil.copy(export / format / f"{graph}.onnx", folder / "1" / "model.onnx")
-            for data in (export / format).glob(f"{graph}.onnx.*"):  # weights beside a large graph
+            for data in (export / format).glob(f"{graph}.onnx.*"):  # external weights of a large graph
                 shutil.copy(data, folder / "1" / data.name)
             (folder / "config.pbtxt").write_text(config, encoding="utf-8")
             if graph == "classifier":
@@ -64,7 +64,7 @@ def write_model_repository(export: Path, output: Path, name: str, format: str, m
 
 
 def _config(name: str, graph: Mapping[str, Any], classes: int, most: int, digest: str, labelled: bool) -> str:
-    """Return config.pbtxt, which holds the digest so that a served model can be traced."""
+    """Return config.pbtxt; it contains the digest, so that a served model can be traced."""
     inputs = [
         f'  {{ name: "{key}" data_type: {TYPES[kind]} dims: {list(shape[1:])} }}'
         for key, (kind, shape) in graph["inputs"].items()

@@ -1,4 +1,4 @@
-"""Hand in later what trackers missed: metrics.jsonl and the work folder hold all of it."""
+"""Late uploads to trackers, from metrics.jsonl and the work folder, which hold everything."""
 
 import importlib
 import json
@@ -11,21 +11,21 @@ from clip_har_jax import remote
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.mlops.tracking import STATE, State, check_trackers, read_run_info
 
-SYNCED = ("mlflow", "wandb")  # TensorBoard's files lie in the work folder and miss nothing but what a full disk took
+SYNCED = ("mlflow", "wandb")  # TensorBoard's files lie in the work folder and lack only what a full disk refused
 
 
 def sync(workdir: str | os.PathLike[str], names: Sequence[str] = ()) -> dict[str, str]:
-    """Bring trackers up to date with a work folder on this machine's disk.
+    """Bring trackers up to date with a work folder on a local disk.
 
     Args:
-      workdir: of a run that isn't running now.
-      names: of `SYNCED`; empty: those that the run had.
+      workdir: of a run that isn't running.
+      names: of `SYNCED`; empty: those of the run.
 
     Returns:
-      What was handed in, by tracker.
+      A summary of the uploads, by tracker.
 
     Raises:
-      UserError: no run, no such tracker, or one that still can't be reached.
+      UserError: no run, no such tracker, or it still can't be reached.
     """
     workdir = Path(os.fspath(workdir))
     info, state = read_run_info(workdir), State(workdir)

@@ -1,6 +1,6 @@
-"""TensorBoard's event files, in tensorboard/ of the work folder; TensorFlow isn't imported.
+"""TensorBoard's event files, in tensorboard/ of the work folder, without TensorFlow.
 
-`tensorboard.summary.Writer` would import it where it is installed, so the records are written here, in TensorBoard's
+`tensorboard.summary.Writer` imports TensorFlow if it is installed, so the records are written here, with TensorBoard's
 own format and messages.
 """
 
@@ -19,11 +19,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from clip_har_jax.mlops.tracking import Handle, Metrics, RunInfo
 
-_COUNT = itertools.count()  # two files of one second
+_COUNT = itertools.count()  # distinguishes two files of the same second
 
 
 class TensorBoard:
-    """One event file of one start; the first record tells TensorBoard to forget what came after `resume_step`."""
+    """One event file per start; its first record tells TensorBoard to drop records after `resume_step`."""
 
     def __init__(self, info: RunInfo):
         self.handle: Handle = {"logdir": os.fspath(info.workdir / "tensorboard")}
@@ -47,7 +47,7 @@ class TensorBoard:
         self._write_text("run", _table(tags))
 
     def log_folder(self, name: str, folder: Path) -> None:
-        """Show the pictures; the files themselves lie where they are."""
+        """Show the pictures; other files aren't copied."""
         for path in _pictures(folder):
             with Image.open(path) as picture:
                 width, height = picture.size
@@ -83,11 +83,11 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def _table(values: Mapping[str, object]) -> str:
-    """Return a table in Markdown, which the text page shows."""
+    """Return a Markdown table for the text page."""
     rows = (f"| {key} | `{html.escape(str(value), quote=False)}` |" for key, value in values.items())
     return "\n".join(("| key | value |", "|---|---|", *rows))
 
 
 def open_tracker(info: RunInfo, handle: Handle | None) -> TensorBoard:
-    """Return a new event file, beside those of earlier starts."""
+    """Return a new event file beside those of earlier starts."""
     return TensorBoard(info)

@@ -1,6 +1,6 @@
-"""The metrics of a run to TensorBoard, MLflow and Weights & Biases, none of which may hold the run up or end it.
+"""A run's metrics for TensorBoard, MLflow and Weights & Biases; no tracker can delay or end the run.
 
-metrics.jsonl stays the truth: what a tracker missed stands there, and `mlops.sync` hands it in later.
+metrics.jsonl is the reference: it contains the records that a tracker missed, and `mlops.sync` uploads them later.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from clip_har_jax.config import TRACKERS
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local, write_json
 
-STATE = "trackers.json"  # in the work folder: by which names the trackers know the run, and what they missed
+STATE = "trackers.json"  # in the work folder: the trackers' ids of the run, and the number of missed records
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 Metrics = Mapping[str, float | None]
-Handle = dict[str, Any]  # what a tracker needs to continue its run; JSON
+Handle = dict[str, Any]  # the data with which a tracker continues its run; JSON
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class RunInfo:
       workdir: its work folder.
       run_id: as in run.json.
       params: the config, by dotted key.
-      tags: where code, data and environment come from.
-      resume_step: the step that this start continues from; lines after it are written again.
+      tags: the origin of code, data and environment.
+      resume_step: the step from which this start continues; later lines are written again.
     """
 
     workdir: epath.Path
@@ -52,7 +52,7 @@ class RunInfo:
 
     @property
     def name(self) -> str:
-        """The name that people see: the folder's name and the run's id."""
+        """The displayed name: the folder's name and the run's id."""
         return f"{self.workdir.name}-{self.run_id}"
 
 
@@ -82,33 +82,33 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 @runtime_checkable
 class Tracker(Protocol):
-    """The record of one run in one service. Any method may raise, and may take long."""
+    """The record of one run in one service. Any method may raise an exception or take long."""
 
     handle: Handle
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of one step."""
+        """Record the metrics of one step."""
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Take further tags."""
+        """Add tags."""
 
     def log_folder(self, name: str, folder: Path) -> None:
-        """Take the files of a folder, under a name."""
+        """Record the files of a folder under a name."""
 
     def close(self, status: str) -> None:
-        """End this start of the run: FINISHED, STOPPED or FAILED."""
+        """End this start of the run with a status: FINISHED, STOPPED or FAILED."""
 
 
 def open_tracker(name: str, info: RunInfo, handle: Handle | None) -> Tracker:
-    """Open a tracker, which imports its library; `handle`: of the run that it continues, if there is one."""
+    """Open a tracker and import its library; `handle`: of the run to continue, if there is one."""
     return importlib.import_module(f"clip_har_jax.mlops.{name}").open_tracker(info, handle)
 
 
 def check_trackers(names: Sequence[str], workdir: epath.PathLike) -> None:
-    """Refuse trackers that can't work here, before anything is computed.
+    """Refuse trackers that can't work here, before any computation.
 
     Raises:
-      UserError: one whose package is missing, or that can't write to the work folder's kind of store.
+      UserError: the package of one is missing, or it can't write to the work folder's kind of store.
     """
     for name in names:
         if find_spec(name) is None:
@@ -124,7 +124,7 @@ class State:
         self._path, self._lock = epath.Path(workdir) / STATE, threading.Lock()
         try:
             self._values: dict[str, dict[str, Any]] = json.loads(self._path.read_text())
-        except (OSError, ValueError):  # not there yet, or damaged: trackers then begin a new run
+        except (OSError, ValueError):  # missing or damaged: trackers start a new run
             self._values = {}
 
     def get(self, name: str) -> dict[str, Any]:
@@ -137,18 +137,18 @@ class State:
 
 
 class BackgroundTracker:
-    """A tracker behind a bounded queue and a circuit breaker, on a thread of its own.
+    """A tracker behind a bounded queue and a circuit breaker, on its own thread.
 
-    After `FAILURES` in a row, or the first one where the tracker can't even be opened, nothing is tried for `PAUSE_S`;
-    then one call decides. Records that come meanwhile, or don't fit the queue, are counted and dropped: metrics.jsonl
-    has them.
+    After `FAILURES` consecutive failures, or the first one if the tracker can't be opened, calls are suspended for
+    `PAUSE_S`; then one call decides. Records that arrive meanwhile, or don't fit the queue, are counted and dropped:
+    metrics.jsonl contains them.
     """
 
     QUEUE = 2000
     FAILURES = 3
     PAUSE_S = 60.0
-    CALL_S = 120.0  # a tracker that takes longer over one call isn't waited for at the end of the run
-    STOPPED_S = 15.0  # nor for longer in all, where a signal ended it
+    CALL_S = 120.0  # at the end of the run, a tracker with a longer call isn't waited for
+    STOPPED_S = 15.0  # nor for longer in total, if a signal ended the run
 
     def __init__(self, name: str, make: Callable[[Handle | None], Tracker], state: State):
         self.name, self.missed, self.error = name, 0, ""
@@ -161,7 +161,7 @@ class BackgroundTracker:
         self._thread.start()
 
     def put(self, call: Callable[[Tracker], None]) -> None:
-        """Hand a call on without waiting; count it as missed if the queue is full."""
+        """Queue a call without waiting; count it as missed if the queue is full."""
         try:
             self._queue.put_nowait(call)
         except queue.Full:
@@ -174,7 +174,7 @@ class BackgroundTracker:
             else:
                 self._try(call)
             self._moved = time.monotonic()
-        if self._tracker is not None:  # even behind an open breaker: it has files and connections to close
+        if self._tracker is not None:  # even if the breaker is open: it has files and connections to close
             status = call
             self._breaker.close()
             self._try(lambda tracker: tracker.close(status))
@@ -182,7 +182,7 @@ class BackgroundTracker:
     def _try(self, call: Callable[[Tracker], None]) -> None:
         try:
             self._breaker.call(self._call, call)
-        except CircuitBreakerError:  # open: nothing is tried
+        except CircuitBreakerError:  # open: calls are suspended
             self.missed += 1
         except (Exception, SystemExit) as error:  # no error of a tracker may end the run
             self.missed += 1
@@ -199,7 +199,7 @@ class BackgroundTracker:
         call(self._tracker)
 
     def close(self, status: str) -> None:
-        """Wait for what is queued as long as it moves, end the tracker, and say what it missed."""
+        """Wait for queued calls while they progress, close the tracker, and report the missed records."""
         deadline = time.monotonic() + (self.STOPPED_S if status == STOPPED else float("inf"))
         self._moved = time.monotonic()
         while not self._is_late(deadline):
@@ -211,7 +211,7 @@ class BackgroundTracker:
         self._abandoned = True
         missed = self.missed + (self._queue.qsize() if self._thread.is_alive() else 0)
         missed += self._state.get(self.name).get("missed", 0)
-        with contextlib.suppress(OSError):  # a full disk; the run has said so already
+        with contextlib.suppress(OSError):  # a full disk, which the run has reported
             self._state.update(self.name, missed=missed)
         if missed:
             print(
@@ -225,7 +225,7 @@ class BackgroundTracker:
 
 
 class Trackers:
-    """A sink that hands everything to each of the trackers.
+    """A sink that passes everything to each of the trackers.
 
     Args:
       names: of `TRACKERS`.
@@ -240,7 +240,7 @@ class Trackers:
         make: Callable[[str, RunInfo, Handle | None], Tracker] = open_tracker,
     ):
         assert set(names) <= set(TRACKERS), "config.py has checked the names"
-        self.status = FAILED  # until the run says otherwise
+        self.status = FAILED  # until the run sets another status
         state = State(info.workdir)
         self._trackers = [
             BackgroundTracker(name, lambda handle, name=name: make(name, info, handle), state)  # type: ignore[misc]
@@ -256,7 +256,7 @@ class Trackers:
         self._put(lambda tracker: tracker.tag(tags))
 
     def log_folder(self, name: str, folder: Path) -> None:
-        """Hand the files of a folder, which must stay as it is, to all trackers."""
+        """Record the files of a folder, which must not change, in all trackers."""
         self._put(lambda tracker: tracker.log_folder(name, folder))
 
     def close(self) -> None:
@@ -269,7 +269,7 @@ class Trackers:
 
 
 def hand_over(trackers: Trackers, model: epath.Path, report: epath.Path) -> None:
-    """Give the trackers the results of a finished run: the model folder with its digest, and its report's folder."""
+    """Record the results of a finished run: the model folder with its digest, and the folder of its report."""
     trackers.tag({"model_digest": json.loads((model / MANIFEST).read_text())["digest"]})
     for name, folder in (("evaluation", report), ("model", model)):
         trackers.log_folder(name, local_copy(folder))
@@ -277,7 +277,7 @@ def hand_over(trackers: Trackers, model: epath.Path, report: epath.Path) -> None
 
 
 def local_copy(folder: epath.Path) -> Path:
-    """Return a folder itself, or a copy of one on an object store, which the trackers' libraries don't read."""
+    """Return the folder itself, or a copy if it is on an object store, which the trackers' libraries can't read."""
     if is_local(folder):
         return Path(folder)
     copy = Path(tempfile.mkdtemp())

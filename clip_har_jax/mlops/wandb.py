@@ -1,6 +1,6 @@
-"""Weights & Biases: online with a key (WANDB_API_KEY, or after `wandb login`), else offline in the work folder.
+"""Weights & Biases: online with a key (WANDB_API_KEY or `wandb login`), else offline in the work folder.
 
-WANDB_MODE and WANDB_PROJECT count as they do elsewhere.
+WANDB_MODE and WANDB_PROJECT have their usual effect.
 """
 
 import netrc
@@ -22,8 +22,8 @@ from clip_har_jax.files import is_local
 from clip_har_jax.mlops.tracking import FINISHED, Handle, Metrics, RunInfo
 
 PROJECT = "clip_har_jax"
-INIT_TIMEOUT_S = 30.0  # then the run is written offline
-SYNC_TIMEOUT_S = 600.0  # of a folder that was written offline
+INIT_TIMEOUT_S = 30.0  # afterwards the run is written offline
+SYNC_TIMEOUT_S = 600.0  # for uploading one offline folder
 
 
 class Wandb:
@@ -33,7 +33,7 @@ class Wandb:
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         try:
             self._run = self._init(info, mode)
-        except Exception as error:  # nothing of the run is lost: it goes to the disk instead
+        except Exception as error:  # nothing is lost: the run is written to the disk instead
             if mode == "offline":
                 raise
             print(f"warning: wandb: {remote.one_line(error)}; going on offline", file=sys.stderr)
@@ -61,13 +61,13 @@ class Wandb:
                 console="off",
                 silent=True,
                 init_timeout=INIT_TIMEOUT_S,
-                x_disable_stats=True,  # the run's own system metrics go to all trackers
+                x_disable_stats=True,  # the run's own system metrics are sent to all trackers
                 x_disable_meta=True,
             ),
         )
 
     def write(self, step: int, metrics: Metrics) -> None:
-        # A continued run may go back some steps, which W&B's own counter wouldn't take.
+        # A resumed run may go back some steps, which W&B's own counter would refuse.
         self._run.log({"step": step} | {name: value for name, value in metrics.items() if value is not None})
 
     def tag(self, tags: Mapping[str, str]) -> None:
@@ -95,22 +95,22 @@ def _has_key() -> bool:
     host = urlsplit(_base_url()).hostname
     try:
         return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):  # where `wandb login` would have left it
+    except (OSError, netrc.NetrcParseError):  # the file of `wandb login`
         return False
 
 
 def open_tracker(info: RunInfo, handle: Handle | None) -> Wandb:
-    """Return a run under the run's own id, so that a continued one is the same run."""
+    """Return a run with the run's own id, so that a resumed run is the same one."""
     return Wandb(info, handle)
 
 
 def sync(
     info: RunInfo, handle: Handle | None, lines: Iterable[dict[str, Any]], folders: Mapping[str, Path]
 ) -> tuple[str, Handle]:
-    """Upload what was written offline, by W&B's own `wandb sync`; each folder once.
+    """Upload offline data with W&B's own `wandb sync`; each folder once.
 
     Raises:
-      UserError: W&B refuses it, or can't be reached.
+      UserError: W&B refuses it or can't be reached.
     """
     local = [Path(folder) for folder in (handle or {}).get("folders", [])]
     left = [path for path in local if path.is_dir() and not list(path.glob("*.synced"))]

@@ -47,9 +47,7 @@ class ClassedSource(Source):
 
     def __getitem__(self, i: int) -> Example:
         example = self.source[i]
-        self.names[i] = example.name.encode(
-            errors="backslashreplace"
-        ).decode()  # file names can contain bytes that aren't UTF-8
+        self.names[i] = example.name.encode(errors="backslashreplace").decode()  # names may not be UTF-8
         return example._replace(label=int(self.label_ids[i]))
 
     def take_name(self, i: int) -> str:
