@@ -1,1 +1,1 @@
-"""A REST and streaming service over exported models; needs neither JAX nor TensorFlow."""
+"""A REST and streaming service for exported models, without JAX and TensorFlow."""

@@ -2,10 +2,11 @@
 
   python -m serving --model=runs/demo/export
   curl -F image=@photo.jpg http://127.0.0.1:8000/v1/predict
-  python -m serving --new_key=alice          a key for alice, and the line for HAR_API_KEYS
+  python -m serving --new_key=alice          prints a key for alice, and its line for HAR_API_KEYS
 
-Everything else is set by HAR_ variables (--print-settings lists them, e.g. HAR_MAX_BODY_BYTES=10000000). SIGTERM ends
-what is in flight and exits 0; SIGHUP reads the models' folders again. Exits 2 on a mistake in the settings.
+All other settings are HAR_ variables (--print-settings lists them, e.g. HAR_MAX_BODY_BYTES=10000000). After SIGTERM,
+requests in flight are finished, and the exit code is 0. SIGHUP reads the models' folders again. A mistake in the
+settings exits with 2.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,10 @@ def main() -> int:
     add = parser.add_argument
     add("--model", metavar="PATH", help="an exported folder, or one format in it, e.g. --model=runs/demo/export")
     add("--name", metavar="NAME", help="the model's name in addresses, e.g. --name=har (default)")
-    add("--host", metavar="ADDRESS", help="where to listen; not only on this machine: --host=0.0.0.0 (needs keys)")
+    add("--host", metavar="ADDRESS", help="address to listen on; for other machines --host=0.0.0.0 (needs keys)")
     add("--port", type=int, metavar="N", help="e.g. --port=8000 (default); 0: any free one")
-    add("--workers", type=int, metavar="N", help="serving processes, each with the models, e.g. --workers=2")
-    add("--models_dir", metavar="DIR", help="whose folders can be loaded at run time, e.g. --models_dir=models")
+    add("--workers", type=int, metavar="N", help="serving processes, each with all models, e.g. --workers=2")
+    add("--models_dir", metavar="DIR", help="folder of models to load at run time, e.g. --models_dir=models")
     add(
         "--print-settings", action="store_true", help="show all settings as JSON, secrets masked, e.g. --print-settings"
     )
@@ -52,10 +53,10 @@ def main() -> int:
 
 
 def make_settings(flags: dict[str, Any]) -> "Settings":
-    """Return the environment's settings, overridden by those flags that were given.
+    """Return the environment's settings, overridden by the given flags.
 
     Raises:
-      UserError: a value that isn't allowed, or an unknown HAR_ variable.
+      UserError: an invalid value, or an unknown HAR_ variable.
     """
     import os
 

@@ -54,7 +54,7 @@ CLASSES_FIELD = {
 
 
 def image_body(field: dict[str, Any], raw: bool = True, classes: bool = True) -> dict[str, Any]:
-    """Describe, for OpenAPI, a body that FastAPI doesn't read itself."""
+    """Return the OpenAPI description of a body that FastAPI doesn't parse itself."""
     properties: dict[str, Any] = {"image": field}
     if classes:
         properties["classes"] = CLASSES_FIELD
@@ -72,7 +72,7 @@ MANY_IMAGES = image_body({"type": "array", "items": BINARY, "minItems": 1}, raw=
 
 
 async def _classes(call: Call, prompts: dict[str, Prompts] | None) -> TextClasses | None:
-    """Return the classes that an embedding is compared with; None: the classifier's own."""
+    """Return the classes to compare an embedding with; None: the classifier's own."""
     if prompts is None:
         return call.model.classes
     if not call.model.accepts_classes:
@@ -103,7 +103,7 @@ def _answer(call: Call, classes: TextClasses | None, probs: np.ndarray, options:
 
 @router.post("/predict", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE)
 async def predict(call: QueryCall, options: AnswerQuery) -> PredictionBody:
-    """Return the most probable actions in the image, of the model's own classes or of `classes` in free text."""
+    """Return the most probable actions in the image, among the model's classes or `classes` in free text."""
     upload, field = await call.read_image()
     prompts = call.free_classes(options.classes, field)
     service, model, deadline = call.service, call.model, call.deadline
@@ -120,7 +120,7 @@ async def predict(call: QueryCall, options: AnswerQuery) -> PredictionBody:
 
 @router.post("/predict/batch", responses=IMAGE_ERRORS, openapi_extra=MANY_IMAGES, response_model_exclude_none=False)
 async def predict_batch(call: QueryCall, options: AnswerQuery) -> BatchPrediction:
-    """Predict several images, the form's field `image` repeated; an unreadable image has an error of its own."""
+    """Predict several images, sent as repeated fields `image`; each unreadable image has its own error."""
     service, model, deadline = call.service, call.model, call.deadline
     uploads, field = await call.read_uploads(service.settings.max_batch_images)
     prompts = call.free_classes(options.classes, field)
@@ -144,7 +144,7 @@ async def predict_batch(call: QueryCall, options: AnswerQuery) -> BatchPredictio
 
 @router.post("/embed", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE_ALONE)
 async def embed(call: QueryCall) -> Embedding:
-    """Return the image's embedding, to compare images or to search among them."""
+    """Return the image's embedding, for comparing images or searching."""
     upload, _ = await call.read_image()
     service, model, deadline = call.service, call.model, call.deadline
 
@@ -170,7 +170,7 @@ async def explain(
         str | SkipJsonSchema[None], Query(max_length=200, description="left out: the most probable class")
     ] = None,
 ) -> Explanation | Response:
-    """Return where the model sees a class in the image; as a picture with `Accept: image/png`."""
+    """Return a heat map of a class in the image; as a picture with `Accept: image/png`."""
     upload, field = await call.read_image()
     prompts = call.free_classes(options.classes, field)
     service, model, deadline = call.service, call.model, call.deadline
@@ -201,7 +201,7 @@ async def explain(
 
 @router.get("/models", responses=responses(*ALWAYS))
 async def list_models(request: Request) -> Models:
-    """Return the models, and which of their versions answer."""
+    """Return the models and their loaded versions."""
     service = service_of(request)
     return Models(
         models=[entry.status() for entry in service.models.entries.values()], limits=_limits(service.settings)
@@ -210,7 +210,7 @@ async def list_models(request: Request) -> Models:
 
 @router.post("/models/{name}/load", responses=MODEL_ERRORS)
 async def load_model(request: Request, name: ModelName, given: LoadRequest) -> ModelStatus:
-    """Load a version: verified, warmed and proven aside, then switched to; if anything fails the old one stays."""
+    """Load a version, verify and test it, and switch to it; if anything fails, the old one stays active."""
     models = _only_process(request).models
     models.entry(name)
     path = models.folder(given.folder) if given.folder is not None else None
@@ -219,15 +219,15 @@ async def load_model(request: Request, name: ModelName, given: LoadRequest) -> M
 
 @router.post("/models/{name}/activate", responses=MODEL_ERRORS)
 async def activate_model(request: Request, name: ModelName, given: ActivateRequest) -> ModelStatus:
-    """Switch to a version that is loaded."""
+    """Switch to a loaded version."""
     return _status(await _only_process(request).models.activate(name, given.version))
 
 
 @router.post("/models/{name}/classes", responses=MODEL_ERRORS)
 async def change_classes(request: Request, name: ModelName, given: ClassesRequest) -> ModelStatus:
-    """Add and remove classes by text; makes a version of its own and switches to it.
+    """Add and remove classes by text; this makes a new version and switches to it.
 
-    With a state_dir the change outlasts loads and restarts of the same model; `reset` takes all changes back.
+    With a state_dir, the change also applies after loads and restarts of the same model; `reset` reverts all changes.
     """
     service = _only_process(request)
     deadline = deadline_after(service)
@@ -238,7 +238,7 @@ async def change_classes(request: Request, name: ModelName, given: ClassesReques
 async def unload_version(
     request: Request, name: ModelName, version: Annotated[str, Path(max_length=100, examples=["3f2a9c01b7de"])]
 ) -> None:
-    """Drop a version that isn't active."""
+    """Drop an inactive version."""
     await _only_process(request).models.unload(name, version)
 
 
@@ -257,7 +257,7 @@ def _limits(settings: Settings) -> Limits:
 
 
 def _only_process(request: Request) -> Service:
-    """Return the service, where it is the only one: of several workers a request would change one."""
+    """Return the service if it is the only worker; with several, a request would change only one of them."""
     service = service_of(request)
     if service.settings.workers > 1:
         raise Problem("conflict", "there are several workers: change the model's folder and send SIGHUP")

@@ -21,7 +21,7 @@ from serving.service import Service
 from serving.settings import Settings
 from serving.telemetry import Observe, problem_response
 
-ABOUT = """Tells human actions in images and video.
+ABOUT = """Recognises human actions in images and video.
 
 Errors are `application/problem+json` (RFC 9457); their `code` is for programs. Every answer has an `X-Request-ID`.
 """
@@ -55,7 +55,7 @@ def make_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.add_api_route("/docs", docs, include_in_schema=False)
-    # The page's own script and style, so that it works without the internet and runs nobody else's code.
+    # The docs page loads its own script and style only, so it works offline and runs no third-party code.
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_offline", "static")]))
     app.include_router(api.router)
     app.include_router(streams.router)
@@ -73,7 +73,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(WebSocketRequestValidationError, _on_invalid)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
-    # The last one added is the outermost.
+    # The middleware added last is the outermost.
     app.add_middleware(Methods, routes=app.router.routes)
     app.add_middleware(Gate, settings=settings, metrics=service.metrics)
     if settings.allowed_origins:
@@ -89,7 +89,7 @@ def make_app(settings: Settings) -> FastAPI:
 
 
 async def docs() -> Response:
-    """Return the page that describes the service and lets one try it."""
+    """Return the page that documents the service and can send requests to it."""
     return get_swagger_ui_html(
         openapi_url="openapi.json",
         title="clip_har_jax",
@@ -100,7 +100,7 @@ async def docs() -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Return the service's numbers, for Prometheus."""
+    """Return the metrics for Prometheus."""
     service = api.service_of(request)
     service.metrics.estimated_wait.set(service.batcher.estimated_wait_s)
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
@@ -123,7 +123,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
-    """Name the mistake, without repeating the input."""
+    """Name the mistake without repeating the input."""
     assert isinstance(error, RequestValidationError | WebSocketRequestValidationError)
     first = error.errors()[0]
     where = " ".join(str(part) for part in first["loc"])
@@ -132,4 +132,4 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # goes nowhere but into the log
+    return Response(status_code=499)  # only the log shows it

@@ -1,10 +1,10 @@
-"""Dynamic batching: one queue in front of the processor, batches of what has gathered while the last one ran.
+"""Dynamic batching: one queue; each batch takes the items that have arrived while the last one ran.
 
-Nothing waits for a batch to fill: a lone image runs at once, and under load batches grow by themselves, to the size
-that was measured to be the fastest. What would wait too long is refused before anything is done for it.
+No item waits for a batch to fill: a single image runs at once, and under load batches grow to the size that was
+measured to be the fastest. A request that would wait too long is refused before any work on it.
 
-A batch runs in all threads, which is the quickest for it. But threads that share a batch wait for one another, the more
-so as decoding takes a core from one of them. Where enough waits to give each thread a batch, each computes one.
+A batch in all threads has the lowest latency. But threads that share a batch wait for each other, especially while
+decoding takes a core from one of them. If enough items wait to give each thread a batch, each computes its own.
 """
 
 import asyncio
@@ -23,21 +23,21 @@ from serving.problems import Problem
 from serving.telemetry import Metrics
 
 SIZES = (1, 2, 4, 8, 16, 32)
-MEASURED_S = 0.7  # a batch that takes longer ends the measuring
-NEAR_BEST = 0.97  # of the best throughput: the smallest such batch is taken, for its latency
-ENOUGH = 0.85  # the same for a batch in one thread, which gains less by being larger
+MEASURED_S = 0.7  # a slower batch ends the measurement
+NEAR_BEST = 0.97  # share of the best throughput: the smallest batch above it is chosen, for its latency
+ENOUGH = 0.85  # the same for a batch in one thread, which gains less from its size
 EMA_WEIGHT = 0.1
 
 
 class Costs:
-    """Seconds that a batch takes by its size: measured once, then followed by a factor as the machine's load changes.
+    """Seconds per batch by its size: measured once, then scaled by a factor that follows the machine's load.
 
     Args:
       measured: size -> seconds.
 
     Attributes:
-      best: the size of a batch in all threads.
-      enough: the smallest one worth a thread of its own.
+      best: the best size of a batch in all threads.
+      enough: the smallest size that is worth its own thread.
     """
 
     def __init__(self, measured: dict[int, float]):
@@ -46,12 +46,12 @@ class Costs:
         self.best = min(size for size in rates if rates[size] >= NEAR_BEST * max(rates.values()))
         self.enough = min(size for size in rates if rates[size] >= ENOUGH * max(rates.values()))
         self.factor = 1.0
-        # By size; asked for several times a request, so no interpolation then.
+        # By size; computed now because each request asks for it several times.
         self._seconds = np.interp(range(self.best + 1), list(measured), list(measured.values())).tolist()
 
     @classmethod
     def measure(cls, run: Callable[[np.ndarray], Any], example: np.ndarray) -> "Costs":
-        """Time growing batches of `example`, until a larger one gains no throughput."""
+        """Time batches of `example` of growing size, until a larger one has no higher throughput."""
         measured: dict[int, float] = {}
         for size in SIZES:
             batch = np.repeat(example[None], size, axis=0)
@@ -71,7 +71,7 @@ class Costs:
 
     @classmethod
     def of_two(cls, run: Callable[[int], Any], most: int) -> "Costs":
-        """Time one item and `most` items, where each further item costs about the same."""
+        """Time one item and `most` items, assuming that each further item costs the same."""
         measured: dict[int, float] = {}
         for size in (1, most):
             run(size)
@@ -81,30 +81,30 @@ class Costs:
         return cls(measured)
 
     def of_batch(self, size: int) -> float:
-        """Return the expected seconds of one batch, of at most the best size."""
+        """Return the expected seconds of one batch, up to the best size."""
         return self.factor * self._seconds[size]
 
     def of_queue(self, count: int) -> float:
-        """Return the expected seconds until `count` images are done, in batches of the best size."""
+        """Return the expected seconds for `count` images, in batches of the best size."""
         whole, rest = divmod(count, self.best)
         return whole * self.of_batch(self.best) + (self.of_batch(rest) if rest else 0.0)
 
     def observe(self, size: int, seconds: float) -> None:
-        """Adapt the factor to the time that a batch took."""
+        """Update the factor with the time of a batch."""
         ratio = seconds / max(self.of_batch(size) / self.factor, 1e-9)
         self.factor += EMA_WEIGHT * (min(max(ratio, 0.1), 50.0) - self.factor)
 
 
 @dataclass(eq=False)
 class Lane:
-    """One graph of one model, whose items can share a batch.
+    """One graph of one model; its items can share a batch.
 
     Attributes:
       name: of the graph, in metrics.
       run: a batch -> one result for each item; called in a compute thread.
       costs: of its batches.
-      run_in_one_thread: as `run` but in one thread, so that several such batches run side by side; None: it can't.
-      load: admitted items that aren't done.
+      run_in_one_thread: like `run` in one thread, so that several batches can run in parallel; None: impossible.
+      load: number of admitted, unfinished items.
     """
 
     name: str
@@ -124,13 +124,13 @@ class _Item:
 
 
 class Batcher:
-    """Runs the lanes of all models: one batch in all threads, or one in each.
+    """Run the lanes of all models: one batch in all threads, or one in each thread.
 
     Args:
-      max_wait_s: what would wait longer is refused.
-      threads: that compute.
-      metrics: where waits and batch sizes are counted.
-      decoding_s: the estimated wait in the decoder; the longer of both waits decides, since they overlap.
+      max_wait_s: requests with a longer estimated wait are refused.
+      threads: compute threads.
+      metrics: counts waits and batch sizes.
+      decoding_s: estimated wait in the decoder; the longer of both waits counts, since they overlap.
     """
 
     def __init__(
@@ -140,23 +140,23 @@ class Batcher:
         self._decoding_s = decoding_s
         self._queue: deque[_Item] = deque()
         self._wake = asyncio.Event()
-        self._lanes: dict[Lane, int] = {}  # those with a load -> requests that use them
-        self._running: dict[asyncio.Task[None], float] = {}  # batches -> since when
-        self._in_one_thread = False  # whether those that run leave threads to others
+        self._lanes: dict[Lane, int] = {}  # lanes with a load -> number of requests that use them
+        self._running: dict[asyncio.Task[None], float] = {}  # batches -> start time
+        self._in_one_thread = False  # whether the running batches leave threads to others
         self._last_end = 0.0
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="compute")
         self._task = asyncio.get_running_loop().create_task(self._work())
 
     @property
     def estimated_wait_s(self) -> float:
-        """Return the estimated time until all admitted items are done."""
+        """Return the estimated time until all admitted items are finished."""
         total = sum(lane.costs.of_queue(lane.load) for lane in self._lanes)
         now = time.perf_counter()
         elapsed = sum(now - start for start in self._running.values()) / max(1, len(self._running))
         return max(0.0, total - elapsed, self._decoding_s())
 
     def check(self) -> None:
-        """Refuse a request that would wait too long.
+        """Refuse a request with a too long estimated wait.
 
         Raises:
           Problem: overloaded; the estimated wait is above the limit.
@@ -169,7 +169,7 @@ class Batcher:
 
     @asynccontextmanager
     async def admit(self, lane: Lane, count: int = 1) -> AsyncIterator[None]:
-        """Hold room for `count` items of a request.
+        """Reserve capacity for `count` items of a request.
 
         Raises:
           Problem: as `check`.
@@ -188,10 +188,10 @@ class Batcher:
                 del self._lanes[lane]
 
     async def quiet(self, deadline: float) -> None:
-        """Return when work that nobody waits for image by image may go on.
+        """Wait until background work, such as a video's frames, may continue.
 
         Raises:
-          Problem: it didn't come to that in time.
+          Problem: not within the deadline.
         """
         while self.estimated_wait_s > self._max_wait_s / 4:
             if asyncio.get_running_loop().time() > deadline:
@@ -202,7 +202,7 @@ class Batcher:
         """Return the lane's result for one item, computed in a batch with others.
 
         Raises:
-          Problem: the deadline has passed, or the model's output isn't finite.
+          Problem: the deadline passed, or the model's output isn't finite.
         """
         loop = asyncio.get_running_loop()
         item = _Item(lane, value, deadline, loop.time())
@@ -215,7 +215,7 @@ class Batcher:
             raise Problem("deadline", "no answer in the time allowed; send fewer at once, or allow more") from error
 
     async def close(self) -> None:
-        """End the compute threads; what is still queued gets no answer."""
+        """Stop the compute threads; queued items get no answer."""
         for task in (self._task, *self._running):
             task.cancel()
         await asyncio.gather(self._task, *self._running, return_exceptions=True)
@@ -234,10 +234,10 @@ class Batcher:
         del self._running[task]
         self._wake.set()
         if not task.cancelled():
-            task.result()  # raises what nobody has foreseen, for the loop to log
+            task.result()  # raises unexpected errors, for the loop to log
 
     def _take(self) -> list[_Item]:
-        """Return the next batch: the oldest item and those of its lane that fit; empty where none can start.
+        """Return the next batch: the oldest item and those of its lane that fit; empty if none can start.
 
         Items whose requests have ended are dropped.
         """
@@ -269,19 +269,19 @@ class Batcher:
         try:
             results = await loop.run_in_executor(self._threads, run, [item.value for item in batch])
         except Exception as error:
-            if len(batch) > 1:  # one item's fault must not be another's: each by itself
+            if len(batch) > 1:  # an error in one item must not fail the others: run each alone
                 for item in batch:
                     if not item.result.done():
                         await self._run([item], single)
                 return
             if not batch[0].result.done():
-                problem = isinstance(error, UserError)  # what `check_finite` raises
+                problem = isinstance(error, UserError)  # raised by `check_finite`
                 batch[0].result.set_exception(
                     Problem("bad_model_output", "the model gives NaN or infinity for this input") if problem else error
                 )
             return
         end = time.perf_counter()
-        # Of batches side by side each is slower, but they end more often.
+        # Parallel batches are slower each, but finish more often.
         lane.costs.observe(len(batch), end - max(start, self._last_end))
         self._last_end = end
         self._metrics.batch_images.observe(len(batch))

@@ -1,4 +1,4 @@
-"""A request for a model's answer, opened before its body is read: its service, model and deadline."""
+"""A request for a model's answer, opened before its body is read: service, model and deadline."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -20,11 +20,11 @@ Timeout = Annotated[
 
 
 class ClientGone(Exception):  # noqa: N818
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 def service_of(request: Request) -> Service:
-    """Return the service that a request came to."""
+    """Return the service of a request."""
     return request.app.state.service
 
 
@@ -33,10 +33,10 @@ class Call:
     """A request for a model's answer.
 
     Attributes:
-      request: it.
+      request: the HTTP request.
       service: the running service.
-      model: that answers.
-      deadline: after which an answer is of no use, by the loop's clock.
+      model: the model for the answer.
+      deadline: of the answer, by the loop's clock.
     """
 
     request: Request
@@ -45,17 +45,17 @@ class Call:
     deadline: float
 
     async def read_uploads(self, most: int = 1) -> tuple[list[Upload], str | None]:
-        """Return the images of the request, and its form's field `classes`; counts them for the client's rate.
+        """Return the images of the request and its form field `classes`; count them for the client's rate limit.
 
         Raises:
-          Problem: no image, too many, another field, or more than the client may send.
+          Problem: no image, too many images, an unknown field, or the rate limit is exceeded.
         """
         uploads, field = await read_uploads(self.request, "image", most)
         self.service.limiter.take(self.request.state.client, len(uploads) - 1)
         return uploads, field
 
     async def read_image(self) -> tuple[Upload, str | None]:
-        """Return the one image of the request, and its form's field `classes`.
+        """Return the only image of the request, and its form field `classes`.
 
         Raises:
           Problem: as `read_uploads`.
@@ -64,37 +64,37 @@ class Call:
         return upload, field
 
     def free_classes(self, query: list[str], field: str | None) -> dict[str, Prompts] | None:
-        """Return the request's classes in free text with their prompts; None: it has none.
+        """Return the request's classes in free text with their prompts; None: there are none.
 
         Raises:
-          Problem: they can't be told apart, or are too many.
+          Problem: they can't be told apart, or there are too many.
         """
         return free_classes(list(query), field, self.service.settings)
 
     async def answer(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of `work`, which is cancelled when the client leaves. The body must have been read.
+        """Return the result of `work`, which is cancelled if the client disconnects. The body must have been read.
 
         Raises:
-          ClientGone: the client left.
+          ClientGone: the client disconnected.
         """
         return await until_disconnect(self.request, work)
 
 
 def open_call(request: Request, choice: ModelChoice, timeout_ms: int = LONGEST_MS) -> Call:
-    """Return the call of a request; what would be refused later anyhow is refused here, before the body is read.
+    """Return the call of a request; check everything that can refuse it before the body is read.
 
     Raises:
       Problem: no such model, not ready, too many requests from this client, or overloaded.
     """
     service = service_of(request)
-    # Where the client allows less time than the service, running out of it is no error of the service.
+    # If the client allows less time than the service, a timeout isn't an error of the service.
     request.state.own_deadline = timeout_ms / 1000 < service.settings.request_timeout_s
     deadline = deadline_after(service, timeout_ms)
     return Call(request, service, service.begin(request.state.client, choice), deadline)
 
 
 def deadline_after(service: Service, timeout_ms: int = LONGEST_MS) -> float:
-    """Return the end of the time that the service, or its client, allows for an answer, by the loop's clock."""
+    """Return the deadline that the service or its client sets for an answer, by the loop's clock."""
     return asyncio.get_running_loop().time() + min(timeout_ms / 1000, service.settings.request_timeout_s)
 
 
@@ -106,10 +106,10 @@ QueryCall = Annotated[Call, Depends(_query_call)]
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, which is cancelled when the client leaves. The body must have been read.
+    """Return the result of `work`, which is cancelled if the client disconnects. The body must have been read.
 
     Raises:
-      ClientGone: the client left.
+      ClientGone: the client disconnected.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:

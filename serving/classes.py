@@ -1,4 +1,4 @@
-"""Classes given as text: their embeddings, the check that they differ, and the files that keep changes of them."""
+"""Classes given as text: their embeddings, checks, and files that store changes of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ Prompts = tuple[str, ...]
 class TextClasses:
     """Classes given as text, with their embeddings; logits are scaled cosines."""
 
-    prompts: dict[str, Prompts]  # of each label
-    embeddings: np.ndarray  # [c, d], of length 1
+    prompts: dict[str, Prompts]  # label -> its texts
+    embeddings: np.ndarray  # [c, d], L2-normalised
     scale: float
 
     @property
@@ -32,15 +32,15 @@ class TextClasses:
         return tuple(self.prompts)
 
     def logits(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return the logits of image embeddings, [c] of one or [n, c] of several."""
+        """Return the logits of image embeddings: [c] for one, [n, c] for several."""
         return self.scale * embeddings @ self.embeddings.T
 
 
 def check_labels(labels: Sequence[str], code: str = "invalid_request") -> None:
-    """Refuse classes that no model could tell apart.
+    """Refuse classes that a model can't tell apart.
 
     Raises:
-      Problem: fewer than two, or two that are said alike.
+      Problem: fewer than two, or two with the same phrase.
     """
     if len(labels) < 2:
         raise Problem(code, f"classes: two or more are needed, not {len(labels)}")
@@ -62,7 +62,7 @@ def checked_prompts(given: Mapping[str, Sequence[str]]) -> dict[str, Prompts]:
 
 
 class _Kept(BaseModel):
-    """The file of a change: of which model, its number, and what the classes are now."""
+    """The file of a change: its model, its number, and the resulting classes."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -72,10 +72,10 @@ class _Kept(BaseModel):
 
 
 class KeptClasses:
-    """Changes of classes, one file for each model's name and digest; without a folder nothing is kept.
+    """Changes of classes, one file per model name and digest; without a folder, they aren't stored.
 
     Args:
-      folder: where.
+      folder: of the files.
     """
 
     def __init__(self, folder: Path | None):
@@ -85,10 +85,10 @@ class KeptClasses:
         return self._folder / f"{name}-{digest[:16]}.json" if self._folder is not None and digest is not None else None
 
     def read(self, name: str, digest: str | None) -> tuple[dict[str, Prompts], int] | None:
-        """Return the classes that a model was changed to, and how often it was; None: it wasn't.
+        """Return the changed classes of a model, and the number of changes; None: unchanged.
 
         Raises:
-          UserError: a file that can't be used.
+          UserError: the file can't be used.
         """
         path = self._path(name, digest)
         if path is None or not path.is_file():
@@ -104,7 +104,7 @@ class KeptClasses:
         return {label: tuple(texts) for label, texts in kept.classes.items()}, kept.changes
 
     def write(self, name: str, digest: str | None, classes: TextClasses, changes: int) -> None:
-        """Keep a change; whoever reads sees the one before or this one.
+        """Store a change atomically.
 
         Raises:
           Problem: it can't be written.
@@ -121,7 +121,7 @@ class KeptClasses:
             raise Problem("internal", f"the change can't be kept in state_dir ({error.strerror})") from error
 
     def forget(self, name: str, digest: str | None) -> None:
-        """Take a change back.
+        """Delete the stored changes of a model.
 
         Raises:
           Problem: it can't be deleted.

@@ -1,4 +1,4 @@
-"""A Python client of the service: typed answers, and retries of requests that were refused for the moment.
+"""A Python client of the service: typed answers, and retries of requests that were refused temporarily.
 
     from serving.client import Client
 
@@ -6,7 +6,7 @@
         answer = client.predict("photo.jpg")
         print(answer.label, answer.score)
 
-It needs httpx and pydantic alone.
+It needs only httpx and pydantic.
 """
 
 import json
@@ -32,7 +32,7 @@ VIDEO_TIMEOUT_S = 600.0
 
 
 class ServiceError(Exception):
-    """The service refused; `problem.code` says why."""
+    """The service refused a request; `problem.code` is the reason."""
 
     def __init__(self, problem: ProblemBody):
         super().__init__(f"{problem.status} {problem.code}: {problem.detail} (request {problem.request_id})")
@@ -40,15 +40,15 @@ class ServiceError(Exception):
 
 
 class Client:
-    """A client of one service; safe to share between threads.
+    """A client of one service. Thread-safe.
 
     Args:
-      address: as http://127.0.0.1:8000.
-      key: an API key, where the service asks for one.
-      retries: how often what was refused for now (429, 503) or not connected is tried again, after what the service
-        says or a random wait that doubles.
-      timeout_s: for each try.
-      connect_timeout_s: of it, for the connection.
+      address: such as http://127.0.0.1:8000.
+      key: an API key, if the service needs one.
+      retries: number of retries after a temporary refusal (429, 503) or a failed connection, after the time that the
+        service asks for or a random wait that doubles.
+      timeout_s: of each attempt.
+      connect_timeout_s: part of it, for the connection.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Client:
         self.address = address.rstrip("/")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         times = httpx.Timeout(timeout_s, connect=connect_timeout_s)
-        # No proxy and no password file of the environment: the address is what was given.
+        # Ignore proxies and password files of the environment: connect to the given address only.
         self._http = httpx.Client(base_url=self.address, headers=headers, timeout=times, trust_env=False)
         self._retries = retries
 
@@ -75,7 +75,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         self._http.close()
 
     def ready(self) -> bool:
@@ -94,14 +94,14 @@ class Client:
         model: str | None = None,
         version: str | None = None,
     ) -> PredictionBody:
-        """Return what the image shows, by the active model or another one."""
+        """Return the prediction for an image, by the active model or another one."""
         query = {"top": top, "threshold": threshold, "model": model, "version": version}
         return self._post("/v1/predict", PredictionBody, [("image", image)], classes, **query)
 
     def predict_batch(
         self, images: Sequence[Source], top: int = 5, threshold: float | None = None, classes: ClassNames | None = None
     ) -> BatchPrediction:
-        """Return what each image shows; one that can't be read has an error."""
+        """Return a prediction for each image; unreadable ones have an error."""
         files = [("image", image) for image in images]
         return self._post("/v1/predict/batch", BatchPrediction, files, classes, top=top, threshold=threshold)
 
@@ -110,16 +110,16 @@ class Client:
         return self._post("/v1/embed", Embedding, [("image", image)])
 
     def explain(self, image: Source, label: str | None = None, classes: ClassNames | None = None) -> Explanation:
-        """Return where the model sees a class."""
+        """Return a heat map of a class."""
         return self._post("/v1/explain", Explanation, [("image", image)], classes, label=label)
 
     def explain_picture(self, image: Source, label: str | None = None) -> bytes:
-        """Return the image as a PNG in which the places that speak for a class are marked."""
+        """Return the image as a PNG with the heat map of a class."""
         content = {"files": [("image", _file(image))], "headers": {"Accept": "image/png"}}
         return self.send("POST", "/v1/explain", params={"label": label} if label else {}, **content).content
 
     def events(self, video: Source, classes: ClassNames | None = None, **rules: Any) -> VideoEvents:
-        """Return the actions in a video; `rules` as POST /v1/stream has them in its query."""
+        """Return the actions in a video; `rules` are query parameters of POST /v1/stream."""
         return self._post("/v1/stream", VideoEvents, [("video", video)], classes, **rules)
 
     def models(self) -> Models:
@@ -127,14 +127,14 @@ class Client:
         return Models.model_validate(self.send("GET", "/v1/models").json())
 
     def load(self, name: str, folder: str | None = None, activate: bool = True) -> ModelStatus:
-        """Load a version, by default of the model's own folder."""
+        """Load a version, by default from the model's own folder."""
         answer = self.send("POST", f"/v1/models/{name}/load", json={"folder": folder, "activate": activate})
         return ModelStatus.model_validate(answer.json())
 
     def change_classes(
         self, name: str, add: Mapping[str, Sequence[str]], remove: Sequence[str] = (), reset: bool = False
     ) -> ModelStatus:
-        """Add and remove classes by text; `reset`: starting from the model's own classes."""
+        """Add and remove classes by text; `reset`: start from the model's own classes."""
         body = {"add": {label: list(texts) for label, texts in add.items()}, "remove": list(remove), "reset": reset}
         return ModelStatus.model_validate(self.send("POST", f"/v1/models/{name}/classes", json=body).json())
 
@@ -148,11 +148,11 @@ class Client:
         return kind.model_validate(self.send("POST", path, files=opened, data=data, params=params, **content).json())
 
     def send(self, method: str, path: str, **content: Any) -> httpx.Response:
-        """Send a request, again where that is worth it; `content` as httpx takes it.
+        """Send a request, with retries where they make sense; `content` as for httpx.
 
         Raises:
-          ServiceError: the service refused.
-          httpx.TransportError: it doesn't answer.
+          ServiceError: the service refused the request.
+          httpx.TransportError: no answer.
         """
         for attempt in range(self._retries + 1):
             last = attempt == self._retries
@@ -185,7 +185,7 @@ def _backoff(attempt: int) -> float:
 def _problem(answer: httpx.Response) -> ProblemBody:
     try:
         return ProblemBody.model_validate(answer.json())
-    except ValueError:  # of a proxy in between
+    except ValueError:  # from a proxy in between
         detail = answer.text[:200] or answer.reason_phrase
         return ProblemBody(
             title=answer.reason_phrase, status=answer.status_code, detail=detail, code="unknown", request_id=""

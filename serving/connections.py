@@ -1,9 +1,8 @@
-"""Limits on connections that hold before a request is parsed: header bytes, times, and how many are open.
+"""Limits on connections before a request is parsed: bytes of headers, times, and the number of connections.
 
-uvicorn's protocol classes bound none of these. The subclasses here add the bounds and change nothing else. A connection
-is either answering a request, whose time the application bounds, or waiting for its client; then one timer runs. Where
-too many are open, a new one takes the place of the one that has waited longest, so that idle connections lock nobody
-out.
+uvicorn's protocol classes limit none of these. The subclasses here add the limits and change nothing else. A connection
+either answers a request, whose time the application limits, or waits for its client, with a timer. When too many are
+open, a new one replaces the one that has waited longest, so idle connections can't lock others out.
 """
 
 import asyncio
@@ -21,28 +20,28 @@ from serving.settings import Settings
 from serving.sockets import bound_unread
 from serving.telemetry import Metrics
 
-MAX_PIPELINED = 32  # requests sent ahead of the answers
-MAX_FRAGMENTS = 1000  # of one WebSocket message
-BODY_HEADERS = (b"content-length", b"transfer-encoding", b"upgrade")  # more than a head follows them
+MAX_PIPELINED = 32  # requests sent before earlier answers are complete
+MAX_FRAGMENTS = 1000  # per WebSocket message
+BODY_HEADERS = (b"content-length", b"transfer-encoding", b"upgrade")  # more than headers follows
 
 
 class Connections:
-    """The open connections of this process, and those of them that wait for their client, longest first.
+    """The open connections of this process, and those that wait for their client, longest first.
 
     Args:
       settings: the limits.
-      metrics: where refusals are counted.
+      metrics: counts refusals.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics):
         self.settings, self._metrics = settings, metrics
         self._addresses: dict[asyncio.Transport, str] = {}
         self._counts: Counter[str] = Counter()
-        self._new: dict[asyncio.Transport, None] = {}  # that wait, before their first request
-        self._used: dict[asyncio.Transport, None] = {}  # that wait, after an answer
+        self._new: dict[asyncio.Transport, None] = {}  # waiting before their first request
+        self._used: dict[asyncio.Transport, None] = {}  # waiting after an answer
 
     def enter(self, transport: asyncio.Transport, address: str) -> Problem | None:
-        """Count a new connection, if need be in place of one that waits; return why it is refused, or None."""
+        """Count a new connection, if necessary in place of a waiting one; return the reason of a refusal, or None."""
         settings, network = self.settings, network_of(address)
         problem = None
         if self._counts[network] >= settings.max_connections_per_address and not self._drop_one(network):
@@ -54,7 +53,7 @@ class Connections:
         return problem
 
     def _drop_one(self, network: str | None = None) -> bool:
-        """Close the connection that has waited longest, of one network or of all; first those without a request."""
+        """Close the connection that has waited longest, of one network or of all; first those without any request."""
         for transport in (*self._new, *self._used):
             if network is None or self._addresses[transport] == network:
                 self._metrics.refused.labels("connection_replaced").inc()
@@ -64,18 +63,18 @@ class Connections:
         return False
 
     def wait(self, transport: asyncio.Transport, used: bool) -> None:
-        """Note that a connection waits for its client from this moment on; `used`: one that had an answer before."""
+        """Record that a connection waits for its client from now on; `used`: it has had an answer before."""
         self.work(transport)
         if transport in self._addresses:
             (self._used if used else self._new)[transport] = None
 
     def work(self, transport: asyncio.Transport) -> None:
-        """Note that a connection's request is being answered."""
+        """Record that a connection's request is being answered."""
         self._new.pop(transport, None)
         self._used.pop(transport, None)
 
     def leave(self, transport: asyncio.Transport) -> None:
-        """Forget a connection; harmless when it was forgotten before."""
+        """Remove a connection; no effect if it was removed before."""
         self.work(transport)
         network = self._addresses.pop(transport, None)
         if network is not None:
@@ -90,16 +89,16 @@ class Connections:
 
 
 class HttpConnection(HttpToolsProtocol):
-    """An HTTP connection within the limits. A refusal is an answer of its own, and the connection's last."""
+    """An HTTP connection within the limits. A refusal is its last answer."""
 
     def __init__(self, connections: Connections, **given: Any):
         super().__init__(**given)
         self._all = connections
         self._limits = connections.settings
-        self._part: str | None = "head"  # of a request that is arriving; None: between requests
+        self._part: str | None = "head"  # part of an arriving request; None: between requests
         self._state = ""
-        self._unparsed_bytes = 0  # since the parser last handed anything on: it keeps them in memory
-        self._arrived = False  # whether anything ever came
+        self._unparsed_bytes = 0  # in the parser's buffer since its last callback
+        self._arrived = False  # whether any data has arrived
         self._had_body = False
         self._refusal: Problem | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -151,7 +150,7 @@ class HttpConnection(HttpToolsProtocol):
         elif coding := self._other_coding():
             self._refusal = Problem("malformed", f"transfer coding {coding} isn't supported; send chunked, or a length")
         if self._refusal is not None:
-            raise ValueError(self._refusal.detail)  # ends the parsing: the data that follows is not looked at
+            raise ValueError(self._refusal.detail)  # stops the parser: further data is ignored
         self._part = "body"
         if not self._had_body and any(name in BODY_HEADERS for name, _ in self.headers):
             self._had_body = True
@@ -175,7 +174,7 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing():  # the answer was the connection's last
+        if self.transport.is_closing():  # the answer was the last one of this connection
             self._end()
         self._follow()
 
@@ -187,7 +186,7 @@ class HttpConnection(HttpToolsProtocol):
     # Time
 
     def _follow(self) -> None:
-        """Start the timer of what the connection waits for; none runs while a request is being answered."""
+        """Start the timer for the awaited part; none runs while a request is being answered."""
         answering = self.cycle is not None and not self.cycle.response_complete
         state = "answering" if answering else self._part or "between"
         if state == self._state or self.transport.is_closing():
@@ -199,7 +198,7 @@ class HttpConnection(HttpToolsProtocol):
             return
         self._all.wait(self.transport, used=self.cycle is not None)
         limits = self._limits
-        # A body is waited for here only where its request was answered without it.
+        # A body is awaited here only if its request was answered without it.
         seconds = {"head": limits.header_timeout_s, "body": limits.body_timeout_s, "between": limits.keep_alive_s}
         self._set_timer(seconds[state])
 
@@ -218,11 +217,11 @@ class HttpConnection(HttpToolsProtocol):
     # The end
 
     def send_400_response(self, msg: str) -> None:
-        """Answer a request that can't be parsed; uvicorn calls this."""
+        """Answer a request that can't be parsed; called by uvicorn."""
         self._refuse(self._refusal or Problem("malformed", "not a valid HTTP request"))
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer without the application, unless an answer has begun, and close."""
+        """Answer without the application, unless an answer has begun, and close the connection."""
         if self.transport.is_closing():
             return
         self._all.count_refusal(problem)
@@ -237,7 +236,7 @@ class HttpConnection(HttpToolsProtocol):
         self._end()
 
     def _end(self) -> None:
-        """Close, and break the connection off where the client doesn't even take what is left to send."""
+        """Close the connection, and abort it if the client doesn't read the remaining data."""
         self._all.work(self.transport)
         self.transport.close()
         self._set_timer(None)
@@ -254,7 +253,7 @@ class HttpConnection(HttpToolsProtocol):
 
 
 class WebSocketConnection(WebSocketsSansIOProtocol):
-    """A WebSocket within the limits. The application bounds how long it may be idle."""
+    """A WebSocket within the limits. The application limits its idle time."""
 
     def __init__(self, connections: Connections, **given: Any):
         super().__init__(**given)
@@ -268,14 +267,14 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
 
     def handle_cont(self, event: Frame) -> None:
-        if len(self.frames) >= MAX_FRAGMENTS:  # empty ones add up to no size that is bounded elsewhere
+        if len(self.frames) >= MAX_FRAGMENTS:  # empty fragments aren't limited by size anywhere else
             self.transport.abort()
             return
         super().handle_cont(event)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.transport.pause_reading()  # each ping is answered: who doesn't read the answers may ask no more
+        self.transport.pause_reading()  # a client that doesn't read the answers to its pings may not send more
         self._write_timer = self.loop.call_later(self._all.settings.send_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:

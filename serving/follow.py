@@ -1,4 +1,4 @@
-"""The way from the frames of one stream, through a model, to events."""
+"""From the frames of one stream to events, with a model."""
 
 import dataclasses
 from typing import Annotated
@@ -19,7 +19,7 @@ from serving.service import Service
 
 @dataclasses.dataclass(frozen=True)
 class EventOptions:
-    """The rules of events; the defaults are those of the detector."""
+    """The rules of events; the defaults are the detector's."""
 
     smoothing: Annotated[str, Query(pattern="^(exponential|attention|none)$")] = EventRules.smoothing
     memory_s: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False)] = EventRules.memory_s
@@ -31,10 +31,10 @@ class EventOptions:
     classes: Annotated[list[str], Query(description="as /v1/predict takes them")] = ()  # type: ignore[assignment]
 
     def rules(self, model: ServedModel, free: bool) -> EventRules:
-        """Return the engine's rules for a model.
+        """Return the detector's rules for a model.
 
         Raises:
-          Problem: they contradict one another.
+          Problem: they contradict each other.
         """
         below = self.threshold if self.threshold is not None or free else model.abstain_below
         try:
@@ -49,7 +49,7 @@ EventQuery = Annotated[EventOptions, Depends(async_dependency(EventOptions))]
 
 
 class Follower:
-    """Turns the frames of one stream into events; a switch of the model ends the events in progress."""
+    """Turn the frames of one stream into events; a switch of the model ends the current events."""
 
     def __init__(self, service: Service, choice: ModelQuery, options: EventOptions, prompts: dict[str, Prompts] | None):
         self._service, self._choice, self._options, self._prompts = service, choice, options, prompts
@@ -58,7 +58,7 @@ class Follower:
         self.detector = EventDetector(())
 
     async def choose(self, deadline: float) -> tuple[Event, ...]:
-        """Take the model that is active now; gives the events that ended with another one."""
+        """Use the model that is active now; return the events that ended with the previous one."""
         model = self._service.models.get(self._choice.model, self._choice.version)
         if model is self.model:
             return ()
@@ -80,7 +80,7 @@ class Follower:
         return self.model.embed if self._classes is not None else self.model.classify
 
     async def measure(self, pixels: np.ndarray, deadline: float) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return a frame's logits, and its embedding where that is needed."""
+        """Return a frame's logits, and its embedding if needed."""
         model, batcher, classes = self.model, self._service.batcher, self._classes
         assert model is not None, "choose comes first"
         attends = self.detector.rules.smoothing == "attention"

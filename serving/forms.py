@@ -1,4 +1,4 @@
-"""The parts of a multipart form, kept in memory: bodies are bounded, and a full disk can't fail a request."""
+"""The parts of a multipart form, held in memory: their size is limited, and a full disk can't fail a request."""
 
 import re
 from collections.abc import AsyncIterator
@@ -11,15 +11,15 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from serving.problems import Problem
 
-MAX_TEXTS = 8  # parts that aren't files
-MAX_TEXT_BYTES = 100_000  # of one of them
+MAX_TEXTS = 8  # parts other than files
+MAX_TEXT_BYTES = 100_000  # of each of them
 EXTENDED_NAME = re.compile(r";\s*filename\*\s*=\s*\"?([\w.-]*)'[^']*'([^;\s\"]*)", re.IGNORECASE)  # RFC 5987
 CUT_OFF = "the form was cut off: its last boundary is missing; send it again, whole"
 
 
 @dataclass
 class Part:
-    """A part of a form; `filename` is None where it is text and no file."""
+    """A part of a form; `filename` is None for text."""
 
     name: str
     filename: str | None
@@ -31,12 +31,12 @@ async def read_parts(content_type: str, body: AsyncIterator[bytes], most_files: 
 
     Args:
       content_type: the request's header, which holds the boundary.
-      body: its bytes as they come.
-      most_files: how many files are taken.
-      too_many: the refusal of more.
+      body: its bytes as they arrive.
+      most_files: accepted number of files.
+      too_many: the error for more files.
 
     Raises:
-      Problem: no form by its boundary, one that was cut off, or one with too many or too large parts.
+      Problem: not a form with its boundary, cut off, or too many or too large parts.
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
@@ -59,7 +59,7 @@ async def read_parts(content_type: str, body: AsyncIterator[bytes], most_files: 
 
 
 class _Reader:
-    """Collects the parts as python_multipart finds them; its callbacks are the methods `on_...`."""
+    """Collect the parts that python_multipart finds; its callbacks are the methods `on_...`."""
 
     def __init__(self, most_files: int, too_many: Problem):
         self.parts: list[Part] = []
@@ -117,7 +117,7 @@ def _text(raw: bytes) -> str:
 
 
 def _filename(disposition: bytes, options: dict[bytes, bytes]) -> str | None:
-    """Return the name of a file, also where only the extended form `filename*=UTF-8''...` gives it."""
+    """Return the name of a file, also from the extended form `filename*=UTF-8''...` alone."""
     if b"filename" in options:
         return _text(options[b"filename"])
     extended = EXTENDED_NAME.search(disposition.decode("latin-1"))

@@ -1,4 +1,4 @@
-"""HEAD wherever GET works, OPTIONS everywhere, and which methods a path allows (RFC 9110, 9.3)."""
+"""HEAD for all paths with GET, OPTIONS for all paths, and the allowed methods of a path (RFC 9110, 9.3)."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ VERBS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
-    """Return the methods that a request's path allows; empty where no route has the path."""
+    """Return the methods that a request's path allows; empty if no route has the path."""
     scope = {**scope, "type": "http"}
     allowed = [verb for verb in VERBS if any(_allows(route, {**scope, "method": verb}) for route in routes)]
     if not allowed:
@@ -19,12 +19,12 @@ def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
 
 
 def _allows(route: BaseRoute, scope: Scope) -> bool:
-    files = isinstance(route, Mount)  # which matches any method, and reads files
+    files = isinstance(route, Mount)  # matches any method, and serves files
     return route.matches(scope)[0] is Match.FULL and (not files or scope["method"] == "GET")
 
 
 class Methods:
-    """Below the checks of security: answers OPTIONS, and HEAD by what answers GET; the server leaves out the body."""
+    """Middleware below access control: answers OPTIONS, and HEAD like GET; the server omits the body."""
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]):
         self._app, self._routes = app, routes

@@ -24,10 +24,10 @@ EMA_WEIGHT = 0.1
 
 
 def check_image(data: bytes) -> bytes:
-    """Refuse what can't be an image before a process is troubled with it.
+    """Refuse data that can't be an image before it is sent to a decoding process.
 
     Raises:
-      Problem: empty, or of a format that isn't read here.
+      Problem: empty, or an unsupported format.
     """
     if not data:
         raise Problem("empty_body", f"no bytes came; send an image ({format_titles()})")
@@ -40,7 +40,7 @@ def check_image(data: bytes) -> bytes:
 
 
 def _guess(data: bytes) -> str:
-    """Return what bytes that are no image seem to be, and what to do about it."""
+    """Return a guess what the data is, and what to do about it."""
     start = data[:200].lstrip()
     if start.startswith(b"data:") or sniff(decode_base64(data[:64].decode("latin-1"), strict=False)) is not None:
         return "the image is base64 text; send the bytes of the file"
@@ -56,7 +56,7 @@ def decode_base64(text: str, strict: bool = True) -> bytes:
 
     Args:
       text: it.
-      strict: False: what isn't base64 gives no bytes.
+      strict: False: return no bytes for text that isn't base64.
 
     Raises:
       ValueError: not base64.
@@ -79,31 +79,31 @@ def _decode(data: bytes, preprocess: Preprocess, max_megapixels: float) -> np.nd
 
 
 def _warm() -> None:
-    """Read an image of each kind, so that the first one that comes takes no longer than others."""
-    for name in ("JPEG", "PNG", "WEBP"):  # the usual ones
+    """Decode an image of each common format, so that the first request isn't slower than others."""
+    for name in ("JPEG", "PNG", "WEBP"):  # the common formats
         buffer = io.BytesIO()
         Image.new("RGB", (40, 30)).save(buffer, name)
         _decode(buffer.getvalue(), Preprocess(32), 1.0)
-    time.sleep(0.05)  # so that each process gets one to do
+    time.sleep(0.05)  # gives each process one of the calls
 
 
 def draw_heat_map(pixels: np.ndarray, heat: np.ndarray) -> bytes:
-    """Return a PNG of the image, dark where nothing speaks for the class and reddish where much does."""
+    """Return a PNG of the image with the heat map: dark where it is 0, reddish where it is high."""
     buffer = io.BytesIO()
     Image.fromarray(heatmap.overlay(pixels, heat)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 class Decoder:
-    """A pool of decoding processes; one that dies is replaced and what it had is tried once more.
+    """A pool of decoding processes; one that dies is replaced and its image is tried once more.
 
     Args:
-      processes: how many.
-      max_megapixels: what is refused above, told by the header.
-      metrics: where times are counted.
+      processes: their number.
+      max_megapixels: larger images are refused by their header.
+      metrics: counts times.
 
     Attributes:
-      seconds_per_image: the running mean of what an image takes.
+      seconds_per_image: moving average.
     """
 
     def __init__(self, processes: int, max_megapixels: float, metrics: Metrics):
@@ -121,7 +121,7 @@ class Decoder:
         return make_pool(self._processes, follow_parent, self._lifeline)
 
     async def warm(self) -> None:
-        """Return when the processes have started."""
+        """Wait until the processes have started."""
         tasks = (self._submit(_warm) for _ in range(self._processes))
         await asyncio.gather(*tasks)
 
@@ -129,7 +129,7 @@ class Decoder:
         """Return one image as the model takes it, uint8 [size, size, 3].
 
         Raises:
-          Problem: not an image that can be read, one that ends the process which reads it, or the deadline has passed.
+          Problem: not a readable image, an image that kills its decoding process, or the deadline passed.
         """
         check_image(data)
         start = time.perf_counter()
@@ -145,7 +145,7 @@ class Decoder:
         return pixels
 
     def _observe(self, start: float) -> None:
-        """Update the mean time of an image. Images decoded side by side overlap, so time counts from the last end."""
+        """Update the mean time per image. Decodings overlap in several processes, so time counts from the last end."""
         end = time.perf_counter()
         self.seconds_per_image += EMA_WEIGHT * (end - max(start, self._last_end) - self.seconds_per_image)
         self._last_end = end
@@ -155,11 +155,11 @@ class Decoder:
         """Return the result of `function`, called in a decoding process.
 
         Raises:
-          Problem: the process died, and so did the next one, or the deadline has passed.
+          Problem: the process died, and so did its replacement; or the deadline passed.
         """
         for attempt in (1, 2):
             try:
-                async with asyncio.timeout_at(deadline):  # what hasn't begun is taken out of the pool
+                async with asyncio.timeout_at(deadline):  # a call that hasn't started is removed from the pool
                     return await self._submit(function, *arguments)
             except TimeoutError as error:
                 raise Problem("deadline", "not decoded in the time allowed; send less, or allow more") from error
@@ -172,13 +172,13 @@ class Decoder:
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
         except BrokenProcessPool:
-            if self._pool is pool:  # the first of those waiting that learns of it
+            if self._pool is pool:  # the first of the waiting calls that notices it
                 self._pool = self._make_pool()
                 self._metrics.decoder_restarts.inc()
                 pool.shutdown(wait=False)
             raise
 
     def close(self) -> None:
-        """End the processes, whatever they are at: nobody waits for it any more."""
+        """Stop the processes, even at work: nobody waits for them."""
         self._pool.shutdown(kill_workers=True)
         self._lifeline.close()

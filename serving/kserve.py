@@ -1,6 +1,6 @@
-"""The KServe v2 inference protocol (Open Inference Protocol), with its binary tensors, so that standard clients work.
+"""The KServe v2 inference protocol (Open Inference Protocol) with binary tensors, for standard clients.
 
-https://github.com/kserve/open-inference-protocol and, for binary tensors, Triton's extension of it.
+https://github.com/kserve/open-inference-protocol, and Triton's extension for binary tensors.
 """
 
 import asyncio
@@ -72,7 +72,7 @@ async def server_metadata() -> dict[str, Any]:
 
 @router.get("/health/live")
 async def live() -> dict[str, bool]:
-    """Return whether the process works."""
+    """Return whether the process is alive."""
     return {"live": True}
 
 
@@ -120,12 +120,12 @@ def _output_shape(model: ServedModel, name: str) -> list[int]:
 @router.get("/models/{name}/ready", responses=responses(*ALWAYS, "unknown_model", "invalid_request"))
 @router.get("/models/{name}/versions/{version}/ready", responses=responses(*ALWAYS, "unknown_model", "invalid_request"))
 async def model_ready(request: Request, name: ModelName, version: VersionName | None = None) -> dict[str, Any]:
-    """Return whether a model answers."""
+    """Return whether a model is ready."""
     service_of(request).models.get(name, version)
     return {"name": name, "ready": True}
 
 
-ONE_FILE = {  # the plainest request; the protocol's others are in the description
+ONE_FILE = {  # the simplest request; the description has others
     "type": "object",
     "required": ["name", "shape", "datatype", "data"],
     "properties": {
@@ -173,7 +173,7 @@ async def infer(call: NamedCall) -> Response:
 
 
 async def _compute(call: Call, images: Sequence[np.ndarray | bytes], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the outputs that are wanted, each [n, ...]."""
+    """Return the requested outputs, each [n, ...]."""
     service, model, deadline = call.service, call.model, call.deadline
     from_classifier = model.classes is None and set(names) != {"image_embeds"}
     with_embeddings = "image_embeds" in names or not from_classifier

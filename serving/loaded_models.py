@@ -1,4 +1,4 @@
-"""The models that are loaded: named versions, opened and checked beside the active one, then switched to."""
+"""The loaded models: named versions, opened and checked while another is active, then switched to."""
 
 import asyncio
 import re
@@ -19,15 +19,15 @@ from serving.problems import Problem
 from serving.schemas import ModelStatus
 from serving.telemetry import Metrics, log
 
-FOLDERS = re.compile(r"(?<![\w/.:])/(?:[^/\s'\"]+/)+")  # of absolute paths, which are for the log alone
+FOLDERS = re.compile(r"(?<![\w/.:])/(?:[^/\s'\"]+/)+")  # absolute paths, which only the log may contain
 
-# Digest, format and threads -> seconds of batches of images, and of texts, by size: measured once in a process.
+# Digest, format and threads -> seconds of batches of images and of texts by size; measured once per process.
 _measured_costs: dict[tuple[str, str, int], tuple[dict[int, float], dict[int, float]]] = {}
 
 
 @dataclass
 class Entry:
-    """A name: where its model comes from, and the versions that are loaded."""
+    """A model's name, its source folder, and its loaded versions."""
 
     name: str
     path: Path
@@ -35,11 +35,11 @@ class Entry:
     versions: dict[str, ServedModel] = field(default_factory=dict)
     loading: bool = True
     error: str | None = None
-    changes: int = 0  # how often classes were changed, and unsealed folders loaded
+    changes: int = 0  # number of changes of classes and of loads of unsealed folders
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def status(self) -> ModelStatus:
-        """Return the entry as /v1/models shows it."""
+        """Return the entry for /v1/models."""
         state: Literal["ready", "loading", "failed"] = (
             "ready" if self.active else "loading" if self.loading else "failed"
         )
@@ -49,16 +49,16 @@ class Entry:
 
 
 class LoadedModels:
-    """All names; what changes them.
+    """All models by name; they are loaded, switched and changed here.
 
     Args:
       paths: name -> exported folder; the first name is the default.
-      models_dir: whose folders may be loaded by name; None: none.
-      checks: what a folder must pass beside its manifest, called before it is opened.
-      kept: changes of classes that outlast a load.
-      threads: that run a model.
-      batcher: what runs the models.
-      metrics: where loads are counted.
+      models_dir: folder of models that can be loaded by name; None: none.
+      checks: checks of a folder beside its manifest, called before it is opened.
+      kept: stored changes of classes.
+      threads: compute threads of a model.
+      batcher: runs the models.
+      metrics: counts loads.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class LoadedModels:
         return self.entries[name]
 
     def get(self, name: str | None = None, version: str | None = None) -> ServedModel:
-        """Return a model to answer with.
+        """Return a model that can answer.
 
         Raises:
-          Problem: no such name or version, or not loaded.
+          Problem: no such name or version, or it isn't loaded.
         """
         entry = self.entry(name)
         if version is not None:
@@ -111,21 +111,21 @@ class LoadedModels:
         """Return the path of a folder in models_dir.
 
         Raises:
-          Problem: not there, or no models_dir.
+          Problem: no such folder, or no models_dir.
         """
         if self._models_dir is None:
             raise Problem("load_failed", "the service was started without models_dir, so only its own folder is read")
         root = self._models_dir.resolve()
         path = (root / name).resolve()
-        if path.parent != root or not path.is_dir():  # names hold no slash; a link could still lead elsewhere
+        if path.parent != root or not path.is_dir():  # names contain no slash, but a link could lead elsewhere
             raise Problem("not_found", f"models_dir holds no folder {name!r}")
         return path
 
     async def load(self, name: str, path: Path | None = None, activate: bool = True) -> Entry:
-        """Load a version aside and, once it has passed, make it the active one.
+        """Load a version and, after it has passed all checks, make it the active one.
 
         Raises:
-          Problem: it didn't pass; what was active stays so.
+          Problem: a check failed; the active version stays.
         """
         entry = self.entry(name)
         async with entry.lock:
@@ -145,12 +145,12 @@ class LoadedModels:
             if activate:
                 entry.versions[model.version] = model
                 self._switch(entry, model)
-            else:  # of one version there is one model: the active one stays in its place
+            else:  # a version exists only once: the active one stays in place
                 entry.versions.setdefault(model.version, model)
             return entry
 
     def _open(self, entry: Entry, path: Path) -> ServedModel:
-        """Verify, open, warm, prove: in a thread of its own."""
+        """Verify, open, warm up and test a version; runs in its own thread."""
         self._checks(path)
         backend = open_exported(path, self._threads)
         entry.changes += backend.digest is None
@@ -169,10 +169,10 @@ class LoadedModels:
         return self._as_changed(entry, ServedModel(loaded, entry.name, version))
 
     def _measured(self, backend: ExportedBackend, source: Path) -> LoadedExport:
-        """Warm what requests will need, and measure what batches cost; of one export once in a process.
+        """Warm up a backend and measure the costs of its batches; once per export and process.
 
-        Another export may be larger or smaller, so it is measured even beside one that serves; what the machine's load
-        adds to the times then is followed by `Costs.observe`.
+        Another export can be larger or smaller, so it is measured even while one serves. `Costs.observe` corrects the
+        influence of the load on the measured times.
         """
         size = backend.preprocess.image_size_px
         example = np.zeros((size, size, 3), np.uint8)
@@ -194,7 +194,7 @@ class LoadedModels:
         return LoadedExport(backend, source, image_costs, text_costs, single_threaded, origin)
 
     def _as_changed(self, entry: Entry, model: ServedModel) -> ServedModel:
-        """Return the model with the classes that it was changed to before, if it was."""
+        """Return the model with its stored changes of classes, if there are any."""
         found = self._kept.read(entry.name, model.backend.digest)
         if found is None:
             return model
@@ -205,9 +205,9 @@ class LoadedModels:
         return model.changed(prompts, model.backend.embed_classes(list(prompts.values())), changed(model, changes))
 
     def _switch(self, entry: Entry, model: ServedModel) -> None:
-        """From the next request on `model` answers; the one before goes when its last request has."""
+        """Make `model` the active one for new requests; the previous one is freed after its last request."""
         before = entry.active
-        entry.active, entry.path = model, model.source  # which a later load reads again
+        entry.active, entry.path = model, model.source  # a later load reads it again
         if before is not None and before is not model:
             self._metrics.forget_model(entry.name, before.version, before.backend.digest or "")
             if entry.versions.get(before.version) is before:
@@ -229,10 +229,10 @@ class LoadedModels:
         return entry
 
     async def unload(self, name: str, version: str) -> None:
-        """Drop a version that isn't active.
+        """Drop an inactive version.
 
         Raises:
-          Problem: it isn't loaded, or active.
+          Problem: it isn't loaded, or it is active.
         """
         entry = self.entry(name)
         async with entry.lock:
@@ -243,16 +243,16 @@ class LoadedModels:
     async def change_classes(
         self, name: str, add: Mapping[str, Sequence[str]], remove: Sequence[str], reset: bool, deadline: float
     ) -> Entry:
-        """Make and activates a version of the active model with other classes, and keep the change.
+        """Make and activate a version of the active model with other classes, and store the change.
 
         Args:
           name: of the model.
-          add, remove: what changes.
-          reset: from the model's own classes on, not from those it has now.
-          deadline: when an answer is of no use any more.
+          add, remove: the changes.
+          reset: start from the model's own classes instead of the current ones.
+          deadline: of the answer.
 
         Raises:
-          Problem: the model's head can't, the classes don't fit, or the change can't be kept.
+          Problem: the model's head doesn't allow it, the classes are invalid, or the change can't be stored.
         """
         entry = self.entry(name)
         async with entry.lock:
@@ -273,5 +273,5 @@ class LoadedModels:
 
 
 def changed(model: ServedModel, changes: int) -> str:
-    """Return the version of a model whose classes were changed."""
+    """Return the version name of a model with changed classes."""
     return f"{model.version.partition('+')[0]}+c{changes}"

@@ -1,4 +1,4 @@
-"""One served version of a model: its runtime, its classes, and a lane of the batcher for each of its graphs."""
+"""ServedModel, one version of a model: its runtime, its classes, and a lane of the batcher for each graph."""
 
 import asyncio
 from collections import OrderedDict
@@ -20,20 +20,20 @@ from serving.problems import Problem
 from serving.schemas import ModelRef, ModelVersion, Origin
 
 CACHED_TEXTS = 8192
-TEXTS_AT_ONCE = 8  # of a request; then it's the others' turn
+TEXTS_AT_ONCE = 8  # of a request, before other requests have their turn
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax over the last axis."""
+    """Return the softmax over the last axis, in the logits' precision."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def open_exported(path: Path, threads: int) -> ExportedBackend:
-    """Open an exported folder, or one format in it, to run in so many threads.
+    """Open an exported folder, or one format in it, with a number of compute threads.
 
     Raises:
-      UserError: another kind of folder, a changed file, or nothing in it runs here.
+      UserError: another kind of folder, a changed file, or no format that runs here.
     """
     if found := exported_folder(path.expanduser()):
         return ExportedBackend(*found, threads=threads)
@@ -41,7 +41,7 @@ def open_exported(path: Path, threads: int) -> ExportedBackend:
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """Return what an export says of its model's training; None where it says nothing that can be read."""
+    """Return the facts on the model's training in an export; None if there are none or they can't be read."""
     try:
         return Origin.model_validate_json((folder / ORIGIN).read_bytes())
     except (OSError, ValidationError):
@@ -50,16 +50,16 @@ def read_origin(folder: Path) -> Origin | None:
 
 @dataclass
 class LoadedExport:
-    """An export that has passed every check.
+    """An export that has passed all checks.
 
     Attributes:
-      backend: what runs it.
-      source: the path that it was loaded from.
+      backend: runs it.
+      source: the path of the folder.
       costs: of batches of images.
       text_costs: of batches of texts.
-      single_threaded: the same in one thread, for batches side by side; None: there is none.
-      origin: what it was trained on, and how good it was.
-      texts: embeddings of texts by the text, for all versions that differ in their classes alone.
+      single_threaded: the same model in one thread, for parallel batches; None: not available.
+      origin: its training data and accuracy.
+      texts: text -> embedding, shared by all versions that differ only in their classes.
     """
 
     backend: ExportedBackend
@@ -72,12 +72,12 @@ class LoadedExport:
 
 
 class ServedModel:
-    """One version: an export, its lanes in the batcher, and classes given as text where they were changed.
+    """One version: an export, its lanes in the batcher, and changed classes if there are any.
 
     Args:
       loaded: the export.
-      name: what it is called in addresses.
-      version: told apart from others of the name by this.
+      name: in addresses.
+      version: distinguishes it from others of the same name.
       classes: None: the export's own.
     """
 
@@ -117,12 +117,12 @@ class ServedModel:
         return self.backend.embed_classes([[text] for text in texts])
 
     def _explain(self, items: list[tuple[np.ndarray, int]]) -> np.ndarray:
-        """Return heat maps, [n, g, g], of pairs of an image and the index of a class of the model."""
+        """Return heat maps, [n, g, g], for pairs of an image and the index of one of the model's classes."""
         images, indices = zip(*items, strict=True)
         return self._finite(lambda batch: self.backend.explain(batch, indices))(np.stack(images))
 
     def _explain_text(self, items: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Return heat maps, [n, g, g], of pairs of an image and a class embedding."""
+        """Return heat maps, [n, g, g], for pairs of an image and a class embedding."""
         images, classes = (np.stack(part) for part in zip(*items, strict=True))
         return self._finite(lambda batch: self.backend.explain_embeddings(batch, classes))(images)
 
@@ -133,11 +133,11 @@ class ServedModel:
 
     @property
     def abstain_below(self) -> float | None:
-        """The score under which an answer abstains."""
+        """The score below which an answer abstains."""
         return self.actions.thresholds.get("abstain")
 
     def describe(self) -> ModelVersion:
-        """Return the version as /v1/models shows it."""
+        """Return the version for /v1/models."""
         return ModelVersion(
             version=self.version,
             digest=self.backend.digest,
@@ -150,15 +150,15 @@ class ServedModel:
         )
 
     async def open_vocabulary(self, prompts: Mapping[str, Prompts], batcher: Batcher, deadline: float) -> TextClasses:
-        """TextClasses in free text; their embeddings are remembered.
+        """Return classes in free text; their embeddings are cached.
 
-        The temperature was fitted on the model's own classes, so it isn't used here.
+        The temperature was fitted to the model's own classes, so it isn't used here.
         """
         embeddings = await self._embed_classes(list(prompts.values()), batcher, deadline)
         return TextClasses(dict(prompts), embeddings, self.backend.logit_scale)
 
     async def _embed_classes(self, groups: list[Prompts], batcher: Batcher, deadline: float) -> np.ndarray:
-        """Return class embeddings, [c, d]. Texts are embedded a few at a time; other requests run in between."""
+        """Return class embeddings, [c, d]. Texts are embedded a few at a time, with other requests in between."""
         known = self._loaded.texts
         texts = list(dict.fromkeys(text for group in groups for text in group))
         found = {text: known[text] for text in texts if text in known}
@@ -185,10 +185,10 @@ class ServedModel:
     async def with_classes(
         self, add: Mapping[str, Sequence[str]], remove: Sequence[str], version: str, batcher: Batcher, deadline: float
     ) -> "ServedModel":
-        """Return a version that tells more or fewer classes apart.
+        """Return a version with added or removed classes.
 
         Raises:
-          Problem: the head can't, or the classes don't fit.
+          Problem: the head doesn't allow it, or the classes are invalid.
         """
         if not self.accepts_classes:
             raise self.refusal()
@@ -207,12 +207,12 @@ class ServedModel:
         return ServedModel(self._loaded, self.name, self.version.partition("+")[0])
 
     def changed(self, prompts: Mapping[str, Prompts], embeddings: np.ndarray, version: str) -> "ServedModel":
-        """Return the same model with other classes, whose scores come as those of its own do."""
+        """Return the same model with other classes; their scores are computed like those of its own."""
         scale = self.backend.logit_scale / self.actions.temperature
         return ServedModel(self._loaded, self.name, version, TextClasses(dict(prompts), embeddings, scale))
 
     def refusal(self) -> Problem:
-        """Return the refusal of classes in free text."""
+        """Return the error for classes in free text."""
         return Problem(
             "classes_not_supported",
             f"the model's {self.actions.head} head was trained for its own {len(self.labels)} classes; only a cosine "

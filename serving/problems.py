@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 has them: one JSON form for all, whose `code` a program can tell apart."""
+"""Errors by RFC 9457: one JSON form for all, with a `code` for programs."""
 
 import math
 from collections.abc import Mapping
@@ -52,12 +52,12 @@ class ProblemBody(BaseModel):
 
 
 class Problem(Exception):  # noqa: N818  RFC 9457's word
-    """Ends a request with an error that its sender can read.
+    """Ends a request with an error for its client.
 
     Args:
       code: one of `CODES`.
       detail: one sentence: what is wrong, and what to do.
-      retry_after_s: when to try again.
+      retry_after_s: time after which to try again.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Problem(Exception):  # noqa: N818  RFC 9457's word
 
 
 def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """Describe a route's errors for OpenAPI."""
+    """Return the OpenAPI description of a route's errors."""
     by_status: dict[int, list[str]] = {}
     for code in codes:
         by_status.setdefault(CODES[code], []).append(code)

@@ -1,4 +1,4 @@
-"""The files and the free-text classes of a request, from a form, the query or the raw body."""
+"""The files and free-text classes of a request, from a form, the query or the raw body."""
 
 import inspect
 from collections.abc import Callable, Coroutine
@@ -24,7 +24,7 @@ Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Upload:
-    """An image as it was sent."""
+    """An uploaded image."""
 
     data: bytes
     filename: str | None = None
@@ -42,12 +42,12 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """The form of an answer."""
+    """Options of an answer."""
 
     top: Annotated[int, Query(ge=1, le=100, description="how many classes to name")] = 5
     threshold: Annotated[Threshold | SkipJsonSchema[None], Query(description="abstain below this score")] = None
     classes: Annotated[
-        list[str], Query(description="tell these apart instead, in any words; repeated, or divided by commas")
+        list[str], Query(description="recognise these classes instead, in free words; repeated, or separated by commas")
     ] = ()  # type: ignore[assignment]
 
 
@@ -57,11 +57,11 @@ def is_form(request: Request) -> bool:
 
 
 async def read_uploads(request: Request, field: str, most: int = 1) -> tuple[list[Upload], str | None]:
-    """Return the files of a request, and its form's field `classes`.
+    """Return the files of a request, and its form field `classes`.
 
     Raises:
-      Problem: no file, too many, or another field.
-      ClientDisconnect: the client left before all of it had come.
+      Problem: no file, too many files, or an unknown field.
+      ClientDisconnect: the client disconnected before the end of the body.
     """
     if not is_form(request):
         return [Upload(await request.body())], None
@@ -83,7 +83,7 @@ async def read_uploads(request: Request, field: str, most: int = 1) -> tuple[lis
             classes = bytes(part.data).decode("utf-8", "replace").strip()
     if not uploads:
         raise Problem("invalid_request", f"the form has no file named {field!r}")
-    return uploads, classes or None  # a field that was left empty in a page
+    return uploads, classes or None  # an empty field of a web page
 
 
 def _too_many(field: str, most: int) -> Problem:
@@ -97,10 +97,10 @@ def _too_many(field: str, most: int) -> Problem:
 
 
 def free_classes(query: list[str], field: str | None, settings: Settings) -> dict[str, Prompts] | None:
-    """Return classes in free text with their prompts; None: none were given.
+    """Return classes in free text with their prompts; None: there are none.
 
     Raises:
-      Problem: an empty name, a wrong form, too many, or two that mean the same.
+      Problem: an empty name, a wrong form, too many, or two with the same meaning.
     """
     given: list[str] | dict[str, list[str]]
     if field is not None:
@@ -128,7 +128,7 @@ def free_classes(query: list[str], field: str | None, settings: Settings) -> dic
 
 
 def async_dependency(make: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]:
-    """Return `make` as a coroutine function: FastAPI calls other dependencies in a thread, which takes longer."""
+    """Return `make` as a coroutine function: FastAPI calls other dependencies in a thread, which is slower."""
 
     async def made(**given: Any) -> T:
         return make(**given)

@@ -1,4 +1,4 @@
-"""The JSON that goes in and out, as OpenAPI describes it."""
+"""The JSON bodies of requests and answers, for OpenAPI."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from serving.problems import ProblemBody
 
-Label = Annotated[str, Field(pattern=r"[^\W_]", max_length=200, examples=["riding a bike"])]  # a word at least
+Label = Annotated[str, Field(pattern=r"[^\W_]", max_length=200, examples=["riding a bike"])]  # at least one word
 Prompt = Annotated[str, Field(min_length=1, max_length=500, examples=["a photo of a person riding a bike."])]
 Probability = Annotated[float, Field(ge=0, le=1)]
 DIGEST = "3f2a9c01b7de4c58a1d06f0be92b3d7781f9a4c2e5d6078b9c3a1e4f5d2b6a70"
@@ -17,7 +17,7 @@ class _Frozen(BaseModel):
 
 
 class _Given(BaseModel):
-    """A body that clients send; unknown keys are refused."""
+    """A request's body; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -73,7 +73,7 @@ class BatchPrediction(_Frozen):
 class Embedding(_Frozen):
     """Answer of /v1/embed."""
 
-    embedding: list[float] = Field(description="of length 1; the cosine of two images is their dot product")
+    embedding: list[float] = Field(description="L2-normalised; the cosine of two images is their dot product")
     model: ModelRef
 
 
@@ -83,27 +83,27 @@ class Explanation(_Frozen):
     label: str = Field(examples=["cycling"])
     score: Probability
     heat_map: list[list[Probability]] = Field(
-        description="rows of a square grid over the centre crop that the model sees; 1: speaks most for the label"
+        description="rows of a square grid over the centre crop that the model sees; 1: most evidence for the label"
     )
     model: ModelRef
 
 
 class Origin(_Frozen):
-    """The training data of a model, and its accuracy on data that it didn't learn from."""
+    """The training data of a model, and its accuracy on data that it wasn't trained on."""
 
     trained_on: str | None = Field(None, examples=["12,000 images of folder:photos"])
     judged_on: str | None = Field(None, examples=["the validation images"])
-    top1: Probability | None = Field(None, examples=[0.91], description="the share whose class it named")
+    top1: Probability | None = Field(None, examples=[0.91], description="share of correct predictions")
     num_examples: int | None = Field(None, examples=[1200])
 
 
 class ModelVersion(_Frozen):
-    """A version that is loaded."""
+    """A loaded version."""
 
     version: str
     digest: str | None
     labels: list[str]
-    accepts_classes: bool = Field(description="whether it can tell classes in free text apart")
+    accepts_classes: bool = Field(description="whether it accepts classes in free text")
     abstain_below: float | None
     image_size_px: int
     format: str = Field(examples=["onnx"])
@@ -115,21 +115,21 @@ class ModelStatus(_Frozen):
 
     name: str
     status: Literal["loading", "ready", "failed"]
-    error: str | None = Field(None, description="why the last load failed; what was active stays so")
+    error: str | None = Field(None, description="why the last load failed; the active version stays")
     active: str | None
     versions: list[ModelVersion]
 
 
 class ImageKind(_Frozen):
-    """An image format that is read."""
+    """A readable image format."""
 
     name: str = Field(examples=["JPEG"])
-    title: str = Field(examples=["JPEG"], description="as people name it")
+    title: str = Field(examples=["JPEG"], description="the common name")
     suffixes: list[str] = Field(examples=[["jpg", "jpeg"]])
 
 
 class Limits(_Frozen):
-    """The sizes and formats that the service takes."""
+    """The accepted sizes and formats."""
 
     max_image_bytes: int = 10_000_000
     max_video_bytes: int = 100_000_000
@@ -174,15 +174,15 @@ class ClassesRequest(_Given):
         {},
         max_length=200,
         examples=[{"juggling": ["a photo of a person juggling."]}],
-        description="label -> texts that describe it; none: the usual ones",
+        description="label -> texts that describe it; none: the default prompts",
         json_schema_extra={"additionalProperties": False},
     )
     remove: list[Label] = Field([], max_length=200)
-    reset: StrictBool = Field(False, description="start from the model's own classes, not from those it has now")
+    reset: StrictBool = Field(False, description="start from the model's own classes, not from the current ones")
 
 
 class EventBody(_Frozen):
-    """An action from its start to its end."""
+    """An action with its start and end."""
 
     label: str
     start_s: float
@@ -195,8 +195,8 @@ class VideoEvents(_Frozen):
 
     events: list[EventBody]
     duration_s: float
-    frames: int = Field(description="frames that were looked at")
-    damage: str | None = Field(None, description="what of the video couldn't be read")
+    frames: int = Field(description="number of analysed frames")
+    damage: str | None = Field(None, description="the part of the video that couldn't be read")
     model: ModelRef
 
 

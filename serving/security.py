@@ -1,4 +1,4 @@
-"""Access control, closed by default: keys and scopes, hosts and origins, limits of bodies and rates, headers."""
+"""Access control, closed by default: keys and scopes, hosts and origins, limits on bodies and rates, headers."""
 
 import asyncio
 import hashlib
@@ -22,9 +22,9 @@ from serving.telemetry import Metrics, problem_response
 KeyScope = Literal["use", "metrics", "admin"]
 SCOPES: tuple[KeyScope, ...] = ("use", "metrics", "admin")
 
-# What is open to all; what needs less than an admin's key. A path that stands in neither needs an admin's.
+# Open paths, and paths that need less than an admin's key. All other paths need an admin's key.
 PUBLIC = frozenset({"/v2/health/live", "/v2/health/ready"})
-NEEDS: tuple[tuple[str, str, KeyScope], ...] = (  # method, path or its beginning (ends in a slash), scope
+NEEDS: tuple[tuple[str, str, KeyScope], ...] = (  # method, path or its prefix (ends in a slash), scope
     ("POST", "/v1/predict", "use"),
     ("POST", "/v1/predict/batch", "use"),
     ("POST", "/v1/embed", "use"),
@@ -37,10 +37,10 @@ NEEDS: tuple[tuple[str, str, KeyScope], ...] = (  # method, path or its beginnin
     ("POST", "/v2/models/", "use"),
     ("GET", "/metrics", "metrics"),
 )
-CLIENTS = 10_000  # whose rates are remembered
+CLIENTS = 10_000  # number of clients whose rates are stored
 
 CLOSED = "default-src 'none'; frame-ancestors 'none'"
-DOCS = (  # Swagger's page starts itself by a script of its own text
+DOCS = (  # Swagger's page starts with an inline script
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; script-src 'self' 'unsafe-inline'; "
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 )
@@ -55,7 +55,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Key:
-    """An API key as it is kept: its SHA-256. Keys are random, 256 bits, so a slow hash would add nothing."""
+    """A stored API key: its SHA-256. Keys are random with 256 bits, so a slow hash would add nothing."""
 
     name: str
     scopes: frozenset[str]
@@ -63,7 +63,7 @@ class Key:
 
 
 def new_key(name: str, scopes: Sequence[str] = ("use",)) -> tuple[str, str]:
-    """Return a new key, to be given to its user, and the line that the settings keep."""
+    """Return a new key for its user, and its line for the settings."""
     key = f"har_{secrets.token_urlsafe(32)}"
     return key, f"{name}:{'+'.join(scopes)}:{hashlib.sha256(key.encode()).hexdigest()}"
 
@@ -72,7 +72,7 @@ def parse_keys(text: str) -> tuple[Key, ...]:
     """Return the keys of HAR_API_KEYS.
 
     Raises:
-      UserError: a part that isn't NAME:SCOPES:SHA256; the hash isn't shown.
+      UserError: a part that isn't NAME:SCOPES:SHA256; the message doesn't show the hash.
     """
     keys = []
     for number, part in enumerate(text.split(), 1):
@@ -86,17 +86,17 @@ def parse_keys(text: str) -> tuple[Key, ...]:
 
 
 class Limiter:
-    """A token bucket for each client."""
+    """A token bucket per client."""
 
     def __init__(self, rate_per_s: float, burst: int):
         self._rate, self._burst = rate_per_s, float(burst)
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> tokens, when
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> tokens, time
 
     def take(self, client: str, count: int = 1) -> None:
-        """Take `count` images from what the client may send.
+        """Take `count` images from a client's allowance.
 
         Raises:
-          Problem: too many.
+          Problem: the rate limit is exceeded.
         """
         if not self._rate:
             return
@@ -113,9 +113,9 @@ class Limiter:
 
 
 def needed_scope(method: str, path: str) -> KeyScope | None:
-    """Return the scope that a key needs for a path; None: none at all.
+    """Return the scope that a key needs for a path; None: no key.
 
-    OPTIONS needs the least that any method of the path needs.
+    OPTIONS needs the lowest scope of any method of the path.
     """
     if path in PUBLIC and method in ("GET", "HEAD", "OPTIONS"):
         return None
@@ -130,7 +130,7 @@ def needed_scope(method: str, path: str) -> KeyScope | None:
 
 
 class Gate:
-    """Middleware before every route: checks host, origin, key and scope, bounds the body, adds headers."""
+    """Middleware before all routes: checks host, origin, key and scope, limits the body, adds headers."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics):
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -192,13 +192,13 @@ class Gate:
             return None
         digest = hashlib.sha256(given.strip().encode()).hexdigest()
         found = None
-        for key in self._keys:  # all of them, so that the time says nothing of which
+        for key in self._keys:  # compare all keys, so that the time doesn't reveal which one matched
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         return found
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """Return a `receive` that ends what is too long or too slow."""
+        """Return a `receive` that ends bodies that are too large or too slow."""
         settings = self._settings
         video = scope["path"] == "/v1/stream"
         limit = settings.max_video_bytes if video else settings.max_body_bytes
@@ -212,7 +212,7 @@ class Gate:
 
         async def bounded() -> Message:
             nonlocal received, complete
-            if complete:  # what comes now is the client's going away
+            if complete:  # the next message is the client's disconnect
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -231,7 +231,7 @@ class Gate:
 
 
 def _check_encoding(headers: Headers) -> None:
-    """Refuse a compressed body: a small one can hold gigabytes."""
+    """Refuse compressed bodies: a small one can expand to gigabytes."""
     encoding = headers.get("content-encoding", "").strip()
     if encoding.lower() not in ("", "identity"):
         raise Problem(
@@ -242,7 +242,7 @@ def _check_encoding(headers: Headers) -> None:
 
 
 def network_of(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 network that one IPv6 customer is given."""
+    """Return the network that counts as one client: an IPv4 address, or the /64 network of an IPv6 customer."""
     try:
         parsed = ip_address(address)
     except ValueError:
@@ -255,13 +255,13 @@ def network_of(address: str) -> str:
 
 
 def host_name(host: str) -> str:
-    """Return the name in a Host header, to compare: without port and trailing dot, in lower case (RFC 9110, 4.2.3)."""
+    """Return the name in a Host header for comparison: no port or trailing dot, in lower case (RFC 9110, 4.2.3)."""
     name = host if host.endswith("]") else host.rsplit(":", 1)[0]
     return name.lower().removesuffix(".")
 
 
 def _same(origin: str, headers: Headers) -> bool:
-    """Return whether a page's origin is this service, as its own /docs is."""
+    """Return whether the origin of a page is this service, as for its /docs."""
     host = headers.get("host", "")
     page = origin.partition("://")[2]
     return host_name(page) == host_name(host) and page.rpartition(":")[2] == host.rpartition(":")[2]

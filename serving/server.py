@@ -1,4 +1,4 @@
-"""The process: listening, signals, the drain at the end."""
+"""The server process: signals, workers, and the drain at the end."""
 
 import asyncio
 import contextlib
@@ -27,16 +27,16 @@ from serving.telemetry import MULTIPROCESS, configure_logging, log
 
 LARGEST_FRAME_BYTES = 2_000_000  # of a WebSocket message
 FRAMES_AHEAD = 4
-METRICS_BYTES = 8_000_000  # of one worker: a file of a megabyte a kind of metric, and more as labels come
-RESTART_S = 0.5  # before a worker that died is replaced: one that dies at once shouldn't spin
+METRICS_BYTES = 8_000_000  # of one worker: a megabyte per kind of metric, and more with labels
+RESTART_S = 0.5  # before a dead worker is replaced, so that one that dies at once doesn't cause a busy loop
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, but ended by a signal it exits 0, and SIGHUP reloads the models."""
+    """uvicorn's server, but a stopping signal exits with 0, and SIGHUP reloads the models."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # nobody else can take signals
+        if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
             yield
             return
         loop = asyncio.get_running_loop()
@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
 
 
 def uvicorn_config(settings: Settings) -> uvicorn.Config:
-    """Return how uvicorn runs the application."""
+    """Return uvicorn's configuration for the application."""
     app = make_app(settings)
     connections = Connections(settings, app.state.service.metrics)
     return uvicorn.Config(
@@ -70,7 +70,7 @@ def uvicorn_config(settings: Settings) -> uvicorn.Config:
 
 
 def serve(settings: Settings) -> int:
-    """Serve until a signal says otherwise; gives the exit code."""
+    """Serve until a signal stops it; return the exit code."""
     listener = listen(settings)
     configure_logging(settings.log_level)
     allow_open_files(settings.max_connections)
@@ -83,15 +83,15 @@ def serve(settings: Settings) -> int:
 
 
 def supervise(settings: Settings, listener: socket.socket) -> int:
-    """Several serving processes on one socket: one that dies is replaced, signals go to them all.
+    """Run several serving processes on one socket: dead ones are replaced, signals are passed to all.
 
-    Prometheus's numbers are those of all: each leaves its own in files, and any of them adds these up.
+    Each worker writes its metrics to files, and any of them answers /metrics with the sum.
 
     Raises:
-      UserError: there is no room for these files.
+      UserError: no space for these files.
     """
     with _folder_for_metrics(settings.workers) as numbers:
-        os.environ[MULTIPROCESS] = numbers  # before its client is imported, in the workers
+        os.environ[MULTIPROCESS] = numbers  # before prometheus_client is imported in the workers
         stopping, lifeline = False, Lifeline()
         workers: list[BaseProcess] = []
 
@@ -104,7 +104,7 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
             nonlocal stopping
             stopping = stopping or number != signal.SIGHUP
             if stopping:
-                listener.close()  # else new connections would wait here through the drain, only to be reset
+                listener.close()  # else new connections would wait here during the drain and then be reset
             for worker in workers:
                 if worker.pid is not None and worker.is_alive():
                     os.kill(worker.pid, number)
@@ -121,13 +121,13 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
                 if not stopping:
                     log.error("a worker died", extra={"fields": {"pid": worker.pid, "exit_code": worker.exitcode}})
                     time.sleep(RESTART_S)
-                    if not stopping:  # a signal may have come while it slept
+                    if not stopping:  # a signal may have come during the sleep
                         start()
     return 0
 
 
 def _folder_for_metrics(workers: int) -> tempfile.TemporaryDirectory[str]:
-    """Return a folder with room for the workers' metrics; they write through memory maps, and die of a full disk."""
+    """Return a folder with space for the workers' metrics; they use memory maps, so a full disk would kill them."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="har-metrics-")
         with tempfile.TemporaryFile(dir=folder.name) as room:
@@ -142,7 +142,7 @@ def _folder_for_metrics(workers: int) -> tempfile.TemporaryDirectory[str]:
 
 
 def _work(settings: Settings, listener: socket.socket, lifeline: Lifeline) -> None:
-    """Serve in a process of its own, which ends in order when its supervisor has ended."""
+    """Serve in a separate process, which stops in order when its supervisor has ended."""
     configure_logging(settings.log_level)
     lifeline.on_break(lambda: os.kill(os.getpid(), signal.SIGTERM))
     Server(uvicorn_config(settings)).run([listener])

@@ -1,4 +1,4 @@
-"""The parts of the running service, and the order in which they start and end."""
+"""The parts of the running service, and the order of start and end."""
 
 import asyncio
 from collections import Counter
@@ -25,7 +25,7 @@ from serving.telemetry import Metrics, log
 
 
 class Service:
-    """The parts that requests share. Made before the event loop runs; usable between `start` and `close`."""
+    """The parts shared by requests. Created before the event loop runs; usable between `start` and `close`."""
 
     batcher: Batcher
     decoder: Decoder
@@ -36,15 +36,15 @@ class Service:
         self.settings, self.metrics = settings, Metrics()
         self.limiter = Limiter(settings.rate_limit_per_s, settings.rate_burst)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sessions: Counter[str] = Counter()  # WebSockets of each client
+        self._sessions: Counter[str] = Counter()  # number of WebSockets per client
         self._videos = 0
         self._decoding = False
 
     def start(self) -> None:
-        """Start the parts and begin to load the models; a model that isn't loaded yet answers "not ready"."""
+        """Start the parts and begin to load the models; a model that isn't loaded answers "not ready"."""
         settings = self.settings
         self.decoder = Decoder(settings.decode_processes, settings.max_megapixels, self.metrics)
-        # Of their own, so that images don't wait for videos; its processes start with the first ones.
+        # A separate decoder, so that images don't wait for videos; its processes start with the first video.
         self.video_decoder = Decoder(settings.max_videos, settings.max_megapixels, self.metrics)
         self.batcher = Batcher(
             settings.max_wait_s, settings.compute_threads, self.metrics, lambda: self.decoder.estimated_wait_s
@@ -68,7 +68,7 @@ class Service:
         return self._decoding and self.models.ready
 
     def reload(self) -> None:
-        """Read every model's folder again, as SIGHUP asks for."""
+        """Read every model's folder again, for SIGHUP."""
         for name in self.models.entries:
             self._spawn(self._load(name))
 
@@ -78,7 +78,7 @@ class Service:
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, name: str) -> None:
-        with suppress(Problem):  # logged, and told by /v1/models; a later load may do
+        with suppress(Problem):  # logged and shown in /v1/models; a later load may succeed
             await self.models.load(name)
         self.metrics.ready.set(self.ready)
 
@@ -96,10 +96,10 @@ class Service:
             verify_signature(folder, self.settings.signing_key)
 
     def begin(self, client: str, choice: ModelChoice) -> ServedModel:
-        """Return a request's model; refuse what would be refused later anyhow, before its body is read.
+        """Return a request's model; check everything that can refuse the request before its body is read.
 
         Raises:
-          Problem: no such model, not ready, too many from this client, or overloaded.
+          Problem: no such model, not ready, rate limit exceeded, or overloaded.
         """
         self.limiter.take(client)
         model = self.models.get(choice.model, choice.version)
@@ -108,10 +108,10 @@ class Service:
 
     @asynccontextmanager
     async def one_session(self, client: str) -> AsyncIterator[None]:
-        """Hold the place of a WebSocket.
+        """Reserve a WebSocket session.
 
         Raises:
-          Problem: too many, in all or of this client.
+          Problem: too many sessions, in total or of this client.
         """
         most = self.settings.max_sessions_per_client
         if self._sessions[client] >= most:
@@ -130,10 +130,10 @@ class Service:
 
     @asynccontextmanager
     async def one_video(self) -> AsyncIterator[None]:
-        """Hold the place of an uploaded video: they are large.
+        """Reserve the place of an uploaded video: they are large.
 
         Raises:
-          Problem: there are too many already.
+          Problem: too many videos at the same time.
         """
         if self._videos >= self.settings.max_videos:
             self.metrics.refused.labels("videos").inc()
@@ -149,7 +149,7 @@ class Service:
         return await self.decoder.decode(data, model.backend.preprocess, deadline)
 
     async def close(self) -> None:
-        """End the parts; what is in flight has ended before."""
+        """Stop the parts; requests in flight have ended before."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The sockets: the one that listens, how many may be open, and what the kernel holds of data that isn't read yet."""
+"""Sockets: the listening one, the number of open ones, and the kernel's buffers of unread data."""
 
 import asyncio
 import resource
@@ -10,22 +10,22 @@ from clip_har_jax.errors import UserError
 from serving.settings import Settings
 from serving.telemetry import log
 
-SEGMENT_BYTES = 8960  # a jumbo frame's; on loopback a segment has 65,483, and ten of them are buffered from the start
-HEAD_BUFFER_BYTES = 32_768  # of a head that isn't read yet; the kernel doubles it
-SO_BUF_LOCK = 72  # of Linux from 5.14 on; Python's socket module has no name for it
-OTHER_FILES = 200  # open files beside connections: models, decoders, libraries
+SEGMENT_BYTES = 8960  # a jumbo frame's; on loopback a segment has 65,483 bytes, and the first buffer holds ten
+HEAD_BUFFER_BYTES = 32_768  # for unread headers; the kernel doubles it
+SO_BUF_LOCK = 72  # Linux 5.14 and later; Python's socket module lacks the name
+OTHER_FILES = 200  # open files other than connections: models, decoders, libraries
 
 
 def listen(settings: Settings) -> socket.socket:
     """Return a bound socket.
 
     Raises:
-      UserError: the address is taken, or not this machine's.
+      UserError: the address is in use, or isn't one of this machine.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if hasattr(socket, "TCP_MAXSEG"):  # else a local client's kernel takes megabytes before a refusal can reach it
+    if hasattr(socket, "TCP_MAXSEG"):  # else a local client's kernel sends megabytes before a refusal can reach it
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
     try:
         listener.bind((settings.host, settings.port))
@@ -37,20 +37,20 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def bound_unread(transport: asyncio.Transport, bounded: bool) -> None:
-    """Bound what the kernel holds of a connection's unread data, or leave it to the kernel, as for a body."""
+    """Limit the kernel's buffer of a connection's unread data, or leave it to the kernel, as for a body."""
     connection = transport.get_extra_info("socket")
     if sys.platform != "linux" or connection is None:
         return
-    with suppress(OSError):  # a kernel that couldn't undo it
+    with suppress(OSError):  # a kernel that couldn't revert it
         if bounded:
-            connection.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)  # refused where there is no way back
+            connection.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)  # fails if it can't be reverted
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, HEAD_BUFFER_BYTES)
         else:
             connection.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
 
 
 def allow_open_files(max_connections: int) -> None:
-    """Raise the soft limit on open files to what the connections need; where the hard one is lower, log it."""
+    """Raise the soft limit on open files to the number of connections; log it if the hard limit is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = max_connections + OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:

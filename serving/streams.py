@@ -1,4 +1,4 @@
-"""Action events from frames that come over a WebSocket; only the newest frame is looked at."""
+"""Action events from frames sent over a WebSocket; only the newest frame is analysed."""
 
 import asyncio
 import time
@@ -16,27 +16,27 @@ from serving.schemas import to_scored
 from serving.service import Service
 
 router = APIRouter(prefix="/v1")
-FLOOD = 10  # times the frame rate that is looked at: who sends more is cut off
-BAD_FRAMES = 20  # one after the other: who sends more is cut off
+FLOOD = 10  # times the analysed frame rate: a client that sends more is disconnected
+BAD_FRAMES = 20  # in a row: then the client is disconnected
 POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013
 
 
 class Newest:
-    """A slot for one frame: a newer one takes the place of what nobody has fetched yet."""
+    """A slot for one frame: a newer frame replaces one that hasn't been taken."""
 
     def __init__(self) -> None:
         self._frame: tuple[int, float, bytes] | None = None
         self._filled = asyncio.Event()
 
     def put(self, number: int, arrived: float, data: bytes) -> bool:
-        """Return whether a frame was lost by it."""
+        """Store a frame; return whether it replaced another one."""
         lost = self._frame is not None
         self._frame = (number, arrived, data)
         self._filled.set()
         return lost
 
     async def take(self) -> tuple[int, float, bytes]:
-        """Return the newest frame, when there is one."""
+        """Wait for the newest frame and return it."""
         await self._filled.wait()
         self._filled.clear()
         frame, self._frame = self._frame, None
@@ -45,14 +45,14 @@ class Newest:
 
 
 class Session:
-    """One WebSocket: a task that reads frames as they come, and one that looks at the newest."""
+    """One WebSocket: a task that receives frames, and one that analyses the newest."""
 
     def __init__(self, websocket: WebSocket, service: Service, follower: Follower, top: int):
         self._websocket, self._service, self._follower, self._top = websocket, service, follower, top
         self._newest, self._skipped, self._start = Newest(), 0, time.perf_counter()
 
     async def run(self) -> None:
-        """Serve until the client leaves, breaks a rule, or reaches the longest session."""
+        """Serve until the client disconnects, breaks a rule, or reaches the time limit of a session."""
         tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._look())]
         try:
             async with asyncio.timeout(self._service.settings.max_session_s):
@@ -169,12 +169,12 @@ class _Close(Exception):  # noqa: N818
 
 @router.websocket("/stream")
 async def stream(websocket: WebSocket, choice: ModelQuery, options: EventQuery) -> None:
-    """Take image frames, each a binary message; give what is seen, and events, as JSON."""
+    """Receive image frames as binary messages; send predictions and events as JSON."""
     service: Service = websocket.app.state.service
     prompts = free_classes(list(options.classes), None, service.settings)
     follower = Follower(service, choice, options, prompts)
     async with service.one_session(websocket.state.client):
-        await follower.choose(deadline_after(service))  # refused before it is accepted, with the reason
+        await follower.choose(deadline_after(service))  # refused before the WebSocket is accepted, with the reason
         with suppress(WebSocketDisconnect):
             await websocket.accept()
             await Session(websocket, service, follower, options.top).run()

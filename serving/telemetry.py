@@ -1,4 +1,4 @@
-"""Prometheus metrics, and a log of one JSON object a line; neither holds what clients send."""
+"""Prometheus metrics and a log of one JSON object per line; neither contains data of clients."""
 
 import json
 import logging
@@ -20,15 +20,15 @@ from serving.problems import MEDIA_TYPE, Problem
 LATENCIES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable: where workers leave their numbers
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable: the folder of the workers' metrics
 
-CLIENT_GAVE_UP = 499  # nginx's number for a client that left, or that allowed less time than the service
+CLIENT_GAVE_UP = 499  # nginx's status for a client that disconnected or allowed less time than the service
 
 log = logging.getLogger("har")
 
 
 class Metrics:
-    """The service's numbers, under names that dashboards and alerts rely on."""
+    """The service's metrics; dashboards and alerts rely on their names."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -62,15 +62,13 @@ class Metrics:
         self.frame_to_event = histogram("frame_to_event_seconds", "from a frame's arrival to its answer")
 
     def forget_model(self, *labels: str) -> None:
-        """Return a version is active no more; the files of several workers can't lose a series, so there it falls to
-        0.
-        """
+        """Remove the metrics of an inactive version; in files of several workers they can only become 0."""
         self.model_info.labels(*labels).set(0)
         if MULTIPROCESS not in os.environ:
             self.model_info.remove(*labels)
 
     def exposition(self) -> bytes:
-        """Return the text that Prometheus scrapes: of all workers, where there are several."""
+        """Return the text for Prometheus, over all workers if there are several."""
         if MULTIPROCESS not in os.environ:
             return generate_latest(self.registry)
         merged = CollectorRegistry()
@@ -79,7 +77,7 @@ class Metrics:
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON; `extra={"fields": {...}}` adds to it."""
+    """A log record as one line of JSON; `extra={"fields": {...}}` adds fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -94,10 +92,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Send the service's and uvicorn's records to stderr as JSON."""
+    """Write the service's and uvicorn's log records to stderr as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    # Of a WebSocket that was refused with an HTTP answer, uvicorn says as an error that it was never opened.
+    # For a WebSocket that was refused with an HTTP answer, uvicorn logs an error that it was never opened.
     handler.addFilter(lambda record: "without completing handshake" not in record.getMessage())
     for name in ("har", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
@@ -106,12 +104,12 @@ def configure_logging(level: str) -> None:
 
 
 def route_of(scope: Scope) -> str:
-    """Return the route's template, so that neither metrics nor logs hold what a client typed."""
+    """Return the route's template, so that metrics and logs don't contain a client's input."""
     return getattr(scope.get("route"), "path", None) or "other"
 
 
 class Observe:
-    """Outermost: gives each request its id, counts and logs it, and makes of anything unforeseen a plain 500."""
+    """The outermost middleware: gives each request an id, counts and logs it, answers unexpected errors with 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app, self._metrics = app, metrics
@@ -136,7 +134,7 @@ class Observe:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except ClientDisconnected:  # what uvicorn raises where a WebSocket's client left before it was answered
+        except ClientDisconnected:  # raised by uvicorn if a WebSocket's client disconnected before the answer
             status = CLIENT_GAVE_UP
         except Exception:
             log.exception("unforeseen error", extra={"fields": {"request_id": request_id, "route": route_of(scope)}})
@@ -165,7 +163,7 @@ class Observe:
 
 
 def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
-    """Return the answer to a request that failed; clients of KServe's protocol look for `error`."""
+    """Return the answer to a failed request; clients of KServe's protocol look for `error`."""
     body = problem.to_body(scope["state"]["request_id"]).model_dump()
     if scope["path"].startswith("/v2"):
         body["error"] = problem.detail

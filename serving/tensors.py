@@ -1,4 +1,4 @@
-"""Tensors as KServe's v2 protocol sends them: in JSON, or in binary behind it."""
+"""Tensors of KServe's v2 protocol: in JSON, or as binary data after it."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from serving.models import ServedModel
 from serving.problems import Problem
 
 LENGTH = "Inference-Header-Content-Length"
-MOST_VALUES = 300_000  # of a tensor in JSON: an image of 224 px, in nested lists, has 150,528
+MOST_VALUES = 300_000  # per tensor in JSON: an image of 224 px has 150,528 in nested lists
 OUTPUTS = {"probs": "FP32", "logits": "FP32", "label": "BYTES", "image_embeds": "FP32"}
 
 
@@ -35,7 +35,7 @@ class InputTensor(_Message):
 
 
 class OutputRequest(_Message):
-    """A tensor that is wanted."""
+    """A requested output."""
 
     name: str
     parameters: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
     if json_length is not None and not (re.fullmatch("[0-9]{1,12}", json_length) and int(json_length) <= len(body)):
         raise Problem("invalid_request", f"{LENGTH}: where in the body the binary tensors begin is needed")
     end = len(body) if json_length is None else int(json_length)
-    # Each value is an object of Python's: ten megabytes of them would hold up everyone else for seconds.
+    # Each value is a Python object: ten megabytes of them would block other requests for seconds.
     if body.count(b",", 0, end) > MOST_VALUES or body.count(b"[", 0, end) > MOST_VALUES:
         raise Problem("invalid_request", f"over {MOST_VALUES:,} values in JSON; send the tensor in binary")
     try:
@@ -70,7 +70,7 @@ def read_input(tensor: InputTensor, binary: bytes, model: ServedModel, most: int
     """Return the images of a request, as pixels or as files.
 
     Raises:
-      Problem: another tensor, or data that doesn't fit its shape.
+      Problem: an unknown tensor, or data that doesn't match its shape.
     """
     count, size = tensor.shape[0] if tensor.shape else 0, tensor.parameters.get("binary_data_size")
     if not 1 <= count <= most:
@@ -100,7 +100,7 @@ def _pixels(tensor: InputTensor, binary: bytes | None) -> Sequence[np.ndarray]:
     else:
         try:
             given = np.asarray(tensor.data)
-        except ValueError as error:  # ragged
+        except ValueError as error:  # ragged lists
             raise Problem("invalid_request", "image: data is ragged") from error
         if given.dtype.kind not in "iu" or (given.size and not 0 <= given.min() <= given.max() <= 255):
             raise Problem("invalid_request", "image: data must be whole numbers, 0 to 255")
@@ -111,7 +111,7 @@ def _pixels(tensor: InputTensor, binary: bytes | None) -> Sequence[np.ndarray]:
 
 
 def _split(binary: bytes) -> Iterator[bytes]:
-    """BYTES elements: each its length (4 bytes, little-endian), then itself."""
+    """Yield BYTES elements: each has its length (4 bytes, little-endian), then its bytes."""
     start = 0
     while start < len(binary):
         if start + 4 > len(binary):

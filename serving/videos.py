@@ -1,4 +1,4 @@
-"""The events of an uploaded video."""
+"""Events of an uploaded video."""
 
 import asyncio
 import io
@@ -28,8 +28,8 @@ def read_frames(
     """Return the times and pixels of a video's frames, and its damage; called in a decoding process.
 
     Raises:
-      BadVideo: not a video, or more frames than are taken.
-      TooSlow: reading it takes longer than anybody waits.
+      BadVideo: not a video, or too many frames.
+      TooSlow: reading takes longer than the time limit.
     """
     times: list[float] = []
     images: list[np.ndarray] = []
@@ -76,7 +76,7 @@ async def video(
     options: EventQuery,
     rate_hz: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False, description="frames looked at")] = 4.0,
 ) -> VideoEvents:
-    """Return the actions in a video, from when to when."""
+    """Return the actions in a video with their start and end."""
     service = service_of(request)
     settings = service.settings
     service.begin(request.state.client, choice)
@@ -105,7 +105,7 @@ async def _events(service: Service, follower: Follower, data: bytes, rate_hz: fl
     events: list[Event] = []
     for start in range(0, len(times), model.costs.best):
         chunk = slice(start, start + model.costs.best)
-        await service.batcher.quiet(deadline)  # others wait for one image, this one for hundreds
+        await service.batcher.quiet(deadline)  # others wait for one image, this request for hundreds
         async with service.batcher.admit(follower.lane, len(times[chunk])):
             measured = await asyncio.gather(*(follower.measure(pixels, deadline) for pixels in images[chunk]))
         for time_s, (logits, embedding) in zip(times[chunk], measured, strict=True):
