@@ -1,1 +1,1 @@
-"""The web app; it speaks HTTP to the service, by serving.client."""
+"""The web app; it talks to the service over HTTP with serving.client."""

@@ -1,6 +1,6 @@
-"""Pictures in a zip that a stranger made, within bounds that are checked before anything is unpacked.
+"""Pictures in an uploaded zip, within limits that are checked before anything is unpacked.
 
-Nothing is written, so that no name in the archive can do harm, and one picture is in memory at a time.
+Nothing is written to disk, so names in the archive can do no harm, and only one picture is in memory at a time.
 """
 
 import io
@@ -17,17 +17,17 @@ from app.client import Trouble
 MAX_PICTURES = 500
 MAX_PICTURE_BYTES = 10_000_000
 MAX_TOTAL_BYTES = 1_000_000_000  # of all pictures, unpacked
-MAX_RATIO = 200  # unpacked to packed; photographs have about 1, flat drawings up to 100
-HARMLESS_BYTES = 50_000_000  # unpacked; below this the ratio doesn't matter
-MAX_DEPTH = 16  # folders in one another
-MAX_DIRECTORY_BYTES = 2_000_000  # of the list of entries, which zipfile reads whole
-END = struct.Struct("<4s4H2LH")  # the end of a zip: signature, disks, counts, size and offset of the list, comment
-COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may ask for gigabytes to unpack with
+MAX_RATIO = 200  # ratio of unpacked to packed size; about 1 for photographs, up to 100 for flat drawings
+HARMLESS_BYTES = 50_000_000  # unpacked; the ratio isn't checked below this size
+MAX_DEPTH = 16  # levels of nested folders
+MAX_DIRECTORY_BYTES = 2_000_000  # size of the list of entries, which zipfile reads as a whole
+END = struct.Struct("<4s4H2LH")  # end record of a zip: signature, disks, counts, size and offset of the list, comment
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods can need gigabytes to unpack
 ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError)
 
 
 class Pictures(Sequence[tuple[str, bytes]]):
-    """The pictures of an archive, each read when it is asked for; at most MAX_PICTURE_BYTES + 1 of its bytes."""
+    """The pictures of an archive, each read on demand; at most MAX_PICTURE_BYTES + 1 bytes of it."""
 
     def __init__(self, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]):
         self._archive, self._entries = archive, entries
@@ -48,7 +48,7 @@ class Pictures(Sequence[tuple[str, bytes]]):
 
 
 def unpack(name: str, content: bytes, suffixes: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")) -> Pictures:
-    """Return the pictures in a zip, by their place in it, after all of it was read once.
+    """Return the pictures in a zip by their paths, after reading all of it once.
 
     Args:
       name: of the archive, for messages.
@@ -56,7 +56,7 @@ def unpack(name: str, content: bytes, suffixes: tuple[str, ...] = (".jpg", ".jpe
       suffixes: of pictures, in lower case.
 
     Raises:
-      Trouble: no zip, a damaged or protected one, names that lead out of it, links, or too much in it.
+      Trouble: not a zip, damaged, protected by a password, with unsafe names or links, or too large.
     """
     _check_directory(name, content)
     try:
@@ -74,15 +74,15 @@ def unpack(name: str, content: bytes, suffixes: tuple[str, ...] = (".jpg", ".jpe
 
 
 def _check_directory(name: str, content: bytes) -> None:
-    """Refuse a list of entries that is too long to be read."""
+    """Refuse a list of entries that is too long."""
     tail = content[-(END.size + 65_536) :]
     start = len(tail) - END.size
-    if tail[-END.size : -18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":  # as zipfile looks for it
+    if tail[-END.size : -18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":  # like zipfile's search
         start = tail.rfind(b"PK\x05\x06")
     if start < 0 or start + END.size > len(tail):
         raise Trouble(f"{name} is a damaged zip, or none. Make it again and try once more.")
     size = END.unpack_from(tail, start)[5]
-    large_format = tail[max(0, start - 20) : start].startswith(b"PK\x06\x07")  # Zip64, whose list may be of any size
+    large_format = tail[max(0, start - 20) : start].startswith(b"PK\x06\x07")  # Zip64, whose list can have any size
     if size > MAX_DIRECTORY_BYTES or large_format:
         raise Trouble(f"{name} holds too many files. Put the pictures alone into a zip, {MAX_PICTURES} or fewer.")
 
@@ -92,7 +92,7 @@ def _path(entry: zipfile.ZipInfo) -> PurePosixPath:
 
 
 def _is_junk(entry: zipfile.ZipInfo) -> bool:
-    """Return whether an entry is what systems add of their own accord: hidden files, macOS's folder."""
+    """Return whether an entry was added by a system: hidden files, macOS's folder."""
     return any(part.startswith((".", "__MACOSX")) and part != ".." for part in _path(entry).parts)
 
 
@@ -113,7 +113,7 @@ def _check_entry(name: str, entry: zipfile.ZipInfo) -> None:
 def _check_amount(name: str, pictures: list[zipfile.ZipInfo]) -> None:
     if len(pictures) > MAX_PICTURES:
         raise Trouble(f"{name} holds {len(pictures)} pictures; {MAX_PICTURES} or fewer can be done at once.")
-    # zipfile gives no more of an entry than the size in its list, so these sums can't be exceeded.
+    # zipfile never unpacks more of an entry than the size in its list, so these sums are reliable.
     unpacked, packed = sum(one.file_size for one in pictures), sum(one.compress_size for one in pictures)
     if unpacked > MAX_TOTAL_BYTES or (unpacked > HARMLESS_BYTES and unpacked > MAX_RATIO * packed):
         raise Trouble(
@@ -122,7 +122,7 @@ def _check_amount(name: str, pictures: list[zipfile.ZipInfo]) -> None:
 
 
 def _read_through(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """Read an entry to its end, where its checksum stands; one that is too large anyhow only to the limit."""
+    """Read an entry to its end, to verify its checksum; read one that is too large only to the limit."""
     left = MAX_PICTURE_BYTES + 1
     with archive.open(entry) as file:
         while left > 0 and (part := file.read(min(left, 1 << 20))):

@@ -1,4 +1,4 @@
-"""The service as the app sees it: every failure is a sentence that says what to do."""
+"""The app's client of the service: every failure becomes a sentence that says what to do."""
 
 import os
 import weakref
@@ -28,11 +28,11 @@ SENTENCES = {
 
 
 class Trouble(Exception):  # noqa: N818
-    """A failure, told to a person in a whole sentence."""
+    """A failure, described to a person in a complete sentence."""
 
 
 class AppClient(Client):
-    """The service of one visit; its connections end with the visit.
+    """The service for one visit; its connections are closed at the end of the visit.
 
     Args:
       address: of the service.
@@ -67,5 +67,5 @@ class AppClient(Client):
 
 
 def configured() -> tuple[str | None, str | None]:
-    """Return address and key of the service, as the environment gives them."""
+    """Return address and key of the service from the environment."""
     return os.environ.get("HAR_URL") or None, os.environ.get("HAR_KEY") or None

@@ -1,6 +1,6 @@
 """The web app: streamlit run app/main.py
 
-It speaks to a running service (HAR_URL, HAR_KEY), or starts one on the demo's model.
+It uses a running service (HAR_URL, HAR_KEY), or starts one with the demo's model.
 """
 
 import logging
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # Streamlit puts only this file's folder there
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Streamlit adds only this file's folder
 
 import streamlit as st
 
@@ -33,24 +33,24 @@ WITHOUT_SERVICE = ("runs",)
 
 @st.cache_resource(show_spinner="Starting the service; this takes a few seconds ...")
 def own_url(_origin: str | None) -> str:
-    """Return the address of the app's own service; one for all visitors."""
+    """Return the address of the app's own service, shared by all visitors."""
     return own_service.start(_origin)
 
 
 def connect() -> AppClient:
-    """Return the service that this visitor uses."""
+    """Return the service for this visitor."""
     if "service" not in st.session_state:
         url, key = configured()
         page = urlsplit(st.context.url or "")
         origin = f"{page.scheme}://{page.netloc}" if page.netloc else None
         if url is None and not own_service.is_ready(own_url(origin)):
-            own_url.clear()  # it ended; the next call starts another
+            own_url.clear()  # it has ended; the next call starts another
         st.session_state.service = AppClient(url or own_url(origin), key)
     return st.session_state.service
 
 
 def open_to_others() -> str | None:
-    """Return a warning where other machines can reach the page, which asks nobody for a key; else None."""
+    """Return a warning if other machines can open the page, which has no login; else None."""
     address = str(st.get_option("server.address") or "")
     if address in ("localhost", "127.0.0.1", "::1") or os.environ.get("APP_BEHIND_PROXY") == "true":
         return None
@@ -58,7 +58,7 @@ def open_to_others() -> str | None:
 
 
 def show_trouble(trouble: Trouble) -> None:
-    """Show the sentence, and what helps."""
+    """Show a failure and what to do about it."""
     st.error(str(trouble), icon=":material/error:")
     if isinstance(trouble, own_service.NoModel):
         st.code(own_service.COMMANDS, language="bash", wrap_lines=True)
@@ -68,7 +68,7 @@ def show_trouble(trouble: Trouble) -> None:
 
 
 def show(title: str, run: Callable[[], None], with_service: bool = True) -> None:
-    """Run a page; whatever happens in it, a person reads a sentence."""
+    """Run a page; on any failure, show a sentence for a person."""
     try:
         if with_service:
             answer = connect().models()

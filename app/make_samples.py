@@ -1,6 +1,6 @@
 """Draw the app's sample pictures and video from the embedded action set: python app/make_samples.py
 
-It is not part of the app: it needs the project, which the app doesn't.
+It isn't part of the app: it imports the project, which the app doesn't need.
 """
 
 from fractions import Fraction
@@ -34,7 +34,7 @@ def main() -> None:
         for label in VIDEO:
             still = draw("test", LABELS.index(label) + len(LABELS), SIZE_PX + 2 * SWAY_PX)
             for i in range(FPS * SECONDS_EACH):
-                x = SWAY_PX + round(SWAY_PX * np.sin(i / 3))  # as if the camera were held by hand
+                x = SWAY_PX + round(SWAY_PX * np.sin(i / 3))  # like a hand-held camera
                 moved = np.ascontiguousarray(still[SWAY_PX : SWAY_PX + SIZE_PX, x : x + SIZE_PX])
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(moved)))
         container.mux(stream.encode())

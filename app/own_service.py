@@ -1,4 +1,4 @@
-"""A service of the app's own, started on the demo's model when none is configured."""
+"""The app's own service, started with the demo's model if none is configured."""
 
 import atexit
 import json
@@ -21,18 +21,18 @@ python -m export --model=runs/demo/model --formats=onnx,onnx_int8 --output=runs/
 
 
 class NoModel(Trouble):
-    """There is nothing that a service could be started on."""
+    """There is no model for a service."""
 
 
 def start(origin: str | None = None) -> str:
     """Start the service on loopback, wait until it is ready, and return its address.
 
     Args:
-      origin: of the app's own page, which may then send it what a camera sees.
+      origin: of the app's own page, which may then send pictures from the camera.
 
     Raises:
-      NoModel: no exported model where one is looked for.
-      Trouble: it doesn't start.
+      NoModel: no exported model was found.
+      Trouble: the service doesn't start.
     """
     export = Path(os.environ.get("APP_MODEL") or ROOT / "runs" / "demo" / "export").resolve()
     if not (export / "signature.json").is_file():
@@ -47,7 +47,7 @@ def start(origin: str | None = None) -> str:
         cwd=ROOT,
         env={
             **os.environ,
-            "HAR_HOST": "127.0.0.1",  # without a key it is for this machine alone, whatever the environment says
+            "HAR_HOST": "127.0.0.1",  # only for this machine: it has no key, whatever the environment says
             "HAR_API_KEYS": "",
             **{name: json.dumps(value) for name, value in settings.items()},
         },
@@ -67,7 +67,7 @@ def start(origin: str | None = None) -> str:
 
 
 def is_ready(url: str) -> bool:
-    """Return whether a service answers there."""
+    """Return whether a service answers at this address."""
     try:
         return httpx.get(f"{url}/v2/health/ready", timeout=1.0, trust_env=False).is_success
     except httpx.HTTPError:

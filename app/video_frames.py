@@ -1,4 +1,4 @@
-"""Moments of a video."""
+"""Frames of a video at given times."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def frame_at(content: bytes, time_s: float) -> Image.Image | None:
-    """Return the picture shown at a time; None where the video can't be drawn."""
+    """Return the picture shown at a time; None if the video can't be decoded."""
     try:
         with av.open(io.BytesIO(content), "r") as container:
             stream = container.streams.video[0]
@@ -23,5 +23,5 @@ def frame_at(content: bytes, time_s: float) -> Image.Image | None:
 
 
 def clock(seconds: float) -> str:
-    """Return a time as it is read: minutes and seconds."""
+    """Return a time as minutes and seconds."""
     return f"{int(seconds // 60)}:{seconds % 60:04.1f}"

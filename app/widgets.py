@@ -1,4 +1,4 @@
-"""Parts of several pages: pictures that were checked, answers as bars, the model and how good it is."""
+"""Parts shared by several pages: checked pictures, answers as bars, the model and its accuracy."""
 
 import base64
 import html
@@ -34,47 +34,47 @@ STYLE = """<style>
 
 
 def service() -> AppClient:
-    """Return the service of this visitor."""
+    """Return the service for this visitor."""
     return st.session_state.service
 
 
 def limits() -> Limits:
-    """Return what the service takes."""
+    """Return the limits of the service."""
     return st.session_state.get("limits") or Limits()
 
 
 def formats() -> list[ImageKind]:
-    """Return the kinds of pictures that the service and this page can read."""
+    """Return the picture formats that the service and this page can read."""
     Image.init()
     return [kind for kind in limits().image_formats if kind.name in Image.OPEN]
 
 
 def suffixes() -> list[str]:
-    """Return the suffixes of these pictures, without dots."""
+    """Return the suffixes of these formats, without dots."""
     return [suffix for kind in formats() for suffix in kind.suffixes]
 
 
 def kinds() -> str:
-    """Return the kinds of these pictures, as people name them."""
+    """Return the names of these formats."""
     titles = list(dict.fromkeys(kind.title for kind in formats()))
     return f"{', '.join(titles[:-1])} or {titles[-1]}"
 
 
 def words(label: str) -> str:
-    """Return a label as it is read: without underscores."""
+    """Return a label for display, without underscores."""
     return label.replace("_", " ")
 
 
 def percent(score: float) -> str:
-    """Return a probability as it is read; never 100%, which no model can mean."""
+    """Return a probability for display; never 100%."""
     return "over 99%" if score > 0.99 else "under 1%" if score < 0.01 else f"{score:.0%}"
 
 
 def check_picture(content: bytes, name: str) -> Image.Image:
-    """Return a picture that can be shown.
+    """Return a picture that can be displayed.
 
     Raises:
-      Trouble: it isn't one, or too large.
+      Trouble: it isn't a picture, or it is too large.
     """
     if not content:
         raise Trouble(f"{name} is empty. Choose another picture.")
@@ -84,7 +84,7 @@ def check_picture(content: bytes, name: str) -> Image.Image:
         raise Trouble(f"{name} has {size}. Save it smaller and try again.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; what can't be drawn raises
+            warnings.simplefilter("ignore")  # about odd metadata; decoding errors raise
             image = Image.open(io.BytesIO(content))
             if image.format not in {kind.name for kind in formats()}:
                 raise Trouble(f"{name} is no {kinds()} picture. Save it as one and try again.")
@@ -94,12 +94,12 @@ def check_picture(content: bytes, name: str) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Trouble:
         raise
-    except Exception as error:  # decoders raise all kinds
+    except Exception as error:  # decoders raise many kinds of exceptions
         raise Trouble(f"{name} is no picture, or a damaged one. Choose another ({kinds()}).") from error
 
 
 def thumbnail(image: Image.Image, size_px: int = 96) -> str:
-    """Return a small copy as an address that holds it, for tables."""
+    """Return a small copy as a data URI, for tables."""
     small = ImageOps.fit(image, (size_px, size_px))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
@@ -107,7 +107,7 @@ def thumbnail(image: Image.Image, size_px: int = 96) -> str:
 
 
 def choose_picture(key: str, camera: bool = True) -> tuple[str, bytes, Image.Image] | None:
-    """Let a person choose a picture; None while there is none. Say what is wrong with a bad one."""
+    """Let a person choose a picture; None until then. Describe the problem of a bad one."""
     ways = ["Sample", "Upload", *(["Camera"] if camera else [])]
     way = st.segmented_control("Where the picture comes from", ways, default="Sample", required=True, key=f"{key}_way")
     if way == "Upload":
@@ -133,7 +133,7 @@ def choose_picture(key: str, camera: bool = True) -> tuple[str, bytes, Image.Ima
 
 
 def show_answer(answer: Answer) -> None:
-    """Show what the model says, or that it isn't sure enough to say."""
+    """Show the prediction, or that the model isn't sure enough."""
     best = answer.top[0]
     if answer.abstained:
         what = "Not sure"
@@ -157,7 +157,7 @@ def show_bars(top: Sequence[Scored], unsure: bool = False) -> None:
 
 
 def show_model(name: str, version: ModelVersion) -> None:
-    """Say which model answered, what it was trained on and how good it was."""
+    """Show the model that answered, its training data and its accuracy."""
     told = [f"Model {name}, version {version.version}, knows {len(version.labels)} actions."]
     origin = version.origin
     if origin is not None and origin.trained_on:
@@ -171,7 +171,7 @@ def show_model(name: str, version: ModelVersion) -> None:
 
 
 def show_heat_legend(label: str) -> None:
-    """Show what the colours of a heat map mean."""
+    """Show the legend of a heat map's colours."""
     st.html(
         '<div class="legend"><span>speaks for nothing</span><span class="scale" aria-hidden="true"></span>'
         f"<span>speaks most for {html.escape(label)}</span></div>"
@@ -180,7 +180,7 @@ def show_heat_legend(label: str) -> None:
 
 
 def versions() -> dict[str, tuple[str, ModelVersion]]:
-    """All versions that the service holds: how they are called here -> (model's name, version)."""
+    """Return all versions of the service: displayed name -> (model's name, version)."""
     found = {}
     for model in st.session_state.models:
         for version in model.versions:
@@ -192,7 +192,7 @@ def versions() -> dict[str, tuple[str, ModelVersion]]:
 
 
 def active_model() -> tuple[str, ModelVersion]:
-    """Return the first model's name, and its version in use."""
+    """Return the first model's name and its active version."""
     for model in st.session_state.models:
         for version in model.versions:
             if version.version == model.active:

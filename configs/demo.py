@@ -1,4 +1,4 @@
-"""The embedded action set, a small CLIP from random weights: the whole job on a laptop, nothing downloaded.
+"""The embedded action set, a small CLIP from random weights: a complete run on a laptop, without downloads.
 
     python scripts/train.py --config=configs/demo.py --workdir=runs/demo
 

@@ -1,11 +1,11 @@
-"""Your own images in one line: settings by their number, printed with the reasons.
+"""Fine-tuning on your own images in one command: settings by their number, printed with the reasons.
 
     python scripts/train.py --config=configs/finetune.py --workdir=runs/mine --config.data.train=folder:my_images
 
-Starts from OpenAI's ViT-B/32; --config.model.name names another, or a folder. Anything else that is set by
---config.KEY=VALUE stays as set. Guide: docs/own-data.md.
+Starts from OpenAI's ViT-B/32; --config.model.name sets another name or folder. Keys set by --config.KEY=VALUE are kept.
+Guide: docs/own-data.md.
 
-Hardware: a GPU for thousands of images; a few hundred do on CPU cores. Expected result: depends on the images.
+Hardware: a GPU for thousands of images; CPU cores suffice for a few hundred. Expected result: depends on the images.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Real photographs, a small CLIP from random weights: shows the way from a CSV to a model without pretrained weights.
+"""Real photographs, a small CLIP from random weights: from a CSV to a model without pretrained weights.
 
     python scripts/train.py --config=configs/har15_scratch.py --workdir=runs/scratch \
         --config.data.train=csv:har15/train.csv --config.data.val=csv:har15/test.csv

@@ -1,4 +1,4 @@
-"""Clips of the embedded motion set, which single frames don't tell apart: a temporal model from random weights.
+"""Clips of the embedded motion set, which a single frame can't tell apart: a temporal model from random weights.
 
     python scripts/train.py --config=configs/motion.py --workdir=runs/motion
 

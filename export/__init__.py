@@ -1,1 +1,1 @@
-"""From a model folder to other runtimes, each format proven equal to the model before it is released."""
+"""Export of a model folder to other runtimes; each format is compared with the model before it is released."""

@@ -1,11 +1,11 @@
-"""Exports a model folder to other runtimes, each format proven equal to the model before it is released.
+"""Export a model folder to other runtimes; each format is compared with the model before it is released.
 
   python -m export --model=runs/demo/model --formats=onnx,onnx_int8 --output=runs/demo/export
   python -m export --model=runs/demo/model --formats=onnx,saved_model,stablehlo --output=out --data=folder:my_images
 
-Each format is opened in its own runtime by a fresh process and compared with the model on the images of --data and on
-black, white and noise. One that differs too much is deleted and explained. Exits 0 when all passed, 3 when one didn't,
-2 on a mistake.
+Each format is opened in its own runtime by a new process and compared with the model on the images of --data and on
+black, white and noise images. A format that differs too much is deleted, with an explanation. Exits 0 when all formats
+passed, 3 when one failed, 2 on a mistake.
 """
 
 import sys
@@ -21,21 +21,19 @@ def main() -> int:
         "--formats",
         required=True,
         metavar="NAMES",
-        help="of onnx, onnx_fp16, onnx_int8, saved_model, stablehlo, torchscript, tensorrt, e.g. --formats=onnx",
+        help="among onnx, onnx_fp16, onnx_int8, saved_model, stablehlo, torchscript, tensorrt, e.g. --formats=onnx",
     )
     cli.add_output(parser, "runs/demo/export")
     help = "images on which each format is compared, e.g. --data=folder:photos; default: the embedded set's test split"
     cli.add_data(parser, help, default="synthetic")
-    add(
-        "--num_examples", type=int, default=256, metavar="N", help="how many of them, e.g. --num_examples=256 (default)"
-    )
+    add("--num_examples", type=int, default=256, metavar="N", help="number of them, e.g. --num_examples=256 (default)")
     cli.add_classes(parser)
-    add("--int8", choices=("dynamic", "static"), default="dynamic", help="activations' scales, e.g. --int8=static")
+    add("--int8", choices=("dynamic", "static"), default="dynamic", help="scales of activations, e.g. --int8=static")
     add(
         "--precision",
         choices=("fp32", "fp16", "bf16", "int8"),
         default="fp16",
-        help="what TensorRT's engines compute in, e.g. --precision=int8",
+        help="number format of TensorRT's engines, e.g. --precision=int8",
     )
     add("--sign", metavar="FILE", help="sign the folder with a private key in PEM, e.g. --sign=private.pem")
     add("--overwrite", action="store_true", help="replace an earlier export, e.g. --overwrite")

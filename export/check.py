@@ -1,4 +1,4 @@
-"""Runs a format as its users will: in a fresh process, from the files alone.
+"""Run a format as its users will: in a new process, with only the exported files.
 
 python -m export.check FOLDER FORMAT INPUTS.npz OUTPUTS.npz
 """
@@ -23,7 +23,7 @@ def main() -> int:
         graphs = backend.graphs
         try:
             golden.check(backend)
-        except UserError as error:  # which is told beside how far it is from the model
+        except UserError as error:  # reported by the parent, with the difference to the model
             fault = str(error)
     with np.load(inputs) as given:
         np.savez(outputs, fault=fault, **run_cases(graphs.run, dict(given)))  # type: ignore[arg-type]  # as in run.py

@@ -1,7 +1,7 @@
-"""The formats: how each is written, how far it may be from the model, and which packages it needs.
+"""The formats: how each is written, how much it may differ from the model, and which packages it needs.
 
-A new format is one file `to_*.py` that writes it, a row here, and a row in `clip_har_jax.inference.exported.RUNTIMES`,
-which opens it.
+To add a format, write a file `to_*.py`, a row here, and a row in `clip_har_jax.inference.exported.RUNTIMES`, which
+opens it.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ class Format(NamedTuple):
     """One format.
 
     Attributes:
-      write: writes a model into an empty folder; the images scale the activations of int8.
-      bounds: how far the format may be from the model.
-      packages: what is needed to write it.
+      write: writes a model into an empty folder; the images set the scales of int8 activations.
+      bounds: how much the format may differ from the model.
+      packages: needed to write it.
     """
 
     write: Write
@@ -62,15 +62,15 @@ TENSORRT_BOUNDS = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16, "int8": I
 
 
 def choose_formats(names: Sequence[str], static_int8: bool = False, precision: str = "fp16") -> dict[str, Format]:
-    """Return the formats of these names; refuse what can't be written and proven here, before anything is computed.
+    """Return the formats of these names; refuse those that can't be written and checked here, before any computation.
 
     Args:
       names: of `FORMATS`.
-      static_int8: scale int8's activations by the first of the images, instead of as they come.
-      precision: what TensorRT's engines compute in, of `TENSORRT_BOUNDS`.
+      static_int8: fix the scales of int8 activations with the first images, instead of computing them for each input.
+      precision: number format of TensorRT's engines, a key of `TENSORRT_BOUNDS`.
 
     Raises:
-      UserError: an unknown format, one named twice, or one whose packages or machine are missing.
+      UserError: an unknown or repeated format, or its packages or its hardware are missing.
     """
     if not names:
         raise UserError(f"--formats: name one or more of {', '.join(FORMATS)}")

@@ -1,7 +1,7 @@
-"""What an exported model computes, as JAX functions: everything but decoding and resizing is inside.
+"""The computations of an exported model as JAX functions: everything except decoding and resizing.
 
-They compute what the model does in a form that other runtimes run faster: layers unrolled, nothing of the last layer
-but the token that is used, the pixels' normalisation folded into the patch embedding.
+They compute the same as the model in a form that other runtimes run faster: layers are unrolled, the last layer
+computes only the token that is used, and the normalisation of pixels is folded into the patch embedding.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from clip_har_jax.models.layers import unstack
 from clip_har_jax.models.params import Params, flat_params, unflatten
 from clip_har_jax.preprocess import Preprocess
 
-Shape = tuple[int | str, ...]  # "b" is a free batch size
+Shape = tuple[int | str, ...]  # "b" is a variable batch size
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Graph:
     """A function of named arrays.
 
     Attributes:
-      function: of `params` and the inputs in order; gives a tuple of arrays named `outputs`.
-      params: what it computes with, by dotted path.
+      function: of `params` and the inputs in order; returns a tuple of arrays named `outputs`.
+      params: its weights, by dotted path.
       inputs: name -> (data type, shape).
     """
 
@@ -49,7 +49,7 @@ class Graph:
 
 
 class MatMulLinear(nnx.Linear):
-    """`nnx.Linear` as one matrix product of any rank: what that is exported as, ONNX Runtime runs 1.1 times slower."""
+    """`nnx.Linear` as one matrix product of any rank; ONNX Runtime runs the usual export 1.1 times slower."""
 
     def __call__(self, x: Float[Array, "*b i"], out_sharding: Any = None) -> Float[Array, "*b o"]:
         y = jnp.matmul(x, self.kernel[...])
@@ -60,12 +60,12 @@ def make_graphs(model: FlaxCLIPModel, preprocess: Preprocess, head: Head, temper
     """Return the image encoder, the text encoder, the classifier and the explainer of a model.
 
     Args:
-      model: which is taken apart here: not to be used afterwards.
-      preprocess: whose normalisation the graphs do.
+      model: is modified: don't use it afterwards.
+      preprocess: its normalisation is part of the graphs.
       head: from image features to class logits.
-      temperature: what these are divided by.
+      temperature: divides the logits.
     """
-    whole: Any = model  # not a FlaxCLIPModel any more
+    whole: Any = model  # no longer a FlaxCLIPModel
     whole.head = head
     for tower in (whole.vision, whole.text):
         tower.layers = nnx.List(unstack(tower.layers))
@@ -80,7 +80,7 @@ def make_graphs(model: FlaxCLIPModel, preprocess: Preprocess, head: Head, temper
     text = {"input_ids": ("int32", ("b", model.config.text.context_length))}
 
     def restore(given: Mapping[str, Any]) -> Any:
-        # Merging needs every parameter; those that a graph doesn't use are scalars, which no exporter keeps.
+        # Merging needs every parameter; unused ones are scalars, which exporters drop.
         return nnx.merge(graphdef, unflatten({name: given.get(name, np.float32(0)) for name in params}))
 
     def encode_image(given: Params, images: UInt8[Array, "b h w 3"]) -> tuple[Float[Array, "b d"]]:
@@ -114,10 +114,10 @@ def make_graphs(model: FlaxCLIPModel, preprocess: Preprocess, head: Head, temper
 
 
 def _fold_normalisation(vision: Any, preprocess: Preprocess) -> None:
-    """Lets a vision tower take pixels of 0 to 255: (pixels / 255 - mean) / std is linear, as is the patch embedding."""
+    """Make a vision tower take pixels of 0 to 255: (pixels / 255 - mean) / std is linear, like the patch embedding."""
     mean, std = (np.asarray(values, np.float64)[None, :, None] for values in (preprocess.mean, preprocess.std))
     kernel = np.asarray(vision.patch_embedding.kernel[...], np.float64)
-    of_channels = kernel.reshape(-1, 3, kernel.shape[-1])  # a patch is flattened with its channels last
+    of_channels = kernel.reshape(-1, 3, kernel.shape[-1])  # a flattened patch has its channels last
     positions = np.array(vision.position_embedding[...])
     positions[1:] -= (of_channels * mean / std).sum(axis=(0, 1)).astype(np.float32)
     vision.patch_embedding.kernel[...] = jnp.asarray((of_channels / (255 * std)).reshape(kernel.shape), jnp.float32)

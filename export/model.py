@@ -1,4 +1,4 @@
-"""A model folder opened for export, the images that its formats are proven on, and what all formats share."""
+"""A model folder opened for export, the images for comparing its formats, and the files that formats share."""
 
 import json
 from collections.abc import Sequence
@@ -55,7 +55,8 @@ def open_model(path: str, classes: Sequence[str] = ()) -> OpenedModel:
     """Open and verify a model folder.
 
     Raises:
-      UserError: not a whole model, a changed file, no classes, or a model that tells the frames of a clip apart.
+      UserError: an incomplete model, a changed file, no classes, or a model that treats the frames of a clip
+        differently.
     """
     backend = JaxBackend(path, classes)
     actions = replace(backend.actions, preprocess_version=PREPROCESS_VERSION)
@@ -81,12 +82,12 @@ def open_model(path: str, classes: Sequence[str] = ()) -> OpenedModel:
 def read_images(
     model: OpenedModel, data: str, count: int
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], Int32[np.ndarray, " n"]]:
-    """Return evenly spaced images of a data set as the model takes them, and their classes.
+    """Return evenly spaced images of a data set, transformed for the model, and their classes.
 
-    Unreadable images are left out. Images whose label is none of the model's classes come last and have no class.
+    Unreadable images are left out. Images whose label isn't one of the model's classes come last and have no class.
 
     Raises:
-      UserError: a spec that names no images, or none that can be read.
+      UserError: a SPEC without images, or without readable ones.
     """
     source = make_source(data, "test")
     if source.clips:
@@ -104,13 +105,13 @@ def read_images(
         true.append(classes.get(source.labels[example.label], -1))
     if not images:
         raise UserError(f"--data={data}: none of its images can be read")
-    # An image without a class still shows a difference between two runtimes; only calibration needs the true class.
+    # An image without a class also shows differences between runtimes; only calibration needs the true class.
     order = np.argsort(np.asarray(true) < 0, kind="stable")
     return np.stack(images)[order], np.asarray([true[i] for i in order if true[i] >= 0], np.int32)
 
 
 def write_contract(model: OpenedModel, folder: Path) -> None:
-    """Write what all formats share: classes, image settings, tokenizer, signatures of the graphs."""
+    """Write the files that all formats share: classes, image settings, tokenizer, signatures of the graphs."""
     bundle.write_actions(folder, model.actions)
     model.backend.preprocess.save(folder)
     Tokenizer.from_folder(model.folder).save(folder)
@@ -123,9 +124,9 @@ def write_contract(model: OpenedModel, folder: Path) -> None:
 
 
 def describe_origin(folder: Path) -> dict[str, Any]:
-    """Return what a model was trained on and how good it was, for who uses it elsewhere; unknown facts are None.
+    """Return a model's training data and accuracy, for its users elsewhere; unknown facts are None.
 
-    A data set is named without the folders of the machine that it lay on.
+    Local folders are removed from the name of a data set.
     """
     record, calibration = (
         read_object(path) if path.is_file() else {} for path in (folder / "run.json", folder / "calibration.json")

@@ -1,4 +1,4 @@
-"""The test that an exported format computes what the model does, on real images and on extreme ones."""
+"""The comparison of an exported format with the model, on real and on extreme images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 BATCH_SIZE = 32
-SINGLES, ODD = 4, 3  # images also computed one by one, and as one batch of an odd size
+SINGLES, ODD = 4, 3  # images also computed one by one, and in one batch of an odd size
 EXPLAINED = 8
-NUM_HARD = 4  # black, white, and two of noise, behind the examples
-MIN_PREDICTED = 0.5  # of the classes; where fewer are ever predicted, agreement says little
+NUM_HARD = 4  # black, white, and two of noise, after the examples
+MIN_PREDICTED = 0.5  # share of the classes; if fewer are ever predicted, agreement says little
 
 Arrays = dict[str, np.ndarray]
 RunGraph = Callable[..., Sequence[np.ndarray]]
@@ -19,15 +19,15 @@ RunGraph = Callable[..., Sequence[np.ndarray]]
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far a format may be from the model.
+    """How much a format may differ from the model.
 
     Attributes:
-      error: largest absolute error of probabilities, embeddings and heat maps; None: not bounded.
-      agreement: smallest share of images with the same first class, where the model predicts half of its classes.
-      logits: largest error of a logit, over the largest logit; finds a wrong head, which cosines of embeddings miss.
-      cosine: smallest cosine of an embedding to the model's; of images only where the model predicts fewer than half
-        of its classes, of texts and hard images always.
-      explainer: smallest cosine of the patches' contributions, which heat maps are made of.
+      error: largest absolute error of probabilities, embeddings and heat maps; None: no bound.
+      agreement: least share of images with the same top class, if the model predicts at least half of its classes.
+      logits: largest error of a logit, relative to the largest logit; finds a wrong head, which embeddings don't show.
+      cosine: least cosine of an embedding to the model's. For images only if the model predicts fewer than half of its
+        classes, for texts and hard images always.
+      explainer: least cosine of the patches' contributions, from which heat maps are computed.
     """
 
     error: float | None
@@ -39,7 +39,7 @@ class Bounds:
 
 FLOAT32 = Bounds(1e-4, 1e-4, 1.0, 0.999999, 0.9999)
 FLOAT16 = Bounds(None, 0.01, 0.995, 0.999, 0.99)
-BFLOAT16 = Bounds(None, 0.05, 0.99, 0.999, 0.99)  # which has 8 bits, float16 has 11
+BFLOAT16 = Bounds(None, 0.05, 0.99, 0.999, 0.99)  # bfloat16 has 8 significant bits, float16 has 11
 INT8 = Bounds(None, 0.1, 0.99, 0.99, 0.95)
 
 
@@ -51,14 +51,14 @@ def hard_images(size_px: int) -> UInt8[np.ndarray, "n h w 3"]:
 
 
 def make_cases(images: UInt8[np.ndarray, "n h w 3"], ids: Int32[np.ndarray, "p t"], num_classes: int) -> Arrays:
-    """Return the inputs of each format: the images with the hard ones behind them, prompts, and classes to explain."""
+    """Return the inputs for each format: the images followed by the hard ones, prompts, and classes to explain."""
     images = np.concatenate([images, hard_images(images.shape[1])])
     weights = np.eye(num_classes, dtype=np.float32)[np.arange(min(EXPLAINED, len(images))) % num_classes]
     return {"image": images, "input_ids": ids[:64], "class_weights": weights}
 
 
 def run_cases(run: RunGraph, cases: Arrays) -> Arrays:
-    """Return all outputs on all cases: the images in full batches, the first also one by one and in an odd batch."""
+    """Return all outputs for all cases: images in full batches, the first also one by one and in an odd batch."""
     images, weights = cases["image"], cases["class_weights"]
     probs, logits = _batches(run, "classifier", images, BATCH_SIZE)
     return {
@@ -83,10 +83,10 @@ def check_parity(
     """Return the entry of a format in parity.json.
 
     Args:
-      ours, theirs: outputs of the model and of the format, as `run_cases` gives them.
-      bounds: how far they may differ.
+      ours, theirs: outputs of the model and of the format, from `run_cases`.
+      bounds: how much they may differ.
       labels: the classes.
-      true: the class of each image that has one; the images behind them have none.
+      true: the classes of the first images; further images have none.
     """
     broken = [name for name in ours if ours[name].shape != theirs[name].shape or not np.isfinite(theirs[name]).all()]
     if broken:
@@ -105,9 +105,9 @@ def check_parity(
 
 
 def _differences(ours: Arrays, theirs: Arrays, num_classes: int, true: Int32[np.ndarray, " n"]) -> dict[str, Any]:
-    """Return the figures of parity.json: how far the outputs are from each other."""
+    """Return the figures of parity.json: the differences between the outputs."""
     predicted, exported = (outputs["logits"].argmax(-1) for outputs in (ours, theirs))
-    examples = slice(0, len(predicted) - NUM_HARD)  # on the others, which class comes first is a matter of chance
+    examples = slice(0, len(predicted) - NUM_HARD)  # on hard images, the top class is arbitrary
     coverage = len(set(predicted[examples].tolist())) / num_classes
     logits, embeddings = ("logits", "single_logits", "odd_logits"), ("image_embeds", "text_embeds", "patch_embeds")
     patches = [of["patch_embeds"].reshape(len(of["heat_map"]), -1) for of in (ours, theirs)]
@@ -126,7 +126,7 @@ def _differences(ours: Arrays, theirs: Arrays, num_classes: int, true: Int32[np.
 
 
 def _over_bounds(ours: Arrays, theirs: Arrays, result: dict[str, Any], bounds: Bounds) -> list[str]:
-    """Return a sentence for each figure that is over its bound; a figure that isn't a number is over it too."""
+    """Return a sentence for each figure outside of its bound, NaN included."""
     failures = []
     scale = max(1.0, float(np.abs(ours["logits"]).max()))
     if not (error := result["max_logit_error"] / scale) <= bounds.logits:
@@ -145,8 +145,8 @@ def _over_bounds(ours: Arrays, theirs: Arrays, result: dict[str, Any], bounds: B
     weak = result["weak"]
     if not weak and result["top1_agreement"] < bounds.agreement and (bounds.error is None or failures):
         failures.append(f"top-1 agreement {result['top1_agreement']:.4f} below {bounds.agreement:g}")
-    # Of a model that tells its classes apart, the agreement is a stronger test of its images than a cosine. Texts and
-    # hard images have no agreement.
+    # For a model that separates its classes, agreement is a stricter test of its images than a cosine. Texts and hard
+    # images have no agreement.
     hard = _cosine(ours["image_embeds"][-NUM_HARD:], theirs["image_embeds"][-NUM_HARD:])
     texts = _cosine(ours["text_embeds"], theirs["text_embeds"])
     cosine = result["min_cosine"] if weak or bounds.error is not None else min(hard, texts)
@@ -164,7 +164,7 @@ def _error(ours: Arrays, theirs: Arrays, name: str) -> float:
 def _cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> float:
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return float(((a * b).sum(-1) / np.maximum(norms, 1e-30)).min())  # of nothing: 0, which is in no bound
+    return float(((a * b).sum(-1) / np.maximum(norms, 1e-30)).min())  # 0 without rows, which fails every bound
 
 
 def _ece(probs: Float[np.ndarray, "n c"], true: Int32[np.ndarray, " n"]) -> float:

@@ -1,4 +1,4 @@
-"""The order of events of an export: refuse what can't work, write each format aside, prove it, seal what passed."""
+"""The steps of an export: check the arguments, write each format aside, compare it, seal the formats that passed."""
 
 import errno
 import os
@@ -30,21 +30,21 @@ from export.parity import NUM_HARD, Arrays, check_parity, make_cases, run_cases
 from export.to_onnx import NUM_CALIBRATION
 
 EXIT_PARITY = 3
-NUM_GOLDEN, GOLDEN_PX = 3, 96  # pictures, of another size and shape than models take: resizing and cropping count too
+NUM_GOLDEN, GOLDEN_PX = 3, 96  # golden pictures; not of a model's size, so that resizing is tested too
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an export is proven and written.
+    """The options of an export.
 
     Attributes:
-      data: SPEC of the images that formats are proven on.
-      num_examples: how many of them.
-      classes: the actions to tell apart; empty: the folder's own.
-      overwrite: put the new folder in the place of an old one, which stays whole until the new one is.
-      static_int8: scale int8's activations by the first of the images instead of as they come.
-      signing_key: a private key in PEM to sign the folder with.
-      precision: what TensorRT's engines compute in, of `formats.TENSORRT_BOUNDS`.
+      data: SPEC of the images for the comparison.
+      num_examples: number of images.
+      classes: the actions to recognise; empty: the folder's own.
+      overwrite: replace an old export, which stays until the new one is complete.
+      static_int8: fix the scales of int8 activations with the first images, instead of computing them for each input.
+      signing_key: a private key in PEM that signs the folder.
+      precision: number format of TensorRT's engines, a key of `formats.TENSORRT_BOUNDS`.
     """
 
     data: str = "synthetic"
@@ -58,7 +58,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Proof:
-    """What each format is compared with: the inputs, the model's outputs on them, and the true classes."""
+    """The inputs of the comparison, the model's outputs for them, and the true classes."""
 
     cases: Arrays
     expected: Arrays
@@ -68,7 +68,7 @@ class Proof:
 def export_model(
     path: str, formats: Sequence[str], output: str | Path, options: ExportOptions = ExportOptions()
 ) -> dict[str, Any]:
-    """Write an exported folder of the formats that pass; return what parity.json says of all.
+    """Write an exported folder with the formats that pass; return the contents of parity.json.
 
     >>> parity = export_model("model", ["stablehlo"], "exported", ExportOptions(num_examples=4))
     >>> parity["stablehlo"]["passed"]
@@ -76,12 +76,12 @@ def export_model(
 
     Args:
       path: a model folder.
-      formats: of `formats.FORMATS`.
-      output: the folder to write, which must be empty or not there unless `options.overwrite`.
-      options: how it is proven and written.
+      formats: keys of `formats.FORMATS`.
+      output: the folder to write; it must be empty or missing, unless `options.overwrite`.
+      options: see `ExportOptions`.
 
     Raises:
-      UserError: a mistake in the arguments or the model, another process that writes `output`, or a full disk.
+      UserError: a mistake in the arguments or the model, another process writes to `output`, or the disk is full.
     """
     chosen = choose_formats(formats, options.static_int8, options.precision)
     output = Path(output).resolve()
@@ -92,7 +92,7 @@ def export_model(
         check_private_key(Path(options.signing_key))
     try:
         with replacing(output) as folder:
-            check_output(output, options.overwrite)  # again: another export may have ended meanwhile
+            check_output(output, options.overwrite)  # again: another export may have finished in the meantime
             return _fill(folder, path, chosen, output, options)
     except _NothingPassed as nothing:
         return nothing.parity
@@ -103,7 +103,7 @@ def export_model(
 
 
 class _NothingPassed(Exception):  # noqa: N818
-    """No format is left to put in the place of what may be there."""
+    """No format passed, so an existing folder isn't replaced."""
 
     def __init__(self, parity: dict[str, Any]):
         super().__init__()
@@ -111,10 +111,10 @@ class _NothingPassed(Exception):  # noqa: N818
 
 
 def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, options: ExportOptions) -> dict[str, Any]:
-    """Write, prove and seal; `output` is where the folder will lie."""
+    """Write, compare and seal the formats; `output` is the final place of the folder."""
     model = open_model(path, options.classes)
     source = model.folder.resolve()
-    if output == source or output in source.parents or source in output.parents:  # a sealed folder takes no more files
+    if output == source or output in source.parents or source in output.parents:  # a sealed folder takes no files
         raise UserError(f"--output={output}: the model lies there; name another folder")
     proof = make_proof(model, options.data, options.num_examples)
     write_contract(model, folder)
@@ -131,7 +131,7 @@ def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, opt
 
 
 def make_proof(model: OpenedModel, data: str, num_examples: int) -> Proof:
-    """Return what the formats of a model are compared with, on images of a data set.
+    """Return the inputs and reference outputs of a model's formats, on images of a data set.
 
     Raises:
       UserError: as `model.read_images`.
@@ -143,11 +143,11 @@ def make_proof(model: OpenedModel, data: str, num_examples: int) -> Proof:
 
 
 def reference(model: OpenedModel, cases: Arrays) -> Arrays:
-    """Return the model's own outputs on the cases: by the backend that predicts, not by the exported graphs."""
+    """Return the model's own outputs for the cases, from the backend of predictions, not from exported graphs."""
     backend, graphs = model.backend, {graph.name: graph for graph in model.graphs}
     explain = jax.jit(graphs["explainer"].function)
 
-    @cache  # classifier and image encoder are asked about the same images
+    @cache  # classifier and image encoder get the same images
     def outputs(pixels: bytes, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         return backend.outputs(np.frombuffer(pixels, np.uint8).reshape(shape))
 
@@ -163,7 +163,7 @@ def reference(model: OpenedModel, cases: Arrays) -> Arrays:
 
 
 def _write_and_prove(model: OpenedModel, name: str, way: Format, folder: Path, proof: Proof) -> dict[str, Any]:
-    """Write a format into its own folder and return its entry in parity.json; remove it where it failed."""
+    """Write a format into its own folder and return its entry in parity.json; remove it if it failed."""
     print(f"{name}: writing", file=sys.stderr, flush=True)
     start = time.perf_counter()
     (folder / name).mkdir()
@@ -187,10 +187,10 @@ def _write_and_prove(model: OpenedModel, name: str, way: Format, folder: Path, p
 
 
 def prove(folder: Path, name: str, cases: Arrays) -> Arrays:
-    """Return the outputs of a format on the cases, computed by a fresh process from the files alone.
+    """Return the outputs of a format for the cases, from a new process that has only the exported files.
 
     Raises:
-      RuntimeError: that process failed; holds its last words.
+      RuntimeError: the process failed; contains its last message.
     """
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch) / "inputs.npz", Path(scratch) / "outputs.npz"
@@ -204,7 +204,7 @@ def prove(folder: Path, name: str, cases: Arrays) -> Arrays:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds anything; `overwrite` lets an earlier export be replaced, and nothing else.
+    """Refuse a non-empty folder; with `overwrite`, accept an earlier export and nothing else.
 
     Raises:
       UserError: a file, or a folder that isn't empty.
@@ -219,7 +219,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _of_the_disk(error: Exception) -> str | None:
-    """Return what the disk refused, in words; safetensors and TensorFlow raise errors of their own for it."""
+    """Return the disk's error in words; safetensors and TensorFlow raise their own exceptions for it."""
     if isinstance(error, OSError):
         return error.strerror
     refusals = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))

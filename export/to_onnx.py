@@ -1,6 +1,6 @@
-"""ONNX by jax2onnx: operators of the standard domain alone, so that any runtime reads it; ONNX Runtime fuses at load.
+"""ONNX by jax2onnx: only operators of the standard domain, for any runtime; ONNX Runtime fuses them when loading.
 
-It doesn't go through jax2tf: what that emits is one XlaCallModule operator, which no ONNX converter reads.
+It doesn't use jax2tf, whose output is a single XlaCallModule operator that no ONNX converter can read.
 """
 
 import functools
@@ -16,19 +16,19 @@ from jaxtyping import UInt8
 from export.graphs import Graph
 
 OPSET = 23
-MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; weights beyond it lie in a file beside
-NUM_CALIBRATION = 32  # images that scale activations
+MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; larger weights are stored in a separate file
+NUM_CALIBRATION = 32  # images that set the scales of activations
 QUANTIZED = ["MatMul", "Gemm"]
 
 
 def to_proto(graph: Graph, fuse: bool = True) -> Any:
-    """Return the graph as an `onnx.ModelProto`: constants folded, nothing dead in it, attention as one operator.
+    """Return the graph as an `onnx.ModelProto`: constants folded, dead code removed, attention as one operator.
 
     Args:
-      graph: what is converted.
-      fuse: whether attention is ONNX's operator of that name (opset 23) or matrix products and a softmax.
+      graph: the graph to convert.
+      fuse: whether attention is ONNX's Attention operator (opset 23), or matrix products and a softmax.
     """
-    for name in ("jax2onnx", "onnx_ir"):  # tracebacks of plug-ins that don't load, warnings of untyped values
+    for name in ("jax2onnx", "onnx_ir"):  # tracebacks of plug-ins that don't load, warnings about untyped values
         logging.getLogger(name).setLevel(logging.CRITICAL)
     import jax2onnx
     import onnx_ir
@@ -36,7 +36,7 @@ def to_proto(graph: Graph, fuse: bool = True) -> Any:
 
     function = functools.partial(graph.function, graph.params)
     names = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
-    # Not as a proto, which would hold the weights once more.
+    # As a model object: a proto would hold the weights a second time.
     model = jax2onnx.to_onnx(function, graph.specs("B"), model_name=graph.name, opset=OPSET, return_mode="ir", **names)
     optimizer.optimize(model)
     if fuse:
@@ -47,7 +47,7 @@ def to_proto(graph: Graph, fuse: bool = True) -> Any:
 
 
 def attention_rules() -> Any:
-    """Return the rules that make one Attention of what jax2onnx writes for `jax.nn.dot_product_attention`.
+    """Return the rewrite rules that replace jax2onnx's version of `jax.nn.dot_product_attention` by one Attention.
 
     Its matrix products need transposed copies of queries, keys and values; ONNX Runtime's Attention doesn't.
     """
@@ -78,18 +78,18 @@ def attention_rules() -> Any:
 
 
 def is_large(proto: Any) -> bool:
-    """Return whether a model is too large for one file; `proto.ByteSize()` fails where it would be of use."""
+    """Return whether a model is too large for one file; `proto.ByteSize()` fails for such models."""
     return sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_PROTOBUF_BYTES
 
 
 def save(proto: Any, path: Path) -> None:
-    """Write a model, its weights beside it where it is too large for one file."""
+    """Write a model, with its weights in a separate file if it is too large for one."""
     import onnx
 
     if is_large(proto):
         beside = path.with_name(f"{path.name}.data")
         onnx.save(proto, path, save_as_external_data=True, location=beside.name)
-        beside.chmod(path.stat().st_mode)  # which onnx makes readable by its writer alone
+        beside.chmod(path.stat().st_mode)  # onnx makes the file readable only by its owner
     else:
         onnx.save(proto, path)
 
@@ -107,13 +107,13 @@ def write_fp16(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray
 
 
 def to_float16(proto: Any) -> Any:
-    """Return the model in float16, its inputs and outputs in the types that they have."""
+    """Return the model in float16, with unchanged types of inputs and outputs."""
     import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    # Types are in the graph already; inferring them again fails where it is large.
+    # The graph has its types already; inferring them again fails for large graphs.
     half = convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=is_large(proto))
-    # The converter appends the casts of inputs to the end, and leaves wrong types behind where it adds others.
+    # The converter appends the casts of inputs to the end, and leaves wrong types where it adds others.
     del half.graph.value_info[:]
     model = onnx_ir.from_proto(half)
     model.graph.sort()
@@ -123,9 +123,9 @@ def to_float16(proto: Any) -> Any:
 def write_int8(
     graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"], static: bool = False
 ) -> None:
-    """Write each graph with matrix products in 8 bits; activations are scaled as they come, or (`static`) by `images`.
+    """Write each graph with 8-bit matrix products; activation scales are dynamic, or (`static`) set by `images`.
 
-    The text encoder is quantised dynamically in both cases: images calibrate nothing in it.
+    The text encoder is always quantised dynamically: images can't calibrate it.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -161,7 +161,7 @@ def write_int8(
 
 
 def quiet_quantiser() -> None:
-    """Silence the quantiser's advice to prepare the graph; `to_proto` has prepared it."""
+    """Silence the quantiser's advice to prepare the graph, which `to_proto` has done."""
     logging.getLogger().addFilter(_is_news)
 
 

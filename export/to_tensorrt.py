@@ -1,12 +1,12 @@
-"""TensorRT engines from ONNX graphs, by NVIDIA's Python API; only where its libraries and a GPU are. Elsewhere:
+"""TensorRT engines from ONNX graphs, with NVIDIA's Python API; it needs NVIDIA's libraries and a GPU. Elsewhere,
 
   python -m export.to_tensorrt --model=runs/demo/model --output=for_tensorrt --precision=int8
 
-writes ONNX graphs of operators that NVIDIA's list has, and build.sh, which makes engines of them with NVIDIA's trtexec.
-`write_tensorrt` and build.sh have never run: no such machine was at hand.
+writes ONNX graphs of operators that NVIDIA supports, and build.sh, which builds engines from them with NVIDIA's
+trtexec. `write_tensorrt` and build.sh have never been run: no such machine was available.
 
-TensorRT 11 knows strongly typed networks alone, and 10 has them too: an engine computes in the types of its graph. So
-the graph is converted here, and no builder is told what it may round.
+TensorRT 11 has only strongly typed networks, which 10 supports too: an engine computes in the types of its graph. So
+the graph is converted here, and the builder may not choose the precision.
 """
 
 import json
@@ -28,18 +28,18 @@ from export.to_onnx import NUM_CALIBRATION, CalibrationFeeds, quiet_quantiser, s
 MAX_BATCH = 64
 OPTIMAL_BATCH = 8
 WORKSPACE_BYTES = 4 * 2**30
-# the type of the numbers that aren't quantised, as NVIDIA's list and its trtexec name it
+# type of the numbers that aren't quantised, in the terms of NVIDIA's list and trtexec
 FLOATS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "FP16"}
 OPERATORS = Path(__file__).with_name("tensorrt_operators.json")
 
 
 def missing_for_tensorrt() -> str | None:
-    """Return what this machine lacks to build an engine, in words; None: nothing."""
+    """Return what this machine lacks for building an engine, in words; None: nothing."""
     if find_spec("tensorrt") is None:
         return "the package tensorrt isn't installed; pip install tensorrt, on a machine with an NVIDIA GPU"
     try:
         import tensorrt
-    except Exception as error:  # the bindings alone: the library isn't there
+    except Exception as error:  # only the bindings are installed, not the library
         return f"NVIDIA's library libnvinfer can't be loaded ({error}); install TensorRT from NVIDIA"
     try:
         if tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR)) is None:
@@ -50,13 +50,13 @@ def missing_for_tensorrt() -> str | None:
 
 
 def typed_proto(graph: Graph, precision: str, images: UInt8[np.ndarray, "n h w 3"]) -> Any:
-    """Return the ONNX graph that an engine of a precision is built of; inputs and outputs are of the same types in all.
+    """Return the ONNX graph for an engine of a precision; inputs and outputs have the same types in all precisions.
 
     Args:
-      graph: what is converted.
-      precision: of `FLOATS`. int8: the matrix products of the image tower in 8 bits, all else float16; the text
-        encoder is float16 then, as it runs once for a set of classes.
-      images: what int8's activations are scaled by.
+      graph: the graph to convert.
+      precision: of `FLOATS`. int8: the matrix products of the image tower have 8 bits, the rest is float16. The text
+        encoder is then float16, as it runs only once per set of classes.
+      images: set the scales of int8 activations.
     """
     proto = to_proto(graph, fuse=False)
     if precision == "int8" and "image" in graph.inputs:
@@ -67,10 +67,11 @@ def typed_proto(graph: Graph, precision: str, images: UInt8[np.ndarray, "n h w 3
 
 
 def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> Any:
-    """QuantizeLinear and DequantizeLinear before matrix products with weights: TensorRT's explicit quantisation.
+    """Insert QuantizeLinear and DequantizeLinear before matrix products with weights (TensorRT's explicit
+    quantisation).
 
-    Signed, zero points of 0, one scale for activations and one a column of weights, no output quantised. The first
-    product stays as it is: pixels of 0 to 255 would lose a bit in signed numbers.
+    Signed, zero points of 0, one scale for activations and one per column of weights, no quantised outputs. The first
+    product isn't quantised: pixels from 0 to 255 would lose a bit in signed numbers.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -102,7 +103,7 @@ def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> 
 
 
 def to_bfloat16(proto: Any) -> Any:
-    """bfloat16 inside, float32 outside: what ONNX Runtime's converter makes float16, in the other type."""
+    """Convert to bfloat16, with float32 inputs and outputs: ONNX Runtime's float16 converter, with the other type."""
     import ml_dtypes
     from onnx import TensorProto, numpy_helper
 
@@ -121,9 +122,9 @@ def to_bfloat16(proto: Any) -> Any:
 
 
 def unsupported(proto: Any, precision: str) -> list[str]:
-    """Return the operators of an ONNX graph that NVIDIA's list doesn't give for a precision of `FLOATS`.
+    """Return the operators of an ONNX graph that NVIDIA's list lacks for a precision of `FLOATS`.
 
-    Operators that only move or compare integers are held against the integer types.
+    Operators that only move or compare integers are checked with the integer types.
     """
     listed = json.loads(OPERATORS.read_text(encoding="utf-8"))["operators"]
     used = {node.op_type for node in proto.graph.node}
@@ -132,7 +133,7 @@ def unsupported(proto: Any, precision: str) -> list[str]:
 
 
 def trtexec_command(graph: Graph, onnx: Path) -> str:
-    """Return the command that builds the same engine with NVIDIA's own tool."""
+    """Return the command that builds the same engine with NVIDIA's tool."""
 
     def shapes(batch: int) -> str:
         return ",".join(
@@ -158,7 +159,7 @@ def trtexec_command(graph: Graph, onnx: Path) -> str:
 def write_tensorrt(
     graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"], precision: str = "fp16"
 ) -> None:
-    """Return an engine a graph for batches of 1 to `MAX_BATCH`, and what it was built for."""
+    """Build one engine per graph for batches of 1 to `MAX_BATCH`; return the facts of the build."""
     import tensorrt as trt
 
     logger = trt.Logger(trt.Logger.ERROR)
@@ -174,7 +175,7 @@ def write_tensorrt(
                 raise RuntimeError(f"{graph.name}: {parser.get_error(0)}")
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
-        config.clear_flag(trt.BuilderFlag.TF32)  # which would round float32 to 10 bits
+        config.clear_flag(trt.BuilderFlag.TF32)  # it would round float32 to 10 bits
         profile = builder.create_optimization_profile()
         for name, (_, shape) in graph.inputs.items():
             batches = (1, OPTIMAL_BATCH, MAX_BATCH)
@@ -194,10 +195,10 @@ def write_tensorrt(
 def write_for_trtexec(
     graphs: Sequence[Graph], folder: Path, precision: str, images: UInt8[np.ndarray, "n h w 3"]
 ) -> None:
-    """ONNX graphs, and build.sh beside them.
+    """Write ONNX graphs and build.sh.
 
     Raises:
-      UserError: an operator that NVIDIA's list doesn't have for this precision; the folder isn't empty.
+      UserError: NVIDIA's list lacks an operator for this precision, or the folder isn't empty.
     """
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,10 +214,10 @@ def write_for_trtexec(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that holds anything.
+    """Refuse a non-empty folder.
 
     Raises:
-      UserError: it does.
+      UserError: the folder isn't empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output={folder}: not an empty folder; name another one")

@@ -1,7 +1,7 @@
-"""TorchScript, through the model folder's Hugging Face layout and `transformers.CLIPModel`.
+"""TorchScript, from the model folder's Hugging Face layout with `transformers.CLIPModel`.
 
-transformers implements the same weights on its own, so parity is evidence for both. torch is an extra, and nothing else
-here imports it.
+transformers implements the model independently, so equal outputs confirm both. torch is an extra dependency, and no
+other file here imports it.
 """
 
 import warnings
@@ -33,7 +33,7 @@ def write_torchscript(
       folder: where to write.
 
     Raises:
-      NotImplementedError: a head that isn't known here.
+      NotImplementedError: a head that isn't implemented here.
     """
     import torch
 
@@ -47,15 +47,15 @@ def write_torchscript(
 
     graphs = TorchGraphs(model_folder, preprocess, head, head_params, temperature)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing warns of every shape that it keeps; the gate tries other batch sizes
+        warnings.simplefilter("ignore")  # tracing warns about each fixed shape; the comparison tries other batch sizes
         for name, (function, inputs) in graphs.traced_with().items():
             traced = torch.jit.trace(Module(graphs.clip, function), inputs, check_trace=False)
-            with (folder / f"{name}.pt").open("wb") as file:  # of Python, whose errors say what the disk lacks
+            with (folder / f"{name}.pt").open("wb") as file:  # opened by Python, whose errors name the disk's problem
                 torch.jit.save(torch.jit.freeze(traced.eval()), file)
 
 
 class TorchGraphs:
-    """The graphs of `export.graphs`, in torch; arguments as those of `write_torchscript`."""
+    """The graphs of `export.graphs` in torch; arguments as for `write_torchscript`."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class TorchGraphs:
         self.class_rows = self.params["classes.kernel"].T
 
     def traced_with(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """Return each graph's function with inputs to trace it with."""
+        """Return each graph's function with example inputs for tracing."""
         import torch
 
         image = torch.zeros((2, self.size, self.size, 3), dtype=torch.uint8)
@@ -131,7 +131,7 @@ class TorchGraphs:
 
 
 def unit(x: Any) -> Any:
-    """Return `x` scaled to length 1 along its last dim."""
+    """Return `x` scaled to unit length along its last dim."""
     return x / x.norm(dim=-1, keepdim=True)
 
 
@@ -155,7 +155,7 @@ def head_logits(head: str, params: Mapping[str, Any], image: Any, patches: Any) 
     if head == "linear":
         return logits
     if head == "mlp":
-        shape = (image.shape[0], *classes.shape)  # `len` would make a constant of the batch size
+        shape = (image.shape[0], *classes.shape)  # `len` would fix the batch size
         pairs = cat([image[:, None].expand(shape), classes[None].expand(shape)], dim=-1)
         return logits + linear("fc2", gelu(linear("fc1", pairs)))[..., 0]
     if head == "cross_attention":

@@ -1,4 +1,4 @@
-"""StableHLO by jax.export and SavedModel by jax2tf: both hold XLA's own program, for CPUs, GPUs and TPUs."""
+"""StableHLO by jax.export and SavedModel by jax2tf: both contain XLA's program, for CPUs, GPUs and TPUs."""
 
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,7 @@ def _host(graph: Graph) -> dict[str, np.ndarray]:
 
 
 def write_stablehlo(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-    """Return a program a graph in `jax.export`'s versioned format; the weights, their first argument, lie beside them
-    once.
-    """
+    """Write one program per graph in `jax.export`'s versioned format, and once the weights, their first argument."""
     weights: dict[str, np.ndarray] = {}
     for graph in graphs:
         params = _host(graph)
@@ -34,7 +32,7 @@ def write_stablehlo(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.nd
 
 
 def write_saved_model(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-    """One SavedModel: the classifier is `serving_default`, as TF Serving calls it; the others go by their names."""
+    """Write one SavedModel: the classifier is `serving_default`, for TF Serving; other graphs have their names."""
     import tensorflow as tf
     from jax.experimental import jax2tf
 

@@ -4,9 +4,9 @@
   python scripts/auto_train.py --config=configs/vitb32.py --workdir=runs/auto --config.data.train=folder:photos \\
       --min_gain=0.0 --max_latency_ms=80
 
-Steps whose inputs haven't changed are skipped; killed at any point, the same command goes on. Without config.data.val
-the data is first split without leaks. Writes summary.html to the work folder. Exits 0 when the model is served, 1 when
-a gate refused it, 2 on a mistake, 128 + N when signal N stopped it.
+Steps with unchanged inputs are skipped; after a kill, the same command continues. Without config.data.val, the data is
+first split without leaks. Writes summary.html to the work folder. Exits 0 when the model is served, 1 when a gate
+refused it, 2 on a mistake, 128 + N when signal N stopped it.
 """
 
 from pathlib import Path
@@ -19,15 +19,15 @@ def main() -> int:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     cli.add_config(parser, "configs/demo.py")
-    add("--workdir", required=True, type=Path, metavar="DIR", help="all is written there, e.g. --workdir=runs/auto")
+    add("--workdir", required=True, type=Path, metavar="DIR", help="folder for all files, e.g. --workdir=runs/auto")
     add(
         "--test",
         default="",
         metavar="SPEC",
-        help="the images that models are judged by; left out: the test part of the split, e.g. --test=synthetic",
+        help="test images; left out: the test part of the split, e.g. --test=synthetic",
     )
-    add("--formats", default="onnx", metavar="NAMES", help="of the export, e.g. --formats=onnx,onnx_int8")
-    add("--name", default="har", help="the registered model, e.g. --name=har (default)")
+    add("--formats", default="onnx", metavar="NAMES", help="exported formats, e.g. --formats=onnx,onnx_int8")
+    add("--name", default="har", help="name in the registry, e.g. --name=har (default)")
     cli.add_gates(parser)
     arguments, overrides = cli.parse_with_overrides(parser)
     config = load_config(arguments.config, overrides)

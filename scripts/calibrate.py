@@ -1,9 +1,9 @@
-"""Calibrate a model on held-out images: fit the temperature, and the thresholds of abstention and label lists.
+"""Calibrate a model on held-out images: fit its temperature and the thresholds of abstention and label sets.
 
   python scripts/calibrate.py --model=runs/demo/model --data=folder:photos/val --output=runs/demo/calibrated
 
-Training does this on its validation images; do it again where the images in use differ from those. The sealed model
-stays as it is: a new folder is written. Exits 0 when done, 2 on a mistake.
+Training does this on its validation images; repeat it if the images in use differ from them. The sealed model isn't
+changed: a new folder is written. Exits 0 when done, 2 on a mistake.
 """
 
 from clip_har_jax import cli

@@ -1,12 +1,12 @@
-"""Compare methods on equal terms: the same start, splits, steps and search. Write a table and a plot.
+"""Compare methods on equal terms (same start, splits, steps and search), and write a table and a plot.
 
   python scripts/compare.py --config=configs/compare.py --methods=zero_shot,linear_probe,full,lora --seeds=0,1,2 \
       --output=runs/compare --config.model.name=runs/start/model
 
-Learning rate and weight decay of each method are searched first, alike for all and on validation data alone. Writes
-compare.md (the table), compare.json, compare.png (where config.retention.data is set), search/ and cells/. Stopped, the
-same command goes on with the first unfinished run. Methods: zero_shot, linear_probe, full, lp_ft, flyp, lora, prompt,
-adapter, tip_adapter, bitfit.
+The learning rate and weight decay of each method are searched first, equally for all and only on validation data.
+Writes compare.md (the table), compare.json, compare.png (if config.retention.data is set), search/ and cells/. After an
+interruption, the same command continues. Methods: zero_shot, linear_probe, full, lp_ft, flyp, lora, prompt, adapter,
+tip_adapter, bitfit.
 """
 
 from pathlib import Path
@@ -32,29 +32,29 @@ def main() -> None:
     parser = cli.make_parser(__doc__)
     cli.add_config(parser, "configs/compare.py")
     parser.add_argument("--methods", required=True, metavar="NAMES", help="e.g. --methods=zero_shot,linear_probe,lora")
-    parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="a run each, e.g. --seeds=0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="one run per seed, e.g. --seeds=0,1,2")
     cli.add_output(parser, "runs/compare")
     parser.add_argument(
         "--test",
         metavar="SPEC",
-        help="images that decide, others than those of training and validation; default: the test split of "
-        "config.data.val, or of config.data.train where no val is set, e.g. --test=folder:photos/test",
+        help="test images, neither training nor validation images; default: the test split of config.data.val, or of "
+        "config.data.train if no val is set, e.g. --test=folder:photos/test",
     )
     parser.add_argument(
         "--search",
         default="0.3,1,3,10,30,100",
         metavar="X,X",
-        help="factors of config.optim.learning_rate, the same for every method, of which the first seed's validation "
-        "chooses, e.g. --search=1,10",
+        help="factors of config.optim.learning_rate to try, equal for all methods; the first seed's validation chooses "
+        "one, e.g. --search=1,10",
     )
     parser.add_argument(
         "--decays",
         default="0,0.1",
         metavar="X,X",
-        help="weight decays beside the config's, tried at the best rate alone, e.g. --decays=0; empty: none",
+        help="weight decays to try beside the config's, with the best rate only, e.g. --decays=0; empty: none",
     )
     parser.add_argument(
-        "--soups", action="store_true", help="add rows for the mean of the weights of each method's seeds, e.g. --soups"
+        "--soups", action="store_true", help="add rows for the mean weights over each method's seeds, e.g. --soups"
     )
     arguments, overrides = cli.parse_with_overrides(parser)
     config = load_config(arguments.config, overrides)

@@ -6,8 +6,8 @@
   python scripts/evaluate.py --compare=runs/a/test,runs/b/test --output=runs/comparison
 
 Writes metrics.json, predictions.parquet, confusion_matrix.png and report.html to the output folder, and
-bad_inputs.jsonl where images could not be read; with --compare comparison.json and comparison.html. Exits 0 when done,
-2 on a mistake.
+bad_inputs.jsonl if images could not be read; with --compare, comparison.json and comparison.html. Exits 0 when done, 2
+on a mistake.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classes",
         metavar="NAMES",
-        help="tell these actions apart, in any words, without training; left out: the model folder's own actions, else "
-        'the labels of the data, e.g. --classes="riding a bike,sleeping"',
+        help="recognise these actions, in free words, without training; left out: the model folder's own actions, or "
+        'else the labels of the data, e.g. --classes="riding a bike,sleeping"',
     )
     cli.add_batch_size(parser, EvalConfig.batch_size)
     cli.add_max_bad_fraction(parser, DataConfig.max_bad_fraction)
@@ -56,14 +56,14 @@ def _make_parser() -> argparse.ArgumentParser:
         "--num_views",
         type=int,
         metavar="N",
-        help="of video data: how often a clip is sampled, the answers being averaged, e.g. --num_views=3; left out: as "
-        "the model was trained for",
+        help="of video data: samples of each clip whose predictions are averaged, e.g. --num_views=3; left out: as the "
+        "model was trained",
     )
     parser.add_argument(
         "--compare",
         metavar="DIRS",
-        help="instead of evaluating, set what earlier evaluations of the same images wrote side by side, with a paired "
-        "test of whether they differ from the first, e.g. --compare=runs/a/test,runs/b/test",
+        help="instead of evaluating, compare earlier evaluations of the same images by a paired test of each against "
+        "the first, e.g. --compare=runs/a/test,runs/b/test",
     )
     return parser
 

@@ -1,11 +1,11 @@
-"""Starts a command as several processes on this machine, with simulated CPU devices: for development and tests.
+"""Run a command as several processes on this machine, with simulated CPU devices; for development and tests.
 
   python scripts/launch_distributed.py --processes=2 --devices_per_process=2 -- \\
       scripts/train.py --config=configs/demo.py --workdir=runs/demo
 
-Each line of their output begins with the process's number. SIGTERM and SIGINT are handed on to all. Exits 0 when all
-did, else as the first that didn't (128 + N where signal N killed it); the rest then have --grace_s seconds to end.
-However the launcher ends, no process stays behind.
+Each line of output begins with the process's number. SIGTERM and SIGINT are passed to all processes. Exits 0 when all
+did; otherwise with the code of the first failure (128 + N if signal N killed it), after which the others have --grace_s
+seconds to end. No process remains, however the launcher ends.
 """
 
 import ctypes
@@ -30,12 +30,12 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main() -> int:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="how many, e.g. --processes=2")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="number of them, e.g. --processes=2")
     parser.add_argument(
         "--devices_per_process", type=int, default=1, metavar="N", help="of each, e.g. --devices_per_process=2"
     )
     parser.add_argument(
-        "--grace_s", type=float, default=10, metavar="S", help="for the rest, once one has failed, e.g. --grace_s=10"
+        "--grace_s", type=float, default=10, metavar="S", help="for the others after a failure, e.g. --grace_s=10"
     )
     parser.add_argument("command", nargs="+", help="after --: a Python file and its flags, or any program")
     arguments = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> int:
     relays = [relay for index, process in enumerate(processes) for relay in start_relays(index, process)]
     code = wait(processes, arguments.grace_s, handed_on)
     for relay in relays:
-        relay.join(timeout=1)  # a grandchild may hold a pipe open for longer
+        relay.join(timeout=1)  # a grandchild may keep a pipe open for longer
     return code
 
 
@@ -72,11 +72,11 @@ def free_port() -> int:
 
 
 def environment_of(index: int, num_processes: int, num_devices: int, address: str) -> dict[str, str]:
-    """Return the variables that `parallel.rendezvous.find_group` looks for, and as many CPU devices as asked."""
+    """Return the variables that `parallel.rendezvous.find_group` reads, and those for simulated CPU devices."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     return os.environ | {
         "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_COORDINATOR_BIND_ADDRESS": address,  # not for the network
+        "JAX_COORDINATOR_BIND_ADDRESS": address,  # closed to the network
         "JAX_NUM_PROCESSES": str(num_processes),
         "JAX_PROCESS_ID": str(index),
         "JAX_PLATFORMS": "cpu",
@@ -86,7 +86,7 @@ def environment_of(index: int, num_processes: int, num_devices: int, address: st
 
 
 def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start a process in a group of its own, so that Ctrl-C reaches it once: through the launcher."""
+    """Start a process in its own group, so that Ctrl-C reaches it once: through the launcher."""
     launcher = os.getpid()
 
     def die_with_launcher() -> None:
@@ -112,7 +112,7 @@ def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Pop
 
 
 def start_relays(index: int, process: subprocess.Popen[str]) -> list[threading.Thread]:
-    """Threads that write a process's output to the launcher's, each line in one piece after the process's number."""
+    """Start threads that copy a process's output to the launcher's, each line whole, after the process's number."""
 
     def relay(source: IO[str] | None, target: IO[str]) -> None:
         assert source is not None
@@ -129,7 +129,7 @@ def start_relays(index: int, process: subprocess.Popen[str]) -> list[threading.T
 
 
 def wait(processes: Sequence[subprocess.Popen[str]], grace_s: float, handed_on: Sequence[int]) -> int:
-    """Wait for all; the first failing exit code, or 0. Where one fails unasked, kills the rest after `grace_s`."""
+    """Wait for all; return the first failing exit code, or 0. After a failure, kill the others after `grace_s`."""
     first, deadline = 0, float("inf")
     while True:
         codes = [process.poll() for process in processes]

@@ -1,12 +1,12 @@
-"""Tells the action in images and videos.
+"""Predict the actions in images and videos.
 
   python scripts/predict.py --model=runs/demo/model photo.jpg clip.mp4 holiday/
   python scripts/predict.py --model=runs/demo/model --events clip.mp4
   find photos -name '*.jpg' | python scripts/predict.py --model=runs/demo/model --json -
 
 Prints a line for each image or video: probability, action, file; with --events one for each action in a video. A file
-that can't be read is reported and the rest go on. Of a video some frames are read, by default 8 spread over it.
-Exits 0 when all were read, 1 when some were not, 2 on a mistake.
+that can't be read is reported, and the others are still predicted. Of a video some frames are read, by default 8 spread
+over it. Exits 0 when all were read, 1 when some were not, 2 on a mistake.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _print_events(predictor: "Predictor", videos: Iterable[str], arguments: argparse.Namespace) -> int:
-    """Return the actions of each video, one after the other."""
+    """Print the actions of each video, one after the other; return the exit code."""
     from clip_har_jax.inference.stream import EventRules, find_events
     from clip_har_jax.video.clips import iter_frames
     from clip_har_jax.video.decoding import BadVideo
@@ -93,19 +93,19 @@ def _parse() -> argparse.Namespace:
     cli.add_model(parser)
     cli.add_classes(parser)
     cli.add_batch_size(parser)
-    add("--events", action="store_true", help="find the actions in videos, from when to when, e.g. --events")
+    add("--events", action="store_true", help="find the actions in videos, with start and end, e.g. --events")
     add(
         "--rate_hz",
         type=float,
         default=4.0,
         metavar="N",
-        help="with --events: frames of a second that are looked at, e.g. --rate_hz=4 (default)",
+        help="with --events: analysed frames per second, e.g. --rate_hz=4 (default)",
     )
     cli.add_event_flags(parser)
     add(
         "--json",
         action="store_true",
-        help="print one JSON object a line, with the 5 most probable actions, e.g. --json",
+        help="print one JSON object per line, with the 5 most probable actions, e.g. --json",
     )
     return parser.parse_args()
 

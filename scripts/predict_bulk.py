@@ -1,4 +1,4 @@
-"""Tells the action in any number of images, and goes on where it was killed.
+"""Predict the actions in any number of images, and resume after a kill.
 
   python scripts/predict_bulk.py --model=runs/demo/export --inputs=photos --output=predictions
   python scripts/predict_bulk.py --model=runs/demo/export --inputs=list.txt --output=predictions --shard=3/16
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def _own_shard(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Return this process's place among those of the run. They aren't joined: no shard waits for another."""
+    """Return this process's shard by its place in the run. The processes aren't joined, so none waits for another."""
     from clip_har_jax.parallel.rendezvous import find_group
 
     flags = arguments.coordinator_address, arguments.num_processes, arguments.process_id
@@ -45,7 +45,7 @@ def _own_shard(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 class _Report:
-    """A line of progress, rewritten in place in a terminal, else a new one every few seconds."""
+    """A progress line: rewritten in place on a terminal, else printed every few seconds."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -86,11 +86,11 @@ def _parse() -> argparse.Namespace:
     add(
         "--distributed",
         action="store_true",
-        help="a shard for each process of a job, e.g. --distributed",
+        help="one shard for each process of a job, e.g. --distributed",
     )
     cli.add_classes(parser)
     cli.add_batch_size(parser)
-    add("--part_size", type=int, default=10_000, metavar="N", help="inputs a file, e.g. --part_size=10000 (default)")
+    add("--part_size", type=int, default=10_000, metavar="N", help="inputs per file, e.g. --part_size=10000 (default)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads, e.g. --workers=2")
     cli.add_process_flags(parser)
     return parser.parse_args()

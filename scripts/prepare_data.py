@@ -1,14 +1,14 @@
-"""Finds near duplicates in labelled images or clips and splits them into train, val and test without leaks.
+"""Find near duplicates in labelled images or clips, and split them into train, val and test without leaks.
 
   python scripts/prepare_data.py --data=folder:photos --output=prepared
   python scripts/train.py --config=configs/demo.py --workdir=runs/photos \\
       --config.data.train=manifest:prepared/manifest.parquet --config.data.val=manifest:prepared/manifest.parquet
 
-Copies of one photograph, re-encoded, resized, cropped or framed, stay in one split, and so do copies of one clip and
-clips cut from one recording, as UCF101 and HMDB51 name them; copies with different labels are left out of all splits,
-and images that are only near each other under different labels are kept and shown for a decision. Writes
-manifest.parquet (path, sha256, label, group, split), duplicates.json, report.html (look at it) and prepare.json. A
-function of the data, the shares and the seed.
+Copies of one photograph (re-encoded, resized, cropped or framed) stay in one split. So do copies of one clip, and clips
+of one recording by the names of UCF101 and HMDB51. Copies with different labels are excluded from all splits. Images
+that look alike but have different labels are kept and listed for a decision. Writes manifest.parquet (path, sha256,
+label, group, split), duplicates.json, report.html (look at it) and prepare.json. The result depends only on the data,
+the shares and the seed.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def _parse() -> argparse.Namespace:
         "--test",
         default="",
         metavar="SPEC",
-        help="a test set that stays as it is: what is near one of its images is left out, e.g. --test=csv:test.csv",
+        help="a fixed test set; near duplicates of its images are in no other split, e.g. --test=csv:test.csv",
     )
     add("--val_fraction", type=float, default=0.1, metavar="F", help="share for validation, e.g. --val_fraction=0.1")
     add("--test_fraction", type=float, default=0.2, metavar="F", help="share for test, e.g. --test_fraction=0.2")
@@ -54,14 +54,14 @@ def _parse() -> argparse.Namespace:
         "--cache_px",
         type=int,
         metavar="PX",
-        help="also write images whose shorter side is PX into shards, which training reads faster by "
+        help="also write images with a shorter side of PX into shards for faster training by "
         "manifest:FILE?split=train&cache=PX, e.g. --cache_px=256",
     )
     add(
         "--model",
         default="",
         metavar="PATH",
-        help="a CLIP whose features tell labels that may be wrong, e.g. --model=runs/demo/model",
+        help="a CLIP whose features find labels that may be wrong, e.g. --model=runs/demo/model",
     )
     add(
         "--reference",
@@ -77,7 +77,7 @@ def _parse() -> argparse.Namespace:
         "--tfds_dir=tensorflow_datasets",
     )
     cli.add_max_bad_fraction(parser, 0.01)
-    add("--num_workers", type=int, metavar="N", help="processes, by default one a core, e.g. --num_workers=4")
+    add("--num_workers", type=int, metavar="N", help="processes, by default one per core, e.g. --num_workers=4")
     return parser.parse_args()
 
 

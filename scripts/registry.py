@@ -7,8 +7,8 @@
   python scripts/registry.py pull --output=served/har
   python scripts/registry.py pull --output=served/har --watch --reload_url=http://127.0.0.1:8000/v1/models/har/load
 
-The registry is where MLFLOW_TRACKING_URI says, else mlflow.db in this folder. Exits 0 when done, 1 when a gate refused
-a promotion, 2 on a mistake.
+The registry is at MLFLOW_TRACKING_URI, or else in mlflow.db of this folder. Exits 0 when done, 1 when a gate refused a
+promotion, 2 on a mistake.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def pull(registry: "ModelRegistry", arguments: argparse.Namespace) -> int:
                 if arguments.reload_url:
                     _reload(arguments.reload_url)
                 here = version.number
-        except Exception as error:  # the server goes on with what it has, and the watch goes on watching
+        except Exception as error:  # the server keeps its model, and the loop continues
             print(f"warning: {str(error).splitlines()[0]}; trying again", file=sys.stderr, flush=True)
         time.sleep(arguments.every_s)
 
@@ -108,7 +108,7 @@ def _announce(version: "RegisteredVersion", arguments: argparse.Namespace) -> No
 
 
 def _reload(url: str) -> None:
-    """Tell a server to open the new folder; RELOAD_KEY holds an admin's key, if the server wants one."""
+    """Make a server load the new folder; RELOAD_KEY holds an admin's key if the server needs one."""
     import urllib.request
 
     key = os.environ.get("RELOAD_KEY")
@@ -125,38 +125,38 @@ def _parse() -> argparse.Namespace:
     def command(name: str, act: object, what: str) -> argparse.ArgumentParser:
         child = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         child.set_defaults(act=act)
-        child.add_argument("--name", default="har", help="the registered model, e.g. --name=har (default)")
+        child.add_argument("--name", default="har", help="name of the registered model, e.g. --name=har (default)")
         return child
 
     new = command("register", register, "upload a model as a new version")
     new.add_argument("--model", type=Path, required=True, metavar="DIR", help="sealed, e.g. --model=runs/demo/model")
-    new.add_argument("--export", type=Path, metavar="DIR", help="made from it, e.g. --export=runs/demo/export")
-    new.add_argument("--evaluation", type=Path, metavar="DIR", help="of it, e.g. --evaluation=runs/demo/test")
+    new.add_argument("--export", type=Path, metavar="DIR", help="exported from it, e.g. --export=runs/demo/export")
+    new.add_argument("--evaluation", type=Path, metavar="DIR", help="its evaluation, e.g. --evaluation=runs/demo/test")
     up = command("promote", promote, "point an alias to a version that passes the gates")
     up.add_argument("--version", required=True, help="number or alias, e.g. --version=3")
     cli.add_gates(up)
-    down = command("rollback", rollback, "point an alias to the version that had it before")
+    down = command("rollback", rollback, "point an alias to its previous version")
     for child in (up, down):
         child.add_argument("--alias", default="champion", help="e.g. --alias=champion (default)")
     command("list", show, "show all versions")
-    get = command("pull", pull, "write a version's folder, checked against its digest")
+    get = command("pull", pull, "write a version's folder, verified by its digest")
     get.add_argument("--version", default="champion", help="alias or number, e.g. --version=champion (default)")
     get.add_argument(
         "--part",
         choices=("export", "model", "evaluation"),
         default="export",
-        help="which of its folders, e.g. --part=export (default), which servers take",
+        help="folder of the version, e.g. --part=export (default), for servers",
     )
-    get.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to, e.g. --output=served/har")
+    get.add_argument("--output", type=Path, required=True, metavar="DIR", help="to write, e.g. --output=served/har")
     get.add_argument("--watch", action="store_true", help="follow the alias until stopped, e.g. --watch")
     get.add_argument(
         "--every_s",
         type=float,
         default=30,
         metavar="S",
-        help="seconds between looks, e.g. --every_s=30",
+        help="seconds between checks, e.g. --every_s=30",
     )
-    get.add_argument("--reload_url", metavar="URL", help="told after each pull (POST), e.g. that of a local server")
+    get.add_argument("--reload_url", metavar="URL", help="notified (POST) after each pull, e.g. of a local server")
     return parser.parse_args()
 
 

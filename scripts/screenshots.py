@@ -1,4 +1,4 @@
-"""Take the pictures of the documentation from the real app and the real report, on the embedded action set.
+"""Take the documentation's pictures of the real app and a real report, with the embedded action set.
 
   python scripts/train.py --config=configs/demo.py --workdir=runs/demo
   python -m export --model=runs/demo/model --formats=onnx,onnx_int8 --output=runs/demo/export
@@ -34,7 +34,7 @@ REPORT_PARTS = {"top": "body", "calibration": "#sure", "examples": "#examples", 
 
 @contextmanager
 def running_app(run: Path) -> Iterator[str]:
-    """Return the app on a run's export; gives its address."""
+    """Run the app with a run's export; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -65,7 +65,7 @@ def running_app(run: Path) -> Iterator[str]:
 
 
 def wait_for_app(page: Any) -> None:
-    """Wait until the app has drawn its page."""
+    """Wait until the app has rendered its page."""
     page.wait_for_selector("h1", timeout=90_000)
     page.wait_for_timeout(500)
     page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]', timeout=90_000)
@@ -73,7 +73,7 @@ def wait_for_app(page: Any) -> None:
 
 
 def save(picture: bytes, path: Path) -> None:
-    """Write a picture in so few colours that it stays small."""
+    """Write a picture with few colours, to keep it small."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(picture)).convert("RGB")
@@ -88,7 +88,7 @@ def save(picture: bytes, path: Path) -> None:
 
 
 def take_app(browser: Any, url: str, output: Path, width_px: int, scheme: str, pages: dict[str, str]) -> None:
-    """Take a picture of each page, at its full height."""
+    """Take a picture of each page at its full height."""
     suffix = f"{width_px}{'-dark' if scheme == 'dark' else ''}"
     page = browser.new_page(viewport={"width": width_px, "height": 900}, color_scheme=scheme)
     for name, path in pages.items():
@@ -107,7 +107,7 @@ def take_app(browser: Any, url: str, output: Path, width_px: int, scheme: str, p
 
 
 def take_report(browser: Any, report: Path, output: Path, width_px: int, scheme: str) -> None:
-    """Return the report's parts."""
+    """Take pictures of the report's parts."""
     suffix = f"{width_px}{'-dark' if scheme == 'dark' else ''}"
     page = browser.new_page(viewport={"width": width_px, "height": 1000}, color_scheme=scheme)
     page.goto(report.resolve().as_uri())

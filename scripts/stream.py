@@ -1,13 +1,13 @@
-"""Follows a camera, a live stream or a video, and prints what is done, from when to when.
+"""Follow a camera, a live stream or a video, and print its actions with start and end.
 
   python scripts/stream.py --model=runs/demo/export rtsp://camera.example/live
   python scripts/stream.py --model=runs/demo/export /dev/video0 --rate_hz=5
   python scripts/stream.py --model=runs/demo/export --json clip.mp4
 
-A line as an action starts and as it ends. Where the model is slower than the source, the newest frame counts and the
-others are left out; --whole looks at each frame of a file instead. A live stream that breaks off is connected to again
-for --reconnect_s seconds, and what went on ends there. Ends with the source, or by Ctrl-C. Exits 0; 1 if there is no
-such source or it is gone; 2 on a mistake.
+Prints a line when an action starts and when it ends. If the model is slower than the source, only the newest frame is
+used and the others are skipped; --whole uses every frame of a file instead. A live stream that breaks off is
+reconnected for up to --reconnect_s seconds; current actions end there. Ends with the source, or with Ctrl-C. Exits 0; 1
+if the source doesn't exist or is lost; 2 on a mistake.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 
-GAP_S = 3.0  # without a frame; then nobody knows whether the action went on
+GAP_S = 3.0  # longest time without a frame; afterwards the action may have ended
 
 if TYPE_CHECKING:
     from clip_har_jax.inference.stream import Event
@@ -100,17 +100,17 @@ def _parse() -> argparse.Namespace:
     )
     cli.add_model(parser)
     cli.add_classes(parser)
-    add("--rate_hz", type=float, default=4.0, metavar="N", help="frames a second at most, e.g. --rate_hz=4 (default)")
+    add("--rate_hz", type=float, default=4.0, metavar="N", help="frames per second at most, e.g. --rate_hz=4 (default)")
     add(
         "--reconnect_s",
         type=float,
         default=60.0,
         metavar="S",
-        help="how long a stream that broke off is tried for again, e.g. --reconnect_s=60 (default); 0: not at all",
+        help="time limit for reconnecting a stream that broke off, e.g. --reconnect_s=60 (default); 0: don't reconnect",
     )
     cli.add_event_flags(parser)
-    add("--whole", action="store_true", help="look at every frame, however long it takes, e.g. --whole")
-    add("--json", action="store_true", help="print one JSON object a line, e.g. --json")
+    add("--whole", action="store_true", help="use every frame, however long it takes, e.g. --whole")
+    add("--json", action="store_true", help="print one JSON object per line, e.g. --json")
     return parser.parse_args()
 
 

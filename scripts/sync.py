@@ -1,10 +1,10 @@
-"""Upload to MLflow and Weights & Biases what they missed of a run, or what was kept offline.
+"""Upload missing or offline records of a run to MLflow and Weights & Biases.
 
   python scripts/sync.py --workdir=runs/demo
   WANDB_API_KEY=... python scripts/sync.py --workdir=runs/demo --trackers=wandb
 
-metrics.jsonl and the work folder hold everything; nothing is uploaded twice. Exits 0 when done, 2 on a mistake or
-where a tracker still can't be reached.
+metrics.jsonl and the work folder hold everything; nothing is uploaded twice. Exits 0 when done, 2 on a mistake or if a
+tracker still can't be reached.
 """
 
 from clip_har_jax import cli
@@ -17,7 +17,7 @@ def main() -> int:
         "--trackers",
         default="",
         metavar="NAMES",
-        help="mlflow, wandb or both; left out: those that the run had, e.g. --trackers=mlflow,wandb",
+        help="mlflow, wandb or both; left out: those of the run, e.g. --trackers=mlflow,wandb",
     )
     arguments = parser.parse_args()
 

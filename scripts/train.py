@@ -1,4 +1,4 @@
-"""Fine-tunes CLIP as a config says, or continues where the run in the work folder stopped.
+"""Fine-tune CLIP with a config, or continue the run in the work folder.
 
   python scripts/train.py --config=configs/demo.py --workdir=runs/demo
   python scripts/train.py --config=configs/vitb32.py --workdir=runs/b32 --config.optim.learning_rate=3e-6
@@ -7,8 +7,8 @@ Any key of clip_har_jax/config.py can be set by --config.KEY=VALUE. The work fol
 metrics.jsonl, checkpoints/, eval/<step>/metrics.json and, at the end, model/. The same command again continues.
 Exits 0 when done, 2 on a mistake, 128 + N when signal N stopped it after saving.
 
-On several hosts the same command runs on each: under Slurm, Open MPI, JobSet and on Cloud TPU as it stands, elsewhere
-with --coordinator_address, --num_processes and --process_id.
+With several hosts, run the same command on each: unchanged under Slurm, Open MPI, JobSet and on Cloud TPU, elsewhere
+  with --coordinator_address, --num_processes and --process_id.
 """
 
 from clip_har_jax import cli
@@ -29,8 +29,8 @@ def main() -> int:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="begin anew where the folder holds a finished run, or one of another config or other data; an unfinished "
-        "one is continued all the same. For pipelines, e.g. --restart",
+        help="start anew if the folder holds a finished run, or one with another config or data; an unfinished run "
+        "is continued. For pipelines, e.g. --restart",
     )
     cli.add_process_flags(parser)
     arguments, overrides = cli.parse_with_overrides(parser)

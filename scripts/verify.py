@@ -1,9 +1,9 @@
-"""Checks that a model folder or an exported one is whole, and with a key, who made it.
+"""Check that a model folder or an exported one is complete and unchanged and, with a key, who signed it.
 
   python scripts/verify.py runs/demo/export
   python scripts/verify.py runs/demo/export --key=public.pem
 
-Prints the digest. Exits 0 when the folder is as it was sealed (and signed), 2 when not.
+Prints the digest. Exits 0 when the folder is unchanged since it was sealed (and signed), 2 otherwise.
 """
 
 from pathlib import Path

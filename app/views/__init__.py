@@ -1,1 +1,1 @@
-"""The pages, each a script that Streamlit runs."""
+"""The pages, each a script run by Streamlit."""

@@ -1,4 +1,4 @@
-"""About: the model, what it learned from, what it can't do."""
+"""About: the model, its training data, its limits."""
 
 import streamlit as st
 

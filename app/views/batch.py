@@ -12,13 +12,13 @@ from app.archive import MAX_PICTURES, unpack
 from app.client import Trouble
 
 AT_ONCE = 16
-MAX_UPLOAD_MB = 100  # of a file, as .streamlit/config.toml has it
+MAX_UPLOAD_MB = 100  # per file, as in .streamlit/config.toml
 ROW_PX = 72
 RowAndPicture = tuple[dict[str, object], bytes]
 
 
 def answer_all(pictures: Sequence[tuple[str, bytes]]) -> list[dict[str, object]]:
-    """Return a row for each picture."""
+    """Return one row per picture."""
     rows: list[dict[str, object]] = []
     progress = st.progress(0.0, f"0 of {len(pictures)} pictures")
     for start in range(0, len(pictures), AT_ONCE):
@@ -51,7 +51,7 @@ def _answer(pictures: Sequence[tuple[str, bytes]]) -> list[dict[str, object]]:
 
 
 def _within(good: list[RowAndPicture], most_bytes: int) -> list[list[RowAndPicture]]:
-    """Divide pictures so that each part fits into one request."""
+    """Split pictures into parts that fit into one request each."""
     parts: list[list[RowAndPicture]] = []
     size = 0
     for one in good:
@@ -59,7 +59,7 @@ def _within(good: list[RowAndPicture], most_bytes: int) -> list[list[RowAndPictu
             parts.append([])
             size = 0
         parts[-1].append(one)
-        size += len(one[1]) + 1000  # of the form around it
+        size += len(one[1]) + 1000  # of the form's headers
     return parts
 
 

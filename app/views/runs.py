@@ -1,4 +1,4 @@
-"""Runs: what the work folders of training runs hold."""
+"""Runs: the work folders of training runs."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """Read metrics.jsonl, a row a step; skip unreadable lines, as the last one of a running training can be."""
+    """Read metrics.jsonl, one row per step; skip unreadable lines, such as a partial last one."""
     rows: dict[int, dict[str, float]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -39,7 +39,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Return an object, or nothing where it isn't there or damaged."""
+    """Return a JSON object; empty if it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def as_date(moment: object) -> str:
-    """Return a moment of a record as people read it, in UTC; what is no moment, as it stands there."""
+    """Return a time of a record for display, in UTC; unchanged if it isn't a time."""
     try:
         read = datetime.fromisoformat(str(moment))
     except ValueError:
@@ -58,7 +58,7 @@ def as_date(moment: object) -> str:
 
 
 def show_curves(metrics: pd.DataFrame) -> None:
-    """Show each curve, with its last value."""
+    """Show each curve and its last value."""
     for column, (title, names, unit) in zip(st.columns(len(CURVES)), CURVES, strict=True):
         known = [name for name in names if name in metrics]
         if not known:

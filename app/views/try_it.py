@@ -9,7 +9,7 @@ st.title("What is this person doing?")
 st.write("Give a picture of a person. The model names the action, and shows how sure it is.")
 picture = widgets.choose_picture("try")
 left, right = st.columns(2, gap="large")
-with left:  # on a narrow page the first column comes first: the answer, then the picture
+with left:  # on a narrow page the first column is on top: first the answer, then the picture
     if not picture:
         st.info("Choose a picture on this page to see what the model says.", icon=":material/image:")
     else:

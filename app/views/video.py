@@ -1,4 +1,4 @@
-"""Video: what is done when."""
+"""Video: the actions and their times."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ COLORS = ("#3b82d6", "#d97706", "#0f9f8f", "#b4509b", "#7a8b2f", "#7c5cd6", "#c2
 
 
 def end_of(event: EventBody) -> float:
-    """Return when an event ended, in seconds; in a whole video each has an end."""
+    """Return the end of an event in seconds; in a whole video each event has one."""
     assert event.end_s is not None
     return event.end_s
 
 
 def timeline(events: list[EventBody], duration_s: float) -> go.Figure:
-    """Return a chart of each action in a row of its own, over the time."""
+    """Return a chart of the actions over time, one row each."""
     labels = list(dict.fromkeys(widgets.words(event.label) for event in events))
     figure = go.Figure()
     for i, label in enumerate(labels):
@@ -45,7 +45,7 @@ def timeline(events: list[EventBody], duration_s: float) -> go.Figure:
 
 
 def show_events(content: bytes, answer: VideoEvents) -> None:
-    """Show the timeline, a card an event, the downloads."""
+    """Show the timeline, one card per event, and the downloads."""
     events, duration_s = answer.events, answer.duration_s
     if not events:
         st.info("No action lasted long enough, or was sure enough, to be named in this video.")
@@ -70,7 +70,7 @@ def show_events(content: bytes, answer: VideoEvents) -> None:
 
 
 def show_camera() -> None:
-    """Show what the browser's camera sees, told as it happens."""
+    """Show the picture of the browser's camera with live predictions."""
     if configured()[1]:
         st.info("The camera works only with a service that needs no key, because a browser can't send one here.")
         return
@@ -83,7 +83,7 @@ def show_camera() -> None:
 
 
 def choose_video() -> tuple[str, bytes] | None:
-    """Let a person choose a video; None while there is none."""
+    """Let a person choose a video; None until then."""
     way = st.segmented_control(
         "Where the video comes from", ["Sample", "Upload", "Camera"], default="Sample", required=True
     )

@@ -1,4 +1,4 @@
-"""Open vocabulary: actions in a person's own words."""
+"""Open vocabulary: actions in free words."""
 
 import streamlit as st
 
@@ -10,10 +10,10 @@ EXAMPLE = "running\nriding a bike\nsleeping\ntalking on the phone: a photo of a 
 
 
 def parse_actions(text: str) -> dict[str, list[str]]:
-    """Return the actions of the lines, each with its descriptions, if any.
+    """Return the actions in the lines, with their optional descriptions.
 
     Raises:
-      Trouble: too few, too many, or one twice.
+      Trouble: too few or too many actions, or a duplicate.
     """
     actions: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -32,7 +32,7 @@ def parse_actions(text: str) -> dict[str, list[str]]:
 
 
 def save(actions: dict[str, list[str]]) -> None:
-    """Make these the actions of the model that the service uses."""
+    """Make these actions the classes of the service's model."""
     name, version = widgets.active_model()
     old = set(version.labels)
     add = {label: texts for label, texts in actions.items() if label not in old or texts}
@@ -43,7 +43,7 @@ def save(actions: dict[str, list[str]]) -> None:
 
 
 def go_back() -> None:
-    """Give the model its own actions again."""
+    """Restore the model's own actions."""
     with st.spinner("Loading the model's own actions ..."):
         widgets.service().load(widgets.active_model()[0])
     st.session_state.models = widgets.service().models().models
