@@ -1,1 +1,1 @@
-"""Measurements against other implementations: `python -m benchmarks.NAME`. Each ends with one JSON line."""
+"""Measurements compared with other implementations: `python -m benchmarks.NAME`. Each prints one JSON line last."""

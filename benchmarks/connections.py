@@ -1,10 +1,10 @@
-"""A normal client beside 1,000 idle or slow connections, on this machine.
+"""The latency of a normal client while 1,000 idle or slow connections are open, on this machine.
 
     python -m benchmarks.connections --model=EXPORT [--connections=1000] [--rounds=3]
 
-One client asks for one prediction after the other: alone, beside connections that send nothing, and beside ones that
-send a byte of their headers each 5 s. Each that the service closes is opened again, as an attacker would. The ratio is
-the larger p99 over the one alone, medians over the rounds.
+One client sends one request after the other: alone, with connections that send nothing, and with connections that send
+one byte of their headers every 5 s. Connections that the service closes are opened again, as an attacker would do. The
+ratio is the larger p99 divided by the one alone, as medians over the rounds.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ SLOW_S = 5.0  # between two bytes
 
 
 async def _hold(port: int, slow: bool) -> None:
-    """Keep one connection open, without ever asking for anything."""
+    """Keep one connection open without sending a complete request."""
     while True:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -42,7 +42,7 @@ async def _hold(port: int, slow: bool) -> None:
 
 
 async def _beside(port: int, requests: list[bytes], seconds: float, count: int, slow: bool) -> float:
-    """Return the client's p99 in seconds beside `count` such connections."""
+    """Return the client's p99 in seconds with `count` such connections."""
     held = [asyncio.ensure_future(_hold(port, slow)) for _ in range(count)]
     await asyncio.sleep(3.0 if count else 0.0)
     load = await closed_loop(port, requests, 1, seconds)
@@ -56,10 +56,10 @@ def main() -> None:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="an exported folder, e.g. --model=runs/demo/export")
-    add("--connections", type=int, default=1000, metavar="N", help="beside the client, e.g. --connections=1000")
-    add("--rounds", type=int, default=3, metavar="N", help="of the three, in turns, e.g. --rounds=3")
+    add("--connections", type=int, default=1000, metavar="N", help="open connections, e.g. --connections=1000")
+    add("--rounds", type=int, default=3, metavar="N", help="of all three, in turns, e.g. --rounds=3")
     add("--seconds", type=float, default=8.0, metavar="S", help="of each measurement, e.g. --seconds=20")
-    add("--port", type=int, default=8795, metavar="N", help="must be free, e.g. --port=8795")
+    add("--port", type=int, default=8795, metavar="N", help="a free port, e.g. --port=8795")
     arguments = parser.parse_args()
     requests = [make_request("/v1/predict", image, "image/jpeg") for image in read_images(None)]
     ways: dict[str, Callable[[], Awaitable[float]]] = {

@@ -1,10 +1,10 @@
-"""Memory of the contrastive loss and its gradients on 8 simulated devices: whole similarity matrix and ring.
+"""Memory of the contrastive loss and its gradients on 8 simulated devices: full similarity matrix against ring.
 
     python -m benchmarks.contrastive_memory [--kind=softmax] [--dim=512]
 
-Nothing is run: the figures are the compiled programs' own memory analyses, the bytes that one device needs beside its
-arguments and results. Both forms get the same sharded rows; the dense one is cut up by the compiler. "ratio" is the
-ring's bytes over the dense form's at the largest batch, "growth" by how much each form grows at the last doubling.
+Nothing is run: the figures are the memory analyses of the compiled programs, the bytes that one device needs beside its
+  arguments and results. Both forms get the same sharded rows; the compiler partitions the dense one. "ratio" is the
+  ring's bytes divided by the dense form's at the largest batch, "growth" the growth of each form at the last doubling.
 """
 
 import json
@@ -54,8 +54,8 @@ def temp_bytes(form: str, batch_size: int, kind: str, dim: int) -> int:
 
 def main() -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--kind", choices=("softmax", "sigmoid"), default="softmax", help="loss, as --kind=sigmoid")
-    parser.add_argument("--dim", type=int, default=512, help="of the embeddings, as --dim=768")
+    parser.add_argument("--kind", choices=("softmax", "sigmoid"), default="softmax", help="loss, e.g. --kind=sigmoid")
+    parser.add_argument("--dim", type=int, default=512, help="width of the embeddings, e.g. --dim=768")
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"

@@ -1,11 +1,11 @@
-"""An evaluation's pass over photographs beside a plain loop of transformers and torch: ViT-B/32, float32, CPU.
+"""The evaluation of photographs compared with a plain loop of transformers and torch: ViT-B/32, float32, CPU.
 
     python -m benchmarks.evaluate [--torch_python=.venv-torch/bin/python] [--images=256] [--rounds=5]
 
 Both sides have the same random weights and read the same JPEG files of 640x480 px: decoding, resizing, the image tower,
-similarity to the classes. Each is a process of its own; they take turns, pass by pass, after one pass to warm up. Ours
-also computes all metrics. "ratio" is our images a second over torch's, of the median passes. torch is no requirement
-of this project:
+similarity to the classes. Each is a separate process; they alternate, pass by pass, after one warm-up pass. Ours also
+computes all metrics. "ratio" is our images per second divided by torch's, for the median passes. torch isn't a
+requirement of this project:
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers pillow
 """
@@ -31,7 +31,7 @@ LABELS = tuple(f"action {i}" for i in range(15))
 
 
 def ours(folder: str, photos: str) -> None:
-    """Run our side: a pass for each line on standard input."""
+    """Run our side: one pass for each line on standard input."""
     import jax
 
     from clip_har_jax.config import DataConfig
@@ -51,7 +51,7 @@ def ours(folder: str, photos: str) -> None:
 
 
 def write_inputs(root: Path, count: int) -> tuple[Path, Path]:
-    """Write a ViT-B/32 with random weights, and photographs in one folder a class."""
+    """Write a ViT-B/32 with random weights, and photographs in one folder per class."""
     from clip_har_jax.models.factory import NAMED_SIZES
     from clip_har_jax.models.params import init_params
     from clip_har_jax.models.pretrained import write_params
@@ -80,8 +80,8 @@ def write_inputs(root: Path, count: int) -> tuple[Path, Path]:
 def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch and transformers")
-    parser.add_argument("--images", type=int, default=256, help="photographs of a pass, as --images=512")
-    parser.add_argument("--rounds", type=int, default=5, help="timed passes of each side, as --rounds=10")
+    parser.add_argument("--images", type=int, default=256, help="photographs in a pass, e.g. --images=512")
+    parser.add_argument("--rounds", type=int, default=5, help="timed passes of each side, e.g. --rounds=10")
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     load = os.getloadavg()[0]

@@ -1,11 +1,11 @@
-"""Every exported format beside torch: size, load time, latency, throughput, all on the same images and cores.
+"""All exported formats compared with torch: size, load time, latency, throughput, on the same images and cores.
 
     python -m benchmarks.export --export=runs/b32/export [--model=runs/b32/model --torch_python=.venv-torch/bin/python]
 
-Each format's image encoder is a process of its own, as are torch eager and the ONNX that torch exports from the same
-weights; they take turns, run by run, so that what else the machine does slows all. A process whose turn it isn't
-sleeps: the threads of a waiting runtime would otherwise spin on the cores of the next. `ratio` is the latency of our
-ONNX over that of torch's at batch 1. torch is no requirement of this project:
+The image encoder of each format runs in a separate process, as do torch eager and the ONNX that torch exports from the
+same weights. They alternate, run by run, so that other load slows all of them equally. A process sleeps while it waits,
+since the spinning threads of a waiting runtime would slow the next one. `ratio` is the latency of our ONNX divided by
+torch's at batch 1. torch isn't a requirement of this project:
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers onnx onnxruntime onnxscript numpy
 """
@@ -24,9 +24,9 @@ import numpy as np
 from benchmarks.train_step import Side, has_torch
 from clip_har_jax import cli
 
-SIDE_FLAG = "--side"  # what this file is started with as our child process
+SIDE_FLAG = "--side"  # starts this file as a child process
 WARM_UPS = 2
-SETTLE_S = 0.05  # until the threads of the last runtime have stopped spinning
+SETTLE_S = 0.05  # until the last runtime's threads have stopped spinning
 GRAPH = "image_encoder"
 
 
@@ -35,7 +35,7 @@ def make_images(batch_size: int, size_px: int) -> np.ndarray:
 
 
 def ours(folder: str, name: str) -> None:
-    """Our child process: opens a format, then runs a batch of the size that each line says."""
+    """Run our child process: open a format, then run a batch of the size on each line of standard input."""
     start = time.perf_counter()
     from clip_har_jax.inference.exported import Graphs
 
@@ -53,7 +53,7 @@ def ours(folder: str, name: str) -> None:
 
 
 def graph_mb(folder: Path) -> float:
-    """Return the files of the image encoder alone where a format keeps it apart, else all of them."""
+    """Return the size of the image encoder's files if a format separates them, else of all files."""
     own = list(folder.glob(f"{GRAPH}.*"))
     shared = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".data")]
     files = own + shared if own else [path for path in folder.rglob("*") if path.is_file()]
@@ -82,7 +82,7 @@ def start_sides(export: Path, model: str | None, torch_python: str) -> tuple[dic
 
 
 def measure(sides: dict[str, Side], batch_sizes: list[int], rounds: int) -> dict[str, dict[int, list[float]]]:
-    """Seconds of each run, by side and batch size; larger batches get fewer rounds."""
+    """Return the seconds of each run, by side and batch size; larger batches get fewer rounds."""
     times: dict[str, dict[int, list[float]]] = {name: {size: [] for size in batch_sizes} for name in sides}
     for size in batch_sizes:
         for turn in range(WARM_UPS + max(5, rounds // size)):
@@ -107,7 +107,7 @@ def summarise(about: dict[str, Any], size_mb: float, times: dict[int, list[float
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Latency at batch 1 and throughput at the best batch, one bar a format."""
+    """Plot latency at batch 1 and throughput at the best batch, one bar per format."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,7 +139,7 @@ def main() -> None:
     add("--torch_python", default=sys.executable, metavar="FILE", help="Python that has torch, e.g. .venv/bin/python")
     add("--batch_sizes", default="1,8", metavar="N,N", help="e.g. --batch_sizes=1,8,32")
     add("--rounds", type=int, default=30, metavar="N", help="timed runs at batch 1, e.g. --rounds=50")
-    add("--plot", metavar="FILE", help="write the figure there, e.g. --plot=docs/export.svg")
+    add("--plot", metavar="FILE", help="also write a plot, e.g. --plot=docs/export.svg")
     arguments = parser.parse_args()
     batch_sizes = [int(size) for size in arguments.batch_sizes.split(",")]
     load = os.getloadavg()[0]

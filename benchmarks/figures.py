@@ -1,14 +1,14 @@
-"""The measured figures that the documentation states: one file holds them, and the texts are compared with it.
+"""The measured figures of the documentation: one file holds them, and the texts are checked against it.
 
     python -m benchmarks.figures run train_step --batch_size=8
     python -m benchmarks.figures set demo.top1 0.947 --unit=accuracy --command="python scripts/train.py ..."
     python -m benchmarks.figures write
     python -m benchmarks.figures check
 
-docs/figures.json has value, unit, command, date and machine of each figure. A text marks a figure by two comments that
-no reader sees: <!--f:train_step.ratio-->1.23<!--/f-->. `run` runs a benchmark and takes all numbers of its last line,
-named BENCHMARK.KEY; `set` takes one; both then write the marked places anew, as `write` does alone. `check` exits 1
-where a text differs from the file: it may round, and nothing else.
+docs/figures.json has the value, unit, command, date and machine of each figure. A text marks a figure with two comments
+that readers don't see: <!--f:train_step.ratio-->1.23<!--/f-->. `run` runs a benchmark and stores all numbers of its
+last line as BENCHMARK.KEY; `set` stores one number; both then update the marked places, as `write` does alone. `check`
+exits with 1 if a text differs from the file, except by rounding.
 """
 
 import argparse
@@ -37,15 +37,15 @@ Figures = dict[str, dict[str, Any]]
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """Return the texts that may state figures."""
+    """Return the texts that can contain figures."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def shown(value: float, like: str) -> str:
-    """Return a value with as many digits after the point as the number in `like` has, and its commas.
+    """Return a value with as many decimals as the number in `like`, and with thousands separators if it has them.
 
     Raises:
-      UserError: there is no number in it.
+      UserError: `like` contains no number.
     """
     found = NUMBER.search(like)
     if found is None:
@@ -56,7 +56,7 @@ def shown(value: float, like: str) -> str:
 
 
 def differences(figures: Figures, root: Path = ROOT) -> Iterator[str]:
-    """Yield a line for each marked place that isn't what the file says."""
+    """Yield a line for each marked place that differs from the file."""
     for page in pages(root):
         for _, name, text, _ in MARK.findall(page.read_text(encoding="utf-8")):
             if name not in figures:
@@ -66,7 +66,7 @@ def differences(figures: Figures, root: Path = ROOT) -> Iterator[str]:
 
 
 def write_pages(figures: Figures, root: Path = ROOT) -> None:
-    """Write the figures into the marked places."""
+    """Write the figures to the marked places."""
 
     def replace(match: re.Match[str]) -> str:
         start, name, text, end = match.groups()
@@ -80,7 +80,7 @@ def write_pages(figures: Figures, root: Path = ROOT) -> None:
 
 
 def numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a benchmark's JSON line, at any depth, by dotted name."""
+    """Yield the numbers in a benchmark's JSON line, at any depth, by dotted name."""
     for key, value in values.items():
         name = f"{prefix}.{re.sub(r'[^a-zA-Z0-9_-]+', '_', key)}"
         if isinstance(value, Mapping):
@@ -90,7 +90,7 @@ def numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float
 
 
 def machine() -> str:
-    """Describe this machine."""
+    """Return a description of this machine."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else []
     return f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else platform.processor() or platform.machine()}"
@@ -123,15 +123,15 @@ def _figure(value: float, unit: str, command: str) -> dict[str, Any]:
 def main() -> int:
     parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(required=True, dest="act", metavar="COMMAND")
-    one = commands.add_parser("run", help="run a benchmark and take its figures")
+    one = commands.add_parser("run", help="run a benchmark and store its figures")
     one.add_argument("benchmark", help="e.g. train_step")
     one.add_argument("flags", nargs=argparse.REMAINDER, help="of the benchmark, e.g. --rounds=3")
-    new = commands.add_parser("set", help="take one figure")
+    new = commands.add_parser("set", help="store one figure")
     new.add_argument("name", help="e.g. demo.top1")
     new.add_argument("value", type=float, help="e.g. 0.947")
     new.add_argument("--unit", required=True, help="e.g. --unit=s")
-    new.add_argument("--command", required=True, help='that measures it, e.g. --command="python -m benchmarks.lora"')
-    commands.add_parser("write", help="write the figures into the texts")
+    new.add_argument("--command", required=True, help='its measurement, e.g. --command="python -m benchmarks.lora"')
+    commands.add_parser("write", help="write the figures to the texts")
     commands.add_parser("check", help="compare the texts with the file")
     arguments = parser.parse_args()
     figures: Figures = read_object(FILE) if FILE.exists() else {}

@@ -1,15 +1,15 @@
-"""All measurements on one NVIDIA GPU within a time budget: parity, training beside torch, a trace.
+"""All measurements on one NVIDIA GPU within a time budget: parity, training compared with torch, a trace.
 
     bash benchmarks/gpu.sh [--output=runs/gpu] [--budget_s=480] [--models=ViT-B/16] [--torch_python=python]
 
-Each part is a process of its own and ends at its share of the budget, so that a result always comes: first the parity
-tests on the GPU, then for each model our training step and that of transformers' CLIPModel (torch.compile, SDPA,
-bfloat16) in turns, on batches that stay on the GPU; last ours fed from JPEGs, and a trace of it. Both sides train both
-towers against 45 prompts of full length. "ratio" is ours over torch's images/s for ViT-B/16.
+Each part is a separate process that ends at its share of the budget, so there is always a result. First the parity
+tests on the GPU; then for each model our training step and that of transformers' CLIPModel (torch.compile, SDPA,
+bfloat16) in turns, on batches that stay on the GPU; last our step with data from JPEGs, and a trace of it. Both sides
+train both towers with 45 prompts of full length. "ratio" is our images/s divided by torch's for ViT-B/16.
 
---tiny runs the same way with very small models on whatever device there is; its figures mean nothing. Without a GPU
-nothing else is run, and nothing is claimed. Exits 1 where a part failed; torch's is left out where there is no torch.
-The file is over 300 lines since all parts share one time budget and one result, and nothing else uses them.
+--tiny runs the same on any device with very small models; its figures mean nothing. Without a GPU nothing else is run,
+and no result is reported. Exits 1 if a part failed; torch's part is skipped if torch isn't installed. The file is over
+300 lines because all parts share one time budget and one result, and nothing else uses them.
 """
 
 import json
@@ -34,7 +34,7 @@ from clip_har_jax.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = ("tests/models/test_parity.py", "-k", "outputs or gradient or bfloat16")
-PARITY_SHARE = 0.2  # of the budget; what it leaves goes to the models, in equal shares
+PARITY_SHARE = 0.2  # of the budget; the rest is divided equally among the models
 ROUNDS = 5
 FLASH = re.compile(r"flash|fmha|sdpa", re.IGNORECASE)  # in the names of cuDNN's and torch's kernels
 COLUMNS = {
@@ -71,10 +71,10 @@ class Child:
         self._timer.start()
 
     def ask(self, line: str) -> dict[str, Any]:
-        """Send a request and return its answer; an empty line waits for what the process says first.
+        """Send a request and return its answer; an empty line waits for the first message of the process.
 
         Raises:
-          RuntimeError: the process ended, by itself or at its deadline; with the end of what it said.
+          RuntimeError: the process ended, by itself or at its deadline; with the end of its output.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -106,7 +106,7 @@ class Child:
 
 @contextmanager
 def children(start: Callable[[str], Child], names: list[str]) -> Iterator[dict[str, Child]]:
-    """Start a process for each name, and end all of them."""
+    """Start a process for each name, and stop all of them at the end."""
     started: dict[str, Child] = {}
     try:
         for name in names:
@@ -120,7 +120,7 @@ def children(start: Callable[[str], Child], names: list[str]) -> Iterator[dict[s
 def run_parity(output: Path, limit_s: float) -> dict[str, Any]:
     """Run the parity tests on the device that JAX finds, with float32 products in full precision."""
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    # Without the tests' own set-up, which would put them on simulated CPU devices.
+    # Without the tests' own set-up, which would use simulated CPU devices.
     command = [
         sys.executable,
         "-m",
@@ -146,7 +146,7 @@ def run_parity(output: Path, limit_s: float) -> dict[str, Any]:
 
 
 def measure_model(name: str, batch_size: int, arguments: Any, data: Path, deadline: float) -> dict[str, Any]:
-    """Return a model's figures; what couldn't be measured is null, and `errors` says why."""
+    """Return a model's figures; those that couldn't be measured are null, with the reason in `errors`."""
     values: dict[str, Any] = dict.fromkeys(COLUMNS) | {"batch_size": batch_size, "errors": {}}
     names = ["ours", "torch"] if arguments.has_torch else ["ours"]
     if not arguments.has_torch:
@@ -183,14 +183,14 @@ def measure_model(name: str, batch_size: int, arguments: Any, data: Path, deadli
     if rates.get("torch"):
         values["torch_images_per_s"] = statistics.median(rates["torch"])
     if rates.get("torch") and rates.get("ours"):
-        # Of one round each, since a GPU's clock changes over time.
+        # One round of each, since a GPU's clock changes over time.
         pairs = zip(rates["ours"], rates["torch"], strict=True)
         values["ratio"] = statistics.median(ours / torch for ours, torch in pairs)
     return values
 
 
 def _add_ours(values: dict[str, Any], child: Child, rates: list[float], steps: int) -> None:
-    """Add what our side alone is asked for."""
+    """Add the figures that only our side has."""
     about = values["ours"]
     values["compile_s"], values["images_per_s"] = about["compile_s"], statistics.median(rates)
     if about["peak_flops"]:
@@ -210,7 +210,7 @@ def _add_ours(values: dict[str, Any], child: Child, rates: list[float], steps: i
 
 
 def largest_fit(name: str, arguments: Any, data: Path, deadline: float) -> dict[str, Any]:
-    """Measure a model with the largest batch that fits both sides: a half of `BATCH_SIZES`, or less."""
+    """Measure a model with the largest batch that fits on both sides: half of `BATCH_SIZES`, or less."""
     batch_size = 4 if name == TINY else BATCH_SIZES[name] // 2  # both sides are on the GPU at once
     while True:
         values = measure_model(name, batch_size, arguments, data, deadline)
@@ -252,12 +252,12 @@ def main() -> int:
     begin = time.monotonic()
     parser = cli.make_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="gpu.json, gpu.md, logs; as --output=gpu")
-    parser.add_argument("--budget_s", type=float, default=480.0, help="seconds in all, as --budget_s=300")
-    parser.add_argument("--models", default=",".join(BATCH_SIZES), help="named sizes, as --models=ViT-B/16")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of a round, as --steps=10")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each side, as --rounds=3")
+    parser.add_argument("--budget_s", type=float, default=480.0, help="seconds in total, e.g. --budget_s=300")
+    parser.add_argument("--models", default=",".join(BATCH_SIZES), help="named sizes, e.g. --models=ViT-B/16")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a round, e.g. --steps=10")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each side, e.g. --rounds=3")
     parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch and transformers")
-    parser.add_argument("--tiny", action="store_true", help="prove the way on any device, with very small models")
+    parser.add_argument("--tiny", action="store_true", help="test run on any device, with very small models")
     arguments = parser.parse_args()
     models = [TINY] if arguments.tiny else arguments.models.split(",")
     for name in models:
@@ -281,7 +281,7 @@ def main() -> int:
             result["models"][name] = largest_fit(name, arguments, Path(folder), deadline)
             for side, error in result["models"][name]["errors"].items():
                 print(f"{name}, {side}: {error}", flush=True)
-            _write(arguments.output, result)  # what is there if the next model takes the machine down
+            _write(arguments.output, result)  # in case that the next model crashes the machine
     result["ratio"] = result["models"].get("ViT-B/16", {}).get("ratio")
     result["seconds"] = time.monotonic() - begin
     _write(arguments.output, result)

@@ -1,11 +1,11 @@
-"""Our training step of ViT-B/32, B/16 and L/14 on one GPU, in bfloat16: images/s, MFU, time spent waiting for data.
+"""Our training step of ViT-B/32, B/16 and L/14 on one GPU in bfloat16: images/s, MFU, time spent waiting for data.
 
     python -m benchmarks.gpu_train_step [--data=folder:photos] [--models=ViT-B/32,ViT-B/16,ViT-L/14] [--steps=50]
 
-Both towers are trained, from random weights, against 45 prompts of full length. Each model steps first on a batch that
-stays on the GPU, then on batches that the training's own input pipeline reads from JPEGs; without --data these are
-made here, of the size and weight of photographs. "ratio" is the images/s of ViT-B/16 fed with JPEGs over the 1,459
-that are published for an H100; null where no Hopper GPU measured it. Without a GPU nothing is claimed.
+Both towers are trained from random weights with 45 prompts of full length. Each model first steps on a batch that stays
+on the GPU, then on batches that the training's input pipeline reads from JPEGs; without --data these are generated,
+with the size of photographs. "ratio" is the images/s of ViT-B/16 with JPEGs divided by the 1,459 that are published for
+an H100; null unless a Hopper GPU measured it. Without a GPU no result is reported.
 """
 
 import gzip
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from clip_har_jax.data.sources import Source
     from clip_har_jax.models.configuration import CLIPConfig
 
-BATCH_SIZES = {"ViT-B/32": 1024, "ViT-B/16": 256, "ViT-L/14": 128}  # meant for 80 GB; halved where they don't fit
+BATCH_SIZES = {"ViT-B/32": 1024, "ViT-B/16": 256, "ViT-L/14": 128}  # for 80 GB; halved if they don't fit
 PUBLISHED_B16_IMAGES_PER_S = 1459
 WARM_UPS = 5
 NUM_PROMPTS = 45
-TINY = "tiny"  # a model that proves the way, on any device
-SIDE_FLAG = "--side"  # what this file is started with as a child process of `benchmarks.gpu`
+TINY = "tiny"  # a model for test runs on any device
+SIDE_FLAG = "--side"  # starts this file as a child process of `benchmarks.gpu`
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
-    """JPEGs with the detail, and so the bytes, of photographs: smooth shapes and noise, in two classes."""
+    """Write JPEGs with the detail and the size of photographs: smooth shapes and noise, in two classes."""
     rng = np.random.default_rng(0)
     for i in range(count):
         shapes = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -57,10 +57,10 @@ def run_steps(
     batches: Iterator["Batch"],
     count: int,
 ) -> tuple[Any, float, float]:
-    """Make steps with the host one step ahead of the device, as in training.
+    """Run steps with the host one step ahead of the device, as in training.
 
     Returns:
-      The state, the seconds from the first step to the end of the last, and those of them spent waiting for a batch.
+      The state, the seconds from the first step to the end of the last, and the seconds spent waiting for a batch.
     """
     import jax
 
@@ -81,7 +81,7 @@ class Training:
     """One model's training on one device, compiled, with a batch that stays there and batches read from images.
 
     Args:
-      source: images, which needn't have the model's size.
+      source: images, of any size.
       num_workers: processes that decode; 0: threads.
     """
 
@@ -137,12 +137,12 @@ class Training:
         self._read.close()
 
     def resident(self, count: int) -> tuple[float, float]:
-        """Step on the batch that stays on the device; returns the seconds, and those spent waiting for a batch."""
+        """Step on the batch that stays on the device; return the seconds, and the seconds spent waiting for a batch."""
         self._state, seconds, waited_s = run_steps(self._step, self._state, self._resident, count)
         return seconds, waited_s
 
     def fed(self, count: int) -> tuple[float, float]:
-        """Step on batches read from the images; returns as `resident`."""
+        """Step on batches read from the images; returns the same as `resident`."""
         self._state, seconds, waited_s = run_steps(self._step, self._state, self._batches, count)
         return seconds, waited_s
 
@@ -163,7 +163,7 @@ class Training:
 
     @property
     def skipped_steps(self) -> int:
-        """Updates that were left out because they weren't finite."""
+        """Number of updates that were skipped because they weren't finite."""
         return int(self._state.skipped_total)
 
 
@@ -191,7 +191,7 @@ def measure(
 
 
 def serve(name: str, batch_size: int, folder: str) -> None:
-    """Be the child process: compile, then answer `resident N`, `fed N` and `trace` from standard input."""
+    """Run the child process: compile, then answer `resident N`, `fed N` and `trace` from standard input."""
     import jax
 
     from clip_har_jax.data.sources import make_source
@@ -208,7 +208,7 @@ def serve(name: str, batch_size: int, folder: str) -> None:
     )
     device = jax.devices()[0]
     source = make_source(f"folder:{folder}", "train", (), several_classes=True)
-    # Decoding processes for real sizes only: their start takes longer than the tiny model's steps.
+    # Decoding processes only for real sizes: their start takes longer than the tiny model's steps.
     workers = 0 if name == TINY else max(1, (os.cpu_count() or 1) - 2)
     with Training(device, tiny if name == TINY else NAMED_SIZES[name], source, batch_size, workers) as training:
         training.resident(WARM_UPS)
@@ -233,7 +233,7 @@ def serve(name: str, batch_size: int, folder: str) -> None:
 
 
 def measure_largest(device: "jax.Device", name: str, source: "Source", steps: int, num_workers: int) -> dict[str, Any]:
-    """Measures a named size with the largest batch that fits: its own of `BATCH_SIZES`, or halves of it."""
+    """Measure a named size with the largest batch that fits: its own in `BATCH_SIZES`, or halves of it."""
     import jax
 
     from clip_har_jax.models.factory import NAMED_SIZES
@@ -258,11 +258,11 @@ def print_table(measured: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--data", metavar="SPEC", help="JPEGs to feed; default: made here; as --data=folder:photos")
-    parser.add_argument("--models", default=",".join(BATCH_SIZES), help="named sizes, as --models=ViT-B/16")
-    parser.add_argument("--steps", type=int, default=50, help="timed steps of each, as --steps=50")
+    parser.add_argument("--data", metavar="SPEC", help="JPEGs to read; default: generated; e.g. --data=folder:photos")
+    parser.add_argument("--models", default=",".join(BATCH_SIZES), help="named sizes, e.g. --models=ViT-B/16")
+    parser.add_argument("--steps", type=int, default=50, help="timed steps of each, e.g. --steps=50")
     parser.add_argument(
-        "--num_workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="decoders, as --num_workers=14"
+        "--num_workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="decoders, e.g. --num_workers=14"
     )
     arguments = parser.parse_args()
     for name in (models := arguments.models.split(",")):

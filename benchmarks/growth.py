@@ -1,12 +1,11 @@
-"""How start-up and searches grow with the data: time and memory at several sizes, and the exponent between them.
+"""The growth of start-up and searches with the data: time and memory at several sizes, and the exponent.
 
   python -m benchmarks.growth
   python -m benchmarks.growth --parts=manifest,duplicates --largest=1000000
   python -m benchmarks.growth --parts=evaluation,report,classes,texts,cached_texts
 
-Each part runs at each size in a process of its own, whose peak memory is the part's. The exponent is the slope of the
-processor time on logarithmic axes between the two largest sizes: 1 is a straight line. Prints a table and, last, one
-JSON line.
+Each part runs at each size in a separate process, whose peak memory is reported. The exponent is the slope of processor
+time on logarithmic axes between the two largest sizes; 1 is linear growth. Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -25,12 +24,12 @@ import numpy as np
 from benchmarks import growth_evaluation
 
 SMALLEST = 10_000
-NUM_FILES = 1000  # that the rows of a manifest share: what grows is the listing, not the disk
+NUM_FILES = 1000  # files shared by the rows of a manifest: the listing grows, not the disk use
 NUM_CLASSES = 100
 
 
 def manifest(count: int) -> Callable[[], object]:
-    """Open a training source of `count` manifest rows, each file looked at, and take the first example."""
+    """Open a training source of `count` manifest rows, checking each file, and read the first example."""
     import pyarrow as pa
 
     from clip_har_jax.data.manifest import SCHEMA, Manifest, write_split_manifest
@@ -64,7 +63,7 @@ def manifest(count: int) -> Callable[[], object]:
 
 
 def duplicates(count: int) -> Callable[[], object]:
-    """Find the candidates among stored hashes of `count` images, a hundredth of which are copies."""
+    """Find the candidates among stored hashes of `count` images, one hundredth of which are copies."""
     from clip_har_jax.data.duplicates import COARSE_PX, find_candidates
 
     rng = np.random.default_rng(0)
@@ -91,7 +90,7 @@ PARTS: dict[str, Callable[[int], Callable[[], object]]] = {
     "texts": growth_evaluation.texts,
     "cached_texts": growth_evaluation.cached_texts,
 }
-# The largest sizes of parts that people use with fewer than a million.
+# The largest sizes of parts that are used with fewer than a million.
 LARGEST = {"report": 100_000, "classes": 10_000, "texts": 10_000, "cached_texts": 10_000}
 
 
@@ -101,7 +100,7 @@ def measure(part: str, count: int) -> dict[str, float]:
     wall, processor = time.perf_counter(), time.process_time()
     run()
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # of kB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # in kB
     return {"count": count, "seconds": wall, "processor_s": processor, "peak_gb": peak}
 
 

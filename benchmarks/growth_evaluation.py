@@ -1,4 +1,4 @@
-"""The parts of benchmarks.growth that evaluate: rows, classes and texts, with made logits and a small model."""
+"""The evaluation parts of benchmarks.growth: rows, classes and texts, with generated logits and a small model."""
 
 import os
 import tempfile
@@ -43,12 +43,12 @@ def _evaluate(rows: int, classes: int, output: Path, with_pages: bool) -> None:
 
 
 def evaluation(count: int) -> Callable[[], object]:
-    """Pass `count` rows of random logits of 15 classes to the metrics and to predictions.parquet."""
+    """Feed `count` rows of random logits of 15 classes to the metrics and to predictions.parquet."""
     return lambda: _evaluate(count, CLASSES, Path(tempfile.mkdtemp()), with_pages=False)
 
 
 def report(count: int) -> Callable[[], object]:
-    """Do the same, and write the pages of `count` rows."""
+    """Do the same, and write the report of `count` rows."""
     return lambda: _evaluate(count, CLASSES, Path(tempfile.mkdtemp()), with_pages=True)
 
 
@@ -58,7 +58,7 @@ def classes(count: int) -> Callable[[], object]:
 
 
 def texts(count: int, warm: bool = False) -> Callable[[], object]:
-    """Answer for one image with a small CLIP and `count` classes; `warm`: it did before and kept its result."""
+    """Predict one image with a small CLIP and `count` classes; `warm`: with its results in the cache."""
     from clip_har_jax.inference.jax_backend import JaxBackend
     from clip_har_jax.models.factory import make_base
     from clip_har_jax.models.params import init_params
@@ -83,5 +83,5 @@ def texts(count: int, warm: bool = False) -> Callable[[], object]:
 
 
 def cached_texts(count: int) -> Callable[[], object]:
-    """Answer with the same model again, whose class embeddings are kept on disk."""
+    """Predict with the same model again, with its class embeddings cached on disk."""
     return texts(count, warm=True)

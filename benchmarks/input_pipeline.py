@@ -1,16 +1,16 @@
-"""Training images a second: this project's input beside torch's DataLoader and tf.data, on the same files.
+"""Training images per second: this project's input compared with torch's DataLoader and tf.data, on the same files.
 
     python -m benchmarks.input_pipeline [--data=folder:photos] [--torch_python=.venv-peers/bin/python] [--workers=2]
 
-Each reads JPEGs, takes a random resized crop of 224 px, flips half of them and makes shuffled batches. torch runs the
-transforms that torchvision runs on PIL images (bicubic, to float, normalise) in as many worker processes as we do;
-tf.data runs its own decode_and_crop_jpeg, bicubic resize and normalisation in as many threads. Ours ends with uint8,
-since the training step normalises; the row "ours, float" adds that on the host's CPU for those who compare like with
-like. "1 core" has all its processes on one core, where a thread instead of a worker process does with less; the row
-"ours, threads" has no worker processes. All keep their workers from round to round, and what was read before a round
-counts in none. The sides take turns, so that what else the machine does slows all; on a busy machine compare images per
-second of processor time, which counts a side's worker processes too. Memory is of all its processes. torch and
-TensorFlow are no requirement of this benchmark:
+Each side reads JPEGs, takes a random resized crop of 224 px, flips half of them and makes shuffled batches. torch runs
+the transforms that torchvision applies to PIL images (bicubic, to float, normalise) in as many worker processes as we
+do; tf.data runs its own decode_and_crop_jpeg, bicubic resize and normalisation in as many threads. Ours ends with
+uint8, since the training step normalises; the row "ours, float" adds normalisation on the host's CPU, for an equal
+comparison. "1 core" binds all its processes to one core, where a thread is cheaper than a worker process; the row
+"ours, threads" has no worker processes. All keep their workers between rounds, and batches that were read before a
+round don't count. The sides alternate, so that other load slows all of them equally. On a busy machine, compare images
+per second of processor time, which includes a side's worker processes. Memory is of all its processes. torch and
+TensorFlow aren't requirements of this project:
 
     python -m venv .venv-peers && .venv-peers/bin/pip install torch pillow tensorflow-cpu
 """
@@ -30,14 +30,14 @@ from benchmarks.train_step import Side
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 
-SIDE_FLAG = "--side"  # what this file is started with as our child process
+SIDE_FLAG = "--side"  # starts this file as a child process
 SIZE_PX, SCALE_MIN, BATCH_SIZE = 224, 0.6, 64
-WAITING = 12  # batches, more than ours reads ahead
-DRAWN = 640  # images that are drawn where none are named
+WAITING = 12  # batches; more than our side reads ahead
+DRAWN = 640  # number of generated images if no data is given
 
 
 def ours(files: str, workers: str, threads: str, cores: str, cache: str) -> None:
-    """Our child process: reads batches for each line, answers with the seconds."""
+    """Run our child process: read batches for each line of standard input and answer with the seconds."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
     from clip_har_jax.config import AugmentConfig, DataConfig
     from clip_har_jax.data.pipeline import BadInputs, train_batches
@@ -54,7 +54,7 @@ def ours(files: str, workers: str, threads: str, cores: str, cache: str) -> None
     with train_batches(source, config, Preprocess(SIZE_PX), **options) as batches:
         for line in sys.stdin:
             request = json.loads(line)
-            for _ in range(WAITING):  # read while the other sides had their turns
+            for _ in range(WAITING):  # read while the other sides had their turn
                 next(batches)
             begin = time.perf_counter()
             for _ in range(request["batches"]):
@@ -65,7 +65,7 @@ def ours(files: str, workers: str, threads: str, cores: str, cache: str) -> None
 
 
 def _make_float() -> Callable[[Any], Any]:
-    """Normalisation as the training step does it; compiled when it is first used."""
+    """Return the training step's normalisation, compiled at its first use."""
     compiled: list[Any] = []
 
     def finish(images: Any) -> Any:
@@ -83,7 +83,7 @@ def _make_float() -> Callable[[Any], Any]:
 
 
 def write_files(data: str, folder: Path) -> tuple[Path, int]:
-    """Return a CSV of the files that --data names, or of drawn ones; and their number."""
+    """Return a CSV of the files of --data, or of generated ones, and their number."""
     from clip_har_jax.data import synthetic
     from clip_har_jax.data.sources import FileSource, make_source
 
@@ -116,12 +116,12 @@ def _can_import(python: str, name: str) -> bool:
 
 def main() -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--data", default="", help="files to read, as --data=folder:photos; empty: drawn ones")
+    parser.add_argument("--data", default="", help="files to read, e.g. --data=folder:photos; empty: generated ones")
     parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch, Pillow and TensorFlow")
-    parser.add_argument("--workers", type=int, default=2, help="processes; of tf.data threads, as --workers=2")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, as --rounds=5")
-    parser.add_argument("--epochs", type=int, default=3, help="times that a round reads all files, as --epochs=3")
-    parser.add_argument("--cache", default="", help="a manifest's cached images, as --cache='manifest:FILE?cache=256'")
+    parser.add_argument("--workers", type=int, default=2, help="processes; for tf.data threads, e.g. --workers=2")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, e.g. --rounds=5")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs in a round, e.g. --epochs=3")
+    parser.add_argument("--cache", default="", help="cached images, e.g. --cache='manifest:FILE?cache=256'")
     arguments = parser.parse_args()
     result = measure(arguments)
     columns = ("images_per_s", "least", "most", "images_per_cpu_s", "memory_mb")
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def measure(arguments: Any) -> dict[str, Any]:
-    """Images a second of each side, and the ratios."""
+    """Return the images per second of each side, and the ratios."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         files, count = write_files(arguments.data, Path(folder))
@@ -180,7 +180,7 @@ def measure(arguments: Any) -> dict[str, Any]:
 
 
 def processes_use(pid: int) -> tuple[float, float]:
-    """Processor seconds so far, and memory in MB now, of a process and what it started; shared pages count once."""
+    """Return processor seconds and MB of a process and its children; shared pages count once."""
     import psutil
 
     seconds, memory = 0.0, 0.0
@@ -193,7 +193,7 @@ def processes_use(pid: int) -> tuple[float, float]:
 
 
 def _make_sides(arguments: Any, files: str) -> dict[str, tuple[Side, dict[str, Any]]]:
-    """Name -> the process that does it and what it is asked besides."""
+    """Return name -> (process, further fields of its requests)."""
     cores = min(arguments.workers, len(os.sched_getaffinity(0)))
 
     def our_side(workers: int, threads: int, cores: int, cache: str = "") -> Side:

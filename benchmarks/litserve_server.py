@@ -16,7 +16,7 @@ from clip_har_jax.preprocess import decode, evaluation_transform
 
 
 class Actions(litserve.LitAPI):
-    """The same decoder, model and answer as ours, in LitServe's own idiom: decode, batch, predict, encode."""
+    """The same decoder, model and answer as ours, in LitServe's own form: decode, batch, predict, encode."""
 
     def setup(self, device: str) -> None:
         self.backend = ExportedBackend(Path(sys.argv[1]), threads=usable_cores())
@@ -39,6 +39,6 @@ class Actions(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    # LitServe's own numbers for CPU: one process of the model, its decoding inside; a batch waits 10 ms to fill.
+    # LitServe's recommendation for CPU: one process of the model that also decodes; a batch waits 10 ms to fill.
     api = Actions(max_batch_size=int(sys.argv[3]), batch_timeout=0.01)
     litserve.LitServer(api, accelerator="cpu").run(port=int(sys.argv[2]), generate_client_file=False, log_level="error")

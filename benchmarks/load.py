@@ -1,4 +1,4 @@
-"""Load on a server of this machine, and what it costs: clients that do little, requests by rules, processor time."""
+"""Load on a server of this machine, and its cost: light clients, closed and open loops, processor time."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ CLIENTS = 32
 
 @dataclass
 class Load:
-    """The answers to a load: seconds by status, and the wall time."""
+    """The answers under load: seconds by status, and the wall time."""
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     wall_s: float = 0.0
@@ -32,16 +32,16 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Answers of status 200 a second."""
+        """Answers with status 200 per second."""
         return len(self.seconds.get(200, ())) / self.wall_s
 
     def percentile(self, share: float, status: int = 200) -> float:
-        """Seconds; NaN where nothing came back so."""
+        """Return a percentile in seconds; NaN without answers of this status."""
         return float(np.percentile(self.seconds[status], share)) if self.seconds.get(status) else float("nan")
 
 
 class Connection:
-    """One kept-alive HTTP connection, which does little work, since it shares the cores with the service."""
+    """One kept-alive HTTP connection with little work, since it shares the cores with the service."""
 
     def __init__(self, port: int):
         self._port = port
@@ -68,7 +68,7 @@ def make_request(path: str, body: bytes, kind: str) -> bytes:
 
 
 async def closed_loop(port: int, requests: list[bytes], clients: int, seconds: float, warm_s: float = 2.0) -> Load:
-    """Load a server by clients that each ask again as soon as they are answered."""
+    """Run clients that send their next request as soon as the last is answered."""
     load, start = Load(), time.perf_counter()
 
     async def client(number: int) -> None:
@@ -86,7 +86,7 @@ async def closed_loop(port: int, requests: list[bytes], clients: int, seconds: f
 
 
 async def open_loop(port: int, requests: list[bytes], rate: float, seconds: float, evenly: bool = False) -> Load:
-    """Request at random times (Poisson) or evenly spaced, whatever has been answered."""
+    """Send requests at random times (Poisson) or evenly spaced, independent of the answers."""
     load = Load()
     idle: list[Connection] = []
     tasks: list[asyncio.Task[None]] = []
@@ -112,7 +112,7 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
 
 @contextmanager
 def server(command: list[str], port: int, ready: str, **environment: str) -> Iterator[tuple[int, float]]:
-    """Return a server with all its processes: its process id, and how long it took to be ready."""
+    """Run a server with all its processes; yield its process id and the time until it was ready."""
     if _is_ready(port, ready):
         raise UserError(f"--port={port}: another server answers there")
     start = time.perf_counter()
@@ -144,7 +144,7 @@ def _is_ready(port: int, path: str) -> bool:
 
 
 def read_images(folder: str | None) -> list[bytes]:
-    """JPEG files of a folder, or pictures of the embedded set."""
+    """Return the JPEG files of a folder, or pictures of the embedded set."""
     if folder is not None:
         return [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))[:500]]
     import io
@@ -162,7 +162,7 @@ def read_images(folder: str | None) -> list[bytes]:
 
 
 def cpu_s(session: int) -> float:
-    """Processor time so far of all processes of a session."""
+    """Return the processor time so far of all processes of a session."""
     ticks = 0
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -176,13 +176,13 @@ def cpu_s(session: int) -> float:
 
 
 def busy_s() -> float:
-    """Processor time so far of the whole machine, with what a host took from a virtual one."""
+    """Return the processor time so far of the whole machine, including time stolen by a hypervisor."""
     user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 class Measured(NamedTuple):
-    """A server under load: answers a second, its processor time for each, and the others' share of the machine."""
+    """A server under load: answers per second, processor time per answer, and the share of other processes."""
 
     rate: float
     cpu_s: float
@@ -190,7 +190,7 @@ class Measured(NamedTuple):
 
 
 class LoadMeter:
-    """Processor time from now on, of a session's processes and of others than these and this one."""
+    """Measure processor time from now on, of a session's processes and of unrelated ones."""
 
     def __init__(self, session: int):
         self._session, self._start = session, time.perf_counter()
@@ -204,7 +204,7 @@ class LoadMeter:
 
 
 def measure(port: int, requests: list[bytes], session: int, seconds: float) -> Measured:
-    """Return a server under CLIENTS clients."""
+    """Return the measurement of a server under CLIENTS clients."""
     asyncio.run(closed_loop(port, requests, CLIENTS, 1.0))
     meter = LoadMeter(session)
     load = asyncio.run(closed_loop(port, requests, CLIENTS, seconds, warm_s=0.0))

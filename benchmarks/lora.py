@@ -1,9 +1,9 @@
-"""LoRA beside full fine-tuning: optimiser memory and step time of ViT-B/16, rank 16, in one process, alternating.
+"""LoRA compared with full fine-tuning: optimiser memory and step time of ViT-B/16, rank 16, alternating.
 
     python -m benchmarks.lora [--batch_size=4] [--rounds=5] [--towers=both]
 
-Random weights: neither depends on what they are. Step times are also given in CPU seconds of this process, which other
-work on the machine disturbs less; the ratios are LoRA's over full fine-tuning's.
+The weights are random; neither figure depends on them. Step times are also given as CPU seconds of this process, which
+other load disturbs less. The ratios are LoRA's figures divided by those of full fine-tuning.
 """
 
 import json
@@ -64,7 +64,7 @@ def make_side(method: str, arguments: Any) -> tuple[Any, list[Any], dict[str, in
 
 def main() -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--batch_size", type=int, default=4, help="images a step, e.g. --batch_size=4")
+    parser.add_argument("--batch_size", type=int, default=4, help="images in a step, e.g. --batch_size=4")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each, e.g. --rounds=5")
     parser.add_argument("--rank", type=int, default=16, help="of the updates, e.g. --rank=16")
     parser.add_argument("--towers", default="both", help="image, text or both, e.g. --towers=both")

@@ -1,20 +1,20 @@
-"""The service under load, on this machine: beside no server at all, beside LitServe, and beyond what it can take.
+"""The service under load on this machine: compared with no server, with LitServe, and under overload.
 
     python -m benchmarks.serving --model=EXPORT [--images=DIR] [--litserve_python=...] [--parts=throughput,latency,...]
 
-throughput: 32 clients, each with its next request as the last one is answered. The ceiling is what the same decoding
-  processes and ONNX Runtime at its best batch reach together when no server is between; LitServe (pip install litserve)
-  gets the same model, images, threads and largest batch. The sides take turns; ratios are medians over the rounds, each
-  within one round. Beside the rate stand the processors' time for an image, of the server's processes alone, and what
-  part of the machine others used meanwhile: rounds in which they used much say little.
+throughput: 32 clients, each sends its next request when the last is answered. The ceiling is the rate of the same
+  decoding processes and ONNX Runtime at its best batch without a server between them. LitServe (pip install litserve)
+  gets the same model, images, threads and largest batch. The sides alternate; ratios are medians over the rounds,
+  computed within each round. The table also shows processor time per image, of the server's processes only, and the
+  share of the machine that other processes used: rounds with a large share say little.
 latency: one request after the other, then requests at half the throughput, evenly spaced and at random times (Poisson;
-  at half load even a queue that takes one after the other, each in the same time, has a p99 of 4.3 times that time).
-overload: requests at four times the throughput; goodput is what is answered, the rest should be refused quickly.
-memory: resident memory of the service's processes over 20,000 requests (--model of the demo, say).
-stream: WebSockets that send 30 frames a second each.
+at half load even an ideal queue with one server and constant times has a p99 of 4.3 times the service time).
+overload: requests at four times the throughput; goodput is the answered part, the rest should be refused quickly.
+memory: resident memory of the service's processes over 20,000 requests (e.g. with the demo's --model).
+stream: WebSockets that send 30 frames per second each.
 
-The clients run on the same cores as the service. Without --images, pictures of the embedded action set are sent.
-The file is over 300 lines since its parts share the service that they start and the clients that load it.
+The clients run on the same cores as the service. Without --images, pictures of the embedded action set are sent. The
+file is over 300 lines because its parts share the service that they start and the clients that load it.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ from benchmarks.load import (
 from clip_har_jax import cli
 from clip_har_jax.cores import usable_cores
 
-QUIET = 0.05  # of the machine's time; a round in which others took more of it isn't counted
+QUIET = 0.05  # share of the machine's time; rounds in which others used more aren't counted
 MEMORY_REQUESTS = 20_000
 SESSIONS = (1, 4, 16)
 FRAMES_PER_S = 30
@@ -61,7 +61,7 @@ def ours(model: str, port: int, **settings: str) -> Any:
 
 
 def measure_ceiling(model: str, images: list[bytes], seconds: float, processes: int) -> dict[str, Any]:
-    """Return images a second of decoding processes that feed ONNX Runtime, nothing between, and the best batch."""
+    """Return the images per second of decoding processes that feed ONNX Runtime directly, and the best batch."""
     code = "from benchmarks.serving import ceiling; import sys; ceiling(sys.argv[1:])"
     with tempfile.TemporaryDirectory() as scratch:
         for i, image in enumerate(images):
@@ -75,7 +75,7 @@ def measure_ceiling(model: str, images: list[bytes], seconds: float, processes: 
 
 
 def ceiling(arguments: list[str]) -> None:
-    """Return the child process of `measure_ceiling`."""
+    """Run the child process of `measure_ceiling`."""
     import multiprocessing
     from collections import deque
     from concurrent.futures import ProcessPoolExecutor
@@ -104,7 +104,7 @@ def ceiling(arguments: list[str]) -> None:
 
 
 def throughput(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
-    """Return the three sides take turns, so that what else the machine does slows all."""
+    """Measure the three sides in turns, so that other load slows all of them equally."""
     raw = [make_request("/v1/predict", image, "image/jpeg") for image in images]
     as_json = [
         make_request("/predict", json.dumps({"image": base64.b64encode(image).decode()}).encode(), "application/json")
@@ -132,7 +132,7 @@ def throughput(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]
 
 
 def _summary(rounds: list[dict[str, Measured]]) -> dict[str, Any]:
-    """Medians of each side, and ours beside the others within a round; of quiet rounds alone, if there are any."""
+    """Return medians of each side, and ours relative to the others within a round; of quiet rounds if there are any."""
     quiet = [sides for sides in rounds if max(side.others for side in sides.values()) <= QUIET]
     print(f"throughput   {len(quiet)} of {len(rounds)} rounds were quiet (others at most {QUIET:.0%} of the machine)")
     result: dict[str, Any] = {"rounds": len(rounds), "quiet_rounds": len(quiet)}
@@ -158,7 +158,7 @@ def _has_litserve(python: str) -> bool:
 
 
 def latency(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
-    """Alone, at half load, and at four times the load."""
+    """Measure latency alone, at half load, and at four times the load."""
     raw = [make_request("/v1/predict", image, "image/jpeg") for image in images]
     with ours(arguments.model, port, HAR_DECODE_PROCESSES=str(arguments.decode_processes)):
         single = asyncio.run(closed_loop(port, raw, 1, arguments.seconds))
@@ -229,7 +229,7 @@ def memory(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
 
 
 def stream(arguments: Any, images: list[bytes], port: int) -> dict[str, Any]:
-    """Measure the frames answered a second, and the time from sending a frame to its answer."""
+    """Measure the frames answered per second, and the time from sending a frame to its answer."""
     import websockets
 
     result: dict[str, Any] = {}
@@ -290,10 +290,10 @@ def main() -> None:
         "--litserve_python", default=sys.executable, metavar="PATH", help="Python that has litserve, numpy, onnxruntime"
     )
     add("--parts", default="throughput,latency,stream", metavar="NAMES", help="e.g. --parts=memory")
-    add("--rounds", type=int, default=3, metavar="N", help="of the throughput's sides, in turns, e.g. --rounds=6")
+    add("--rounds", type=int, default=3, metavar="N", help="of all sides, in turns, e.g. --rounds=6")
     add("--seconds", type=float, default=8.0, metavar="S", help="of each measurement, e.g. --seconds=20")
     add("--decode_processes", type=int, default=2, metavar="N", help="on every side, e.g. --decode_processes=2")
-    add("--port", type=int, default=8790, metavar="N", help="this and the next one must be free, e.g. --port=8790")
+    add("--port", type=int, default=8790, metavar="N", help="free, as the next one, e.g. --port=8790")
     arguments = parser.parse_args()
     images = read_images(arguments.images)
     result: dict[str, Any] = {"benchmark": "serving", "ratio": None, "load": os.getloadavg()[0], **vars(arguments)}

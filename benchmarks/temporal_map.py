@@ -1,10 +1,10 @@
-"""mAP at temporal IoU beside ActivityNet's evaluation as mmaction2 carries it.
+"""mAP at temporal IoU compared with ActivityNet's evaluation in mmaction2.
 
     pip download --no-deps --dest=/tmp mmaction2==1.2.0
     python -m benchmarks.temporal_map --mmaction2=/tmp/mmaction2-1.2.0-py2.py3-none-any.whl
 
-Both judge the same drawn predictions; the largest difference is printed, with the processor time of each. Two files
-of the wheel are used, which need numpy alone.
+Both evaluate the same generated predictions; the largest difference is printed, with the processor time of each. Only
+two files of the wheel are used, which need only numpy.
 """
 
 import sys
@@ -23,7 +23,7 @@ FOLDER = "mmaction/evaluation/functional"
 
 
 def load_peer(wheel: str) -> types.ModuleType:
-    """Return mmaction2's module `eval_detection`, without the packages about it."""
+    """Return mmaction2's module `eval_detection`, without the rest of its packages."""
     logging = types.ModuleType("mmengine.logging")
     logging.MMLogger = logging.print_log = None  # type: ignore[attr-defined]
     sys.modules |= {"mmengine": types.ModuleType("mmengine"), "mmengine.logging": logging}
@@ -40,7 +40,7 @@ def load_peer(wheel: str) -> types.ModuleType:
 
 
 def draw_case(seed: int) -> tuple[dict[str, list[Segment]], dict[str, list[Segment]]]:
-    """Return predictions and annotations of up to 30 videos and 6 classes."""
+    """Return generated predictions and annotations of up to 30 videos and 6 classes."""
     rng = np.random.default_rng(seed)
     labels = [f"class {i}" for i in range(6)]
     true: dict[str, list[Segment]] = {}
@@ -55,7 +55,7 @@ def draw_case(seed: int) -> tuple[dict[str, list[Segment]], dict[str, list[Segme
 
 
 def peer_map(peer: types.ModuleType, found: dict[str, list[Segment]], true: dict[str, list[Segment]]) -> np.ndarray:
-    """Return the mAP at each threshold by the peer."""
+    """Return the peer's mAP at each threshold."""
 
     def rows(segments: dict[str, list[Segment]], label: str) -> list[dict[str, object]]:
         return [

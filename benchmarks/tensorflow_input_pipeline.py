@@ -1,4 +1,4 @@
-"""Another side of `benchmarks.input_pipeline`: tf.data, decoding no more of a JPEG than the crop."""
+"""The tf.data side of `benchmarks.input_pipeline`, which decodes only the crop of a JPEG."""
 
 import csv
 import json

@@ -1,8 +1,8 @@
-"""The other side of `benchmarks.export`, in an environment of torch: eager, torch's own ONNX export, and TorchScript.
+"""The torch side of `benchmarks.export`, in an environment with torch: eager, torch's ONNX export, and TorchScript.
 
     python torch_export.py torch_eager|torch_onnx|torchscript FOLDER
 
-Runs a batch of the size that each line on stdin says, and answers with a JSON line.
+Runs a batch of the size on each line of standard input, and answers with a JSON line.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def main(kind: str, folder: str) -> None:
 
 
 def export(model: Any, example: Any, folder: str) -> tuple[str, float]:
-    """Return the file of torch's own export, and its MB."""
+    """Return the file of torch's export, and its MB."""
     import torch
 
     class Embeddings(torch.nn.Module):

@@ -1,7 +1,7 @@
-"""The other side of `benchmarks.gpu`: transformers' CLIPModel with torch.compile and SDPA, bfloat16 by autocast.
+"""The torch side of `benchmarks.gpu`: transformers' CLIPModel with torch.compile and SDPA, bfloat16 by autocast.
 
-Trains both towers against the same number of prompts of full length as ours, on a batch of uint8 images that stays on
-the device. Waits for a line on stdin, does so many steps, answers with a JSON line.
+Trains both towers with the same number of prompts of full length as ours, on a batch of uint8 images that stays on the
+device. For each line on standard input, runs that many steps and answers with a JSON line.
 """
 
 import json
@@ -22,7 +22,7 @@ def main(name: str, batch_size: int, num_prompts: int) -> None:
     config._attn_implementation = "sdpa"
     model: Any = transformers.CLIPModel(config)
     model.to(device).train()
-    # No CUDA graphs, which hold memory that our side needs.
+    # No CUDA graphs: they hold memory that our side needs.
     compiled = torch.compile(model) if device == "cuda" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
     size, vocabulary = config.vision_config.image_size, config.text_config.vocab_size
@@ -67,7 +67,7 @@ def main(name: str, batch_size: int, num_prompts: int) -> None:
 
 
 def make_config(name: str, transformers: Any) -> Any:
-    """Return the sizes of Radford et al. 2021, tables 19 and 20; "tiny" is that of our side's proof."""
+    """Return the sizes of Radford et al. 2021, tables 19 and 20; "tiny" is the size of our test run."""
     if name == "tiny":
         tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         text = tower | {"vocab_size": 50, "max_position_embeddings": 6, "eos_token_id": 49, "bos_token_id": 48}

@@ -1,4 +1,4 @@
-"""One other side of `benchmarks.input_pipeline`: torch's DataLoader, the PIL transforms that torchvision would run."""
+"""The torch side of `benchmarks.input_pipeline`: DataLoader, with the PIL transforms that torchvision would run."""
 
 import csv
 import json

@@ -1,6 +1,7 @@
-"""The other side of `benchmarks.train_step`: transformers' CLIPModel, in an environment of torch and transformers.
+"""The torch side of `benchmarks.train_step`: transformers' CLIPModel, in an environment with torch and transformers.
 
-Waits for a line on stdin, does one training step, answers with a JSON line; so the parent times one side at a time.
+For each line on standard input, runs one training step and answers with a JSON line, so that only one side runs at a
+time.
 """
 
 import json
@@ -15,7 +16,7 @@ def main(folder: str, inputs_file: str, learning_rate: float, weight_decay: floa
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.CLIPModel.from_pretrained(folder).train()
-    # fused: the faster of torch's own, and the default of transformers' Trainer.
+    # fused: the fastest of torch's implementations, and the default of transformers' Trainer.
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     with np.load(inputs_file) as arrays:
         inputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files}

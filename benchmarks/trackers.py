@@ -1,10 +1,10 @@
-"""What TensorBoard, MLflow and W&B together cost a training step.
+"""The cost of TensorBoard, MLflow and W&B together for a training step.
 
   python -m benchmarks.trackers --records=200
 
-The three take real records at the demo's rate (one every ten steps), in files of this machine. Measured are what the
-loop waits for (the call that hands a record on) and the processor time that the trackers' threads take meanwhile, which
-the loop may have to do without. Both are set beside the time of the demo's steps, measured before. The bound is 1%.
+The three record real metrics at the demo's rate (one record every ten steps), in local files. Measured are the time
+that the loop waits (the call that queues a record) and the processor time of the trackers' threads, which the loop may
+lack. Both are compared with the time of the demo's steps, measured before. The bound is 1%.
 """
 
 import json
@@ -22,8 +22,8 @@ LOG_EVERY = 10
 
 def main() -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--records", type=int, default=200, help="handed on, e.g. --records=200 (default)")
-    parser.add_argument("--steps", type=int, default=80, help="of the training beside it, e.g. --steps=80 (default)")
+    parser.add_argument("--records", type=int, default=200, help="number of records, e.g. --records=200 (default)")
+    parser.add_argument("--steps", type=int, default=80, help="training steps to time, e.g. --steps=80 (default)")
     arguments = parser.parse_args()
 
     from clip_har_jax.config import load_config
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(workdir: Path, record: dict[str, float], count: int, interval_s: float) -> tuple[list[float], float]:
-    """Return the time of each call that hands a record on, and this process's processor time for one."""
+    """Return the time of each call that queues a record, and this process's processor time per record."""
     from clip_har_jax.mlops.tracking import FINISHED, Trackers, read_run_info
 
     trackers = Trackers(TRACKERS, read_run_info(workdir))

@@ -1,12 +1,12 @@
-"""A CLIP training step of ours beside that of transformers' torch CLIPModel: ViT-B/32, both towers, float32, CPU.
+"""Our CLIP training step compared with that of transformers' torch CLIPModel: ViT-B/32, both towers, float32, CPU.
 
     python -m benchmarks.train_step [--torch_python=.venv-torch/bin/python] [--family=clip] [--rounds=10]
 
-Both sides begin with the same weights, take the same images and texts of 77 tokens, the contrastive loss of Radford
-et al. 2021 and AdamW. Each is a process of its own; they take turns, step by step, so that what else the machine does
-slows both. Alternating isn't enough on a busy machine: torch's threads wait for one another in a loop, so that a core
-taken from one of them costs it far more than it costs us (a load of 5 on 2 cores gave a ratio of 0.50, where one core
-gave 1.43). Look at "load", which should be near 0, or measure with --cores=1. torch is no requirement of this project:
+Both sides start with the same weights and use the same images and texts of 77 tokens, the contrastive loss of Radford
+et al. 2021 and AdamW. Each is a separate process; they alternate, step by step, so that other load slows both.
+Alternating isn't enough on a busy machine: torch's threads wait for each other in a busy loop, so a core taken from one
+of them costs torch far more than us (a load of 5 on 2 cores gave a ratio of 0.50, one core gave 1.43). Check that
+"load" is near 0, or measure with --cores=1. torch isn't a requirement of this project:
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers
 """
@@ -26,10 +26,10 @@ import numpy as np
 
 from clip_har_jax import cli
 
-SIDE_FLAG = "--side"  # what this file is started with as our child process
+SIDE_FLAG = "--side"  # starts this file as a child process
 WARM_UPS = 3
 Step = dict[str, float]  # loss, seconds, cpu_seconds
-# glibc keeps what is freed, in huge pages: a step's temporaries are hundreds of MB, whose pages it else takes anew.
+# glibc can keep freed memory, in huge pages: temporaries of a step are hundreds of MB, allocated anew otherwise.
 ALLOCATOR = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"hugetlb": 1, "mmap_threshold": 8 * 2**30, "trim_threshold": 32 * 2**30}.items()
@@ -38,7 +38,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-5, 1e-2
 
 
 def make_inputs(batch_size: int) -> dict[str, np.ndarray]:
-    """Random images and texts of full length, under Hugging Face's names."""
+    """Return random images and texts of full length, with Hugging Face's names."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 49406, (batch_size, 77))
     ids[:, 0], ids[:, -1] = 49406, 49407
@@ -46,7 +46,7 @@ def make_inputs(batch_size: int) -> dict[str, np.ndarray]:
 
 
 class Side:
-    """A child process that does one step for each line it is sent."""
+    """A child process that runs one step for each line it is sent."""
 
     def __init__(self, command: list[str]):
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -77,7 +77,7 @@ class Side:
 
 
 def ours(folder: str, inputs_file: str) -> None:
-    """Our child process."""
+    """Run our child process."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -119,7 +119,7 @@ def ours(folder: str, inputs_file: str) -> None:
 
 
 def write_start(folder: Path, batch_size: int) -> Path:
-    """Random weights in the Hugging Face layout, and the inputs of both sides; returns the inputs' file."""
+    """Write random weights in the Hugging Face layout, and the inputs of both sides; return the inputs' file."""
     from clip_har_jax.models.configuration import CLIPConfig
     from clip_har_jax.models.params import init_params
     from clip_har_jax.models.pretrained import write_params
@@ -138,7 +138,7 @@ def has_torch(python: str) -> bool:
 
 
 def measure(torch_python: str, batch_size: int, rounds: int) -> dict[str, tuple[dict[str, Any], list[Step]]]:
-    """Return what each side says of itself, with the loss of its first step, and its timed steps."""
+    """Return the description of each side, with the loss of its first step, and its timed steps."""
     with tempfile.TemporaryDirectory() as folder:
         inputs_file = str(write_start(Path(folder), batch_size))
         sides = {"ours": Side([sys.executable, "-m", "benchmarks.train_step", SIDE_FLAG, folder, inputs_file])}
@@ -159,12 +159,12 @@ def measure(torch_python: str, batch_size: int, rounds: int) -> dict[str, tuple[
 def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch and transformers")
-    parser.add_argument("--family", choices=("clip",), default="clip", help="of models, as --family=clip")
-    parser.add_argument("--batch_size", type=int, default=8, help="images, and as many texts, as --batch_size=16")
-    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side, as --rounds=20")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores for each side, as --cores=1")
+    parser.add_argument("--family", choices=("clip",), default="clip", help="of models, e.g. --family=clip")
+    parser.add_argument("--batch_size", type=int, default=8, help="images, and as many texts, e.g. --batch_size=16")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side, e.g. --rounds=20")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores for each side, e.g. --cores=1")
     parser.add_argument(
-        "--huge_pages", action="store_true", help="both sides keep freed memory, in huge pages (glibc), as --huge_pages"
+        "--huge_pages", action="store_true", help="keep freed memory, in huge pages (glibc), e.g. --huge_pages"
     )
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
