@@ -1,5 +1,7 @@
-"""Access to services (MLflow, W&B, the Hub): errors in one line, retries after races, bounded time."""
+"""Access to services (MLflow, W&B, the Hub, object stores): errors in one line, retries after races, bounded time."""
 
+import logging
+import os
 import random
 import re
 import ssl
@@ -7,7 +9,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +18,26 @@ from clip_har_jax.errors import UserError
 
 REACH_S = 5.0  # a service that doesn't answer the first request within this time is down
 RACE_S = 10.0  # a call that loses a race is retried for this long
+STORE_S = 15.0  # as REACH_S, for an object store, whose client looks for credentials first
 MAX_LENGTH = 200
+LATER = (
+    409,
+    412,
+    429,
+    500,
+    502,
+    503,
+    504,
+)  # HTTP status: a race between writers, or a busy service
+GCS = (
+    "STORAGE_EMULATOR_HOST",
+    "https://storage.googleapis.com",
+)  # variable, default address
+STORE_CLIENTS = frozenset("gcsfs s3fs fsspec aiohttp aiobotocore botocore google requests urllib3".split())
+# tensorstore writes the arrays; it raises ValueError with an Abseil status in the message.
+STORE_STATUS = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED)\b"
+)
 
 T = TypeVar("T")
 
@@ -144,6 +166,60 @@ class Guarded:
             return self._service.call(value, *arguments, **named)
 
         return call
+
+
+def hub(name: str, endpoint: str, advice: str) -> RemoteService:
+    """Return the service for the Hugging Face Hub; `name` is the repository or flag that needs it."""
+
+    def is_race(error: Exception) -> bool:
+        return getattr(getattr(error, "response", None), "status_code", None) in LATER
+
+    return RemoteService(f"{name}: the Hub at {endpoint}", advice, is_race)
+
+
+def store(address: str) -> RemoteService:
+    """Return the service for an object store; `address` as in gs://bucket/run."""
+    advice = "check the network, the bucket's name and your rights there, then start again; what was saved stays whole"
+    return RemoteService(address, advice)
+
+
+def check_store(address: str, probe: Callable[[], object]) -> None:
+    """Check that an object store answers, then call `probe`, both in bounded time.
+
+    Raises:
+      UserError: the store can't be reached, or `probe` failed.
+      ImportError: its client isn't installed.
+      KeyError: no client for this kind of address.
+    """
+    service = store(address)
+    if address.startswith("gs://"):  # other stores have an address per region and network
+        service.check_reachable(os.environ.get(*GCS))
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for each failed request
+    try:
+        within(STORE_S, probe)
+    except (ImportError, KeyError):
+        raise
+    except Exception as error:
+        raise service.failed(error) from error
+
+
+@contextmanager
+def store_faults(address: str) -> Iterator[None]:
+    """Turn the errors of an object store's client into one line.
+
+    Raises:
+      UserError: such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not _is_of_store(error):
+            raise
+        raise store(address).failed(error) from error
+
+
+def _is_of_store(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in STORE_CLIENTS or STORE_STATUS.search(str(error)) is not None
 
 
 def advise_login(variable: str, command: str) -> str:

@@ -6,14 +6,17 @@ open, a new one replaces the one that has waited longest, so idle connections ca
 """
 
 import asyncio
+import sys
 from collections import Counter
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
+from serving.heads import head_problem, too_large, without_upgrade
 from serving.problems import MEDIA_TYPE, Problem
 from serving.security import network_of
 from serving.settings import Settings
@@ -100,6 +103,7 @@ class HttpConnection(HttpToolsProtocol):
         self._unparsed_bytes = 0  # in the parser's buffer since its last callback
         self._arrived = False  # whether any data has arrived
         self._had_body = False
+        self._plain_head, self._upgrade_at = b"", 0  # a request that is parsed again, and the position behind its head
         self._refusal: Problem | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -124,12 +128,17 @@ class HttpConnection(HttpToolsProtocol):
             return
         self._arrived = True
         self._unparsed_bytes += len(data)
-        super().data_received(data)
+        while data:
+            super().data_received(data)
+            head, self._plain_head = self._plain_head, b""
+            data = head + data[self._upgrade_at :] if head and not self.transport.is_closing() else b""
         if self._unparsed_bytes > self._limits.max_header_bytes and not self.transport.is_closing():
-            self._refuse(self._headers_too_large())
+            self._refuse(too_large(self._limits.max_header_bytes))
 
-    def _headers_too_large(self) -> Problem:
-        return Problem("headers_too_large", f"over {self._limits.max_header_bytes} bytes of headers; send fewer")
+    def _unsupported_upgrade_warning(self) -> None:
+        """Record where the parser stopped: it drops the body of a request with an Upgrade header; called by uvicorn."""
+        error = sys.exception()
+        self._upgrade_at = error.args[0] if isinstance(error, httptools.HttpParserUpgrade) else 0
 
     # What the parser finds
 
@@ -140,17 +149,15 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._unparsed_bytes = 0
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._limits.max_header_bytes:
-            self._refusal = self._headers_too_large()
-        elif len(self.pipeline) >= MAX_PIPELINED:
+        version = self.parser.get_http_version()
+        self._refusal = head_problem(self.url, version, self.headers, self._limits.max_header_bytes)
+        if self._refusal is None and len(self.pipeline) >= MAX_PIPELINED:
             self._refusal = Problem("too_many_requests", f"over {MAX_PIPELINED} requests sent ahead of their answers")
-        elif sum(name == b"host" for name, _ in self.headers) > 1:
-            self._refusal = Problem("malformed", "several Host headers")
-        elif coding := self._other_coding():
-            self._refusal = Problem("malformed", f"transfer coding {coding} isn't supported; send chunked, or a length")
         if self._refusal is not None:
             raise ValueError(self._refusal.detail)  # stops the parser: further data is ignored
+        if self.parser.should_upgrade() and not self._should_upgrade() and self._get_upgrade() is not None:
+            self._plain_head = without_upgrade(self.parser.get_method(), self.url, version, self.headers)
+            return
         self._part = "body"
         if not self._had_body and any(name in BODY_HEADERS for name, _ in self.headers):
             self._had_body = True
@@ -158,15 +165,13 @@ class HttpConnection(HttpToolsProtocol):
         super().on_headers_complete()
         self._follow()
 
-    def _other_coding(self) -> str | None:
-        codings = b",".join(value for name, value in self.headers if name == b"transfer-encoding")
-        return repr(codings.decode("latin-1"))[:50] if codings.strip().lower() not in (b"", b"chunked") else None
-
     def on_body(self, body: bytes) -> None:
         self._unparsed_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._plain_head:
+            return
         self._unparsed_bytes = 0
         self._part = None
         super().on_message_complete()
@@ -218,7 +223,10 @@ class HttpConnection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer a request that can't be parsed; called by uvicorn."""
-        self._refuse(self._refusal or Problem("malformed", "not a valid HTTP request"))
+        error = sys.exception()  # the parser's error, handled by uvicorn
+        told = isinstance(error, httptools.HttpParserError) and not isinstance(error, httptools.HttpParserCallbackError)
+        reason = f" ({error})" if told else ""
+        self._refuse(self._refusal or Problem("malformed", f"not a valid HTTP request{reason}"))
 
     def _refuse(self, problem: Problem) -> None:
         """Answer without the application, unless an answer has begun, and close the connection."""

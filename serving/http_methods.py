@@ -12,6 +12,8 @@ VERBS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
     """Return the methods that a request's path allows; empty if no route has the path."""
     scope = {**scope, "type": "http"}
+    if scope["path"] == "*":  # the whole service
+        return ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"] if scope["method"] == "OPTIONS" else []
     allowed = [verb for verb in VERBS if any(_allows(route, {**scope, "method": verb}) for route in routes)]
     if not allowed:
         return []

@@ -166,7 +166,9 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         websocket = scope["type"] == "websocket"
-        if (hosts := self._settings.hosts) and host_name(headers.get("host", "")) not in map(host_name, hosts):
+        # HTTP/1.0 has no Host, as in health checks. Web pages, against which this protects, always send one.
+        host, hosts = headers.get("host"), self._settings.hosts
+        if host is not None and hosts and host_name(host) not in map(host_name, hosts):
             raise Problem("host_not_allowed", "the Host header names no host of this service; see HAR_ALLOWED_HOSTS")
         # A browser asks before it sends JSON to another site, but not before it opens a WebSocket or posts a form.
         origin = headers.get("origin")
@@ -232,8 +234,8 @@ class Gate:
 
 def _check_encoding(headers: Headers) -> None:
     """Refuse compressed bodies: a small one can expand to gigabytes."""
-    encoding = headers.get("content-encoding", "").strip()
-    if encoding.lower() not in ("", "identity"):
+    encoding = ", ".join(headers.getlist("content-encoding")).strip()
+    if set(encoding.lower().replace(" ", "").split(",")) - {"", "identity"}:
         raise Problem(
             "unsupported_media_type",
             f"content encoding {encoding[:50]!r} isn't supported; send the body without Content-Encoding",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_har_jax import remote
 from clip_har_jax.data.examples import Example, Source, fingerprint_of
 from clip_har_jax.errors import UserError
 from clip_har_jax.names import label_ids
@@ -153,22 +154,33 @@ class _HubReader:
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
+def _hub(spec: Spec, datasets: Any) -> remote.RemoteService:
+    """Return the service for the Hub; if it can't be reached, `datasets` uses only its local cache."""
+    if Path(spec.path).expanduser().exists():
+        return remote.RemoteService(str(spec), "check that the folder holds a data set")
+    advice = "check the name and the network, or download it and give the folder as hf:PATH"
+    service = remote.hub(str(spec), datasets.config.HF_ENDPOINT, advice)
+    if not datasets.config.HF_HUB_OFFLINE:
+        try:
+            service.check_reachable(datasets.config.HF_ENDPOINT)
+        except UserError:
+            datasets.config.HF_HUB_OFFLINE = True  # else each of its requests waits for a timeout
+    return service
+
+
 def hf_source(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     datasets = _require("datasets", spec)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    try:
+    service = _hub(spec, datasets)
+
+    def load() -> tuple[str, Any]:
         builder = datasets.load_dataset_builder(spec.path)
         builder.download_and_prepare()
-        split = _split_of(spec, split, list(builder.info.splits))
-        rows = builder.as_dataset(split)
-    except UserError:
-        raise
-    except Exception as error:  # the Hub's client, the network and the file formats raise many kinds of exceptions
-        raise UserError(
-            f"{spec}: can't be loaded ({_reason(error)}); check the name and the network, or download it and give the "
-            "folder as hf:PATH"
-        ) from error
+        found = _split_of(spec, split, list(builder.info.splits))
+        return found, builder.as_dataset(found)
+
+    split, rows = service.call(load)
     image, label = _columns(spec, rows.features, datasets.Image, datasets.ClassLabel)
     names, ids = rows.features[label].names, list(rows[label])
     _check_labelled(spec, split, names, ids)

@@ -50,11 +50,7 @@ def push_folder(folder: Path, repository: str, digest: str, private: bool) -> st
       UserError: the Hub refuses the folder or can't be reached.
     """
     api = HfApi()
-    service = remote.RemoteService(
-        f"--repository={repository}: the Hub at {api.endpoint}",
-        remote.advise_login("HF_TOKEN", "hf auth login"),
-        is_race=lambda error: getattr(getattr(error, "response", None), "status_code", None) in (409, 412),
-    )
+    service = remote.hub(f"--repository={repository}", api.endpoint, remote.advise_login("HF_TOKEN", "hf auth login"))
     service.check_reachable(api.endpoint)
     service.call(api.create_repo, repository, private=private, exist_ok=True)
     commit = service.call(

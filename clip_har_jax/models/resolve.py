@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from clip_har_jax import remote
 from clip_har_jax.errors import UserError
 
 
@@ -17,14 +18,22 @@ def resolve_folder(name_or_folder: str) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_folder):
         raise UserError(f"{name_or_folder}: no such folder, and not a Hub name (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
+    return _download(name_or_folder)
 
+
+def _download(name: str) -> Path:
+    """Return the folder of a model's files; if the Hub can't be reached, the earlier download."""
+    from huggingface_hub import constants, snapshot_download
+
+    advice = "check the name and the network; without one, name the folder of a CLIP that was downloaded elsewhere"
+    service = remote.hub(name, constants.ENDPOINT, advice)
     patterns = ["*.json", "*.safetensors", "*.txt", "flax_model.msgpack", "*.jinja"]
     try:
-        return Path(snapshot_download(name_or_folder, allow_patterns=patterns))
-    except Exception as error:  # the Hub's client raises exceptions of its own, of requests and of httpx
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name_or_folder}: not a folder here, and the Hub can't give it ({reason}); without a network, name the "
-            "folder of a CLIP that was downloaded elsewhere"
-        ) from error
+        if not constants.HF_HUB_OFFLINE:
+            service.check_reachable(constants.ENDPOINT)
+    except UserError as unreachable:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except Exception:  # the Hub's client raises exceptions of its own, of requests and of httpx
+            raise unreachable from None
+    return Path(service.call(snapshot_download, name, allow_patterns=patterns))

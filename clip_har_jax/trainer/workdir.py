@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from clip_har_jax import remote
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local, read_json, write_json
@@ -35,11 +37,15 @@ class Change:
 
 @contextmanager
 def disk_faults(workdir: epath.Path) -> Iterator[None]:
-    """Turn errors of a full, read-only or broken disk into one line, wherever a run writes.
+    """Turn errors of a full, read-only or broken disk, or of an object store, into one line, wherever a run writes.
 
     Raises:
       UserError: such an error; names the file if the system does.
     """
+    if not is_local(workdir):
+        with remote.store_faults(os.fspath(workdir)):
+            yield
+        return
     try:
         yield
     except OSError as error:
@@ -58,11 +64,16 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
     """
     if not os.fspath(workdir):
         raise UserError("--workdir is empty; name a folder, e.g. --workdir=runs/demo")
-    path = epath.Path(workdir)
-    if is_local(path) and path.exists() and not path.is_dir():
-        raise UserError(f"--workdir={workdir}: a file, not a folder; name another")
+    if mistyped := re.match(r"(\w{2,}):/(?!/)", os.fspath(workdir)):  # pathlib makes one slash of two
+        raise UserError(f"--workdir={workdir}: write {mistyped[1]}:// for a store, or ./{workdir} for a folder")
     try:
-        probe(path)
+        path = epath.Path(workdir)
+        if not is_local(path):
+            remote.check_store(os.fspath(path), lambda: probe(path))
+        elif path.exists() and not path.is_dir():
+            raise UserError(f"--workdir={workdir}: a file, not a folder; name another")
+        else:
+            probe(path)
     except ImportError as error:  # names the object store's client to install
         raise UserError(f"--workdir={workdir}: {error} (pip)") from error
     except KeyError as error:

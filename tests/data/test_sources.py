@@ -163,7 +163,7 @@ def test_hugging_face_rows_without_a_class_are_refused(hub: Path, ids: Sequence[
 
 def test_hugging_face_without_network_or_labels(hub: Path) -> None:
     message = refusal(lambda: make_source("hf:nobody/nothing", "train"))
-    assert message.startswith("hf:nobody/nothing: can't be loaded")
+    assert message.startswith("hf:nobody/nothing: the Hub at https://")
     assert "check the name and the network" in message
     import datasets
 

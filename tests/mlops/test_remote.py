@@ -177,3 +177,61 @@ def test_no_secret_of_an_address_is_told():
 )
 def test_no_secret_of_a_query_or_header_is_told(text, told):
     assert remote.one_line(RuntimeError(text)) == told
+
+
+@pytest.mark.timeout(60)  # its client's own tries take minutes
+@pytest.mark.parametrize("kind", ["dead", "silent"])
+def test_an_object_store_that_is_down_is_one_line_within_the_bound(kind, monkeypatch):
+    from clip_har_jax.trainer.workdir import make_workdir
+
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(silent_server()) if kind == "silent" else "http://127.0.0.1:9"
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        with pytest.raises(UserError, match=r"^gs://bucket/run: .*; check the network, the bucket's name .* whole$"):
+            make_workdir("gs://bucket/run")
+
+
+@pytest.mark.parametrize("workdir", ["gopher://bucket/run", "gs:/bucket/run"])
+def test_an_address_of_no_store_is_one_line(workdir, tmp_path, monkeypatch):
+    from clip_har_jax.trainer.workdir import make_workdir
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^--workdir={workdir}: "):
+        make_workdir(workdir)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("Forbidden: bucket/run"), ValueError("UNAVAILABLE: CURL error[7]: Couldn't connect")]
+)
+def test_what_an_object_store_raises_in_a_run_is_one_line(error):
+    with (
+        pytest.raises(UserError, match=r"^gs://bucket/run: .*stays whole$"),
+        remote.store_faults("gs://bucket/run"),
+    ):
+        raise error
+    with pytest.raises(ValueError, match="a program's own"), remote.store_faults("gs://bucket/run"):
+        raise ValueError("a program's own")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["dead", "silent"])
+def test_a_hub_that_is_down_gives_what_is_here_or_one_line(kind, tmp_path, monkeypatch):
+    """The model that was downloaded before still opens."""
+    from huggingface_hub import constants
+
+    from clip_har_jax.models.resolve import resolve_folder
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(silent_server()) if kind == "silent" else "http://127.0.0.1:9"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        with pytest.raises(UserError, match=f"^owner/name: the Hub at {address}: .*; check the name and the network"):
+            resolve_folder("owner/name")
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+        assert resolve_folder("owner/name") == snapshot

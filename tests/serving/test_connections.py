@@ -279,13 +279,43 @@ def test_a_deadline_of_the_clients_own_is_no_error_of_the_service(
         (b"GET /v2/health/live HTTP/1.1\r\nHost: evil.example\r\n\r\n", 400),
         (b"GET /v2/health/live HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n\r\n", 400),
         (b"no HTTP at all\r\n\r\n", 400),
+        (b"GET /v2/health/live HTTP/1.1\r\n\r\n", 400),
+        (b"GET /v2/health/live HTTP/1.0\r\n\r\n", 200),  # as load balancers ask
+        (b"GET /v2/health/live HTTP/2.0\r\nHost: 127.0.0.1\r\n\r\n", 400),
+        (LIVE + b"Origin: http://127.0.0.1\r\nOrigin: http://evil.example\r\n\r\n", 400),
+        (b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 204),
+        (b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 400),
         (PREDICT + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 400),
+        (PREDICT + b"Content-Encoding: identity\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\na", 415),
     ],
 )
 def test_hosts_and_codings(port: int, head: bytes, status: int) -> None:
     with connect(port) as connection:
         connection.sendall(head)
         assert status_of(connection.recv(65536)) == status
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_wish_for_http_2_is_ignored_and_the_body_is_read(port: int, photo: bytes, chunked: bool) -> None:
+    """Java's client asks for it with each request. In parts, and with a further request behind it."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(photo)
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(photo), photo) if chunked else photo
+    sent = (PREDICT + upgrade + length + b"\r\n\r\n" + body) * 2 + LIVE + upgrade + b"Connection: close\r\n\r\n"
+    with connect(port) as connection:
+        for part in (sent[:50], sent[50:400], sent[400:]):
+            connection.sendall(part)
+            time.sleep(0.05)
+        answer = read_to_end(connection)
+    assert answer.count(b"HTTP/1.1 200 OK") == 3, answer
+    assert answer.count(b'"label"') >= 2
+
+
+def test_what_a_parser_refuses_is_named(port: int) -> None:
+    with connect(port) as connection:
+        connection.sendall(PREDICT + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!")
+        answer = read_to_end(connection)
+    assert b"not a valid HTTP request (Duplicate Content-Length)" in answer
 
 
 def test_every_limit_is_a_setting() -> None:
