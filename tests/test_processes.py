@@ -215,9 +215,9 @@ def test_an_export_from_a_script(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", ("run", "sit"))
     script = tmp_path / "plain_export.py"
     script.write_text(
-        "from export.run import Options, export_model\nprint('the main module runs', flush=True)\n"
+        "from export.run import ExportOptions, export_model\nprint('the main module runs', flush=True)\n"
         f"model, output = {str(model)!r}, {str(tmp_path / 'export')!r}\n"
-        "parity = export_model(model, ('onnx',), output, options=Options(num_examples=2))\n"
+        "parity = export_model(model, ('onnx',), output, options=ExportOptions(num_examples=2))\n"
         "print(parity['onnx']['passed'])\n"
     )
     assert run(str(script)).splitlines() == ["the main module runs", "True"]

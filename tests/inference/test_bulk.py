@@ -211,9 +211,9 @@ def test_mistakes_are_one_line(predictor: Predictor, photos: Path, tmp_path: Pat
 @pytest.mark.filterwarnings("default")  # the exporter's dependencies warn of their own
 def test_memory_stays_as_it_is_after_two_thousand_files(model: Path, tmp_path: Path) -> None:
     """18,000 files later it may have grown by 3 MB: less than 200 bytes for each of them."""
-    from export.run import Options, export_model
+    from export.run import ExportOptions, export_model
 
-    export_model(str(model), ["onnx"], tmp_path / "export", Options(num_examples=4))
+    export_model(str(model), ["onnx"], tmp_path / "export", ExportOptions(num_examples=4))
     pictures = [write_image(tmp_path / "pictures" / f"{i}.jpg", seed=i) for i in range(8)]
     for i in range(20_000):
         folder = tmp_path / "photos" / f"{i // 1000:02d}"

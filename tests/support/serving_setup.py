@@ -25,7 +25,7 @@ LABELS = ("cycling", "drinking", "running", "sleeping")
 
 def write_export(root: Path, temperature: float = 2.0, labels: tuple[str, ...] = LABELS) -> Path:
     """Return an exported folder of a random model, in ONNX, and `root`/photos."""
-    from export.run import Options, export_model
+    from export.run import ExportOptions, export_model
 
     write_model(root / "model", labels, temperature)
     photos = root / "photos"
@@ -34,7 +34,7 @@ def write_export(root: Path, temperature: float = 2.0, labels: tuple[str, ...] =
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jax2onnx warns of what it uses itself
         parity = export_model(
-            str(root / "model"), ("onnx",), root / "export", Options(f"folder:{photos}", num_examples=4)
+            str(root / "model"), ("onnx",), root / "export", ExportOptions(f"folder:{photos}", num_examples=4)
         )
     assert parity["onnx"]["passed"], parity
     return root / "export"
