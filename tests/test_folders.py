@@ -75,7 +75,7 @@ def hub():
 
 
 def prepare():
-    from clip_har_jax.pipelines import prepare as job
+    from clip_har_jax.pipelines import prepare_data as job
     scan = job.scan
 
     def slow_scan(source, i):
@@ -84,7 +84,7 @@ def prepare():
         return scan(source, i)
 
     job.scan = slow_scan
-    job.prepare([f"folder:{root / 'photos'}"], root / "out", job.PrepareOptions(num_workers=0))
+    job.prepare_data([f"folder:{root / 'photos'}"], root / "out", job.PrepareOptions(num_workers=0))
 
 
 cli.run({"replaced": replaced, "in_place": in_place, "bulk": bulk, "hub": hub, "prepare": prepare}[writer])
