@@ -5,7 +5,6 @@ al. 2018): the bits are dealt into m bands. Two hashes that differ in at most r 
 band k, where the t_k sum to r - m + 1. So only hashes that are that near in a band are compared.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,22 +39,26 @@ class Band:
       width: how many they are.
       threshold: how many of them may differ.
       order: positions of the hashes, sorted by the value of these bits.
+      hashes: the hashes in this order.
       starts: where each value begins in `order`; last, the number of hashes.
-      compared: how many hashes are within the threshold of each value.
+      within: the values with no more 1s than the threshold.
+      compared: how many hashes differ from each value by one of them.
     """
 
     shift: int
     width: int
     threshold: int
     order: Int64[np.ndarray, " n"]
+    hashes: UInt64[np.ndarray, " n"]
     starts: Int64[np.ndarray, " starts"]
+    within: Int64[np.ndarray, " w"]
     compared: Float64[np.ndarray, " v"]
 
     def work(self) -> float:
         """Return the estimated time of the band in ns."""
         sizes = np.diff(self.starts)
-        near = sum(math.comb(self.width, flips) for flips in range(self.threshold + 1))
-        return PAIR_NS / 2 * float(sizes @ self.compared) + np.count_nonzero(sizes) * (VALUE_NS + NEAR_NS * near)
+        a_value = VALUE_NS + NEAR_NS * len(self.within)
+        return PAIR_NS / 2 * float(sizes @ self.compared) + np.count_nonzero(sizes) * a_value
 
     def tasks(self) -> Iterator[tuple[int, int, float]]:
         """Yield ranges of `order`, and the comparisons of each."""
@@ -71,7 +74,6 @@ class Band:
 class Search:
     """Hashes in bands: what the threads share."""
 
-    hashes: Hashes
     vectors: Float32[np.ndarray, "n d"]
     bands: Sequence[Band]
     max_bits: int
@@ -80,39 +82,42 @@ class Search:
     def run(self, k: int, start: int, stop: int) -> tuple[Positions, Positions]:
         """Return the pairs of hashes start to stop of band k's order with those that come later in it."""
         band = self.bands[k]
-        flips = _values_within(band.width, band.threshold)
         value = int(np.searchsorted(band.starts, start, "right")) - 1
-        found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool))]
         while start < stop:
             end = int(band.starts[value + 1])
             if end > start:
-                near = flips ^ value
+                near = band.within ^ value
                 near = near[near > value]
-                later = np.concatenate([np.arange(start, end), _ranges(band.starts[near], band.starts[near + 1])])
-                found += self._compare(k, band.order[start : min(end, stop)], band.order[later])
+                columns = _ranges(np.append(start, band.starts[near]), np.append(end, band.starts[near + 1]))
+                found += self._compare(band, start, min(end, stop), columns)
             start, value = end, value + 1
-        first, second = (np.concatenate(ends) for ends in zip(*found, strict=True))
+        rows, columns, multiplied = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        chosen = (columns > rows) & self._is_first(k, band.hashes[rows] ^ band.hashes[columns])
+        first, second, multiplied = band.order[rows[chosen]], band.order[columns[chosen]], multiplied[chosen]
+        products = np.ones(len(first), np.float32)
+        left = ~multiplied
+        products[left] = np.einsum("ij,ij->i", self.vectors[first[left]], self.vectors[second[left]])
+        chosen = multiplied | (products >= self.min_product)
+        first, second = first[chosen], second[chosen]
         return np.minimum(first, second), np.maximum(first, second)
 
-    def _compare(self, k: int, rows: Positions, columns: Positions) -> Iterator[tuple[Positions, Positions]]:
-        """Yield the pairs of each block; the columns begin with the rows, so that pairs lie above the diagonal."""
+    def _compare(
+        self, band: Band, start: int, stop: int, columns: Positions
+    ) -> Iterator[tuple[Positions, Positions, Bool[np.ndarray, "_"]]]:
+        """Yield the near pairs of rows start to stop of a band's order with columns, and which were multiplied."""
         width = min(len(columns), BLOCK_WIDTH)
-        height = AT_ONCE // width
-        for top in range(0, len(rows), height):
-            for left in range(top, len(columns), width):
-                block = rows[top : top + height], columns[left : left + width]
-                differing = self.hashes[block[0], None] ^ self.hashes[block[1]]
-                near = np.bitwise_count(differing) <= self.max_bits
+        height, others = AT_ONCE // width, band.hashes[columns]
+        for top in range(start, stop, height):
+            rows = slice(top, min(top + height, stop))
+            for left in range(top - start, len(columns), width):
+                near = np.bitwise_count(band.hashes[rows, None] ^ others[left : left + width]) <= self.max_bits
                 if dense := np.count_nonzero(near) > MIN_DENSE * near.size:
-                    near &= self.vectors[block[0]] @ self.vectors[block[1]].T >= self.min_product
+                    across = self.vectors[band.order[columns[left : left + width]]]
+                    near &= self.vectors[band.order[rows]] @ across.T >= self.min_product
                 # np.nonzero of two axes takes twice as long as all the rest.
                 i, j = np.divmod(np.flatnonzero(near), near.shape[1])
-                chosen = (j + left > i + top) & self._is_first(k, differing[i, j])
-                first, second = block[0][i[chosen]], block[1][j[chosen]]
-                if not dense:
-                    products = np.einsum("ij,ij->i", self.vectors[first], self.vectors[second])
-                    first, second = first[products >= self.min_product], second[products >= self.min_product]
-                yield first, second
+                yield i + top, columns[j + left], np.full(len(i), dense)
 
     def _is_first(self, k: int, differing: UInt64[np.ndarray, " p"]) -> Bool[np.ndarray, " p"]:
         """Tell which pairs are found in no band before band k, so that each is yielded once."""
@@ -144,7 +149,7 @@ def near_pairs(
     dealt = np.random.default_rng(0).permutation(BITS)
     bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, BITS // 8), axis=1)[:, dealt]
     hashes = np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint64).reshape(-1)
-    search = Search(hashes, vectors, _choose_bands(hashes, max_bits), max_bits, min_product)
+    search = Search(vectors, _choose_bands(hashes, max_bits), max_bits, min_product)
     tasks = [(k, *task) for k, band in enumerate(search.bands) for task in band.tasks()]
     total, done = sum(compared for *_, compared in tasks), 0.0
     threads = usable_cores()
@@ -179,17 +184,13 @@ def _choose_bands(hashes: Hashes, max_bits: int) -> list[Band]:
 def _make_band(hashes: Hashes, shift: int, width: int, threshold: int) -> Band:
     values = _cut(hashes, shift, width).astype(np.int64)
     sizes = np.bincount(values, minlength=2**width)
+    within = np.flatnonzero(np.bitwise_count(np.arange(2**width)) <= threshold)
     near = np.zeros(2**width)
-    near[_values_within(width, threshold)] = 1
+    near[within] = 1
     # A convolution over XOR, by the Walsh-Hadamard transform.
     compared = np.rint(_hadamard(_hadamard(sizes.astype(np.float64)) * _hadamard(near)) / 2**width)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    return Band(shift, width, threshold, np.argsort(values, kind="stable"), starts, compared)
-
-
-def _values_within(width: int, flips: int) -> Int64[np.ndarray, " b"]:
-    """Return the values of `width` bits of which at most `flips` are 1."""
-    return np.flatnonzero(np.bitwise_count(np.arange(2**width)) <= flips)
+    starts, order = np.concatenate([[0], np.cumsum(sizes)]), np.argsort(values, kind="stable")
+    return Band(shift, width, threshold, order, hashes[order], starts, within, compared)
 
 
 def _hadamard(values: Float64[np.ndarray, " v"]) -> Float64[np.ndarray, " v"]:
