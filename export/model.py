@@ -1,5 +1,6 @@
 """A model folder opened for export, the images for comparing its formats, and the files that formats share."""
 
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int32, UInt8
 
@@ -16,9 +18,9 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.files import read_object, write_json
 from clip_har_jax.inference.exported import ORIGIN, SIGNATURE
 from clip_har_jax.inference.jax_backend import JaxBackend
-from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import HEADS, init_head, make_head
-from clip_har_jax.models.pretrained import read_config
+from clip_har_jax.models.params import make_model
+from clip_har_jax.models.pretrained import read_config, read_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
 from clip_har_jax.text import Tokenizer
 from export.graphs import Graph, make_graphs
@@ -47,8 +49,18 @@ class OpenedModel:
 
     @cached_property
     def graphs(self) -> tuple[Graph, ...]:
-        head = make_head(self.head, self.head_params)
-        return make_graphs(load(str(self.folder)).model, self.backend.preprocess, head, self.temperature)
+        head, config = make_head(self.head, self.head_params), read_config(self.folder)
+        params = read_params(self.folder, config)
+        # The layers hold nearly all weights. Unstacking a host array makes views instead of copies.
+        own = {name: value if ".layers." in name else jax.numpy.asarray(value) for name, value in params.items()}
+        return make_graphs(make_model(config, own), self.backend.preprocess, head, self.temperature)
+
+    def release(self) -> None:
+        """Free all weights; they are read again when they are needed."""
+        self.__dict__.pop("graphs", None)
+        self.backend.release()
+        jax.clear_caches()  # compiled programs hold weights as constants
+        gc.collect()
 
 
 def open_model(path: str, classes: Sequence[str] = ()) -> OpenedModel:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.data import synthetic
@@ -116,10 +117,11 @@ def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, opt
     source = model.folder.resolve()
     if output == source or output in source.parents or source in output.parents:  # a sealed folder takes no files
         raise UserError(f"--output={output}: the model lies there; name another folder")
-    proof = make_proof(model, options.data, options.num_examples)
-    write_contract(model, folder)
+    images, true = read_images(model, options.data, options.num_examples)
     pictures = [synthetic.draw("test", i, GOLDEN_PX)[: 3 * GOLDEN_PX // 4] for i in range(NUM_GOLDEN)]
     golden.write(folder, np.stack(pictures), model.backend)
+    proof = make_proof(model, images, true)
+    write_contract(model, folder)
     parity = {name: _write_and_prove(model, name, way, folder, proof) for name, way in formats.items()}
     if not any(entry["passed"] for entry in parity.values()):
         raise _NothingPassed(parity)
@@ -130,13 +132,8 @@ def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, opt
     return parity
 
 
-def make_proof(model: OpenedModel, data: str, num_examples: int) -> Proof:
-    """Return the inputs and reference outputs of a model's formats, on images of a data set.
-
-    Raises:
-      UserError: as `model.read_images`.
-    """
-    images, true = read_images(model, data, num_examples)
+def make_proof(model: OpenedModel, images: UInt8[np.ndarray, "n h w 3"], true: Int32[np.ndarray, " n"]) -> Proof:
+    """Return the inputs and reference outputs of a model's formats, on images with their true classes."""
     prompts = [text for label in model.actions.labels for text in model.actions.prompts[label]]
     cases = make_cases(images, model.backend.tokenize(prompts), len(model.actions.labels))
     return Proof(cases, reference(model, cases), true)
@@ -157,6 +154,7 @@ def reference(model: OpenedModel, cases: Arrays) -> Arrays:
             return (probs, logits) if name == "classifier" else (embeddings,)
         if name == "text_encoder":
             return (backend.embed_texts(*inputs),)
+        backend.release()  # the explainer is last, and its graph has its own weights
         return [np.asarray(output) for output in explain(graphs[name].params, *inputs)]
 
     return run_cases(run, cases)
@@ -173,6 +171,7 @@ def _write_and_prove(model: OpenedModel, name: str, way: Format, folder: Path, p
         raise UserError(f"--formats={name}: can't express this model with its {model.head!r} head ({error})") from error
     size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
     print(f"{name}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s; proving", file=sys.stderr, flush=True)
+    model.release()  # otherwise two processes hold the weights
     try:
         outputs = prove(folder, name, proof.cases)
         entry = check_parity(proof.expected, outputs, way.bounds, model.actions.labels, proof.true)

@@ -17,12 +17,13 @@ from export.graphs import Graph
 
 OPSET = 23
 MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; larger weights are stored in a separate file
+MIN_STREAMED_BYTES = 2**20  # size from which a weight is converted to float16 only while it is written
 NUM_CALIBRATION = 32  # images that set the scales of activations
 QUANTIZED = ["MatMul", "Gemm"]
 
 
-def to_proto(graph: Graph, fuse: bool = True) -> Any:
-    """Return the graph as an `onnx.ModelProto`: constants folded, dead code removed, attention as one operator.
+def convert(graph: Graph, fuse: bool = True) -> Any:
+    """Return the graph as an `onnx_ir.Model`: constants folded, dead code removed, attention as one operator.
 
     Args:
       graph: the graph to convert.
@@ -31,7 +32,6 @@ def to_proto(graph: Graph, fuse: bool = True) -> Any:
     for name in ("jax2onnx", "onnx_ir"):  # tracebacks of plug-ins that don't load, warnings about untyped values
         logging.getLogger(name).setLevel(logging.CRITICAL)
     import jax2onnx
-    import onnx_ir
     from onnxscript import optimizer, rewriter
 
     function = functools.partial(graph.function, graph.params)
@@ -43,7 +43,14 @@ def to_proto(graph: Graph, fuse: bool = True) -> Any:
         rewriter.rewrite(model, attention_rules())
     if foreign := sorted({node.domain for node in model.graph} - {"", "ai.onnx"}):
         raise AssertionError(f"operators of other domains: {foreign}")
-    return onnx_ir.to_proto(model)
+    return model
+
+
+def to_proto(graph: Graph, fuse: bool = True) -> Any:
+    """Return the result of `convert` as an `onnx.ModelProto`, which holds a second copy of the weights."""
+    import onnx_ir
+
+    return onnx_ir.to_proto(convert(graph, fuse))
 
 
 def attention_rules() -> Any:
@@ -77,47 +84,69 @@ def attention_rules() -> Any:
     return RewriteRuleSet([RewriteRule(pattern, fused, is_triangle) for pattern in (plain, causal)])
 
 
-def is_large(proto: Any) -> bool:
-    """Return whether a model is too large for one file; `proto.ByteSize()` fails for such models."""
-    return sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_PROTOBUF_BYTES
+def save(model: Any, path: Path) -> None:
+    """Write an `onnx_ir.Model`, with its weights in a separate file if it is too large for one.
 
+    Weights are computed and written one by one.
+    """
+    import onnx_ir
 
-def save(proto: Any, path: Path) -> None:
-    """Write a model, with its weights in a separate file if it is too large for one."""
-    import onnx
-
-    if is_large(proto):
+    if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > MAX_PROTOBUF_BYTES:
         beside = path.with_name(f"{path.name}.data")
-        onnx.save(proto, path, save_as_external_data=True, location=beside.name)
-        beside.chmod(path.stat().st_mode)  # onnx makes the file readable only by its owner
+        onnx_ir.save(model, path, external_data=beside.name)
+        beside.chmod(path.stat().st_mode)  # onnx_ir makes the file readable only by its owner
     else:
-        onnx.save(proto, path)
+        onnx_ir.save(model, path)
 
 
 def write_onnx(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
     """Write each graph in float32."""
     for graph in graphs:
-        save(to_proto(graph), folder / f"{graph.name}.onnx")
+        save(convert(graph), folder / f"{graph.name}.onnx")
 
 
 def write_fp16(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"]) -> None:
     """Write each graph in float16, for GPUs."""
     for graph in graphs:
-        save(to_float16(to_proto(graph)), folder / f"{graph.name}.onnx")
+        save(to_float16(convert(graph)), folder / f"{graph.name}.onnx")
 
 
-def to_float16(proto: Any) -> Any:
-    """Return the model in float16, with unchanged types of inputs and outputs."""
+def to_float16(model: Any) -> Any:
+    """Return the `onnx_ir.Model` in float16, with unchanged types of inputs and outputs; the argument is used up.
+
+    The converter would copy large weights. It sees them as inputs, and `save` converts them one by one.
+    """
     import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    # The graph has its types already; inferring them again fails for large graphs.
-    half = convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=is_large(proto))
+    outside = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+    large = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.dtype == onnx_ir.DataType.FLOAT and value.const_value.nbytes > MIN_STREAMED_BYTES
+    }
+    for name in large:
+        model.graph.inputs.append(value := model.graph.initializers.pop(name))
+        value.const_value = None
+    half = convert_float_to_float16(onnx_ir.to_proto(model), keep_io_types=outside)
     # The converter appends the casts of inputs to the end, and leaves wrong types where it adds others.
     del half.graph.value_info[:]
     model = onnx_ir.from_proto(half)
+    for value in [value for value in model.graph.inputs if value.name in large]:
+        model.graph.inputs.remove(value)
+        value.const_value = onnx_ir.LazyTensor(
+            functools.partial(_halve, large[value.name]), value.dtype, value.shape, name=value.name
+        )
+        model.graph.register_initializer(value)
     model.graph.sort()
-    return onnx_ir.to_proto(model)
+    return model
+
+
+def _halve(tensor: Any) -> Any:
+    import onnx_ir
+    from onnxruntime.transformers.float16 import convert_np_to_float16
+
+    return onnx_ir.tensor(convert_np_to_float16(tensor.numpy()))
 
 
 def write_int8(
@@ -127,14 +156,14 @@ def write_int8(
 
     The text encoder is always quantised dynamically: images can't calibrate it.
     """
-    import onnx
+    import onnx_ir
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     quiet_quantiser()
     for graph in graphs:
         with tempfile.TemporaryDirectory() as scratch:
             source, target = Path(scratch) / "float32.onnx", Path(scratch) / "int8.onnx"
-            save(to_proto(graph), source)
+            save(convert(graph), source)
             large = source.with_name(f"{source.name}.data").exists()
             if static and "image" in graph.inputs:
                 quantize_static(
@@ -157,11 +186,11 @@ def write_int8(
                     weight_type=QuantType.QInt8,
                     use_external_data_format=large,
                 )
-            save(onnx.load(target), folder / f"{graph.name}.onnx")
+            save(onnx_ir.load(target), folder / f"{graph.name}.onnx")
 
 
 def quiet_quantiser() -> None:
-    """Silence the quantiser's advice to prepare the graph, which `to_proto` has done."""
+    """Silence the quantiser's advice to prepare the graph, which `convert` has done."""
     logging.getLogger().addFilter(_is_news)
 
 

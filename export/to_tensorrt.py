@@ -58,12 +58,14 @@ def typed_proto(graph: Graph, precision: str, images: UInt8[np.ndarray, "n h w 3
         encoder is then float16, as it runs only once per set of classes.
       images: set the scales of int8 activations.
     """
+    import onnx_ir
+
     proto = to_proto(graph, fuse=False)
     if precision == "int8" and "image" in graph.inputs:
         proto = quantize(proto, graph, images[:NUM_CALIBRATION])
     if precision == "bf16":
         return to_bfloat16(proto)
-    return proto if precision == "fp32" else to_float16(proto)
+    return proto if precision == "fp32" else onnx_ir.to_proto(to_float16(onnx_ir.from_proto(proto)))
 
 
 def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> Any:
@@ -74,6 +76,7 @@ def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> 
     product isn't quantised: pixels from 0 to 255 would lose a bit in signed numbers.
     """
     import onnx
+    import onnx_ir
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     quiet_quantiser()
@@ -81,7 +84,7 @@ def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> 
     products = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "float32.onnx", Path(scratch) / "int8.onnx"
-        save(proto, source)
+        save(onnx_ir.from_proto(proto), source)
         quantize_static(
             source,
             target,
@@ -105,10 +108,11 @@ def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> 
 def to_bfloat16(proto: Any) -> Any:
     """Convert to bfloat16, with float32 inputs and outputs: ONNX Runtime's float16 converter, with the other type."""
     import ml_dtypes
+    import onnx_ir
     from onnx import TensorProto, numpy_helper
 
     exact = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    half = to_float16(proto)
+    half = onnx_ir.to_proto(to_float16(onnx_ir.from_proto(proto)))
     del half.graph.value_info[:]
     for tensor in half.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT16:
@@ -160,6 +164,7 @@ def write_tensorrt(
     graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.ndarray, "n h w 3"], precision: str = "fp16"
 ) -> None:
     """Build one engine per graph for batches of 1 to `MAX_BATCH`; return the facts of the build."""
+    import onnx_ir
     import tensorrt as trt
 
     logger = trt.Logger(trt.Logger.ERROR)
@@ -170,7 +175,7 @@ def write_tensorrt(
         parser = trt.OnnxParser(network, logger)
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch) / f"{graph.name}.onnx"
-            save(typed_proto(graph, precision, images), source)
+            save(onnx_ir.from_proto(typed_proto(graph, precision, images)), source)
             if not parser.parse_from_file(str(source)):
                 raise RuntimeError(f"{graph.name}: {parser.get_error(0)}")
         config = builder.create_builder_config()
@@ -200,6 +205,8 @@ def write_for_trtexec(
     Raises:
       UserError: NVIDIA's list lacks an operator for this precision, or the folder isn't empty.
     """
+    import onnx_ir
+
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     commands = []
@@ -207,7 +214,7 @@ def write_for_trtexec(
         proto = typed_proto(graph, precision, images)
         if missing := unsupported(proto, precision):
             raise UserError(f"{graph.name}: TensorRT has no {', '.join(missing)} in {precision}")
-        save(proto, folder / f"{graph.name}.onnx")
+        save(onnx_ir.from_proto(proto), folder / f"{graph.name}.onnx")
         commands.append(trtexec_command(graph, Path(f"{graph.name}.onnx")))
     script = "\n".join(["#!/bin/sh", 'set -e; cd "$(dirname "$0")"', *commands, ""])
     (folder / "build.sh").write_text(script, encoding="utf-8")

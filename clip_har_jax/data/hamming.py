@@ -204,6 +204,8 @@ def _hadamard(values: Float64[np.ndarray, " v"]) -> Float64[np.ndarray, " v"]:
 
 def _ranges(starts: Int64[np.ndarray, " b"], ends: Int64[np.ndarray, " b"]) -> Positions:
     """Return the numbers of all ranges, one range after the other."""
+    if len(starts) == 1:
+        return np.arange(starts[0], ends[0])
     lengths = ends - starts
     offsets = starts - np.cumsum(lengths) + lengths
     return np.arange(int(lengths.sum())) + np.repeat(offsets, lengths)

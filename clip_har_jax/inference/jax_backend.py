@@ -70,6 +70,12 @@ class JaxBackend:
         size = int(self._tensors["image_size_px"])
         self.preprocess = Preprocess.from_folder(self.path, size)
 
+    def release(self) -> None:
+        """Free the weights and the compiled programs; they are read again when they are needed."""
+        for name in ("_loaded", "_params", "_restore", "_image_params", "_explain", "_encode_text"):
+            self.__dict__.pop(name, None)
+        self._programs.clear()
+
     @property
     def scale(self) -> float:
         """Return the factor from cosines to logits."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 from jax.sharding import NamedSharding
 
 from clip_har_jax import bundle
@@ -15,7 +14,7 @@ from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConf
 from clip_har_jax.models.head_file import read_head
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, init_temporal, make_model
-from clip_har_jax.models.pretrained import read_config, read_params, resize_positions
+from clip_har_jax.models.pretrained import on_device, read_config, read_params, resize_positions
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer
@@ -178,9 +177,8 @@ def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
     """
     folder = resolve_folder(name_or_folder)
     config = read_config(folder)
-    params = jax.tree.map(jax.numpy.asarray, read_params(folder, config))
     return LoadedModel(
-        make_model(config, params, runtime),
+        make_model(config, on_device(read_params(folder, config)), runtime),
         Tokenizer.from_folder(folder),
         Preprocess.from_folder(folder, config.vision.image_size),
         folder,

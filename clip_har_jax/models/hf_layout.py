@@ -101,8 +101,13 @@ def params_to_hf(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def params_from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], where: str) -> Params:
+def params_from_hf(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Params:
     """Return Hugging Face's tensors as flat float32 parameters of exactly `shapes`.
+
+    Args:
+      tensors: arrays, or objects with a shape that are read when they are converted to arrays.
+      shapes: of the parameters.
+      where: the folder, for messages.
 
     Raises:
       UserError: missing, unexpected or misshapen weights; names all of them in one message.
@@ -129,8 +134,12 @@ def params_from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple
 
     def convert(ours: str) -> np.ndarray:
         theirs, transform = TABLE[ours]
-        layers = [_from_hf(np.asarray(tensors[name], np.float32), transform) for name in fitting[ours]]
-        return np.stack(layers) if "{i}" in theirs else layers[0]
+        if "{i}" not in theirs:
+            return _from_hf(np.asarray(tensors[theirs], np.float32), transform)
+        stacked = np.empty(shapes[ours], np.float32)
+        for layer, name in zip(stacked, fitting[ours], strict=True):  # one by one: no second copy of a tower
+            layer[...] = _from_hf(np.asarray(tensors[name], np.float32), transform)
+        return stacked
 
     with ThreadPoolExecutor() as pool:  # copying releases Python's lock
         return dict(zip(fitting, pool.map(convert, fitting), strict=True))

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.temporal import TEMPORAL_FILE, split_temporal
+
+_NUMPY = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors that numpy has
 
 
 def read_config(folder: Path) -> CLIPConfig:
@@ -64,14 +67,14 @@ def _read_temporal(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Param
     return {name: np.asarray(value, np.float32) for name, value in params.items()}
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+def _read_tensors(folder: Path) -> dict[str, Any]:
     single, index, msgpack = (
         folder / name for name in ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
     )
     if single.is_file():
         return _read_safetensors(single)
     if index.is_file():
-        tensors: dict[str, np.ndarray] = {}
+        tensors: dict[str, Any] = {}
         for shard in _read_shard_names(index):
             if not (folder / shard).is_file():
                 raise UserError(f"{folder}: {shard}, named by {index.name}, is missing")
@@ -93,13 +96,40 @@ def _read_shard_names(index: Path) -> list[str]:
         raise UserError(f"{index}: not an index of safetensors ({error!r}); copy it again") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.flax import load_file  # the numpy reader doesn't know bfloat16
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor of a safetensors file that is read when it is converted: a large model is never in memory twice."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    framework: str  # numpy doesn't know bfloat16
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            # Opened for each tensor: an open file keeps all that was read from it mapped in memory.
+            with (
+                jax.default_device(jax.local_devices(backend="cpu")[0]),
+                safe_open(self.path, self.framework) as file,
+            ):
+                return np.asarray(file.get_tensor(self.name), dtype)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path}: can't be read ({error}); copy it again") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a file by name, without reading them."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return {name: np.asarray(value) for name, value in load_file(str(path)).items()}
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not iterable itself
+            return {
+                name: _StoredTensor(path, name, tuple(one.get_shape()), "np" if one.get_dtype() in _NUMPY else "flax")
+                for name, one in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: can't be read ({error}); copy it again") from error
 
@@ -142,7 +172,12 @@ def load_pretrained(name_or_folder: str, runtime: Runtime = Runtime()) -> FlaxCL
     """
     folder = resolve_folder(name_or_folder)
     config = read_config(folder)
-    return make_model(config, jax.tree.map(jax.numpy.asarray, read_params(folder, config)), runtime)
+    return make_model(config, on_device(read_params(folder, config)), runtime)
+
+
+def on_device(params: Params) -> Params:
+    """Return host arrays as arrays of the default device; `params` is emptied, so that few are held twice."""
+    return {name: jax.numpy.asarray(params.pop(name)) for name in list(params)}
 
 
 def save_pretrained(model: FlaxCLIPModel, folder: str | Path) -> None:

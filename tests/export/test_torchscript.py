@@ -15,14 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.filterwar
 SIDE = """
 import dataclasses, json, sys
 from pathlib import Path
-from export.model import open_model, write_contract
+from export.model import open_model, read_images, write_contract
 from export.run import make_proof, prove
 from export.parity import FLOAT32, check_parity
 from export.to_torch import write_torchscript
 
 folder, photos, lost, scratch = sys.argv[1:]
 model = open_model(folder)
-proof = make_proof(model, f"folder:{photos}", 8)
+proof = make_proof(model, *read_images(model, f"folder:{photos}", 8))
 preprocess, params = model.backend.preprocess, model.head_params
 backwards = {"mean": preprocess.mean[::-1], "std": preprocess.std[::-1]}
 made_of = {
