@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import onnx
 import pytest
 
 from clip_har_jax import Predictor, UserError, bundle
@@ -409,6 +410,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.to_onnx.MAX_PROTOBUF_BYTES", 0)
+    monkeypatch.setattr("export.to_onnx.MIN_STREAMED_BYTES", 64)
     model = open_model(str(folder))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     write_contract(model, tmp_path)
@@ -422,6 +424,11 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     write_fp16(model.graphs[:1], tmp_path / "onnx_fp16", images)
     (embeds,) = exported.Graphs(tmp_path, "onnx_fp16").run("image_encoder", images)
     np.testing.assert_allclose(embeds, model.backend.embed(images), atol=1e-2)
+    stored = onnx.load(tmp_path / "onnx_fp16" / "image_encoder.onnx").graph.initializer
+    assert {tensor.data_type for tensor in stored if len(tensor.dims) > 1} <= {
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.INT64,
+    }
     for static in (False, True):
         shutil.rmtree(tmp_path / "onnx_int8", ignore_errors=True)
         (tmp_path / "onnx_int8").mkdir()
