@@ -56,7 +56,7 @@ def replacing(target: str | Path, flag: str = "--output") -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def replace_folder(target: str | Path, fill: Callable[[Path], None], flag: str = "--output") -> Path:
+def replace_folder(target: str | Path, fill: Callable[[Path], object], flag: str = "--output") -> Path:
     """Replace `target` by a folder that `fill` writes, see `replacing`."""
     with replacing(target, flag) as folder:
         fill(folder)

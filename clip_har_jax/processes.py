@@ -72,22 +72,26 @@ class SharedMemory:
 
     It lies in /dev/shm, or in a file of the temporary folder if that is too small, as in many containers.
 
+    Attributes:
+      fd: the descriptor of the file.
+      buffer: the bytes.
+
     Raises:
       UserError: neither has enough space.
     """
 
-    _fd = -1
+    fd = -1
 
     def __init__(self, num_bytes: int, fd: int | None = None):
-        self._fd, self.num_bytes = _reserve(num_bytes) if fd is None else fd, num_bytes
-        self.buffer = mmap.mmap(self._fd, num_bytes)
+        self.fd, self.num_bytes = _reserve(num_bytes) if fd is None else fd, num_bytes
+        self.buffer = mmap.mmap(self.fd, num_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (self.num_bytes, DupFd(self._fd))
+        return _attach, (self.num_bytes, DupFd(self.fd))
 
     def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)  # the mapping stays valid as long as an array uses it
+        if self.fd >= 0:
+            os.close(self.fd)  # the mapping stays valid as long as an array uses it
 
 
 def _reserve(num_bytes: int) -> int:

@@ -154,7 +154,11 @@ def test_a_folder_is_sealed_once(folder: Path) -> None:
 def test_replace_folder(tmp_path: Path) -> None:
     target = tmp_path / "a" / "model"
     for text in ("first", "second"):
-        assert replace_folder(target, lambda folder, text=text: (folder / text).write_text(text)) == target
+
+        def fill(folder: Path, text: str = text) -> None:
+            (folder / text).write_text(text)
+
+        assert replace_folder(target, fill) == target
         assert [path.name for path in target.iterdir()] == [text]
     assert list(target.parent.iterdir()) == [target]
 

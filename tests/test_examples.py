@@ -49,9 +49,9 @@ def folder(tmp_path_factory):
 def test_the_example_gives_what_it_shows(folder, documented, monkeypatch):
     monkeypatch.chdir(folder)
     names = dict(vars(inspect.getmodule(inspect.unwrap(documented))))
-    docstring = inspect.getdoc(documented)
+    docstring = inspect.getdoc(documented) or ""
     example = doctest.DocTestParser().get_doctest(docstring, names, documented.__qualname__, None, None)
     assert example.examples, "no example"
-    said = []
+    said: list[str] = []
     result = doctest.DocTestRunner().run(example, out=said.append)
     assert result.failed == 0, "".join(said)

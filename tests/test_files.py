@@ -1,5 +1,6 @@
 """Files are written whole or not at all, digests don't depend on how the bytes are given, bad JSON is one line."""
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from etils import epath
 
 from clip_har_jax import files
 from clip_har_jax.errors import UserError
-from clip_har_jax.trainer import features
+from clip_har_jax.trainer.features import cached_features
 from clip_har_jax.training.probe import LabeledFeatures
+from tests.support.batches import ArraySource
 
 
 def test_json_keeps_its_old_contents_when_writing_fails(tmp_path: Path) -> None:
@@ -35,44 +37,55 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def _write_features(path: Path, value: int) -> None:
-    features._write(path, LabeledFeatures(np.full((1, 2), value, np.float32), np.array([value], np.int32)))
+def write_number(folder: Path, value: int) -> None:
+    files.write_text(folder / "x", str(value))
 
 
-@pytest.mark.parametrize("write", [lambda path, value: files.write_text(path, str(value)), _write_features])
+def write_features(folder: Path, value: int) -> None:
+    """Keep features under one name for all values, as of two runs that compute the same."""
+    found = LabeledFeatures(np.full((1, 2), value, np.float32), np.array([0], np.int32))
+    cached_features(ArraySource(1), "digest", {"folder": str(folder)}, lambda: found)
+
+
+@pytest.mark.parametrize("write", [write_number, write_features])
 def test_a_file_is_locked_until_it_is_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, int], None]
 ) -> None:
-    path, fsync = tmp_path / "x", os.fsync
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fsync = os.fsync
 
     def write_meanwhile(fd: int) -> None:
-        monkeypatch.setattr(files.os, "fsync", fsync)
-        write(path, 2)
+        monkeypatch.setattr(os, "fsync", fsync)
+        write(tmp_path, 2)
         fsync(fd)
 
-    monkeypatch.setattr(files.os, "fsync", write_meanwhile)
-    write(path, 1)
+    monkeypatch.setattr(os, "fsync", write_meanwhile)
+    write(tmp_path, 1)
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
     ended_last = path.read_bytes()
-    assert list(tmp_path.iterdir()) == [path]
-    write(path, 1)
+    path.unlink()
+    write(tmp_path, 1)
     assert path.read_bytes() == ended_last
 
 
 def test_a_scratch_file_removed_before_it_was_locked_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, claim = tmp_path / "x", files._claim
+    """Another writer takes it for a killed writer's, unless it holds the lock."""
+    path, flock = tmp_path / "x", fcntl.flock
 
-    def clear_first(file: IO[bytes]) -> bool | None:
-        monkeypatch.setattr(files, "_claim", claim)
-        files._clear_leftovers(path)
-        return claim(file)
+    def write_before(file: IO[bytes], operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        files.write_text(path, "before the lock")
+        flock(file, operation)
 
-    monkeypatch.setattr(files, "_claim", clear_first)
+    monkeypatch.setattr(fcntl, "flock", write_before)
     with files.atomic(path) as partial:
+        assert path.read_text() == "before the lock"
         assert partial.exists()
-        files._clear_leftovers(path)
-        assert partial.exists()
+        files.write_text(path, "after the lock")
+        partial.write_text("last")
+    assert path.read_text() == "last"
 
 
 def test_a_failed_write_leaves_nothing_beside_the_old_file(tmp_path: Path) -> None:

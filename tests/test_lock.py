@@ -28,10 +28,11 @@ with FolderLock(epath.Path(sys.argv[1]), renew_s=0.2):
 def holder(tmp_path):
     """Another process that holds the folder's lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
     process.kill()
     process.wait()
+    assert process.stdout is not None
     process.stdout.close()
 
 

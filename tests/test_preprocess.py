@@ -7,6 +7,7 @@ import threading
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,8 +128,8 @@ def test_big_endian_16_bits() -> None:
     ("dtype", "white"),
     [(np.float32, 1), (np.float32, 255), (np.float32, 65535), (np.int32, 255), (np.int32, 65535)],
 )
-def test_wide_pixels_are_scaled_by_their_range(dtype: type, white: int) -> None:
-    values = np.linspace(0, white, 64).reshape(8, 8).astype(dtype)
+def test_wide_pixels_are_scaled_by_their_range(dtype: type[np.generic], white: int) -> None:
+    values: np.ndarray = np.linspace(0, white, 64).reshape(8, 8).astype(dtype)
     decoded = decode(encode(Image.fromarray(values), "TIFF"))[..., 0].astype(float)
     np.testing.assert_allclose(decoded, values / white * 255, atol=1.01)
 
@@ -363,7 +364,7 @@ def test_normalize_equals_transformers() -> None:
 # preprocessor_config.json
 
 PLAIN = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3}
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     "openai": PLAIN | {"size": 32, "crop_size": 32, "feature_extractor_type": "CLIPFeatureExtractor"},
     "shortest edge": PLAIN | {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
     "larger resize": PLAIN | {"size": {"shortest_edge": 40}, "crop_size": 32},

@@ -86,10 +86,10 @@ def test_shared_memory_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch,
         return
     memory = SharedMemory(3 << 20)
     folder = tempfile.gettempdir() if full else SHM
-    assert os.readlink(f"/proc/self/fd/{memory._fd}").startswith(folder)
-    assert os.fstat(memory._fd).st_blocks * 512 >= 3 << 20  # no page lacks room when it is written
+    assert os.readlink(f"/proc/self/fd/{memory.fd}").startswith(folder)
+    assert os.fstat(memory.fd).st_blocks * 512 >= 3 << 20  # no page lacks room when it is written
     memory.buffer[-1] = 7
-    assert SharedMemory(3 << 20, os.dup(memory._fd)).buffer[-1] == 7
+    assert SharedMemory(3 << 20, os.dup(memory.fd)).buffer[-1] == 7
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")

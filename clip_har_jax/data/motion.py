@@ -201,17 +201,18 @@ class DrawnClip:
     duration_s = DURATION_S
 
     @cached_property
-    def _scene(self) -> "_Scene":
-        return _Scene(
+    def scene(self) -> "Scene":
+        """What its frames have in common."""
+        return Scene(
             LABELS[label_of(self.split, self.index)], (list(SPLITS).index(self.split), self.index), self.size_px
         )
 
     def frame_at(self, time_s: float) -> UInt8[np.ndarray, "size size 3"]:
         """Draw the frame at a time from 0 to `duration_s`."""
-        return self._scene.draw(time_s)
+        return self.scene.draw(time_s)
 
 
-class _Scene:
+class Scene:
     """The constant parts of a clip's frames."""
 
     def __init__(self, label: str, seed: tuple[int, int], size_px: int):

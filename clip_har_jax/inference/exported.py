@@ -236,9 +236,9 @@ class ExportedBackend:
     def embed_classes(self, prompts: Sequence[Sequence[str]]) -> Float32[np.ndarray, "c d"]:
         """Return class embeddings of the texts of each class, from the text encoder."""
         ids, _ = self._tokenizer([text for group in prompts for text in group], self._context_length)
-        return mean_by_class(self._run("text_encoder", ids)[0], [len(group) for group in prompts])
+        return mean_by_class(self.run_graph("text_encoder", ids)[0], [len(group) for group in prompts])
 
-    def _run(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
+    def run_graph(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
         """Return a graph's outputs, computed `batch_size` rows at a time; padded if a new size needs a compilation."""
         parts, length = [], len(inputs[0])
         for start in range(0, length, self.batch_size):
@@ -252,7 +252,7 @@ class ExportedBackend:
     def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Return class logits, divided by the temperature."""
         if self._classes is None:
-            logits = self._run("classifier", images)[1]
+            logits = self.run_graph("classifier", images)[1]
         else:
             logits = self._scale * self.embed(images) @ self._classes.T
         check_finite(logits, self.path)
@@ -266,7 +266,7 @@ class ExportedBackend:
 
     def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
         """Return L2-normalised image embeddings."""
-        return self._run("image_encoder", images)[0]
+        return self.run_graph("image_encoder", images)[0]
 
     def explain(
         self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
@@ -274,7 +274,7 @@ class ExportedBackend:
         """Return a heat map of a class for each image; for new classes, from the patches' part in the embedding."""
         indices = check_indices(class_indices, len(images), len(self.labels))
         if self._classes is None:
-            return self._run("explainer", images, np.eye(len(self.labels), dtype=np.float32)[indices])[0]
+            return self.run_graph("explainer", images, np.eye(len(self.labels), dtype=np.float32)[indices])[0]
         return self.explain_embeddings(images, self._classes[indices])
 
     def explain_embeddings(
@@ -282,7 +282,7 @@ class ExportedBackend:
     ) -> Float32[np.ndarray, "b g g"]:
         """Return heat maps like `explain`, for the embedding of any class, one per image."""
         own = self.graphs.signatures["explainer"]["inputs"]["class_weights"][1][1]
-        patches = self._run("explainer", images, np.zeros((len(images), own), np.float32))[1]
+        patches = self.run_graph("explainer", images, np.zeros((len(images), own), np.float32))[1]
         relevance = np.maximum(np.einsum("bnd,bd->bn", patches, classes), 0)
         heat = relevance / np.maximum(relevance.max(axis=1, keepdims=True), 1e-12)
         grid = round(heat.shape[1] ** 0.5)

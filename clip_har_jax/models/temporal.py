@@ -114,12 +114,12 @@ class SpaceTimeAdapter(nnx.Module):
         width = hidden.shape[-1]
         taps = self.taps[...].astype(hidden.dtype)
         patches = hidden[:, :, 1:].reshape(-1, num_frames, side, side, width)
-        seen = _shifted_sum(patches, taps, (1, 2, 3)).reshape(-1, num_frames, tokens - 1, width)
-        token = _shifted_sum(hidden[:, :, :1], taps[:, 1, 1], (1,))
+        seen = depthwise_conv(patches, taps, (1, 2, 3)).reshape(-1, num_frames, tokens - 1, width)
+        token = depthwise_conv(hidden[:, :, :1], taps[:, 1, 1], (1,))
         return self.up(jnp.concatenate([token, seen], axis=2)).reshape(x.shape)
 
 
-def _shifted_sum(x: jax.Array, taps: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+def depthwise_conv(x: jax.Array, taps: jax.Array, dims: tuple[int, ...]) -> jax.Array:
     """Convolve each channel (the last dim) along `dims` with 3 taps per dim; 0 outside.
 
     A sum of shifted copies, which compilers fuse; grouped convolutions of one channel are slow on CPUs.

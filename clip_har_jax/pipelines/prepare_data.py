@@ -124,7 +124,7 @@ def prepare_data(data: Sequence[str], output: Path, options: PrepareOptions = Pr
         splits = assign_splits(ids, groups, Shares(shares.val, 0.0 if options.test else shares.test), options.seed)
         if options.test:
             splits = _keep_test(splits, groups, source.given[kept] == len(data))
-        paths, root = _place(source, kept, scanned, output)
+        paths, root = place_files(source, kept, scanned, output)
         rows = _make_rows(paths, scanned, names, copies, groups, splits)
         manifest = make_manifest(rows, root, _about(data, options, source.clips))
         given = [[*data, options.test][i] for i in source.given[kept]]
@@ -223,7 +223,9 @@ def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> li
     ]
 
 
-def _place(source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], output: Path) -> tuple[list[str], Path]:
+def place_files(
+    source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], output: Path
+) -> tuple[list[str], Path]:
     """Return the files' paths below a common folder, and that folder; write images without files to images/."""
     files = [source.path(i) for i in kept]
     if any(file is None for file in files):

@@ -173,10 +173,25 @@ class Search:
     Fewer parts of a batch mean fewer passes over the weights, so the search looks for the fewest parts that fit, for
     each mesh and rematerialisation. A program that is too large is refused within seconds, and its size excludes
     further numbers of parts.
+
+    Args:
+      planned_step: the step whose variants are tried.
+      machine: where it would run.
+      deadline: a compilation that would probably end later, by `time.monotonic`, isn't started.
+      say: called with a line of text after each variant.
+      cost_of: returns a variant's cost, as `compile_variant` does.
     """
 
-    def __init__(self, planned_step: PlannedStep, machine: Machine, deadline: float, say: Callable[[str], object]):
+    def __init__(
+        self,
+        planned_step: PlannedStep,
+        machine: Machine,
+        deadline: float,
+        say: Callable[[str], object],
+        cost_of: Callable[[PlannedStep, Machine, Variant, float], VariantCost] = compile_variant,
+    ):
         self.planned_step, self.machine, self.deadline, self.say = planned_step, machine, deadline, say
+        self.cost_of = cost_of
         self.candidates: dict[Variant, VariantCost] = {}
         self.workers = min(4, os.cpu_count() or 1)  # a compilation keeps about one core busy
 
@@ -284,7 +299,7 @@ class Search:
             return None
         best = self._best()
         give_up_s = best.times.estimate_s if best and best.times else float("inf")
-        candidate = self.candidates[variant] = compile_variant(self.planned_step, self.machine, variant, give_up_s)
+        candidate = self.candidates[variant] = self.cost_of(self.planned_step, self.machine, variant, give_up_s)
         left = f"at most {max(0.0, self.deadline - time.monotonic()):.0f} s left"
         self.say(f"{variant}: {describe_variant(candidate, self.machine)} ({candidate.compile_s:.0f} s; {left})")
         return candidate

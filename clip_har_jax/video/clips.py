@@ -1,7 +1,7 @@
 """Clip -> timed frames: those of one view, or all of them in order."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def iter_frames(
     max_megapixels: float = MAX_MEGAPIXELS,
     num_threads: int = 0,
     time_limit_s: float | None = None,
-) -> Iterator[TimedFrame]:
+) -> Generator[TimedFrame, None, None]:
     """Yield the frames of a file or a live stream in order, rotated for display.
 
     Args:

@@ -113,9 +113,14 @@ def test_a_service_of_its_own_is_started_and_started_again_when_it_ended(
 ) -> None:
     monkeypatch.delenv("HAR_URL")
     monkeypatch.setenv("APP_MODEL", str(folder))
-    started = []
+    started: list[subprocess.Popen[str]] = []
     original = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(original(*a, **k)) or started[-1])
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(original(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     main.own_url.clear()
     try:
         page = open_page("about")

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
 
 from clip_har_jax.pipelines.evaluate import evaluate_model
 from tests.support.model_folders import write_image, write_images, write_model
@@ -127,7 +127,7 @@ def test_every_page_fits_and_lets_everyone_in(browser: Browser, app: str, width_
     page.close()
 
 
-def photo(seed: int) -> dict[str, Any]:
+def photo(seed: int) -> FilePayload:
     path = Path("/tmp") / f"clip_har_jax_photo_{seed}.png"
     content = write_image(path, seed).read_bytes()
     path.unlink()
@@ -143,7 +143,7 @@ def test_a_picture_is_uploaded_and_answered(browser: Browser, app: str) -> None:
     page.locator("input[type=file]").set_input_files(photo(1))
     expect(page.get_by_role("status").filter(has_text="sure").first).to_be_visible(timeout=30_000)
     expect(page.get_by_alt_text("marked warm")).to_be_visible(timeout=30_000)
-    bad = {"name": "bad.png", "mimeType": "image/png", "buffer": b"no picture"}
+    bad: FilePayload = {"name": "bad.png", "mimeType": "image/png", "buffer": b"no picture"}
     page.locator("input[type=file]").set_input_files(bad)
     expect(page.get_by_text("no picture, or a damaged one")).to_be_visible(timeout=30_000)
     assert not wrong
@@ -175,7 +175,7 @@ def test_a_video_has_its_timeline(browser: Browser, app: str) -> None:
     expect(page.get_by_text("Download as CSV").or_(page.get_by_text("No action lasted")).first).to_be_visible(
         timeout=60_000
     )
-    bad = {"name": "bad.mp4", "mimeType": "video/mp4", "buffer": b"no video"}
+    bad: FilePayload = {"name": "bad.mp4", "mimeType": "video/mp4", "buffer": b"no video"}
     page.locator("input[type=file]").set_input_files(bad)
     expect(page.get_by_text("holds no pictures, or is damaged")).to_be_visible(timeout=30_000)
     assert not wrong
@@ -207,7 +207,7 @@ def test_a_zip_becomes_a_table_that_is_downloaded(browser: Browser, app: str) ->
             archive.writestr(f"folder/{i}.png", photo(i)["buffer"])
         archive.writestr("folder/broken.png", b"no picture")
         archive.writestr("folder/notes.txt", b"junk")
-    given = {"name": "photos.zip", "mimeType": "application/zip", "buffer": buffer.getvalue()}
+    given: FilePayload = {"name": "photos.zip", "mimeType": "application/zip", "buffer": buffer.getvalue()}
     page.locator("input[type=file]").set_input_files(given)
     button = page.get_by_role("button", name="Download as JSON")
     expect(button).to_be_visible(timeout=60_000)

@@ -46,7 +46,7 @@ def test_jpegs_that_must_be_turned_or_converted_are() -> None:
 def test_training_refuses_what_evaluation_refuses() -> None:
     whole = jpeg(smooth(100, 160))
     for data in (b"", b"\xff\xd8", whole[:300], whole[:-400], b"GIF89a" + whole, jpeg(smooth(2, 500))[:-1] + b""):
-        reasons = []
+        reasons: list[str | bool] = []
         for read in (
             lambda data: decode(data),
             lambda data: augment(data, 8, AugmentConfig(), np.random.default_rng(0)),

@@ -23,6 +23,8 @@ from tests.support.batches import (
     counting_only,
     evaluation,
     joined,
+    read_bytes,
+    read_pixels,
     train,
 )
 
@@ -57,7 +59,7 @@ def test_augmentation_is_drawn_from_seed_epoch_and_index() -> None:
     for step, batch in enumerate(train(source, 4, config, seed=7, global_batch_size=5)):  # a batch is an epoch
         for image, index in zip(batch.image, batch.index.tolist(), strict=True):
             rng = np.random.default_rng((7, step, index))
-            np.testing.assert_array_equal(image, augment(source[index].data, SIZE_PX, config.augment, rng))
+            np.testing.assert_array_equal(image, augment(read_pixels(source, index), SIZE_PX, config.augment, rng))
 
 
 def test_an_example_is_augmented_anew_each_epoch() -> None:
@@ -107,7 +109,7 @@ def test_evaluation_counts_each_example_once(count: int, batch_size: int) -> Non
     assert mask.tolist() == [1.0] * count + [0.0] * padding
     assert label[:count].tolist() == source.label_ids.tolist()
     for i in range(count):
-        expected = evaluation_transform(source[i].data, PREPROCESS)
+        expected = evaluation_transform(read_pixels(source, i), PREPROCESS)
         np.testing.assert_array_equal(batches[i // batch_size].image[i % batch_size], expected)
 
 
@@ -115,12 +117,12 @@ def test_encoded_images_are_decoded() -> None:
     class Encoded(ArraySource):
         def __getitem__(self, i: int) -> Example:
             buffer = io.BytesIO()
-            Image.fromarray(super().__getitem__(i).data).save(buffer, "JPEG")
+            Image.fromarray(read_pixels(ArraySource(2), i)).save(buffer, "JPEG")
             return Example(buffer.getvalue(), 0, f"{i}.jpg")
 
     source = Encoded(2)
     (batch,) = evaluation(source, 2)
-    np.testing.assert_array_equal(batch.image[1], evaluation_transform(decode(source[1].data), PREPROCESS))
+    np.testing.assert_array_equal(batch.image[1], evaluation_transform(decode(read_bytes(source, 1)), PREPROCESS))
     bad_inputs = counting_only(source)
     evaluation(source, 2, DataConfig(max_megapixels=1e-4), bad_inputs=bad_inputs)
     assert len(bad_inputs) == 2

@@ -18,6 +18,7 @@ from clip_har_jax.config import DataConfig, VideoConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches, train_batches
 from clip_har_jax.data.sources import ClipFile, Source, SubsetSource, make_source
 from clip_har_jax.errors import UserError
+from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.predictor import Predictor, list_inputs
 from clip_har_jax.models.head_file import read_head
 from clip_har_jax.models.heads import Features, head_logits, init_head
@@ -142,7 +143,8 @@ def test_batches_of_frames_are_functions_of_the_seed(clips: Path, sampling: str)
 
 
 def test_frames_of_a_clip_are_cropped_and_mirrored_alike(tmp_path: Path) -> None:
-    write_clip(tmp_path / "a" / "still.mp4" if (tmp_path / "a").mkdir() is None else tmp_path, count=8)
+    (tmp_path / "a").mkdir()
+    write_clip(tmp_path / "a" / "still.mp4", count=8)
     source = make_source(f"video:{tmp_path}", "train")
     config = DataConfig(video=VideoConfig(num_frames=4), num_workers=0)
     darker = []
@@ -255,6 +257,7 @@ def test_predicting_a_clip_averages_its_frames(trained: Path, clips: Path, tmp_p
     assert all(prediction.label in LABELS for prediction in found[:4])
     read = read_clip(clips / "jump" / "3.mp4", FrameSampling(2, "dense", 5.0)).frames
     embeddings = predictor.embed(list(read)).mean(axis=0)
+    assert isinstance(predictor.backend, JaxBackend)
     cosine = predictor.backend.class_embeddings @ (embeddings / np.linalg.norm(embeddings))
     logits = predictor.backend.scale * cosine
     probs = np.exp(logits - logits.max())
@@ -289,7 +292,7 @@ def test_exported_models_answer_with_the_mean_over_the_frames(trained: Path, cli
 
         def predict(self, images: np.ndarray) -> np.ndarray:
             asked.append(images.shape)
-            return np.tile(np.float32([0.25, 0.75]), (len(images), 1))
+            return np.tile(np.array([0.25, 0.75], np.float32), (len(images), 1))
 
     predictor.backend = Exported()  # type: ignore[assignment]
     found = predictor.predict_clip(clips / "jump" / "3.mp4")

@@ -45,7 +45,7 @@ def test_a_reversed_clip_is_one_that_the_partner_can_draw(pair):
     label = pair[0]
     clip = motion.DrawnClip("train", motion.LABELS.index(label) + 160, 32)
     forwards = [clip.frame_at(time_s) for time_s in TIMES]
-    scene = clip._scene
+    scene = clip.scene
     begin_s, end_s = motion.DURATION_S - scene.course.end_s, motion.DURATION_S - scene.course.begin_s
     scene.course = replace(scene.course, begin_s=begin_s, end_s=end_s, backwards=not scene.course.backwards)
     amount, rate_hz, phase = scene.sway

@@ -41,7 +41,9 @@ def test_repeat_factor_sampling_favours_rare_classes_by_the_root() -> None:
 
 def test_sampling_by_the_weights_of_a_manifest() -> None:
     counts = np.bincount(drawn("weights", 60).ravel(), minlength=69) / 60
-    np.testing.assert_allclose(counts, Skewed().weights, atol=0.15)
+    weights = Skewed().weights
+    assert weights is not None
+    np.testing.assert_allclose(counts, weights, atol=0.15)
     assert counts[0] == 0
     with pytest.raises(UserError, match="no manifest"):
         Order(ArraySource(5), "weights", 0)

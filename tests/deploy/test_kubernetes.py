@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -27,7 +28,7 @@ def test_kubernetes_alerts_are_the_same():
 def resources(folder):
     """What a kustomization names, patched as it says (RFC 6902), images aside."""
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    found = []
+    found: list[dict[str, Any]] = []
     for entry in (*kustomization.get("resources", ()), *kustomization.get("components", ())):
         path = folder / entry
         assert path.exists(), path

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from serving.telemetry import Metrics
-from tests.support.promql import GIVEN, MONITORING, RULES, check, selectors
+from tests.support.promql import MONITORING, RULES, check, labels_of, selectors
 
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "serving.json").read_text())
 
@@ -26,7 +26,7 @@ def test_rules_ask_for_what_there_is(rule):
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
         used = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
-        assert used <= set().union(*(GIVEN[selector.name] for selector in selectors(rule["expr"])))
+        assert used <= labels_of(selectors(rule["expr"]))
 
 
 def test_what_must_be_told_is_told():
@@ -42,7 +42,7 @@ def test_panels_ask_for_what_there_is(panel):
     for target in panel["targets"]:
         check(target["expr"])
         for label in re.findall(r"{{(\w+)}}", target["legendFormat"]):
-            assert any(label in GIVEN[selector.name] for selector in selectors(target["expr"]))
+            assert label in labels_of(selectors(target["expr"]))
 
 
 def test_the_dashboard_is_whole():
@@ -60,5 +60,5 @@ def test_the_dashboard_is_whole():
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     targets = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     shown = " ".join([*targets, *(rule["expr"] for rule in RULES)])
-    families = {re.sub("_total$", "", series[0]) for series in Metrics().registry._collector_to_names.values()}
+    families = {family.name for family in Metrics().registry.collect()}
     assert not [name for name in families if name not in shown], "measured and never looked at"

@@ -196,6 +196,7 @@ def test_an_unsure_answer_abstains(folders: tuple[Path, Path], tmp_path: Path) -
     calibrate_model(str(model), f"folder:{images}", tmp_path / "new")
     prediction = Predictor(tmp_path / "new").predict([photo])[0]
     threshold = bundle.read_actions(tmp_path / "new").thresholds["abstain"]
+    assert prediction.score is not None
     assert prediction.abstained == (prediction.score < threshold) == prediction.to_dict()["abstained"]
     assert not Predictor(tmp_path / "new", ("eating", "drinking")).predict([photo])[0].abstained  # its own classes only
 

@@ -74,7 +74,7 @@ def test_paired_intervals_are_narrower_than_unpaired_ones() -> None:
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     nearly = np.roll(probs, 0, axis=0).copy()
     nearly[:5] = nearly[:5, ::-1]
-    value, low, high = paired_differences(*(Scores.of_probs(label, each) for each in (probs, nearly)), 3)["top1"]
+    value, low, high = paired_differences(Scores.of_probs(label, probs), Scores.of_probs(label, nearly), 3)["top1"]
     assert low <= value <= high
     assert high - low < 0.03
 

@@ -88,7 +88,7 @@ def test_predicts_as_the_model(folder: Path, output: Path, photos: Path, name: s
 @pytest.mark.parametrize("classes", [(), ("juggling", "climbing a wall")])
 def test_explains_as_the_model(folder: Path, output: Path, photos: Path, name: str, classes: tuple[str, ...]) -> None:
     ours, theirs = Predictor(folder, classes, batch_size=4), Predictor(output / name, classes, batch_size=4)
-    images = np.stack([ours._load(path) for path in sorted(photos.rglob("*.png"))[:6]])
+    images = np.stack([ours.try_load(path) for path in sorted(photos.rglob("*.png"))[:6]])
     indices = [0, 1, 1, 0, 1, 0]
     maps = theirs.backend.explain(images, indices)
     np.testing.assert_allclose(maps, ours.backend.explain(images, indices), atol=1e-4)
@@ -452,7 +452,8 @@ def test_a_signature_of_another_version_is_one_line(output: Path, tmp_path: Path
     old = Path(shutil.copytree(output, tmp_path / "old"))
     (old / "manifest.json").unlink()
     signature = json.loads((old / exported.SIGNATURE).read_text())
-    for change in ({"graphs": {"classifier": {}}}, {"logit_scale": None}, {"graphs": []}):
+    changes: list[dict[str, Any]] = [{"graphs": {"classifier": {}}}, {"logit_scale": None}, {"graphs": []}]
+    for change in changes:
         (old / exported.SIGNATURE).write_text(json.dumps(signature | change))
         with pytest.raises(UserError, match=r"signature\.json: written by another version .* export the model again"):
             Predictor(old)
@@ -460,8 +461,9 @@ def test_a_signature_of_another_version_is_one_line(output: Path, tmp_path: Path
 
 def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> None:
     def refused(pattern: str, **changes: Any) -> None:
-        arguments = {"path": str(folder), "formats": ["onnx"], "output": tmp_path / "out"} | changes
-        options = {"data": f"folder:{photos}"} | {key: arguments.pop(key) for key in changes if key in OPTIONS}
+        arguments: dict[str, Any] = {"path": str(folder), "formats": ["onnx"], "output": tmp_path / "out"} | changes
+        options: dict[str, Any] = {"data": f"folder:{photos}"}
+        options |= {key: arguments.pop(key) for key in changes if key in OPTIONS}
         with pytest.raises(UserError, match=pattern):
             export_model(**arguments, options=ExportOptions(**options))
 

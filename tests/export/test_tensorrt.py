@@ -49,7 +49,9 @@ def run_protos(protos: dict[str, Any], model: OpenedModel, cases: Arrays, precis
     graphs = {graph.name: graph for graph in model.graphs}
 
     def run(name: str, *inputs: np.ndarray) -> Sequence[np.ndarray]:
-        return opened[name].run(list(graphs[name].outputs), dict(zip(graphs[name].inputs, inputs, strict=True)))
+        outputs = opened[name].run(list(graphs[name].outputs), dict(zip(graphs[name].inputs, inputs, strict=True)))
+        assert isinstance(outputs, list)
+        return outputs
 
     return run_cases(run, cases)
 

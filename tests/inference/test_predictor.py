@@ -5,9 +5,10 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.backends import Backend, split_classes
 from clip_har_jax.inference.jax_backend import JaxBackend
-from clip_har_jax.inference.predictor import Prediction, Predictor, list_inputs
+from clip_har_jax.inference.predictor import ImageLike, Prediction, Predictor, list_inputs
 from clip_har_jax.preprocess import BadImage
 from tests.support.model_folders import IMAGE_SIZE_PX, write_image, write_model
 
@@ -47,6 +48,10 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+def scores_of(predictions: Sequence[Prediction]) -> np.ndarray:
+    return np.array([prediction.score for prediction in predictions], np.float64)
+
+
 def test_a_prediction(predictor: Predictor, photos: Path) -> None:
     (prediction,) = predictor.predict([photos / "a.png"])
     assert prediction.input == str(photos / "a.png")
@@ -63,10 +68,10 @@ def test_every_kind_of_input_gives_the_same(predictor: Predictor, photos: Path) 
     path = photos / "a.png"
     image = Image.open(path)
     image.load()
-    inputs = [path, str(path), path.read_bytes(), image, np.asarray(image), image.convert("RGBA")]
+    inputs: list[ImageLike] = [path, str(path), path.read_bytes(), image, np.asarray(image), image.convert("RGBA")]
     predictions = predictor.predict(inputs)
     assert {prediction.label for prediction in predictions} == {predictions[0].label}
-    np.testing.assert_allclose([prediction.score for prediction in predictions], predictions[0].score, rtol=1e-6)
+    np.testing.assert_allclose(scores_of(predictions), scores_of(predictions)[0], rtol=1e-6)
     assert [prediction.input for prediction in predictions[2:]] == ["#2", "#3", "#4", "#5"]
 
 
@@ -76,14 +81,22 @@ def test_batches_and_padding_change_nothing(predictor: Predictor, tmp_path: Path
     alone = [predictor.predict([path])[0] for path in paths]
     assert [p.input for p in together] == [str(path) for path in paths]
     assert [p.label for p in together] == [p.label for p in alone]
-    np.testing.assert_allclose([p.score for p in together], [p.score for p in alone], rtol=1e-5)
+    np.testing.assert_allclose(scores_of(together), scores_of(alone), rtol=1e-5)
 
 
 def test_bad_inputs_are_reported_and_the_rest_go_on(predictor: Predictor, photos: Path) -> None:
     good = photos / "a.png"
     cut = photos / "cut.png"
     cut.write_bytes(good.read_bytes()[:200])
-    inputs = [good, photos / "none.png", cut, photos, b"", np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)]
+    inputs: list[ImageLike] = [
+        good,
+        photos / "none.png",
+        cut,
+        photos,
+        b"",
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+    ]
     inputs += [np.zeros((2, 1000, 3), np.uint8), Image.new("I;16", (8, 8)), good]
     predictions = predictor.predict(inputs)
     assert [prediction.error is None for prediction in predictions] == [True, *[False] * 8, True]
@@ -142,9 +155,24 @@ def test_the_backend(model: Path) -> None:
 
 def test_only_two_sizes_are_compiled(model: Path) -> None:
     backend = JaxBackend(model, batch_size=4)
-    for count in (1, 2, 3, 4, 5, 9, 1):
-        backend.predict(np.zeros((count, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8))
-    assert [program._cache_size() for program in backend._programs.values()] == [1, 1]
+    compiled: list[str] = []
+
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for count in (1, 4):
+            compiled.clear()
+            backend.predict(np.zeros((count, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8))
+            assert compiled
+        compiled.clear()
+        for count in (2, 3, 5, 9, 1):
+            backend.predict(np.zeros((count, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8))
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def test_many_prompts_are_embedded_in_parts(plain: Path) -> None:

@@ -173,9 +173,10 @@ def test_a_watch_follows_the_alias_and_tells_the_server(registry, good, better, 
     first, second = registry.register(**good), registry.register(**better)
     registry.promote("1", "champion", Gates())
     url = f"http://127.0.0.1:{server.server_address[1]}/reload"
-    command = [sys.executable, ROOT / "scripts" / "registry.py", "pull", f"--name={registry.name}", "--watch"]
+    command = [sys.executable, str(ROOT / "scripts" / "registry.py"), "pull", f"--name={registry.name}", "--watch"]
     command += [f"--output={tmp_path / 'served'}", "--every_s=0.1", f"--reload_url={url}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
+        assert watch.stdout is not None
         assert first.digest in watch.stdout.readline()
         while not told:
             time.sleep(0.01)
@@ -234,7 +235,7 @@ def test_the_card_says_what_was_measured(good):
 
 def test_a_dry_run_writes_what_would_be_pushed(good, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    command = [sys.executable, ROOT / "scripts" / "push_to_hub.py", f"--model={good['model']}"]
+    command = [sys.executable, str(ROOT / "scripts" / "push_to_hub.py"), f"--model={good['model']}"]
     done = subprocess.run(
         [*command, "--repository=me/har", f"--dry_run={tmp_path / 'hub'}"], capture_output=True, text=True
     )

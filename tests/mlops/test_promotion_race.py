@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_har_jax.mlops.gates import Gates
-from clip_har_jax.mlops.model_registry import ModelRegistry, open_registry
+from clip_har_jax.mlops import model_registry
+from clip_har_jax.mlops.gates import Gates, check_gates
+from clip_har_jax.mlops.model_registry import open_registry
 from tests.support.registry_versions import make_version
 
 ROOT = Path(__file__).parents[2]
@@ -47,16 +48,16 @@ def test_of_two_equal_challengers_one_is_promoted(registry, tmp_path):
 
 def test_a_champion_that_changes_during_the_checks_is_checked_against(registry, monkeypatch):
     """The alias moves between the checks and the promotion, as by another process."""
-    check, moved = ModelRegistry._check, []
+    moved: list[Path | None] = []
 
-    def slow_check(self, version, champion, gates):
-        checks = check(self, version, champion, gates)
+    def check_slowly(gates, candidate, champion):
+        checks = check_gates(gates, candidate, champion)
         if not moved:
             moved.append(champion)
-            self.point("champion", self.find("2"))
+            registry.point("champion", registry.find("2"))
         return checks
 
-    monkeypatch.setattr(ModelRegistry, "_check", slow_check)
+    monkeypatch.setattr(model_registry, "check_gates", check_slowly)
     checks = registry.promote("3", "champion", Gates())
     assert {each.name: each.passed for each in checks} == {"parity": True, "gain": False}
     assert registry.find("champion").number == 2

@@ -1,6 +1,7 @@
 """Trackers: what each of them holds of a real run, and that none of them can hold it up or end it."""
 
 import http.server
+import importlib
 import json
 import os
 import socket
@@ -10,12 +11,13 @@ import threading
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from clip_har_jax.config import make_config
+from clip_har_jax.config import TRACKERS, make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.mlops import tracking
 from clip_har_jax.mlops.sync import sync
@@ -60,6 +62,8 @@ def lines_of(workdir):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Return a folder of this module's own, and a MLflow store in it."""
+    for name in TRACKERS:  # before threads do it at once, which Python 3.11's parser, behind the import hook, can't
+        importlib.import_module(f"clip_har_jax.mlops.{name}")
     root = tmp_path_factory.mktemp("trackers")
     with pytest.MonkeyPatch.context() as patch:
         for name in TRACKER_VARIABLES:
@@ -97,6 +101,7 @@ def test_mlflow_holds_one_run_with_all_of_it(tracked):
 
     client = MlflowClient()
     experiment = client.get_experiment_by_name("clip_har_jax")
+    assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])  # the continued run is the same one
     assert run.info.status == "FINISHED"
     record = json.loads((tracked.workdir / "run.json").read_text())
@@ -252,19 +257,28 @@ class Recorder:
         self.seen.append(status)
 
 
-def test_a_disk_that_is_full_costs_only_that_tracker(tmp_path, capsys):
-    """TensorBoard's file is /dev/full: every write to it fails as on a full disk."""
+def test_a_disk_that_is_full_costs_only_that_tracker(tmp_path, monkeypatch, capsys):
+    """After its first records TensorBoard's file has no more room: they go to /dev/full."""
     from clip_har_jax.mlops import tensorboard
 
-    seen = []
+    seen: list[Any] = []
+
+    class OnDiskThatFills(tensorboard.RecordWriter):
+        room = 3  # records: the version, the config, the tags
+
+        def write(self, data):
+            self.room -= 1
+            if self.room < 0:
+                with open("/dev/full", "wb", buffering=0) as full:
+                    full.write(data)
+            super().write(data)
+
+    monkeypatch.setattr(tensorboard, "RecordWriter", OnDiskThatFills)
 
     def make(name, facts, handle):
         if name != "tensorboard":
             return Recorder(seen)
-        tracker = tensorboard.open_tracker(facts, handle)
-        tracker._writer.close()
-        tracker._writer = tensorboard.RecordWriter(Path("/dev/full").open("wb", buffering=0))  # noqa: SIM115
-        return tracker
+        return tensorboard.open_tracker(facts, handle)
 
     trackers = Trackers(("tensorboard", "mlflow"), facts_of(tmp_path), make)
     for step in range(10):
@@ -298,7 +312,8 @@ def test_a_tracker_that_hangs_is_never_waited_for(tmp_path, monkeypatch, capsys)
 
 def test_the_circuit_opens_after_failures_and_closes_after_the_pause(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(BackgroundTracker, "PAUSE_S", 0.2)
-    tried, seen = [], []
+    tried: list[int] = []
+    seen: list[Any] = []
 
     class Flaky(Recorder):
         def write(self, step, metrics):
@@ -363,6 +378,7 @@ def test_a_dirty_work_tree_is_recorded_and_warned_of(folders, tmp_path, monkeypa
     for name in ("clean", "dirty"):
         result = train(config_for(folders, (), num_steps=1), tmp_path / name)
         warned.append("no commit holds" in capsys.readouterr().err)
+        assert result.model is not None
         record = json.loads((result.model / "run.json").read_text())
         assert record["git_dirty"] is (name == "dirty") and len(record["git_sha"]) == 40
         (code / "model.py").write_text("a = 2\n")

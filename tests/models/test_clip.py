@@ -1,6 +1,7 @@
 """What every shipped config computes: one training step of it by shapes, and FLOPs by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def test_rows_pass_by_layers_at_the_rate_of_the_formula():
     found = jax.jit(lambda x: apply_layers(layers, x, runtime, drop=DropPath(jax.random.key(2), rate)))(x)
     first, *rest = unstack(layers)
     call = nnx.jit(lambda layer, x: layer(x, None, False))
-    ways = {(): call(first, x[:1])}  # by which layers after the first were kept
+    ways: dict[tuple[int, ...], Any] = {(): call(first, x[:1])}  # by which layers after the first were kept
     for layer, rate_of in zip(rest, (rate / 2, rate), strict=True):
         ways = {
             (*kept, keeps): before + keeps * (call(layer, before) - before) / (1 - rate_of)
@@ -78,7 +79,8 @@ def test_rows_pass_by_layers_at_the_rate_of_the_formula():
     assert len(ways) == 4
     shares = {kept: float(np.isclose(found, value, atol=1e-5).all((1, 2)).mean()) for kept, value in ways.items()}
     assert sum(shares.values()) == pytest.approx(1)
-    for (second, third), share in shares.items():
+    for kept, share in shares.items():
+        second, third = kept
         wanted = abs(second - rate / 2) * abs(third - rate)
         assert share == pytest.approx(wanted, abs=4 * np.sqrt(wanted / rows))
     plain = call(rest[1], call(rest[0], call(first, x[:1])))

@@ -100,10 +100,10 @@ def test_a_model_folder_is_served_with_its_head(name, tmp_path):
     backend = JaxBackend(tmp_path / "model", batch_size=2)
     np.testing.assert_allclose(backend.logits(images), wanted, rtol=2e-3, atol=1e-3)
     np.testing.assert_allclose(backend.embed(images), np.asarray(features.image), atol=1e-5)
-    start = make_base(str(tmp_path / "model"), [])
-    assert (start.head.name, start.head.labels) == (name, LABELS)
+    head = make_base(str(tmp_path / "model"), []).head
+    assert head is not None and (head.name, head.labels) == (name, LABELS)
     for key, value in params.items():
-        np.testing.assert_array_equal(start.head.params[key], value)
+        np.testing.assert_array_equal(head.params[key], value)
 
 
 def test_patches_are_what_the_class_token_is_beside(tmp_path):

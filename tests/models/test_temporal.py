@@ -15,7 +15,7 @@ from clip_har_jax.models.factory import base_params, load, make_base
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import abstract_model, axis_names, flat_params, init_params, init_temporal, make_model
 from clip_har_jax.models.pretrained import read_params, write_params
-from clip_har_jax.models.temporal import KINDS, TEMPORAL_FILE, is_temporal, split_temporal
+from clip_har_jax.models.temporal import KINDS, TEMPORAL_FILE, depthwise_conv, is_temporal, split_temporal
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.parallel.sharding import param_shardings
 from tests.support.model_folders import write_model
@@ -99,8 +99,6 @@ def test_recomputing_activations_changes_no_gradient(kind, remat, clips):
 
 def test_the_adapter_is_a_convolution_over_time_and_space():
     """By the definition: each output is the sum over 27 neighbours, 0 outside."""
-    from clip_har_jax.models.temporal import _shifted_sum
-
     rng = np.random.default_rng(0)
     x, taps = rng.normal(size=(2, 4, 3, 3, 5)), rng.normal(size=(3, 3, 3, 5))
     padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (1, 1), (0, 0)])
@@ -108,7 +106,7 @@ def test_the_adapter_is_a_convolution_over_time_and_space():
     for t, i, j in np.ndindex(4, 3, 3):
         window = padded[:, t : t + 3, i : i + 3, j : j + 3]
         expected[:, t, i, j] = np.einsum("btijc,tijc->bc", window, taps)
-    found = _shifted_sum(jnp.asarray(x, jnp.float32), jnp.asarray(taps, jnp.float32), (1, 2, 3))
+    found = depthwise_conv(jnp.asarray(x, jnp.float32), jnp.asarray(taps, jnp.float32), (1, 2, 3))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

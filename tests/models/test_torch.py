@@ -50,7 +50,7 @@ def test_theirs_opens_here(torch_python: str, tmp_path: Path, size: str) -> None
     torch_side(torch_python, "save", str(tmp_path), size)
     model = FlaxCLIPModel.from_pretrained(str(tmp_path))
     inputs = make_inputs(model)
-    np.savez(tmp_path / "inputs.npz", **inputs)
+    np.savez(tmp_path / "inputs.npz", allow_pickle=False, **inputs)
     torch_side(torch_python, "run", str(tmp_path))
     assert_same_outputs(tmp_path, model, inputs)
 
@@ -67,7 +67,7 @@ def test_ours_opens_there(torch_python: str, tmp_path: Path, size: str) -> None:
     inputs = make_inputs(model)
     images = np.random.default_rng(2).integers(0, 256, (2, 90, 70, 3), np.uint8)
     texts = np.array([list(text.encode().ljust(1000, b"\0")) for text in TEXTS], np.uint8)
-    np.savez(tmp_path / "inputs.npz", images=images, texts=texts, **inputs)
+    np.savez(tmp_path / "inputs.npz", allow_pickle=False, images=images, texts=texts, **inputs)
     torch_side(torch_python, "run", str(tmp_path))
     expected = assert_same_outputs(tmp_path, model, inputs)
     ids, _ = base.tokenizer(TEXTS, model.config.text.context_length)

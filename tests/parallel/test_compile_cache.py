@@ -30,8 +30,8 @@ def start(caches):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
     environment |= {"XDG_CACHE_HOME": str(caches), "JAX_PLATFORMS": "cpu"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=environment, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def finish(process):

@@ -89,7 +89,8 @@ def test_a_single_process_joins_nothing_and_touches_no_device():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(number):
     launcher = start_launcher(WORKER, "stop")
-    pids, said = {}, []
+    pids: dict[str, int] = {}
+    said: list[str] = []
     for line in launcher.stdout:
         said.append(line)
         pids |= {process: lines[0]["pid"] for process, lines in spoken("".join(said)).items()}
@@ -264,7 +265,7 @@ def test_an_environment_that_contradicts_itself_is_refused(monkeypatch, environm
 )
 def test_flags_that_are_incomplete_or_wrong_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        find_group(*flags, 1)
+        find_group(flags[0], flags[1], flags[2], 1)
 
 
 def test_flags_come_before_the_environment(monkeypatch):
@@ -297,7 +298,7 @@ def program(tmp_path):
 
 
 def read_pids(launcher):
-    return [int(re.fullmatch(r"\[\d\] pid (\d+)\n", launcher.stdout.readline())[1]) for _ in range(2)]
+    return [int(re.findall(r"^\[\d\] pid (\d+)\n$", launcher.stdout.readline())[0]) for _ in range(2)]
 
 
 def test_the_launcher_prefixes_both_streams(program):

@@ -135,13 +135,12 @@ def test_a_server_follows_the_alias_back_under_load(start):
         return get("/v2/models/har")["parameters"]["model_digest"]
 
     serve = [sys.executable, "-m", "serving", f"--model={start / 'served'}", f"--port={address.split(':')[1]}"]
-    watch = [sys.executable, ROOT / "scripts" / "registry.py", "pull", f"--output={start / 'served'}", "--watch"]
+    watch = [sys.executable, str(ROOT / "scripts" / "registry.py"), "pull", f"--output={start / 'served'}", "--watch"]
     watch += ["--every_s=0.2", f"--reload_url=http://{address}/v1/models/har/load"]
     limits = {"HAR_DECODE_PROCESSES": "1", "HAR_RATE_LIMIT_PER_S": "0"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with (
-        subprocess.Popen(serve, cwd=ROOT, env=environment(start) | limits, **quiet) as server,
-        subprocess.Popen(watch, cwd=start, env=environment(start), **quiet) as follower,
+        silent(serve, ROOT, environment(start) | limits) as server,
+        silent(watch, start, environment(start)) as follower,
     ):
         try:
             wait_for(lambda: get("/v2/health/ready") is not None)
@@ -163,6 +162,11 @@ def test_a_server_follows_the_alias_back_under_load(start):
             server.terminate()
     assert len(statuses) > 20 and set(statuses) == {200}
     assert server.returncode == 0  # drained
+
+
+def silent(command, folder, env):
+    """Start a program whose output nobody reads."""
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def wait_for(condition, seconds=60):

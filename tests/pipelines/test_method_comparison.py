@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,14 @@ def test_the_search_looks_at_validation_alone(folders, tmp_path, monkeypatch):
 
 
 def test_intervals_are_students():
-    same = {"retained": None, "ece": 0.1, "settings": {}, "fit": {}, "trainable_parameters": 1, "optimizer_bytes": 1}
+    same: dict[str, Any] = {
+        "retained": None,
+        "ece": 0.1,
+        "settings": {},
+        "fit": {},
+        "trainable_parameters": 1,
+        "optimizer_bytes": 1,
+    }
     row = summarize("full", [same | {"top1": x, "step_bytes": 1, "seconds": 1.0} for x in (0.5, 0.6, 0.7)])
     np.testing.assert_allclose(row["target"], (0.6, 4.303 * 0.1 / np.sqrt(3)), rtol=1e-3)
     assert row["retained"] is None
@@ -184,7 +192,8 @@ def test_a_step_of_fewer_trained_parameters_takes_less_memory(folders):
         name: training_needs(with_method(config_for(folders), name, 0), clip)
         for name in ("full", "prompt", "zero_shot")
     }
-    assert needs["full"].step_bytes > needs["prompt"].step_bytes > 0
+    full, prompt = needs["full"].step_bytes, needs["prompt"].step_bytes
+    assert full is not None and prompt is not None and full > prompt > 0
     assert [needs[name].has_decay for name in needs] == [True, False, False]
     assert needs["zero_shot"].step_bytes is None
 

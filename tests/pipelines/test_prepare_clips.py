@@ -42,6 +42,7 @@ def write_frames(
 ) -> None:
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=12)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = side, side, "yuv420p", rate
         for image in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
@@ -63,8 +64,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
     shutil.copy(root / "data" / "jump" / "0.mp4", root / "data" / "jump" / "0-same.mp4")
     shutil.copy(root / "data" / "wave" / "1.mp4", root / "data" / "jump" / "1-conflict.mp4")
     (root / "data" / "wave" / "broken.mp4").write_bytes(b"no clip")
-    options = {"shares": Shares(0.2, 0.2), "max_bad_fraction": 0.02}
-    return prepare_data([f"video:{root / 'data'}"], root / "out", PrepareOptions(num_workers=0, **options)), root
+    options = PrepareOptions(num_workers=0, shares=Shares(0.2, 0.2), max_bad_fraction=0.02)
+    return prepare_data([f"video:{root / 'data'}"], root / "out", options), root
 
 
 def test_planted_copies_of_clips_are_found_and_no_others_joined(prepared: tuple[Prepared, Path]) -> None:
@@ -126,7 +127,9 @@ def test_a_changed_clip_is_named(prepared: tuple[Prepared, Path], tmp_path: Path
     shutil.copytree(prepared[1] / "data", tmp_path / "data")
     spec = f"manifest:{prepared[1]}/out/manifest.parquet?split=train&images={tmp_path}/data"
     source = make_source(spec, "train")
-    path = Path(source.paths[0])
+    first = source.path(0)
+    assert first is not None
+    path = Path(first)
     path.write_bytes(bytes(reversed(path.read_bytes())))  # of the same size
     bad = BadInputs(source, 0.0)
     batches = eval_batches(source, DataConfig(num_workers=0), Preprocess(16), batch_size=2, bad_inputs=bad)

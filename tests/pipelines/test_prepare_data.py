@@ -37,9 +37,10 @@ from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.pipelines.evaluate import evaluate_model
-from clip_har_jax.pipelines.prepare_data import Prepared, PrepareOptions, _place, prepare_data
+from clip_har_jax.pipelines.prepare_data import Prepared, PrepareOptions, place_files, prepare_data
 from clip_har_jax.trainer.features import examples_digest
 from clip_har_jax.trainer.train import train
+from tests.support.batches import read_bytes
 from tests.support.model_folders import write_image, write_images, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -222,9 +223,9 @@ def test_cached_images_are_the_same_examples_made_small(prepared: tuple[Prepared
     assert len(plain) == len(cached)
     for i in range(len(plain)):
         assert plain[i].name == cached[i].name
-        small = Image.open(io.BytesIO(cached[i].data))
+        small = Image.open(io.BytesIO(read_bytes(cached, i)))
         assert min(small.size) == 64
-        large = Image.open(io.BytesIO(plain[i].data)).convert("RGB").resize(small.size, Image.Resampling.BICUBIC)
+        large = Image.open(io.BytesIO(read_bytes(plain, i))).convert("RGB").resize(small.size, Image.Resampling.BICUBIC)
         assert np.abs(np.asarray(small, int) - np.asarray(large, int)).mean() < 4
     with pytest.raises(UserError, match="no cache"):
         make_source(f"{path}&cache=32", "train")
@@ -302,7 +303,7 @@ def test_data_without_files_is_written_out(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(synthetic.SPLITS, "val", 30)
     prepare_data(["synthetic?split=val"], tmp_path / "out", PrepareOptions(shares=Shares(0.0, 0.0)))
     source = make_source(f"manifest:{tmp_path}/out/manifest.parquet?split=train", "train")
-    images = {np.asarray(Image.open(io.BytesIO(source[i].data))).tobytes() for i in range(len(source))}
+    images = {np.asarray(Image.open(io.BytesIO(read_bytes(source, i)))).tobytes() for i in range(len(source))}
     assert images <= {synthetic.draw("val", i).tobytes() for i in range(30)}
     assert len(images) == len(source)
 
@@ -333,7 +334,8 @@ def test_drift_tells_sets_apart() -> None:
 
     labels = ["run", "sit"] * 200
     rows = {row.measure: row for row in find_drift(columns(0.5), columns(0.7), labels, ["run"] * 400)}
-    assert rows["brightness"].distance > 0.5 and rows["brightness"].p_value < 1e-6
+    p_value = rows["brightness"].p_value
+    assert rows["brightness"].distance > 0.5 and p_value is not None and p_value < 1e-6
     assert rows["width"].distance < 0.15
     assert rows["class shares"].distance == pytest.approx(0.5)
 
@@ -485,6 +487,6 @@ class Unfiled(Source):
 
 def test_images_without_files_are_written_with_the_suffix_of_their_format(tmp_path: Path) -> None:
     scanned = [Scanned("0" * 64, 0, Facts(16, 16, 0.5, 0.1), ())] * len(Unfiled.formats)
-    paths, _ = _place(Pooled([Unfiled()]), range(len(scanned)), scanned, tmp_path)
+    paths, _ = place_files(Pooled([Unfiled()]), range(len(scanned)), scanned, tmp_path)
     # An MPO of one picture is a JPEG
     assert [Path(path).suffix for path in paths] == [".jpg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".gif", ".avif"]

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from clip_har_jax.config import MeshConfig, make_config
 from clip_har_jax.errors import UserError
+from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.factory import known_config
 from clip_har_jax.models.flops import forward_flops, matmul_flops
 from clip_har_jax.models.params import init_params
@@ -23,7 +26,6 @@ from clip_har_jax.parallel import topology
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
 from clip_har_jax.parallel.topology import CHIPS, GIB, find_chip, tpu_devices
-from clip_har_jax.planning import plan as planning
 from clip_har_jax.planning.cost import (
     LOCAL,
     Machine,
@@ -35,7 +37,7 @@ from clip_har_jax.planning.cost import (
     read_memory,
     refused_bytes,
 )
-from clip_har_jax.planning.plan import Plan, plan
+from clip_har_jax.planning.plan import Plan, Search, plan
 from clip_har_jax.planning.report import print_plan
 from clip_har_jax.planning.roofline import Times, estimate
 from clip_har_jax.planning.traffic import Collective, Operation, Traffic, read_traffic
@@ -81,7 +83,8 @@ def test_memory_is_that_of_the_executed_program(config, planned):
     planned_step = PlannedStep(config, known_config(config.model.name), NUM_CLASSES, NUM_PROMPTS)
     program = make_program(planned_step, find_machine(LOCAL), planned.configured)
     arguments = make_arguments(program)
-    compiled = program.train_step.lower(*arguments).compile()
+    train_step: Any = program.train_step
+    compiled = train_step.lower(*arguments).compile()
     memory = planned.candidates[0].memory
     assert memory == read_memory(compiled)
     used = (*arguments[:3], arguments[3]._replace(index=None))  # nothing reads the index
@@ -136,7 +139,8 @@ def test_flops_that_rematerialisation_adds(config):
     counted = {}
     for remat in ("none", "dots", "full"):
         program = make_program(planned_step, machine, Variant(config.mesh, 1, remat))
-        counted[remat] = matmul_flops(program.train_step.trace(*program.abstract_arguments(16)).jaxpr)
+        train_step: Any = program.train_step
+        counted[remat] = matmul_flops(train_step.trace(*program.abstract_arguments(16)).jaxpr)
     # Not counted as the model's: the logits' product, three times. Without rematerialisation the gradient of the pixels
     # is traced too, which nothing reads.
     vision = planned_step.clip.vision
@@ -144,7 +148,7 @@ def test_flops_that_rematerialisation_adds(config):
     logits = 3 * 2 * 16 * NUM_CLASSES * planned_step.clip.projection_dim
     step = program.flops_per_step(16) + logits
     assert counted["none"] == step
-    towers = [
+    towers: list[tuple[VisionConfig | TextConfig, int]] = [
         (planned_step.clip.vision, planned_step.clip.vision.num_patches + 1),
         (planned_step.clip.text, planned_step.clip.text.context_length),
     ]
@@ -158,6 +162,13 @@ def test_flops_that_rematerialisation_adds(config):
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def text_of(lowered):
+    """Return the HLO of the compiled program."""
+    text = lowered.compile().as_text()
+    assert text is not None
+    return text
 
 
 def compiled_text(function, mesh, *arguments, specs, out):
@@ -201,13 +212,13 @@ def test_memory_traffic_of_a_loop_counts_slices():
     """Each round reads one of 40 matrices, and not all 40."""
     weights, x = jnp.ones((40, 64, 64)), jnp.ones((8, 64))
     loop = jax.jit(lambda x, weights: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0])
-    moved = read_traffic(loop.lower(x, weights).compile().as_text(), 1).memory_bytes
+    moved = read_traffic(text_of(loop.lower(x, weights)), 1).memory_bytes
     assert weights.nbytes < moved < 4 * weights.nbytes
 
 
 def test_memory_traffic_of_one_operation():
     x = jnp.ones((512, 256))
-    text = jax.jit(lambda x: jnp.tanh(x) * 2 + x).lower(x).compile().as_text()
+    text = text_of(jax.jit(lambda x: jnp.tanh(x) * 2 + x).lower(x))
     assert read_traffic(text, 1).memory_bytes == 2 * x.nbytes  # read once, written once
 
 
@@ -313,7 +324,7 @@ def test_operations_that_memory_limits():
 def test_operations_of_a_loop_count_as_often_as_it_runs():
     weights, x = jnp.ones((40, 64, 64)), jnp.ones((8, 64))
     loop = jax.jit(lambda x, weights: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0])
-    traffic = read_traffic(loop.lower(x, weights).compile().as_text(), 1)
+    traffic = read_traffic(text_of(loop.lower(x, weights)), 1)
     assert sum(each.flops for each in traffic.operations) == 40 * 2 * 8 * 64 * 64
     assert sum(each.memory_bytes for each in traffic.operations) == traffic.memory_bytes
 
@@ -389,24 +400,28 @@ def pretend(planned_step, machine, variant, give_up_s=float("inf"), *, tried):
     )
 
 
-def search(monkeypatch, remat="none", **arguments):
-    tried = []
-    config = make_config(
-        {
-            "model": {"name": "ViT-L/14", "remat": remat},
-            "mesh": {"strategy": "fsdp"},
-            "train": {"global_batch_size": 4096},
-            "eval": {"batch_size": 64},
-        }
+LARGE = {
+    "model": {"name": "ViT-L/14"},
+    "mesh": {"strategy": "fsdp"},
+    "train": {"global_batch_size": 4096},
+    "eval": {"batch_size": 64},
+}
+
+
+def search(sections=LARGE, memory_gib=16.0, max_s=900.0, say=lambda line: None):
+    """Search for the best variant on the pretended machine; returns the plan, and the variants that were tried."""
+    config, tried = make_config(sections), list[Variant]()
+    planned_step = PlannedStep(config, known_config(config.model.name), NUM_CLASSES, NUM_PROMPTS)
+    machine = Machine("pretended", tuple(jax.devices()), None, round(memory_gib * GIB))
+    configured = Variant(config.mesh, 1, config.model.remat)
+    found = Search(planned_step, machine, time.monotonic() + max_s, say, partial(pretend, tried=tried)).run(
+        configured, True
     )
-    machine = Machine("pretended", tuple(jax.devices()), None, 16 * GIB)
-    monkeypatch.setattr(planning, "find_machine", lambda topology: machine)
-    monkeypatch.setattr(planning, "compile_variant", partial(pretend, tried=tried))
-    return plan(config, "pretended", **arguments), tried
+    return Plan(planned_step, machine, 0, configured, tuple(found), 0.0), tried
 
 
-def test_the_search_finds_the_fastest_that_fits(monkeypatch):
-    result, tried = search(monkeypatch)
+def test_the_search_finds_the_fastest_that_fits():
+    result, tried = search()
     assert result.recommended.variant == Variant(MeshConfig("fsdp"), 8, "dots")
     assert result.candidates[0].variant == result.configured == Variant(MeshConfig("fsdp"), 1, "none")
     assert len(tried) == len(set(tried)) <= 20
@@ -417,35 +432,33 @@ def test_the_search_finds_the_fastest_that_fits(monkeypatch):
     assert {each.mesh.strategy for each in tried} == {"fsdp", "dp", "fsdp_tp"}
 
 
-def test_the_search_stops_in_time(monkeypatch):
-    said = []
-    result, tried = search(monkeypatch, max_minutes=0.9, say=said.append)
+def test_the_search_stops_in_time():
+    said: list[str] = []
+    result, tried = search(max_s=54.0, say=said.append)
     assert any("not tried" in line for line in said)
     assert len(tried) < 12
     assert any("too large by 497.00 GiB, 513.00 of 16.00 GiB" in line for line in said)
     assert result.candidates[0].variant == result.configured
 
 
-def test_nothing_fits(monkeypatch, capsys):
-    monkeypatch.setattr(planning, "STRATEGIES", ())
-    monkeypatch.setattr(planning.Search, "_parts", lambda self, mesh: [1])
-    result, tried = search(monkeypatch)
-    assert [each.remat for each in tried] == ["none", "full"]
+def test_nothing_fits(capsys):
+    """The weights alone are too large; without rematerialisation, and with all of it."""
+    result, tried = search(memory_gib=0.5)
+    assert {each.remat for each in tried} == {"none", "full"}
+    assert {each.status for each in result.candidates} == {"too large", "refused"}
     assert result.recommended is None
     assert result.to_dict()["recommended"] is None
     print_plan(result)
-    assert "Nothing fits. As configured: too large by 497.00 GiB" in capsys.readouterr().out
+    assert "Nothing fits. As configured: too large by 512.50 GiB" in capsys.readouterr().out
 
 
-def test_explicit_sizes_are_overridden_by_sizes(monkeypatch):
-    tried = []
-    monkeypatch.setattr(planning, "compile_variant", partial(pretend, tried=tried))
-    config = make_config({"mesh": {"data": 2, "fsdp": 4}, "eval": {"batch_size": 8}})
-    found = plan(config, LOCAL)
+def test_explicit_sizes_are_overridden_by_sizes():
+    found, _ = search({"mesh": {"data": 2, "fsdp": 4}, "eval": {"batch_size": 8}})
     assert ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.tensor=1"] in [
         each.variant.overrides[:3] for each in found.candidates
     ]
     for each in found.candidates:
+        config = found.planned_step.config
         assert make_config(config.to_dict(), each.variant.overrides) == each.variant.apply(config)
 
 
@@ -513,6 +526,7 @@ def test_a_tpu_slice(config):
     result = plan(config, "v5e:2x2", num_classes=NUM_CLASSES, search=False)
     (candidate,) = result.candidates
     assert candidate.fits
+    assert candidate.times is not None and candidate.traffic is not None and candidate.memory is not None
     assert candidate.times.estimate_by == "compiler"
     assert candidate.times.bound_s <= candidate.times.estimate_s < 1
     assert candidate.traffic.sent_bytes > 0
@@ -520,4 +534,4 @@ def test_a_tpu_slice(config):
     huge = make_config(config.to_dict(), ["--config.model.name=ViT-L/14", "--config.train.global_batch_size=8192"])
     (refused,) = plan(huge, "v5e:2x2", search=False).candidates
     assert refused.status == "too large"
-    assert refused.needed_bytes > 15.75 * GIB
+    assert refused.needed_bytes is not None and refused.needed_bytes > 15.75 * GIB

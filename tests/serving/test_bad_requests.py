@@ -67,7 +67,8 @@ def test_a_wrong_request_is_told(client: httpx.Client, good: bytes, request_of: 
 
 @pytest.mark.parametrize("length", ["9" * 5000, "-1", "1.5", "\u00b2".encode("latin-1"), "100"])
 def test_a_wrong_length_of_kserves_header_is_told(client: httpx.Client, length: str | bytes) -> None:
-    answer = client.post("/v2/models/har/infer", content=b"{}", headers={"Inference-Header-Content-Length": length})
+    headers: Any = {"Inference-Header-Content-Length": length}  # bytes too: they aren't ASCII
+    answer = client.post("/v2/models/har/infer", content=b"{}", headers=headers)
     assert answer.status_code == 422 and answer.json()["code"] == "invalid_request", answer.text
 
 

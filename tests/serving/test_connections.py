@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,7 +18,7 @@ from serving.service import Service
 from serving.settings import Settings
 from tests.support.serving_setup import running, wait_for
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "header_timeout_s": 0.5,
     "keep_alive_s": 5.0,
     "body_timeout_s": 1.0,
@@ -152,7 +153,7 @@ def test_a_kept_connection_ends_also_while_it_dribbles(port: int) -> None:
         with connect(port) as connection:
             connection.sendall(first)
             assert connection.recv(65536)  # the answer
-            wait_for(lambda connection=connection: is_closed(connection))  # type: ignore[misc]
+            wait_for(lambda connection=connection: is_closed(connection))
 
 
 def test_a_silent_websocket_is_closed(port: int) -> None:

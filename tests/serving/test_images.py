@@ -54,7 +54,7 @@ def bad_images() -> dict[str, tuple[bytes, int, str]]:
 def test_a_bad_image_is_refused(client: httpx.Client, name: str) -> None:
     data, status, code = bad_images()[name]
     for request in ({"content": data}, {"files": {"image": data}}):
-        answer = client.post("/v1/predict", **request)  # type: ignore[arg-type]
+        answer = client.post("/v1/predict", **request)
         assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
         assert "Traceback" not in answer.text
 
@@ -82,13 +82,13 @@ def test_an_output_that_is_not_finite_is_no_answer(
     client, service = served
     model = service.models.get()
     black = saved(Image.new("RGB", (40, 40)), "PNG")
-    run = model.backend._run
+    run = model.backend.run_graph
 
     def with_nan(graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        outputs = run(graph, *inputs)
-        return [np.where(inputs[0].reshape(len(inputs[0]), -1).any(1)[:, None], output, np.nan) for output in outputs]
+        outputs, lit = run(graph, *inputs), np.any(inputs[0].reshape(len(inputs[0]), -1), axis=1, keepdims=True)
+        return [np.where(lit, output, np.nan) for output in outputs]
 
-    monkeypatch.setattr(model.backend, "_run", with_nan)
+    monkeypatch.setattr(model.backend, "run_graph", with_nan)
     files = [("image", good), ("image", black), ("image", good)]
     answers = client.post("/v1/predict/batch", files=files).json()["predictions"]
     assert [(entry["error"] or {}).get("code") for entry in answers] == [None, "bad_model_output", None]

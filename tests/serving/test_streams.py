@@ -157,7 +157,7 @@ def test_the_newest_frame_wins(served_folder: Path, frame: bytes, monkeypatch: p
             for _ in range(30):
                 socket.send(frame)
                 time.sleep(0.02)
-            numbers = []
+            numbers: list[int] = []
             while not numbers or numbers[-1] < 30:
                 message = receive(socket)
                 if message["type"] == "frame":
@@ -185,7 +185,7 @@ def test_a_video_gives_what_the_engine_finds(
     rules = EventRules(start_score=0.01, end_score=0.0, min_duration_s=0.1)
     ours = find_events(iter_frames(video, 5.0), ExportedBackend(served_folder), rules)
     for request in ({"content": video.read_bytes()}, {"files": {"video": video.read_bytes()}}):
-        answer = served[0].post(f"/v1/stream?{EAGER}&rate_hz=5", **request).raise_for_status().json()  # type: ignore[arg-type]
+        answer = served[0].post(f"/v1/stream?{EAGER}&rate_hz=5", **request).raise_for_status().json()
         assert answer["frames"] == ours.frames == 10 and answer["duration_s"] == pytest.approx(ours.duration_s)
         assert [(e["label"], e["start_s"], e["end_s"]) for e in answer["events"]] == [
             (event.label, event.start_s, event.end_s) for event in ours.events

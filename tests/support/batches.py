@@ -49,8 +49,8 @@ def counting_only(source: Source) -> BadInputs:
 
 
 def train(source: Source, steps: int, config: DataConfig = DataConfig(), **options: Any) -> list[Batch]:  # noqa: B008
-    options = {"seed": 0, "global_batch_size": 4, "bad_inputs": counting_only(source)} | options
-    with train_batches(source, config, PREPROCESS, **options) as batches:
+    given: dict[str, Any] = {"seed": 0, "global_batch_size": 4, "bad_inputs": counting_only(source), **options}
+    with train_batches(source, config, PREPROCESS, **given) as batches:
         return list(islice(batches, steps))
 
 
@@ -58,6 +58,20 @@ def evaluation(source: Source, batch_size: int, config: DataConfig = DataConfig(
     options = {"bad_inputs": counting_only(source)} | options
     with eval_batches(source, config, PREPROCESS, batch_size=batch_size, **options) as batches:
         return list(batches)
+
+
+def read_bytes(source: Source, i: int) -> bytes:
+    """Return an example that is an encoded image."""
+    data = source[i].data
+    assert isinstance(data, bytes)
+    return data
+
+
+def read_pixels(source: Source, i: int) -> np.ndarray:
+    """Return an example that is an array."""
+    data = source[i].data
+    assert isinstance(data, np.ndarray)
+    return data
 
 
 def assert_equal(first: list[Batch], second: list[Batch]) -> None:

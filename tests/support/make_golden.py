@@ -14,7 +14,7 @@ import platform
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPTS = ("a person riding a bike.", "Riding", "naïve 😀 bikes, 2 of them")
 
 
-def _case(text: dict[str, int], vision: dict[str, int], projection_dim: int) -> dict[str, Any]:
+def _case(text: Mapping[str, int | str], vision: Mapping[str, int | str], projection_dim: int) -> dict[str, Any]:
     return {"model_type": "clip", "text_config": text, "vision_config": vision, "projection_dim": projection_dim}
 
 
@@ -101,8 +101,8 @@ def make_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def small(hidden_act: str = "quick_gelu", **text: int) -> dict[str, Any]:
     """Return the configuration of the quirk folders, a few KB of weights."""
     ids = {"vocab_size": 40, "bos_token_id": 38, "eos_token_id": 39, "max_position_embeddings": 24}
-    text_config = _text(8, 2) | {"num_hidden_layers": 2, "hidden_act": hidden_act} | ids | text
-    return _case(text_config, _vision(8, 2, 8, 16, layers=2) | {"hidden_act": hidden_act}, 8)
+    text_config: dict[str, int | str] = {**_text(8, 2), "num_hidden_layers": 2, "hidden_act": hidden_act, **ids, **text}
+    return _case(text_config, {**_vision(8, 2, 8, 16, layers=2), "hidden_act": hidden_act}, 8)
 
 
 def small_with_vocabulary() -> dict[str, Any]:
@@ -125,7 +125,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write(kind: str, arrays: dict[str, np.ndarray], packages: Iterable[str]) -> None:
-    np.savez_compressed(GOLDEN / f"{kind}.npz", **arrays)
+    np.savez_compressed(GOLDEN / f"{kind}.npz", allow_pickle=False, **arrays)
     path = GOLDEN / "versions.json"
     versions = json.loads(path.read_text()) if path.is_file() else {}
     versions[kind] = {"python": platform.python_version(), **{name: version(name) for name in packages}}
@@ -165,7 +165,8 @@ def main_torch() -> None:
     def run(model: CLIPModel, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return outputs(model, {name: torch.from_numpy(value) for name, value in inputs.items()})
 
-    arrays, shapes = {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    shapes: dict[str, dict[str, list[int]]] = {}
     for name, config in CASES.items():
         model = make(config)
         shapes[name] = {key: list(value.shape) for key, value in model.state_dict().items()}
@@ -233,7 +234,12 @@ def move_to_config_dict(config: dict[str, Any]) -> None:
 def main_flax() -> None:
     """Return the cases, and a folder like those of 2021, by transformers 4.57 and Flax."""
     from safetensors.numpy import save_file
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPTokenizer, FlaxCLIPModel
+    from transformers import (  # type: ignore[attr-defined]  # of version 4
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPTokenizer,
+        FlaxCLIPModel,
+    )
 
     def make(config: dict[str, Any], shapes: dict[str, list[int]]) -> FlaxCLIPModel:
         with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +249,7 @@ def main_flax() -> None:
             return FlaxCLIPModel.from_pretrained(folder)
 
     all_shapes = json.loads((GOLDEN / "shapes.json").read_text())
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, config in CASES.items():
         arrays |= prefixed(name, outputs(make(config, all_shapes[name]), make_inputs(config)))
     folder = GOLDEN / "vocabulary_size_int"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import promql_parser
 import yaml
+from prometheus_client.metrics import MetricWrapperBase
 
 from serving.telemetry import Metrics
 
@@ -23,7 +24,8 @@ def given() -> dict[str, set[str]]:
     """Name of each series that there is -> its labels."""
     names = {"up": TARGET_LABELS, **RECORDED}
     for collector, series in Metrics().registry._collector_to_names.items():
-        labels = {*collector._labelnames, *TARGET_LABELS}
+        assert isinstance(collector, MetricWrapperBase)
+        labels = {*collector._labelnames, *TARGET_LABELS}  # prometheus_client has no public name for them
         names |= {name: labels | ({"le"} if name.endswith("_bucket") else set()) for name in series}
     return names
 
@@ -47,12 +49,17 @@ def selectors(expression: str) -> list[promql_parser.VectorSelector]:
     return found
 
 
+def labels_of(asked: list[promql_parser.VectorSelector]) -> set[str]:
+    """Return the labels of all series that are asked for."""
+    return set().union(*(GIVEN[selector.name or ""] for selector in asked))
+
+
 def check(expression: str) -> None:
     asked = selectors(expression)
     assert asked, f"{expression}: asks for nothing"
     for selector in asked:
-        assert selector.name in GIVEN, f"{expression}: there is no {selector.name}"
+        assert selector.name is not None and selector.name in GIVEN, f"{expression}: there is no {selector.name}"
         labels = {matcher.name for matcher in selector.matchers.matchers}
         assert labels <= GIVEN[selector.name], f"{expression}: {selector.name} has no {labels - GIVEN[selector.name]}"
     grouped = {label.strip() for by in re.findall(r"(?:by|on) \(([^)]*)\)", expression) for label in by.split(",")}
-    assert grouped <= set().union(*(GIVEN[selector.name] for selector in asked)), expression
+    assert grouped <= labels_of(asked), expression

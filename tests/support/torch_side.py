@@ -8,12 +8,13 @@ Where the folder has a tokenizer and an image processor, `run` also opens these 
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-TINY = {
+TINY: dict[str, Any] = {
     "text_config": {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
     "vision_config": {
         "hidden_size": 48,
@@ -51,4 +52,4 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"save": save, "run": run}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+    save(Path(sys.argv[2]), sys.argv[3]) if sys.argv[1] == "save" else run(Path(sys.argv[2]))

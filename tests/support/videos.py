@@ -44,6 +44,7 @@ def write_clip(
     """Frames whose grey level tells their number; the left half of each is darker by 30."""
     with av.open(path, "w", format=format) as container:
         stream = container.add_stream(codec, rate=rate)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.gop_size = 8
         if rotation:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ def images(tmp_path_factory):
 
 
 def config_for(images, num_steps, **sections):
-    values = {
+    values: dict[str, dict[str, Any]] = {
         "data": {"train": f"folder:{images}", "val_fraction": 0.25},
         "model": {"name": "mini"},
         "train": {"num_steps": num_steps, "global_batch_size": 8, "log_every_steps": 1},
@@ -45,7 +46,7 @@ def live_bytes():
 
     By their shardings: asking an array for its shards would make further arrays of the same buffers.
     """
-    held = {}
+    held: dict[jax.Device, int] = {}
     for array in jax.live_arrays():
         if not array.is_deleted():
             share = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,14 @@ from clip_har_jax.models.heads import Features, HeadSize, head_logits, head_shap
 from clip_har_jax.models.params import flat_params
 from clip_har_jax.pipelines.method_comparison import evaluate_on
 from clip_har_jax.text import make_prompts
-from clip_har_jax.trainer.result import EXIT_RETENTION
+from clip_har_jax.trainer.result import EXIT_RETENTION, Result
 from clip_har_jax.trainer.retention import interpolate
 from clip_har_jax.trainer.run_data import select_classes, zero_shot_prompts
 from clip_har_jax.trainer.train import train
 from clip_har_jax.training.losses import balanced_weights, cross_entropy
 from clip_har_jax.training.mixing import mix
 from clip_har_jax.training.probe import LabeledFeatures, fit_linear_probe, make_tip_adapter
+from tests.support.batches import read_pixels
 from tests.support.model_folders import write_image, write_images
 
 KNOWN = ("cycling", "sitting", "sleeping", "using_laptop", "fighting", "running")  # what the start was trained on
@@ -47,7 +49,7 @@ def caches(tmp_path_factory):
 
 
 def config_for(start, name, steps=40, **sections):
-    values = {
+    values: dict[str, dict[str, Any]] = {
         "data": {
             "val": "synthetic?split=val",
             "classes": NEW,
@@ -77,6 +79,12 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module")
 def zero_shot(start, tmp_path_factory):
     return train(config_for(start, "zero_shot"), tmp_path_factory.mktemp("zero_shot"), quiet=True).metrics["top1"]
+
+
+def model_of(result: Result) -> Path:
+    """Return the model folder that a finished run wrote."""
+    assert result.model is not None
+    return Path(result.model)
 
 
 def params_of(folder):
@@ -117,8 +125,8 @@ def test_each_method_beats_zero_shot_and_changes_what_it_says(name, start, zero_
             np.testing.assert_array_equal(value, after[key], err_msg=key)
         elif not key.endswith("attention.key.bias"):  # it shifts all scores of a query alike: its gradient is 0
             assert not np.array_equal(value, after[key]), key
-    assert bundle.read_actions(Path(result.model)).head == head
-    assert evaluate_on(config_for(start, name), Path(result.model), "synthetic?split=val")["top1"] == pytest.approx(
+    assert bundle.read_actions(model_of(result)).head == head
+    assert evaluate_on(config_for(start, name), model_of(result), "synthetic?split=val")["top1"] == pytest.approx(
         result.metrics["top1"], abs=0.01
     )  # what training measured is what the folder answers
 
@@ -140,8 +148,8 @@ def test_a_fusion_head_and_the_image_tower_learn_together(head, start, zero_shot
     moved = {name for name, value in before.items() if not np.array_equal(value, after[name])}
     tower = {name for name in before if name.startswith("vis")}  # the head's classes take the text tower's place
     assert moved | {"vision.layers.attention.key.bias"} == tower
-    assert bundle.read_actions(Path(result.model)).head == head
-    saved = load_file(Path(result.model) / HEAD_FILE)
+    assert bundle.read_actions(model_of(result)).head == head
+    saved = load_file(model_of(result) / HEAD_FILE)
     size = HeadSize(before["visual_projection.kernel"].shape[1], len(NEW), 0)
     assert set(saved) == set(head_shapes(head, size)[0]) == HEAD_PARAMS[head]
     lengths = np.linalg.norm(saved["classes.kernel"], axis=0)
@@ -158,7 +166,7 @@ def test_the_sigmoid_loss_teaches_both_towers(start, zero_shot, tmp_path):
     before, after = params_of(start), params_of(result.model)
     still = {name for name, value in before.items() if np.array_equal(value, after[name])}
     assert still <= {f"{tower}.layers.attention.key.bias" for tower in ("text", "vision")}
-    assert bundle.read_actions(Path(result.model)).head == "cosine"
+    assert bundle.read_actions(model_of(result)).head == "cosine"
 
 
 def test_zero_shot_writes_the_start(start, zero_shot, tmp_path):
@@ -180,12 +188,12 @@ def test_a_learned_context_is_compared_with_the_usual_templates(start, zero_shot
 def test_a_fitted_run_with_other_settings_in_its_folder_writes_another_model(start, tmp_path):
     """It has no checkpoints that would hold it to its settings."""
     first = train(config_for(start, "linear_probe"), tmp_path, quiet=True)
-    before = bundle.verify(Path(first.model))
+    before = bundle.verify(model_of(first))
     train(config_for(start, "linear_probe"), tmp_path, quiet=True)
-    assert bundle.verify(Path(first.model)) == before  # the same run: kept as it is
+    assert bundle.verify(model_of(first)) == before  # the same run: kept as it is
     changed = config_for(start, "linear_probe", data={"shots": 2})
     again = train(changed, tmp_path, quiet=True)
-    assert bundle.verify(Path(again.model)) != before
+    assert bundle.verify(model_of(again)) != before
     assert json.loads((tmp_path / "model" / "run.json").read_text())["config_hash"] == changed.digest
 
 
@@ -196,7 +204,7 @@ def test_a_folder_of_images_becomes_a_model_in_one_line(start, tmp_path):
         folder = tmp_path / "images" / NEW[label]
         folder.mkdir(parents=True)
         for i in np.flatnonzero(drawn.label_ids == label)[:80]:
-            Image.fromarray(drawn[int(i)].data).save(folder / f"{i}.png")
+            Image.fromarray(read_pixels(drawn, int(i))).save(folder / f"{i}.png")
     command = [sys.executable, "scripts/train.py", "--config=configs/finetune.py", f"--workdir={tmp_path / 'run'}"]
     command += [f"--config.data.train=folder:{tmp_path / 'images'}", f"--config.model.name={start}"]
     # The start is no CLIP of many millions of images: it has to go further.
@@ -236,8 +244,13 @@ def test_features_are_those_of_the_same_activation(start, tmp_path, monkeypatch)
         config["vision_config"].get("hidden_act", "quick_gelu")
     ]
     (other / "config.json").write_text(json.dumps(config))
-    calls, embed = [], initial_state.embed
-    monkeypatch.setattr(initial_state, "embed", lambda *arguments: calls.append(1) or embed(*arguments))
+    calls, embed = list[int](), initial_state.embed
+
+    def counted(*arguments):
+        calls.append(1)
+        return embed(*arguments)
+
+    monkeypatch.setattr(initial_state, "embed", counted)
     train(config_for(other, "linear_probe"), tmp_path / "second", quiet=True)
     assert len(calls) == 2
 
@@ -258,10 +271,14 @@ def test_features_that_another_process_lacks_are_computed_by_all(tmp_path, monke
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = make_source(f"folder:{write_images(tmp_path / 'images', ('running', 'sleeping'), per_class=2)}", "train")
-    calls, found = [], LabeledFeatures(np.eye(4, dtype=np.float32), source.label_ids.astype(np.int32))
+    calls, found = list[int](), LabeledFeatures(np.eye(4, dtype=np.float32), source.label_ids.astype(np.int32))
+
+    def compute():
+        calls.append(1)
+        return found
 
     def cached():
-        return features.cached_features(source, "digest", {"dtype": "float32"}, lambda: calls.append(1) or found)
+        return features.cached_features(source, "digest", {"dtype": "float32"}, compute)
 
     cached()
     np.testing.assert_array_equal(cached().embeddings, found.embeddings)

@@ -53,7 +53,7 @@ def train(start, workdir, cache, method, processes):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     retained = json.loads((workdir / "retention.json").read_text())
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for path in sorted((workdir / "model").glob("*.safetensors")):
         tensors |= {f"{path.stem} {name}": value for name, value in load_file(path).items()}
     return losses, [retained["before"], retained["after"]], tensors

@@ -25,9 +25,9 @@ def address():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = [sys.executable, str(Path(__file__).parents[1] / "support" / "gcs_server.py"), str(port)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(program, text=True, **pipes) as server:
-        assert server.stdout.readline() == "ready\n"
+    pipe, none = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(program, text=True, stdin=pipe, stdout=pipe, stderr=none) as server:
+        assert server.stdout is not None and server.stdout.readline() == "ready\n"
         yield f"http://127.0.0.1:{port}"
         server.kill()
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_one_life_on_four_machines(start, tmp_path):
     workdir, whole = tmp_path / "moved", tmp_path / "whole"
     env = environment(8, NOTES=tmp_path / "whole_notes")
     assert finish(start_run(config, whole, script=INSTRUMENTED, env=env))[0] == 0
-    ends = []
+    ends: list[Any] = []
     for devices, strategy in ((8, "dp"), (4, "fsdp"), (1, "dp")):
         env = environment(devices, NOTES=tmp_path / "notes")
         more = f"--config.mesh.strategy={strategy}"
@@ -161,7 +162,7 @@ def test_one_life_on_four_machines(start, tmp_path):
 
 def rows_by_step(notes, two_processes_from=None):
     """Return the checksums of each step's rows, of both processes where there were two."""
-    rows = {}
+    rows: dict[Any, Any] = {}
     first = [json.loads(line) for line in (notes / "batches.0.jsonl").read_text().splitlines()]
     second = notes / "batches.1.jsonl"
     others = [json.loads(line) for line in second.read_text().splitlines()] if second.exists() else []

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from clip_har_jax.trainer.workdir import claim_config, clear_other_run, make_wor
 ROOT = Path(__file__).parents[2]
 
 
-CHANGED = {
+CHANGED: dict[str, list[tuple[str, Any]]] = {
     "free": [("checkpoint.every_steps", 7), ("mesh.strategy", "fsdp"), ("train.accumulation_steps", 2)],
     "warned": [("optim.learning_rate", 0.5), ("train.num_steps", 3), ("method.label_smoothing", 0.1)],
     "refused": [
@@ -116,7 +117,7 @@ def test_a_restart_clears_what_is_not_this_run_unfinished(tmp_path, last_step, f
 def test_the_documentation_says_what_may_change_at_resume():
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     text = page[page.index("## What may change at resume") : page.index("Everything else is refused")]
-    policies = {key: found.at_resume for key, _, found in settings_of(RunConfig)}
+    policies = {key: found.at_resume for key, _, found in settings_of(RunConfig) if found is not None}
     for policy, part in zip((FREE, WARNED), text.split("Warned of"), strict=True):
         excluded = part.partition("but not")[2]
         named = set(re.findall(r"`([a-z_0-9.]+\*?)`", part)) - {"run.json"}

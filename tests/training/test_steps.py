@@ -78,7 +78,8 @@ def make_batch(program):
 
 def arguments_of(program):
     state, frozen = program.place(start())
-    return state, frozen, ClassInputs(*program.place_prompts(PROMPTS, CLASS_OF_PROMPT), None), make_batch(program)
+    prompts, class_of_prompt = program.place_prompts(PROMPTS, CLASS_OF_PROMPT)
+    return state, frozen, ClassInputs(prompts, class_of_prompt, None), make_batch(program)
 
 
 def gradients_of(program):
