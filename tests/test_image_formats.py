@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_har_jax import image_formats
 from clip_har_jax.image_formats import IMAGE_FORMATS, IMAGE_SUFFIXES, format_titles, readable_formats, sniff
 from clip_har_jax.preprocess import BadImage, decode
 
@@ -38,7 +39,7 @@ def test_the_suite_runs_with_every_decoder() -> None:
 def test_a_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded("HEIF")
     rest = tuple(one for one in IMAGE_FORMATS if one.name != "HEIF")
-    monkeypatch.setattr(formats, "readable_formats", lambda: rest)
+    monkeypatch.setattr(image_formats, "readable_formats", lambda: rest)
     monkeypatch.setattr("clip_har_jax.preprocess.readable_formats", lambda: rest)
     with pytest.raises(BadImage, match=r"decoder isn't installed; pip install 'clip-har-jax\[heif\]'"):
         decode(data)

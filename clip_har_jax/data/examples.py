@@ -19,7 +19,7 @@ class ClipView(NamedTuple):
     """The frames to read from a clip; the arguments of `video.clips.read_clip`, in its order."""
 
     sampling: FrameSampling
-    index: int  # of the view, from 0 to `sampling.num_views` - 1
+    number: int  # of the view, from 0 to `sampling.num_views` - 1
     rng: np.random.Generator | None  # draws the times in training; None: fixed times
     each: Callable[[np.ndarray], np.ndarray]  # applied to each frame
     max_megapixels: float
@@ -56,7 +56,7 @@ class MotionClip(NamedTuple):
     def read(self, view: ClipView) -> Clip:
         """Draw the frames of one view at the times at which `video.clips.read_clip` would read them."""
         drawn = DrawnClip(self.split, self.number)
-        times = np.minimum(sample_times(drawn.duration_s, view.sampling, view.index, view.rng), drawn.duration_s)
+        times = np.minimum(sample_times(drawn.duration_s, view.sampling, view.number, view.rng), drawn.duration_s)
         frames = tuple(view.each(drawn.frame_at(float(time_s))) for time_s in times)
         return Clip(frames, tuple(times.tolist()), drawn.duration_s)
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from clip_har_jax import bundle
+from clip_har_jax.inference import program_cache
 from clip_har_jax.inference.jax_backend import JaxBackend
 from tests.support.export_folders import LABELS, lively, write_heads
 from tests.support.model_folders import write_image, write_model
@@ -111,9 +112,9 @@ def test_weights_in_bfloat16_are_read_whole(folder: Path) -> None:
 
 
 def test_the_oldest_entries_go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "MAX_ENTRIES", 2)
+    monkeypatch.setattr(program_cache, "MAX_ENTRIES", 2)
     for i in range(4):
-        entry = kept.KeptEntry(f"model {i}", bundle.Actions((), {}), ())
+        entry = program_cache.KeptEntry(f"model {i}", bundle.Actions((), {}), ())
         entry.write_tensors({"x": np.zeros(2)})
         os.utime(entry.folder, (i, i))
     assert entry.tensors() is not None
