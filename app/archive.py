@@ -8,11 +8,13 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import overload
 
 from app.client import Trouble
+from serving.schemas import Limits
 
 MAX_PICTURES = 500
 MAX_PICTURE_BYTES = 10_000_000
@@ -21,16 +23,30 @@ MAX_RATIO = 200  # ratio of unpacked to packed size; about 1 for photographs, up
 HARMLESS_BYTES = 50_000_000  # unpacked; the ratio isn't checked below this size
 MAX_DEPTH = 16  # levels of nested folders
 MAX_DIRECTORY_BYTES = 2_000_000  # size of the list of entries, which zipfile reads as a whole
+SYSTEM_NAMES = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini")
+OTHER_ARCHIVES = {  # by their first bytes
+    b"7z\xbc\xaf": "7z",
+    b"Rar!": "rar",
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+EVERY_SERVICE = tuple(f".{suffix}" for kind in Limits().image_formats for suffix in kind.suffixes)
 END = struct.Struct("<4s4H2LH")  # end record of a zip: signature, disks, counts, size and offset of the list, comment
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods can need gigabytes to unpack
 ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError)
 
 
 class Pictures(Sequence[tuple[str, bytes]]):
-    """The pictures of an archive, each read on demand; at most MAX_PICTURE_BYTES + 1 bytes of it."""
+    """The pictures of an archive, each read when it is asked for; at most MAX_PICTURE_BYTES + 1 of its bytes.
 
-    def __init__(self, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]):
-        self._archive, self._entries = archive, entries
+    Attributes:
+      left_out: the number of other files, by suffix.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], left_out: Mapping[str, int]):
+        self._archive, self._entries, self.left_out = archive, entries, left_out
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,13 +63,13 @@ class Pictures(Sequence[tuple[str, bytes]]):
             return entry.filename, file.read(MAX_PICTURE_BYTES + 1)
 
 
-def unpack(name: str, content: bytes, suffixes: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")) -> Pictures:
+def unpack(name: str, content: bytes, suffixes: tuple[str, ...] = ()) -> Pictures:
     """Return the pictures in a zip by their paths, after reading all of it once.
 
     Args:
       name: of the archive, for messages.
       content: its bytes.
-      suffixes: of pictures, in lower case.
+      suffixes: of pictures, in lower case; empty: those that every service reads.
 
     Raises:
       Trouble: not a zip, damaged, protected by a password, with unsafe names or links, or too large.
@@ -64,17 +80,21 @@ def unpack(name: str, content: bytes, suffixes: tuple[str, ...] = (".jpg", ".jpe
         entries = [entry for entry in archive.infolist() if not _is_junk(entry)]
         for entry in entries:
             _check_entry(name, entry)
-        pictures = [entry for entry in entries if _path(entry).suffix.lower() in suffixes and not entry.is_dir()]
+        files = [entry for entry in entries if not entry.is_dir()]
+        pictures = [entry for entry in files if _suffix(entry) in (suffixes or EVERY_SERVICE)]
+        left_out = Counter(_suffix(entry) or "no suffix" for entry in files) - Counter(map(_suffix, pictures))
         _check_amount(name, pictures)
         for entry in pictures:
             _read_through(archive, entry)
     except ERRORS as error:
         raise Trouble(f"{name} is a damaged zip, or none. Make it again and try once more.") from error
-    return Pictures(archive, pictures)
+    return Pictures(archive, pictures, left_out)
 
 
 def _check_directory(name: str, content: bytes) -> None:
-    """Refuse a list of entries that is too long."""
+    """Refuse other archives, and a list of entries that is too long."""
+    if kind := next((kind for start, kind in OTHER_ARCHIVES.items() if content.startswith(start)), None):
+        raise Trouble(f"{name} is a {kind} archive, not a zip. Put the pictures into a zip and try once more.")
     tail = content[-(END.size + 65_536) :]
     start = len(tail) - END.size
     if tail[-END.size : -18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":  # like zipfile's search
@@ -91,9 +111,14 @@ def _path(entry: zipfile.ZipInfo) -> PurePosixPath:
     return PurePosixPath(entry.filename.replace("\\", "/"))
 
 
+def _suffix(entry: zipfile.ZipInfo) -> str:
+    return _path(entry).suffix.lower()
+
+
 def _is_junk(entry: zipfile.ZipInfo) -> bool:
-    """Return whether an entry was added by a system: hidden files, macOS's folder."""
-    return any(part.startswith((".", "__MACOSX")) and part != ".." for part in _path(entry).parts)
+    """Return whether an entry was added by a system: hidden files, thumbnails, macOS's folder."""
+    parts = _path(entry).parts
+    return any((part.startswith(".") and part != "..") or part.casefold() in SYSTEM_NAMES for part in parts)
 
 
 def _check_entry(name: str, entry: zipfile.ZipInfo) -> None:

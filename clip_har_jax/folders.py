@@ -51,6 +51,10 @@ def replacing(target: str | Path, flag: str = "--output") -> Iterator[Path]:
             if target.exists():
                 target.rename(old)
             partial.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,9 @@
 """The walk over folders of images or clips, with a tally of the kept and left out files."""
 
+import codecs
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,35 @@ def find_images(folder: str | Path, tally: Tally | None = None) -> Iterator[Path
 
 def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
+
+
+def read_path_lines(lines: Iterable[bytes], where: str) -> Iterator[str]:
+    """Yield the paths in a list of one a line; blank lines are skipped, and a byte order mark of UTF-8.
+
+    Args:
+      lines: of a binary file.
+      where: the file in messages.
+
+    Raises:
+      UserError: UTF-16, as Windows PowerShell's `>` writes it.
+    """
+    for number, line in enumerate(lines):
+        if number == 0:
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(
+                    f"{where}: a list in UTF-16; save it as UTF-8, in PowerShell by Out-File -Encoding utf8"
+                )
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield os.fsdecode(line.rstrip(b"\r\n"))
+
+
+def turned_path(folder: Path, name: str) -> Path | None:
+    """Return the file that a Windows path below a folder names, its backslashes read as slashes; None: no such."""
+    if "\\" not in name:
+        return None
+    path = folder / name.replace("\\", "/")
+    return path if path.is_file() else None
 
 
 def list_folder(

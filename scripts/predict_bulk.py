@@ -31,6 +31,9 @@ def main() -> int:
     predictor = Predictor(arguments.model, split_classes(arguments.classes), arguments.batch_size)
     output = Path(arguments.output)
     end = predict_bulk(predictor, arguments.inputs, output, shard, arguments.part_size, arguments.workers, _Report())
+    if end.tally:
+        print(file=sys.stderr)
+        cli.print_tally("--inputs", end.tally)
     print(f"\n{end.done} inputs, {end.failed} of them unreadable, {end.images_per_s:.0f} images/s", file=sys.stderr)
     return 1 if end.failed else 0
 

@@ -183,3 +183,12 @@ def test_a_killed_writers_scratch_file_goes_and_a_living_ones_stays(tmp_path: Pa
         assert living.read_text() == "living"
     assert path.read_text() == "living"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_error_between_the_two_renames_leaves_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    replace_folder(target, lambda folder: (folder / "a").write_text("old"))
+    with pytest.raises(FileNotFoundError), replacing(target) as folder:
+        folder.rmdir()  # so that it can't be put in the place
+    assert (target / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

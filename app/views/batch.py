@@ -1,6 +1,7 @@
 """Batch: many pictures at once."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -101,7 +102,7 @@ files = st.file_uploader(
 samples = st.button("Use the sample pictures", icon=":material/photo_library:")
 if samples:
     chosen = [(path.name, path.read_bytes()) for path in sorted(widgets.SAMPLES.glob("*.jpg"))]
-    st.session_state.batch_rows = answer_all(chosen)
+    st.session_state.batch_rows, st.session_state.batch_left_out = answer_all(chosen), Counter()
     st.session_state.batch_of = None
 elif files and st.session_state.get("batch_of") != [file.file_id for file in files]:
     try:
@@ -113,11 +114,15 @@ elif files and st.session_state.get("batch_of") != [file.file_id for file in fil
             raise Trouble(f"There is no {widgets.kinds()} picture in it. Choose another file.")
         if count > MAX_PICTURES:
             raise Trouble(f"{count} pictures are too many; {MAX_PICTURES} or fewer can be done at once.")
+        left_out = sum((Counter(one.left_out) for one in zips), Counter[str]())
         rows = [row for pictures in (loose, *zips) if pictures for row in answer_all(pictures)]
-        st.session_state.batch_rows = rows
+        st.session_state.batch_rows, st.session_state.batch_left_out = rows, left_out
         st.session_state.batch_of = [file.file_id for file in files]
     except Trouble as trouble:
         st.session_state.pop("batch_rows", None)
         st.error(str(trouble), icon=":material/error:")
 if st.session_state.get("batch_rows"):
+    if left_out := st.session_state.batch_left_out:
+        told = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common())
+        st.caption(f"Left out, as they are no {widgets.kinds()}: {told}.")
     show(st.session_state.batch_rows)

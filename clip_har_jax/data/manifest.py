@@ -120,6 +120,15 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
     return manifest
 
 
+def lists_clips(path: Path) -> bool:
+    """Return whether a manifest lists videos, by its metadata alone; False if it can't be read."""
+    try:
+        about = json.loads((pq.read_schema(path).metadata or {})[b"manifest"])
+        return bool(about["about"].get("clips", False))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 

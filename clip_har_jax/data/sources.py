@@ -3,6 +3,7 @@
 A source holds names and labels, and reads an image only on demand. It can be sent to worker processes.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -14,14 +15,14 @@ from clip_har_jax.csv_files import list_csv
 from clip_har_jax.data import motion, synthetic
 from clip_har_jax.data.cache import CachedRecords
 from clip_har_jax.data.examples import ClipFile, Example, MotionClip, Source, fingerprint_of
-from clip_har_jax.data.manifest import read_split
+from clip_har_jax.data.manifest import lists_clips, read_split
 from clip_har_jax.data.tables import hf_source, tfds_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import sha256
 from clip_har_jax.listing import Tally, list_folder
 from clip_har_jax.names import label_ids, sort_labels
 from clip_har_jax.preprocess import BadImage
-from clip_har_jax.specs import Spec, parse_spec
+from clip_har_jax.specs import CLIPS, Spec, parse_spec
 from clip_har_jax.video.datasets import list_videos
 
 SAMPLED_FILES = 20_000
@@ -66,12 +67,14 @@ def fingerprint_files(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[str, 
     for i, (path, label) in enumerate(files):
         size, digest = -1, ""
         with suppress(OSError):  # reported as a bad image when it is read
-            size = os.stat(path).st_size
-            digest = _sample(path, size) if i % every == 0 else ""
+            found = os.stat(path)
+            size = found.st_size
+            digest = _sample(path, size, found.st_mtime_ns) if i % every == 0 else ""
         yield path.name, size, label, digest
 
 
-def _sample(path: Path, size: int) -> str:
+@functools.lru_cache(2 * SAMPLED_FILES)  # a start opens the same data several times
+def _sample(path: Path, size: int, mtime_ns: int) -> str:
     with open(path, "rb", buffering=0) as file:
         parts = []
         for start in sorted({0, max(0, (size - SAMPLED_BYTES) // 2), max(0, size - SAMPLED_BYTES)}):
@@ -215,6 +218,12 @@ def _drawn_split(spec: Spec, split: str) -> str:
     if split not in synthetic.SPLITS:
         raise UserError(f"{spec}: no split {split!r}; {nearest(split, list(synthetic.SPLITS))}")
     return split
+
+
+def has_clips(text: str) -> bool:
+    """Return whether the examples of a SPEC are clips; reads no more than the metadata of a manifest."""
+    spec = parse_spec(text)
+    return lists_clips(Path(spec.path).expanduser()) if spec.kind == "manifest" else spec.kind in CLIPS
 
 
 def _files(spec: Spec, split: str, labels: Sequence[str]) -> Source:

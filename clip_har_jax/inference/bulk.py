@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.files import atomic, write_json
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.predictor import Predictor
-from clip_har_jax.listing import find_images
+from clip_har_jax.listing import Tally, find_images, read_path_lines, turned_path
+from clip_har_jax.names import name_key
 
 Row = tuple[str, str | np.ndarray]  # an input, and its probabilities or the error
 PATH_COLUMNS = ("path", "filename", "file", "input")
@@ -37,10 +38,13 @@ class Progress:
     failed: int
     total: int | None  # None: not counted yet
     images_per_s: float  # since this start
+    tally: Tally | None = None  # of the whole listing, at the end of a start that read inputs
 
 
-def open_inputs(source: str) -> Callable[[], Iterator[str]]:
+def open_inputs(source: str) -> Callable[[Tally | None], Iterator[str]]:
     """Return a function that reads the inputs from the start each time, without storing them.
+
+    Its argument records the kept and left out files of a folder.
 
     Args:
       source: a folder of images, a manifest (.parquet or .csv with a column `path`, `filename`, `file` or `input`), or
@@ -51,7 +55,7 @@ def open_inputs(source: str) -> Callable[[], Iterator[str]]:
     """
     path = Path(source)
     if path.is_dir():
-        return lambda: map(str, find_images(path))
+        return lambda tally: map(str, find_images(path, tally))
     if not path.is_file():
         raise UserError(f"--inputs={source}: not there; name a folder, a manifest (.parquet, .csv) or a list of paths")
     if path.suffix == ".parquet":
@@ -60,24 +64,25 @@ def open_inputs(source: str) -> Callable[[], Iterator[str]]:
         except pa.ArrowInvalid as error:
             raise UserError(f"--inputs={source}: not Parquet ({error})") from error
         column = _path_column(table.schema_arrow.names, source)
-        return lambda: _from_parquet(path, column)
+        return lambda _: _from_parquet(path, column)
     if path.suffix == ".csv":
         import csv
 
         try:
             with path.open(newline="", encoding=CSV_ENCODING) as file:
                 header = next(csv.reader(file), [])
-        except UnicodeDecodeError as error:
-            raise UserError(f"--inputs={source}: not UTF-8; save it as CSV UTF-8") from error
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"--inputs={source}: not CSV in UTF-8 ({error})") from error
         column = _path_column(header, source)
-        return lambda: _from_csv(path, column)
-    return lambda: _from_lines(path)
+        return lambda _: _from_csv(path, column)
+    return lambda _: _from_lines(path)
 
 
 def _path_column(names: list[str], source: str) -> str:
+    by_key = {name_key(name): name for name in reversed(names)}
     for name in PATH_COLUMNS:
-        if name in names:
-            return name
+        if name in by_key:
+            return by_key[name]
     raise UserError(f"--inputs={source}: has no column {' or '.join(PATH_COLUMNS)}, but {', '.join(names) or 'none'}")
 
 
@@ -100,16 +105,17 @@ def _from_csv(path: Path, column: str) -> Iterator[str]:
 
 def _from_lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield os.fsdecode(line.rstrip(b"\r\n"))
+        yield from read_path_lines(file, str(path))
 
 
 def _beside(manifest: Path, value: Any, column: str) -> str:
     if not isinstance(value, str) or not value:
         raise UserError(f"{manifest}: column {column!r} holds {value!r}; each row needs a path")
-    path = Path(value)
-    return value if path.is_absolute() or path.exists() else str(manifest.parent / path)
+    if Path(value).is_absolute() or Path(value).exists():
+        return value
+    beside = manifest.parent / value
+    turned = None if beside.exists() else turned_path(manifest.parent, value)
+    return str(turned or beside)
 
 
 def predict_bulk(
@@ -150,23 +156,25 @@ def predict_bulk(
         bad_folder.mkdir(exist_ok=True)
         _check_same_run(folder / "about.json", _about(predictor, source, part_size))
         parts = _finished_parts(folder)
-        inputs = islice(read(), index, None, count)
+        inputs = islice(read(None), index, None, count)
         done = _skip(inputs, parts, part_size, folder)
         failed = _count_failed(bad_folder, parts)
         if parts and done < parts * part_size:  # the last part was the end of the inputs
             if next(inputs, None) is not None:
                 raise UserError(f"{folder}: more inputs have come behind the last part; name another --output for them")
             return Progress(done, failed, done, 0.0)
-        meter = _Meter(done, failed, report)
+        meter, tally = _Meter(done, failed, report), Tally()
         with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as counter:
-            meter.total = counter.submit(lambda: len(range(index, sum(1 for _ in read()), count)))
+            meter.total = counter.submit(lambda: len(range(index, sum(1 for _ in read(tally)), count)))
             while chunk := list(islice(inputs, part_size)):
                 rows = list(meter.watch(_predict(predictor, chunk, pool)))
                 _write_part(rows, folder, bad_folder, parts, predictor.labels)
                 parts += 1
+        if Path(source).is_dir():
+            write_json(folder / "listing.json", tally.to_json())
     if not meter.done and shard == (0, 1):
         raise UserError(f"--inputs={source}: names no images")
-    return meter.progress(meter.done)
+    return replace(meter.progress(meter.done), tally=tally)
 
 
 def _about(predictor: Predictor, source: str, part_size: int) -> dict[str, Any]:

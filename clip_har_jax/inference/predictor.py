@@ -15,7 +15,7 @@ from clip_har_jax.config import VideoConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
 from clip_har_jax.inference.exported import open_backend
-from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files
+from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files, read_path_lines
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
 from clip_har_jax.video.clips import read_clip
 from clip_har_jax.video.sampling import FrameSampling
@@ -187,7 +187,7 @@ def list_inputs(arguments: Sequence[str], stdin: Iterable[bytes], tally: Tally |
     parts: list[Iterable[str]] = []
     for argument in arguments:
         if argument == "-":
-            parts.append(os.fsdecode(line.rstrip(b"\r\n")) for line in stdin if line.strip())
+            parts.append(read_path_lines(stdin, "standard input"))
         elif Path(argument).is_dir():
             found = [str(path) for path in find_files(argument, IMAGE_SUFFIXES | VIDEO_SUFFIXES, tally)]
             if not found:

@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
+from clip_har_jax.data.sources import has_clips
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.flops import step_flops
@@ -28,7 +29,6 @@ from clip_har_jax.parallel.sharding import (
     replicated,
 )
 from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.specs import CLIPS, parse_spec
 from clip_har_jax.training.losses import balanced_weights
 from clip_har_jax.training.methods import ClassInputs, Method
 from clip_har_jax.training.optim import freeze_masks, make_optimizer, make_schedule
@@ -69,7 +69,7 @@ class Program:
         self.config, self.clip, self.preprocess, self.num_steps, self.mesh = config, clip, preprocess, num_steps, mesh
         self.num_classes = num_classes
         # Frames of a clip in training; None: images.
-        self.num_frames = config.data.video.num_frames if parse_spec(config.data.train).kind in CLIPS else None
+        self.num_frames = config.data.video.num_frames if has_clips(config.data.train) else None
         check_batch_size(config.train.global_batch_size, mesh, "train.global_batch_size")
         check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
         _check_accumulation(config, mesh)

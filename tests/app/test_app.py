@@ -1,5 +1,6 @@
 """The app's pages against a running service: what they show, and the sentence that every mistake gets."""
 
+import gzip
 import io
 import json
 import os
@@ -20,6 +21,8 @@ from streamlit.testing.v1 import AppTest
 
 from app import archive, main, own_service, video_frames, widgets
 from app.client import AppClient, Trouble
+from clip_har_jax.formats import IMAGE_SUFFIXES
+from clip_har_jax.listing import SYSTEM_FILES, SYSTEM_FOLDERS
 from tests.support.serving_setup import LABELS, running, write_export
 
 APP = Path(__file__).parents[2] / "app"
@@ -242,14 +245,26 @@ def test_a_zip_with_folders_and_junk_gives_its_pictures() -> None:
             "b\\three.jpg": good,
             "__MACOSX/._one.png": b"junk",
             "a/.DS_Store": b"junk",
+            "a/@eaDir/one.png": good,
+            "Thumbs.db": b"junk",
             "notes.txt": b"junk",
+            "b/shot.HEIC": b"not read by this service",
+            "inner.zip": b"not looked into",
+            "README": b"",
             "large.png": bytes(30_000_000),
         }
     )
-    found = dict(archive.unpack("a.zip", content))
+    pictures = archive.unpack("a.zip", content)
+    assert pictures.left_out == {".txt": 1, ".heic": 1, ".zip": 1, "no suffix": 1}
+    found = dict(pictures)
     assert set(found) == {"a/one.png", "two.PNG", "b\\three.jpg", "large.png"}
     assert found["a/one.png"] == good
     assert len(found["large.png"]) == archive.MAX_PICTURE_BYTES + 1  # and not more of it is read
+
+
+def test_pictures_and_system_files_are_those_of_training() -> None:
+    assert set(archive.EVERY_SERVICE) <= IMAGE_SUFFIXES
+    assert set(SYSTEM_FOLDERS + SYSTEM_FILES) >= set(archive.SYSTEM_NAMES)
 
 
 def with_entry(**fields: Any) -> bytes:
@@ -278,6 +293,8 @@ def marked_encrypted() -> bytes:
     [
         (b"PK\x03\x04 no zip", "damaged zip"),
         (b"", "damaged zip"),
+        (b"7z\xbc\xaf'\x1c" + bytes(100), "is a 7z archive, not a zip"),
+        (gzip.compress(b"tar"), "is a gzip archive, not a zip"),
         (zipped({"a.png": picture()})[:-30], "damaged zip"),
         (damaged(zipped({"a.png": picture()}), 300), "damaged zip"),
         (damaged(zipped({"a.png": bytes(100_000)}), 45), "damaged zip"),

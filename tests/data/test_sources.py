@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_har_jax.config import AugmentConfig
-from clip_har_jax.data import synthetic
+from clip_har_jax.data import sources, synthetic
 from clip_har_jax.data.augment import augment
-from clip_har_jax.data.sources import SubsetSource, make_source
+from clip_har_jax.data.manifest import make_manifest, write_split_manifest
+from clip_har_jax.data.sources import SubsetSource, has_clips, make_source
 from clip_har_jax.data.splits import hold_out
 from clip_har_jax.errors import UserError
+from tests.support.model_folders import write_images
 from tests.support.sources import CLASSES, check_source, encoded
 
 
@@ -188,6 +190,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
+from tests.support.model_folders import write_images
 from tests.support.sources import CLASSES, check_source, encoded
 
 root = sys.argv[1]
@@ -313,3 +316,24 @@ def test_any_shape_can_be_cropped(shape: tuple[int, int], scale_min: float) -> N
     for seed in range(10):
         config = AugmentConfig(crop_scale_min=scale_min)
         assert augment(gradient(*shape), 16, config, np.random.default_rng(seed)).shape == (16, 16, 3)
+
+
+def test_contents_are_sampled_once_in_a_start(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ("a", "b"), per_class=3)
+    before = make_source(f"folder:{tmp_path}/images", "train").fingerprint
+    read = sources._sample.cache_info().misses
+    assert make_source(f"folder:{tmp_path}/images", "val").fingerprint == before
+    assert sources._sample.cache_info().misses == read
+    file = sorted((tmp_path / "images").rglob("*.png"))[0]
+    data = file.read_bytes()
+    file.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    assert make_source(f"folder:{tmp_path}/images", "train").fingerprint != before
+
+
+def test_a_manifest_tells_by_its_metadata_whether_it_lists_clips(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.parquet"
+    for clips in (False, True):
+        write_split_manifest(make_manifest([], tmp_path, {"clips": True} if clips else {}), path)
+        assert has_clips(f"manifest:{path}") is clips
+    assert has_clips("motion") and has_clips(f"video:{tmp_path}") and not has_clips("synthetic")
+    assert not has_clips(f"manifest:{tmp_path}/missing.parquet")

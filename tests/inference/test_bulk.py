@@ -1,5 +1,6 @@
 """Bulk prediction: killed and continued, in shards, with bad files among good ones."""
 
+import json
 import os
 import signal
 import subprocess
@@ -84,6 +85,41 @@ def test_a_manifest_names_files_beside_it(predictor: Predictor, photos: Path, tm
     finally:
         manifest.unlink()
     assert [Path(str(row["input"])).name for row in read(tmp_path)] == names
+
+
+@pytest.mark.parametrize("kind", ["bom", "windows", "heading"])
+def test_lists_as_other_systems_write_them(predictor: Predictor, photos: Path, tmp_path: Path, kind: str) -> None:
+    name = sorted(photos.rglob("*.png"))[0].relative_to(photos.parent)
+    lines = {
+        "bom": ("list.txt", b"\xef\xbb\xbf" + os.fsencode(photos.parent / name) + b"\r\n\r\n"),
+        "windows": ("list.csv", b"path\r\n" + str(name).replace("/", "\\").encode() + b"\r\n"),
+        "heading": ("list.csv", b"\xef\xbb\xbf Path ,label\r\n" + str(name).encode() + b",x\r\n"),
+    }[kind]
+    source = photos.parent / lines[0]
+    source.write_bytes(lines[1])
+    end = predict_bulk(predictor, str(source), tmp_path / "out", workers=1)
+    source.unlink()
+    assert (end.done, end.failed) == (1, 0)
+
+
+def test_a_list_in_utf_16_is_named(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("a.png\r\n".encode("utf-16"))
+    with pytest.raises(UserError, match="list in UTF-16; save it as UTF-8"):
+        predict_bulk(predictor, str(tmp_path / "list.txt"), tmp_path / "out")
+
+
+def test_what_a_folder_leaves_out_is_told_and_written(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(sorted(photos.rglob("*.png"))[0].read_bytes())
+    for name in ("c.jp2", ".hidden.png", "Thumbs.db", "notes.txt"):
+        (folder / name).write_text("x")
+    end = predict_bulk(predictor, str(folder), tmp_path / "out", workers=1)
+    left_out = {".jp2": 1, "hidden": 1, "of the system": 1, ".txt": 1}
+    assert end.tally is not None and end.tally.kept == 2 and end.tally.ignored == left_out
+    written = json.loads((tmp_path / "out/predictions-00000-of-00001/listing.json").read_text())
+    assert written["kept"] == 2 and written["ignored"] == left_out
 
 
 def test_killed_and_continued_gives_the_same(model: Path, predictor: Predictor, photos: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import make_config
+from clip_har_jax.data.manifest import make_manifest, write_split_manifest
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
 from clip_har_jax.models.factory import NAMED_SIZES
@@ -330,3 +331,12 @@ def test_freeze_masks_reach_single_layers():
     )
     assert masks["vision.layers.mlp.fc1.bias"].ravel().tolist() == [0, 0, 1]
     assert masks["text_projection.kernel"].ravel().tolist() == [1]
+
+
+def test_a_manifest_of_clips_counts_their_frames(tmp_path):
+    path = tmp_path / "manifest.parquet"
+    flops = {}
+    for clips in (False, True):
+        write_split_manifest(make_manifest([], tmp_path, {"clips": True} if clips else {}), path)
+        flops[clips] = make_program(data={"train": f"manifest:{path}", "video": {"num_frames": 4}}).flops_per_step(0)
+    assert flops[True] == 4 * flops[False] > 0
