@@ -38,6 +38,8 @@ from clip_har_jax.text import DEFAULT_TEMPLATES
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 MAX_MAGNITUDE = 30.0  # of RandAugment, as in the paper (Cubuk et al. 2020)
 REMAT = ("none", "dots", "full")
+OPTIMIZERS = ("adamw", "lion", "muon", "adafactor", "schedule_free_adamw")
+SCHEDULES = ("cosine", "wsd", "constant")
 TEMPORAL = ("mean", "head", "st_adapter", "divided")
 
 
@@ -156,6 +158,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: str = setting("adamw", one_of(*OPTIMIZERS), REFUSED)
+    schedule: str = setting("cosine", one_of(*SCHEDULES), WARNED)  # after the warm-up; wsd: constant, then linear to 0
+    decay_fraction: float = setting(0.2, SHARE, WARNED)  # share of the steps after the warm-up in which wsd falls
     learning_rate: float = setting(1e-5, POSITIVE, WARNED)  # peak
     warmup_fraction: float = setting(0.05, SHARE, WARNED)  # share of the steps of linear warm-up; then cosine to 0
     weight_decay: float = setting(0.1, NOT_NEGATIVE, WARNED)  # of matrices; not biases, norms, embeddings, logit scale

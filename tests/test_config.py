@@ -145,7 +145,8 @@ AT_RESUME = {
         mesh.strategy mesh.data mesh.fsdp mesh.tensor data.max_bad_fraction data.max_megapixels data.num_threads
         data.num_workers data.prefetch_batches model.attention model.remat train.log_every_steps
         train.accumulation_steps train.max_skipped_steps""",
-    "warned": """optim.learning_rate optim.warmup_fraction optim.weight_decay optim.b1 optim.b2 optim.eps
+    "warned": """optim.schedule optim.decay_fraction optim.learning_rate optim.warmup_fraction optim.weight_decay
+        optim.b1 optim.b2 optim.eps
         optim.clip_norm optim.layer_decay train.num_epochs train.num_steps data.augment.crop_scale_min
         data.augment.flip data.augment.no_flip_labels data.augment.randaugment_operations
         data.augment.randaugment_magnitude data.augment.color_jitter data.augment.erase_probability
@@ -158,7 +159,7 @@ AT_RESUME = {
         method.freeze method.focal_gamma method.class_balance method.mixup method.cutmix method.drop_path
         method.lora_rank method.lora_alpha method.lora_targets method.prompt_length method.prompt_init
         method.prompt_per_class method.solver method.cache_per_class retention.data retention.classes
-        train.global_batch_size optim.ema_decay seed""",
+        train.global_batch_size optim.name optim.ema_decay seed""",
 }
 RANGES = {
     "above 0": """data.video.num_frames data.video.rate_hz data.video.num_views data.shots method.lora_rank
@@ -171,12 +172,14 @@ RANGES = {
         method.mixup method.cutmix train.patience data.split_seed checkpoint.keep_best seed""",
     "from 0 to 1": """data.val_fraction data.max_bad_fraction data.augment.crop_scale_min data.augment.color_jitter
         data.augment.erase_probability method.label_smoothing method.class_balance method.drop_path retention.max_drop
-        optim.warmup_fraction optim.b1 optim.b2 optim.ema_decay method.wise_ft""",
+        optim.warmup_fraction optim.decay_fraction optim.b1 optim.b2 optim.ema_decay method.wise_ft""",
     "from 0 to 30": "data.augment.randaugment_magnitude",
     "above 0 and at most 1": "optim.layer_decay",
     "uniform, tsn, dense": "data.video.sampling",
     "shuffle, class_balanced, repeat_factor, weights": "data.sampling",
     "float32, bfloat16": "model.compute_dtype",
+    "adamw, lion, muon, adafactor, schedule_free_adamw": "optim.name",
+    "cosine, wsd, constant": "optim.schedule",
     "none, dots, full": "model.remat",
     "mean, head, st_adapter, divided": "model.temporal",
     "auto, xla, cudnn": "model.attention",

@@ -31,7 +31,7 @@ from clip_har_jax.parallel.sharding import (
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import balanced_weights
 from clip_har_jax.training.methods import ClassInputs, Method
-from clip_har_jax.training.optim import freeze_masks, make_optimizer, make_schedule
+from clip_har_jax.training.optim import evaluated_weights, freeze_masks, make_optimizer, make_schedule
 from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState, make_state, state_shardings
 from clip_har_jax.training.steps import make_class_step, make_eval_step, make_feature_step, make_train_step
@@ -98,7 +98,7 @@ class Program:
             self._abstract({name: self.shapes[name] for name in self.trainable}),
             {name: self.param_shardings[name] for name in self.trainable},
             mesh,
-            with_ema=config.optim.ema_decay > 0,
+            with_average=config.optim.ema_decay > 0 or evaluated_weights(config.optim) is not None,
         )
         self.train_step = make_train_step(
             self.method, self.optimizer, self.schedule, config, preprocess, self.shardings, mesh

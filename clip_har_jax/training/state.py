@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
 
     step: Any  # int32 scalar: number of updates
     params: Params  # trainable parameters by dotted path, float32
-    ema: Params  # their moving average; empty if there is none
+    ema: Params  # their average, by `optim.ema_decay` or by the optimiser; empty if there is none
     opt_state: Any
     key: Any  # raw uint32[2] random key, as in checkpoints; each step folds its number into it
     skipped: Any  # int32 scalar: consecutive updates, up to this step, skipped because they weren't finite
@@ -26,22 +26,25 @@ class TrainState(NamedTuple):
 
     @property
     def weights(self) -> Params:
-        """The trainable parameters to evaluate and save: their moving average if there is one."""
+        """The trainable parameters to evaluate and save: their average if there is one."""
         return self.ema or self.params
 
 
 def opt_state_shardings(
     optimizer: optax.GradientTransformation, params: Params, shardings: Mapping[str, NamedSharding], mesh: Mesh
 ) -> Any:
-    """Return the optimiser's state sharded as its parameters (ZeRO); its counters on every device."""
-    shapes = jax.eval_shape(optimizer.init, params)
-    return optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        shapes,
-        dict(shardings),
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    """Return the optimiser's state sharded as its parameters (ZeRO).
+
+    Moments are found by the names of their parameters. On every device are counters, and the row and column means that
+    Adafactor keeps in place of a matrix.
+    """
+    whole = replicated(mesh)
+
+    def one(path: tuple[Any, ...], kept: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+        return shardings[name] if name in params and kept.shape == params[name].shape else whole
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(optimizer.init, params))
 
 
 def state_shardings(
@@ -49,12 +52,12 @@ def state_shardings(
     params: Params,
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
-    with_ema: bool,
+    with_average: bool,
 ) -> TrainState:
     """Return a `TrainState` of shardings."""
     whole, by_name = replicated(mesh), dict(shardings)
     opt_state = opt_state_shardings(optimizer, params, shardings, mesh)
-    return TrainState(whole, by_name, by_name if with_ema else {}, opt_state, whole, whole, whole)
+    return TrainState(whole, by_name, by_name if with_average else {}, opt_state, whole, whole, whole)
 
 
 def make_state(params: Params, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:

@@ -21,6 +21,7 @@ from clip_har_jax.parallel.sharding import batch_sharding, replicated
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import masked_mean
 from clip_har_jax.training.methods import ClassInputs, Method
+from clip_har_jax.training.optim import evaluated_weights
 from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState
 
@@ -62,6 +63,7 @@ def make_train_step(
       shardings: of the state.
     """
     gradients = make_gradients(method, config, preprocess, shardings.params, mesh)
+    evaluated = evaluated_weights(config.optim)
 
     def train_step(
         state: TrainState, frozen: Params, classes: ClassInputs, batch: Batch
@@ -86,7 +88,10 @@ def make_train_step(
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             skipped_steps=skipped_total,
         )
-        ema = _moving_average(state, params, config.optim.ema_decay)
+        if evaluated is None:
+            ema = _moving_average(state, params, config.optim.ema_decay)
+        else:
+            ema = evaluated(opt_state, params)
         skipped = jnp.where(is_finite, 0, state.skipped + 1)
         state = TrainState(state.step + 1, params, ema, opt_state, state.key, skipped, skipped_total)
         return state, metrics, skipped
