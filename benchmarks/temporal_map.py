@@ -13,12 +13,10 @@ import types
 import zipfile
 
 import numpy as np
-from absl import app, flags
 
+from clip_har_jax import cli
 from clip_har_jax.video.segments import IOU_THRESHOLDS, Segment, mean_average_precision
 
-WHEEL = flags.DEFINE_string("mmaction2", None, "mmaction2's wheel", required=True)
-NUM_CASES = flags.DEFINE_integer("num_cases", 200, "Drawn sets of annotations and predictions.", lower_bound=1)
 FOLDER = "mmaction/evaluation/functional"
 
 
@@ -70,10 +68,14 @@ def peer_map(peer: types.ModuleType, found: dict[str, list[Segment]], true: dict
     return np.mean([compute(rows(true, label), rows(found, label), IOU_THRESHOLDS) for label in labels], axis=0)
 
 
-def main(_: list[str]) -> None:
-    peer = load_peer(WHEEL.value)
+def main() -> None:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--mmaction2", required=True, metavar="WHEEL", help="mmaction2's wheel")
+    parser.add_argument("--num_cases", type=int, default=200, help="drawn sets of annotations and predictions")
+    arguments = parser.parse_args()
+    peer = load_peer(arguments.mmaction2)
     largest, ours_s, peer_s = 0.0, 0.0, 0.0
-    for seed in range(NUM_CASES.value):
+    for seed in range(arguments.num_cases):
         found, true = draw_case(seed)
         start = time.process_time()
         ours = np.asarray(list(mean_average_precision(found, true).values()))
@@ -81,9 +83,9 @@ def main(_: list[str]) -> None:
         theirs = peer_map(peer, found, true)
         ours_s, peer_s = ours_s + middle - start, peer_s + time.process_time() - middle
         largest = max(largest, float(np.abs(ours - theirs).max()))
-    print(f"{NUM_CASES.value} cases, IoU {IOU_THRESHOLDS}: largest difference {largest:.1e}")
+    print(f"{arguments.num_cases} cases, IoU {IOU_THRESHOLDS}: largest difference {largest:.1e}")
     print(f"processor time: ours {ours_s:.2f} s, mmaction2's {peer_s:.2f} s")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

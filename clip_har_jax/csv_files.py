@@ -53,43 +53,69 @@ def list_csv(spec: Spec, tally: Tally | None = None) -> list[tuple[Path, str]]:
 
 
 def _read_rows(path: Path) -> list[Row]:
+    rows = [Row(line, cells["filename"], cells["label"]) for line, cells in read_table(path, COLUMNS)]
+    if blank := [row.line for row in rows if not row.filename or not row.label]:
+        raise UserError(f"{path}: line {blank[0]} has no filename or no label ({len(blank)} such lines); fill it in")
+    labels = {label: clean_name(label, str(path)) for label in {row.label for row in rows}}
+    return [row._replace(label=labels[row.label]) for row in rows]
+
+
+def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:
+    """Return the rows of a CSV as (line from 1, cells by column, without spaces about them).
+
+    Columns are found by name, without regard to case and spaces; others are ignored.
+
+    Args:
+      path: of the file.
+      columns: that must be there; the first one names a file.
+      optional: those that may be missing.
+
+    Raises:
+      UserError: not a table with these columns, rows that don't fit them; names the lines.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             header = next((cells for cells in reader if cells), [])
-            name_at, label_at = _find_columns(path, header)
+            places = _find_columns(path, header, columns, optional)
             numbered = [(reader.line_num, cells) for cells in reader if cells]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: can't be read as a CSV ({error}); save it as comma-separated UTF-8") from error
     if not numbered:
-        raise UserError(f"{path}: no rows below the header; add one for each image")
+        raise UserError(f"{path}: no rows below the header; add one for each {'clip' if optional else 'image'}")
     if surplus := [line for line, cells in numbered if len(cells) > len(header)]:
         raise UserError(
             f"{path}: {_lines(surplus)} more cells than the header, which has {len(header)}; put quotes around a cell "
             "that holds a comma"
         )
     rows = [
-        Row(line, *(cells[at].strip() if at < len(cells) else "" for at in (name_at, label_at)))
+        (line, {name: cells[at].strip() if at < len(cells) else "" for name, at in places.items()})
         for line, cells in numbered
     ]
-    if blank := [row.line for row in rows if not row.filename or not row.label]:
-        raise UserError(f"{path}: line {blank[0]} has no filename or no label ({len(blank)} such lines); fill it in")
-    for row in rows:
-        check_text(row.filename, f"{path}, line {row.line}")
-    labels = {label: clean_name(label, str(path)) for label in {row.label for row in rows}}
-    return [row._replace(label=labels[row.label]) for row in rows]
+    for line, cells_by_name in rows:
+        check_text(cells_by_name[columns[0]], f"{path}, line {line}")
+    return rows
 
 
-def _find_columns(path: Path, header: Sequence[str]) -> tuple[int, int]:
-    """Return the positions of the file names and the labels."""
+def has_times(path: Path) -> bool:
+    """Return whether a table's first line names the column `start_s`."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return name_key("start_s") in map(name_key, next(csv.reader(file), []))
+    except (OSError, UnicodeDecodeError, csv.Error):  # told by whoever reads it
+        return False
+
+
+def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> dict[str, int]:
+    """Return the positions of the columns by name."""
     keys = [name_key(name) for name in header]
-    for name in COLUMNS:
-        if keys.count(name) > 1:
-            raise UserError(f"{path}: its first line names the column {name!r} {keys.count(name)} times; rename one")
-        if name not in keys:
+    for name in (*columns, *optional):
+        if (times := keys.count(name_key(name))) > 1:
+            raise UserError(f"{path}: its first line names the column {name!r} {times} times; rename one")
+        if not times and name not in optional:
             had = ",".join(header) or "nothing"
-            raise UserError(f"{path}: its first line must be filename,label (comma-separated); it has {had!r}")
-    return keys.index(COLUMNS[0]), keys.index(COLUMNS[1])
+            raise UserError(f"{path}: its first line must be {','.join(columns)} (comma-separated); it has {had!r}")
+    return {name: keys.index(name_key(name)) for name in (*columns, *optional) if name_key(name) in keys}
 
 
 def _lines(lines: Sequence[int]) -> str:

@@ -11,14 +11,15 @@ from clip_har_jax.names import name_key
 # kind -> (what follows the colon, the options after the question mark)
 KINDS = {
     "synthetic": ("", ("split",)),
-    "motion": ("", ("split",)),
+    "motion": ("", ("split", "reversed", "untrimmed", "window_s")),
     "folder": ("PATH", ("split",)),
-    "csv": ("FILE", ("images",)),
+    "csv": ("FILE", ("images", "videos", "split", "missing", "window_s")),
     "manifest": ("FILE", ("split", "images", "cache")),
-    "video": ("PATH", ("split", "fold")),
+    "video": ("PATH", ("split", "fold", "videos", "missing", "window_s")),
     "tfds": ("NAME", ("split", "data_dir")),
     "hf": ("OWNER/NAME", ("split",)),
 }
+FLAGS = ("reversed", "untrimmed")  # options that are said without a value
 CLIPS = ("motion", "video")  # kinds whose examples are video clips
 
 # Accepted names of the folders or splits; the first one found is used.
@@ -38,7 +39,7 @@ class Spec:
     options: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        options = "&".join(f"{name}={value}" for name, value in self.options.items())
+        options = "&".join(name if name in FLAGS else f"{name}={value}" for name, value in self.options.items())
         path = self.path.replace("?", "%3F")
         return self.kind + (f":{path}" if self.path else "") + (f"?{options}" if options else "")
 
@@ -96,7 +97,9 @@ def _kind_hint(kind: str, head: str) -> str:
 
 
 def _option(text: str, item: str) -> tuple[str, str]:
-    name, _, value = item.partition("=")
+    name, mark, value = item.partition("=")
+    if name in FLAGS and not mark:
+        return name, "yes"
     if not name or not value:
         raise UserError(f"data {text!r}: option {item!r} has no value; write ?name=value")
     return name, value

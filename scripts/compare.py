@@ -5,8 +5,10 @@
 
 The learning rate and weight decay of each method are searched first, equally for all and only on validation data.
 Writes compare.md (the table), compare.json, compare.png (if config.retention.data is set), search/ and cells/. After an
-interruption, the same command continues. Methods: zero_shot, linear_probe, full, lp_ft, flyp, lora, prompt, adapter,
-tip_adapter, bitfit.
+interruption, the same command continues. --protocol=few_shot makes a comparison for each number of --shots,
+base_to_novel trains on half of the classes and evaluates on both halves.
+
+Methods: zero_shot, linear_probe, full, lp_ft, flyp, lora, prompt, adapter, tip_adapter, bitfit.
 """
 
 from pathlib import Path
@@ -56,6 +58,19 @@ def main() -> None:
     parser.add_argument(
         "--soups", action="store_true", help="add rows for the mean weights over each method's seeds, e.g. --soups"
     )
+    parser.add_argument(
+        "--protocol",
+        choices=("all", "few_shot", "base_to_novel"),
+        default="all",
+        help="learn from all examples, from few of each class, or from few of half of the classes, e.g. "
+        "--protocol=few_shot",
+    )
+    parser.add_argument(
+        "--shots",
+        metavar="N,N",
+        help="with few_shot: examples of each class (default 2,4,8,16); with base_to_novel: one number (default 16), "
+        "e.g. --shots=4,16",
+    )
     arguments, overrides = cli.parse_with_overrides(parser)
     config = load_config(arguments.config, overrides)
     seeds, factors = numbers(arguments.seeds, "--seeds", int), numbers(arguments.search, "--search", float)
@@ -63,13 +78,28 @@ def main() -> None:
     if any(factor <= 0 for factor in factors) or any(value < 0 for value in [*seeds, *decays]):
         raise UserError("--search takes factors above 0, --seeds and --decays numbers from 0")
 
+    from clip_har_jax.pipelines import protocols
     from clip_har_jax.pipelines.method_comparison import Space, compare_methods, default_test
 
     test = arguments.test or default_test(config)
     output = Path(arguments.output)
-    space = Space(tuple(factors), tuple(decays))
-    compare_methods(config, arguments.methods.split(","), seeds, output, test, space, arguments.soups)
-    print((output / "compare.md").read_text())
+    common = (config, arguments.methods.split(","), seeds, output, test, Space(tuple(factors), tuple(decays)))
+    shots = numbers(arguments.shots, "--shots", int) if arguments.shots else []
+    if arguments.protocol == "all":
+        if shots:
+            raise UserError("--shots goes with --protocol=few_shot or base_to_novel")
+        compare_methods(*common, arguments.soups)
+        print((output / "compare.md").read_text())
+        return
+    if arguments.soups:
+        raise UserError("--soups goes with --protocol=all alone")
+    if arguments.protocol == "few_shot":
+        protocols.few_shot(*common, shots or protocols.SHOTS)
+    elif len(shots) > 1:
+        raise UserError(f"--shots={arguments.shots}: base_to_novel takes one number, e.g. --shots=16")
+    else:
+        protocols.base_to_novel(*common, *shots)
+    print((output / f"{arguments.protocol}.md").read_text())
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_spec_is_parsed_as_typed(text: str, spec: Spec) -> None:
         ("hf", "write hf:OWNER/NAME"),
         ("synthetic:train", "write synthetic"),
         ("folder:/x?splt=test", "unknown option 'splt'; did you mean 'split'?"),
-        ("csv:/x.csv?split=test", "unknown option 'split'; accepted: 'images'"),
+        ("csv:/x.csv?spilt=test", "unknown option 'spilt'; did you mean 'split'"),
         ("synthetic?split", "option 'split' has no value"),
         ("synthetic?", "option '' has no value"),
     ],

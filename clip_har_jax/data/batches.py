@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
-from clip_har_jax.data.examples import ClipData, ClipView, Example, Source
+from clip_har_jax.data.examples import ClipData, ClipViews, Example, Source
 from clip_har_jax.data.sampling import Order
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.video.sampling import FrameSampling
@@ -109,7 +109,7 @@ class BatchSource:
 
         rng = np.random.default_rng((*key, 1)) if key else None
         views = range(1 if key else video.num_views)
-        read = [clip.read(ClipView(sampling, view, rng, each, config.max_megapixels)) for view in views]
+        read = clip.read(ClipViews(sampling, views, rng, each, config.max_megapixels))
         frames = np.stack([np.stack(view.frames) for view in read])
         return frames.reshape(self._example_shape())
 

@@ -1,7 +1,7 @@
 """Example, and the interface of sources of examples."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -11,15 +11,15 @@ from jaxtyping import Float32, Int32
 from clip_har_jax.data.motion import DrawnClip
 from clip_har_jax.files import sha256
 from clip_har_jax.listing import Tally
-from clip_har_jax.video.clips import Clip, read_clip
+from clip_har_jax.video.clips import Clip, read_views
 from clip_har_jax.video.sampling import FrameSampling, sample_times
 
 
-class ClipView(NamedTuple):
-    """The frames to read from a clip; the arguments of `video.clips.read_clip`, in its order."""
+class ClipViews(NamedTuple):
+    """The frames to read from a clip; the arguments of `video.clips.read_views`, in its order."""
 
     sampling: FrameSampling
-    number: int  # of the view, from 0 to `sampling.num_views` - 1
+    indices: Sequence[int]  # of the views, from 0 to `sampling.num_views` - 1
     rng: np.random.Generator | None  # draws the times in training; None: fixed times
     each: Callable[[np.ndarray], np.ndarray]  # applied to each frame
     max_megapixels: float
@@ -29,8 +29,8 @@ class ClipView(NamedTuple):
 class ClipData(Protocol):
     """A clip whose frames are read on demand."""
 
-    def read(self, view: ClipView) -> Clip:
-        """Read the frames of one view.
+    def read(self, views: ClipViews) -> list[Clip]:
+        """Read the frames of each view.
 
         Raises:
           BadVideo: as `video.clips.read_clip`.
@@ -42,9 +42,9 @@ class ClipFile(NamedTuple):
 
     path: str
 
-    def read(self, view: ClipView) -> Clip:
-        """Read the frames of one view; see `video.clips.read_clip`."""
-        return read_clip(self.path, *view)
+    def read(self, views: ClipViews) -> list[Clip]:
+        """Read the frames of each view; see `video.clips.read_views`."""
+        return read_views(self.path, *views)
 
 
 class MotionClip(NamedTuple):
@@ -52,13 +52,17 @@ class MotionClip(NamedTuple):
 
     split: str
     number: int
+    is_reversed: bool = False
 
-    def read(self, view: ClipView) -> Clip:
-        """Draw the frames of one view at the times at which `video.clips.read_clip` would read them."""
-        drawn = DrawnClip(self.split, self.number)
-        times = np.minimum(sample_times(drawn.duration_s, view.sampling, view.number, view.rng), drawn.duration_s)
-        frames = tuple(view.each(drawn.frame_at(float(time_s))) for time_s in times)
-        return Clip(frames, tuple(times.tolist()), drawn.duration_s)
+    def read(self, views: ClipViews) -> list[Clip]:
+        """Draw the frames of each view at the times at which `video.clips.read_views` would read them."""
+        drawn, clips = DrawnClip(self.split, self.number), []
+        for view in views.indices:
+            times = np.minimum(sample_times(drawn.duration_s, views.sampling, view, views.rng), drawn.duration_s)
+            shown = drawn.duration_s - times if self.is_reversed else times
+            frames = tuple(views.each(drawn.frame_at(float(time_s))) for time_s in shown)
+            clips.append(Clip(frames, tuple(times.tolist()), drawn.duration_s))
+        return clips
 
 
 class Example(NamedTuple):

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 from clip_har_jax.data.synthetic import (
     SUPERSAMPLING,
@@ -213,12 +213,18 @@ class DrawnClip:
 
 
 class Scene:
-    """The constant parts of a clip's frames."""
+    """A person, a stage and an action; what stays the same in all frames of a clip.
+
+    Args:
+      label: the action.
+      seed: of the looks, the place and the times.
+      size_px: of the frames.
+    """
 
     def __init__(self, label: str, seed: tuple[int, int], size_px: int):
         rng = np.random.default_rng((*seed, VERSION, 7))
         self.size = size_px * SUPERSAMPLING
-        dark = bool(rng.random() < 0.5)
+        self.dark = dark = bool(rng.random() < 0.5)
         self.background = _background(self.size, rng, dark)
         scale = self.size * rng.uniform(0.70, 0.80)
         self.place = (
@@ -246,7 +252,17 @@ class Scene:
         self.course = Course(rest[0], DURATION_S - rest[1], label == pair[1], waves)
 
     def draw(self, time_s: float) -> UInt8[np.ndarray, "size size 3"]:
-        image = self.background.copy()
+        """Return the frame of a time."""
+        return np.asarray(self.draw_on(self.background, time_s).reduce(SUPERSAMPLING))
+
+    def move(self, aside: float, scale: float) -> None:
+        """Put the person `aside`, by the width of the stage, and make it smaller by `scale`."""
+        (x, y), scale_px, mirror, roll = self.place
+        self.place = (x + aside * self.size, y), scale_px * scale, mirror, roll
+
+    def draw_on(self, stage: Image.Image, time_s: float) -> Image.Image:
+        """Return the stage with the person at a time, in the size before it is made smaller."""
+        image = stage.copy()
         canvas = Canvas(ImageDraw.Draw(image), *self.place)
         moment = self.path(self.course.at(time_s))
         amount, rate_hz, phase = self.sway
@@ -254,7 +270,7 @@ class Scene:
         if moment.thing is not None:
             _draw_thing(canvas, moment.thing, self.thing)
         draw_person(canvas.at((moment.hip[0] + drift, moment.hip[1])), self._vary(moment.pose), self.look)
-        return np.asarray(image.reduce(SUPERSAMPLING))
+        return image
 
     def _vary(self, pose: Pose) -> Pose:
         """Return a pose with this person's individual posture."""

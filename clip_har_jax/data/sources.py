@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_har_jax.csv_files import list_csv
+from clip_har_jax.csv_files import has_times, list_csv
 from clip_har_jax.data import motion, synthetic
 from clip_har_jax.data.cache import CachedRecords
 from clip_har_jax.data.examples import ClipFile, Example, MotionClip, Source, fingerprint_of
 from clip_har_jax.data.manifest import lists_clips, read_split
 from clip_har_jax.data.tables import hf_source, tfds_source
+from clip_har_jax.data.windows import window_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import sha256
 from clip_har_jax.listing import Tally, list_folder
@@ -134,22 +135,37 @@ class SyntheticSource(Source):
 
 
 class MotionSource(Source):
-    """The embedded motion set: clips whose frames are drawn on demand."""
+    """The embedded motion set: clips whose frames are drawn on demand.
+
+    Args:
+      split: train, val or test.
+      labels: the classes; empty: the set's own.
+      is_reversed: play the clips of the pairs that are one another's reverse backwards, under the partner's label.
+    """
 
     clips = True
 
-    def __init__(self, split: str, labels: Sequence[str]):
+    def __init__(self, split: str, labels: Sequence[str], is_reversed: bool = False):
         self.labels = tuple(labels) or motion.LABELS
-        names = [motion.LABELS[motion.label_of(split, i)] for i in range(motion.SPLITS[split])]
+        kept = [i for i in range(motion.SPLITS[split]) if not is_reversed or self._label(split, i) in motion.REVERSES]
+        names = [self._label(split, i) for i in kept]
+        if is_reversed:  # its frames in the other order are a clip of the partner
+            names = [motion.PARTNER[name] for name in names]
         self.label_ids = np.asarray(label_ids(names, self.labels, "motion"), np.int32)
-        self.fingerprint = fingerprint_of("motion", motion.VERSION, split, len(names), self.labels)
-        self.split = split
+        self.fingerprint = fingerprint_of("motion", motion.VERSION, split, len(names), self.labels, is_reversed)
+        self.split, self.numbers, self.is_reversed = split, kept, is_reversed
+
+    @staticmethod
+    def _label(split: str, i: int) -> str:
+        return motion.LABELS[motion.label_of(split, i)]
 
     def __len__(self) -> int:
         return len(self.label_ids)
 
     def __getitem__(self, i: int) -> Example:
-        return Example(MotionClip(self.split, i), int(self.label_ids[i]), f"motion/{self.split}/{i}")
+        number = self.numbers[i]
+        name = f"motion/{self.split}/{number}{' reversed' if self.is_reversed else ''}"
+        return Example(MotionClip(self.split, number, self.is_reversed), int(self.label_ids[i]), name)
 
 
 class SubsetSource(Source):
@@ -194,7 +210,7 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
     spec = parse_spec(text)
     makers: dict[str, Callable[[Spec, str, Sequence[str]], Source]] = {
         "synthetic": lambda spec, split, labels: SyntheticSource(_drawn_split(spec, split), labels),
-        "motion": lambda spec, split, labels: MotionSource(_drawn_split(spec, split), labels),
+        "motion": _motion,
         "folder": _files,
         "csv": _files,
         "manifest": ManifestSource,
@@ -221,17 +237,45 @@ def _drawn_split(spec: Spec, split: str) -> str:
 
 
 def has_clips(text: str) -> bool:
-    """Return whether the examples of a SPEC are clips; reads no more than the metadata of a manifest."""
+    """Return whether the examples of a SPEC are clips; reads at most the metadata of a manifest or the first line of a
+    table.
+    """
     spec = parse_spec(text)
-    return lists_clips(Path(spec.path).expanduser()) if spec.kind == "manifest" else spec.kind in CLIPS
+    path = Path(spec.path).expanduser()
+    if spec.kind == "csv":
+        return has_times(path)
+    return lists_clips(path) if spec.kind == "manifest" else spec.kind in CLIPS
+
+
+def _motion(spec: Spec, split: str, labels: Sequence[str]) -> Source:
+    split = _drawn_split(spec, split)
+    if "untrimmed" in spec.options:
+        if "reversed" in spec.options:
+            raise UserError(f"{spec}: untrimmed videos aren't reversed; leave one of the options out")
+        return window_source(spec, split, labels)
+    if "window_s" in spec.options:
+        raise UserError(f"{spec}: only untrimmed videos have windows; say motion?untrimmed&window_s=2")
+    return MotionSource(split, labels, "reversed" in spec.options)
 
 
 def _files(spec: Spec, split: str, labels: Sequence[str]) -> Source:
+    if spec.kind == "csv" and has_times(Path(spec.path).expanduser()):
+        return window_source(spec, split, labels)
+    timed = [name for name in ("videos", "split", "missing", "window_s") if name in spec.options]
+    if spec.kind == "csv" and timed:
+        raise UserError(f"{spec}: {timed[0]} is for tables with the columns start_s and end_s; leave it out")
     tally = Tally()
     files = list_csv(spec, tally) if spec.kind == "csv" else list_folder(spec, split, tally=tally)
     return FileSource(files, labels, str(spec), tally)
 
 
 def _videos(spec: Spec, split: str, labels: Sequence[str]) -> Source:
-    tally = Tally()
+    tally, path = Tally(), Path(spec.path).expanduser()
+    if path.is_file() and (path.suffix.lower() == ".json" or has_times(path)):
+        return window_source(spec, split, labels)
+    if timed := [name for name in ("missing", "window_s") if name in spec.options]:
+        raise UserError(f"{spec}: {timed[0]} is for annotations with times; leave it out")
+    if path.is_file():
+        options = {"images": spec.options["videos"]} if "videos" in spec.options else {}
+        return VideoSource(list_csv(Spec("csv", spec.path, options), tally), labels, str(spec), tally)
     return VideoSource(list_videos(spec, split, tally), labels, str(spec), tally)

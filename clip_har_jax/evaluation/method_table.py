@@ -18,28 +18,30 @@ COLUMNS = (
 )
 
 
-def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a row of the table: means, with the half-width of their 95% interval (Student's t over seeds; None for one
-    seed).
-    """
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean with the half-width of its 95% interval (Student's t); None: of one value."""
     from scipy.stats import t
 
-    def interval(key: str) -> tuple[float, float | None] | None:
+    if len(values) == 1:
+        return float(values[0]), None
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(half)
+
+
+def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a row of the table; means over seeds with the half-widths of their 95% intervals, as `interval` does."""
+
+    def over_seeds(key: str) -> tuple[float, float | None] | None:
         values = [cell[key] for cell in cells]
-        if any(value is None for value in values):
-            return None
-        if len(values) == 1:
-            return float(values[0]), None
-        half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-        return float(np.mean(values)), float(half)
+        return None if any(value is None for value in values) else interval(values)
 
     return {
         "method": method,
         "settings": dict(cells[0]["settings"]),
         "fits": [dict(cell["fit"]) for cell in cells],
-        "target": interval("top1"),
-        "retained": interval("retained"),
-        "ece": interval("ece"),
+        "target": over_seeds("top1"),
+        "retained": over_seeds("retained"),
+        "ece": over_seeds("ece"),
         "trainable_parameters": cells[0]["trainable_parameters"],
         "optimizer_bytes": cells[0]["optimizer_bytes"],
         "step_bytes": cells[0]["step_bytes"],

@@ -190,9 +190,16 @@ def cook_soup(config: RunConfig, cells: Sequence[dict[str, Any]], output: Path, 
     return {**cells[0], "top1": metrics["top1"], "ece": metrics["ece"], "retained": retained, "seconds": seconds}
 
 
-def evaluate_on(config: RunConfig, model: Path, test: str) -> dict[str, Any]:
-    """Return the metrics of a model folder on the test data."""
-    backend = JaxBackend(model, batch_size=config.eval.batch_size)
+def cell_model(config: RunConfig, row: dict[str, Any], seed: int, output: Path) -> Path:
+    """Return the model folder of a method and seed of a comparison, whose row tells the chosen settings."""
+    settings = row["settings"] or {}
+    tuned = with_method(config, row["method"], seed, settings.get("learning_rate"), settings.get("weight_decay"))
+    return _folder(tuned, output) / "run/model"
+
+
+def evaluate_on(config: RunConfig, model: Path, test: str, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the metrics of a model folder on the test data; `classes`: to tell apart others than the folder's own."""
+    backend = JaxBackend(model, classes, batch_size=config.eval.batch_size)
     source = make_source(test, "test")
     source = select_classes(source, backend.labels, "data.classes") if source.labels != backend.labels else source
     return _evaluate(config, backend, source)

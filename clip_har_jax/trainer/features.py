@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax.caches import cache_folder
-from clip_har_jax.data.sources import ClipFile, Source
+from clip_har_jax.data.sources import Source
 from clip_har_jax.files import sha256, sha256_file, write_bytes
+from clip_har_jax.models.temporal import HEAD
 from clip_har_jax.parallel import distributed
 from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage
 from clip_har_jax.training.probe import LabeledFeatures
@@ -22,8 +23,8 @@ def examples_digest(source: Source) -> str:
     def one(i: int) -> str | None:
         try:
             data = source[i].data
-            if isinstance(data, ClipFile):
-                return sha256_file(data.path)
+            if path := getattr(data, "path", None):  # of a clip in a file
+                return sha256_file(path)
             return sha256(data) if isinstance(data, bytes) else None
         except (OSError, BadImage) as error:  # reported when the example is really read
             return sha256(str(error))
@@ -37,7 +38,7 @@ def examples_digest(source: Source) -> str:
 
 def image_tower_digest(params: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the weights on which image embeddings depend."""
-    names = sorted(name for name in params if name.startswith("vis"))
+    names = sorted(name for name in params if name.startswith(("vis", HEAD)))
     arrays = ((name, np.ascontiguousarray(distributed.fetch_to_all(params[name]))) for name in names)
     return sha256(part for name, value in arrays for part in (name, value.tobytes()))
 

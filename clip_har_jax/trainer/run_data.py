@@ -9,6 +9,7 @@ import numpy as np
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.sources import Example, Source, SubsetSource, make_source
 from clip_har_jax.data.splits import hold_out, take_shots
+from clip_har_jax.data.windows import WindowSource
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import sha256
 from clip_har_jax.specs import parse_spec
@@ -46,6 +47,11 @@ def load_data(config: RunConfig) -> Data:
     if config.data.val:
         with _named("data.val"):
             val_source = make_source(config.data.val, "val", train_source.labels)
+    elif isinstance(train_source, WindowSource):
+        raise UserError(
+            "config.data.val: windows of untrimmed videos need validation videos of their own, as windows of one video "
+            "are alike; name some"
+        )
     else:
         train_ids, val_ids = hold_out(train_source.label_ids, config.data.val_fraction, config.data.split_seed)
         train_source, val_source = SubsetSource(train_source, train_ids), SubsetSource(train_source, val_ids)

@@ -20,6 +20,7 @@ from clip_har_jax.models.configuration import CLIPConfig
 from clip_har_jax.models.flops import step_flops
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, axis_names, flat_params
+from clip_har_jax.models.temporal import is_temporal
 from clip_har_jax.parallel.sharding import (
     batch_sharding,
     check_batch_size,
@@ -199,13 +200,18 @@ class Program:
 
     def flops_per_step(self, num_prompts: int) -> int:
         """Return the model FLOPs of one training step over all devices, as `step_flops` counts them."""
+        kernels = [name for name in self.trainable if name.endswith(".kernel")]
+        image_passes = 3 if any(name.startswith("vis") and not is_temporal(name) for name in kernels) else 2
+        text_passes = 3 if any(name.startswith("text") for name in kernels) else 2
+        trains_temporal = any(map(is_temporal, self.trainable))
         return step_flops(
             self.clip,
-            self.config.train.global_batch_size * (self.num_frames or 1),
+            self.config.train.global_batch_size,
             num_prompts,
-            trains_image=self.trains_image,
-            trains_text=self.trains_text,
-            trains_kernels=any(name.endswith(".kernel") and not name.startswith("head.") for name in self.trainable),
+            image_passes=image_passes if self.trains_image else 1,
+            text_passes=text_passes if self.trains_text else 0,
+            num_frames=self.num_frames,
+            temporal_passes=3 if trains_temporal else 2 if self.trains_image else 1,
         )
 
 

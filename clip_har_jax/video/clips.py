@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
 from clip_har_jax.preprocess import MAX_MEGAPIXELS
 from clip_har_jax.video.decoding import BadVideo, Decoding, TooSlow, VideoLike, find_stream, open_video, upright
 from clip_har_jax.video.sampling import FrameSampling, sample_times
+from clip_har_jax.video.selective import ROUNDING_S, Index, decode_selected, index_packets, shown_at
 
-ROUNDING_S = 1e-3  # containers round times, some to milliseconds
 SEEK_S = 2.0  # for a frame further ahead, seek instead of decoding up to it
 
 
@@ -41,6 +41,7 @@ def read_clip(
     each: Callable[[np.ndarray], np.ndarray] = lambda image: image,
     max_megapixels: float = MAX_MEGAPIXELS,
     num_threads: int = 1,
+    span_s: tuple[float, float] | None = None,
 ) -> Clip:
     """Read the frames of one view of a clip, rotated for display.
 
@@ -50,24 +51,82 @@ def read_clip(
       each: applied to each frame at once, so that only one frame is held in full size.
       max_megapixels: larger frames are refused.
       num_threads: of the decoder; 0: as many as there are cores.
+      span_s: the part of the video that is the clip; times outside the video give its first or last frame. None: all
+        of it.
 
     Raises:
-      BadVideo: not a video, no frames, or less than half of it readable.
+      BadVideo: not a video, no frames, less than half of it readable, or a part outside the video.
     """
+    return read_views(source, sampling, (view,), rng, each, max_megapixels, num_threads, span_s)[0]
+
+
+def read_views(
+    source: VideoLike,
+    sampling: FrameSampling,
+    views: Sequence[int],
+    rng: np.random.Generator | None = None,
+    each: Callable[[np.ndarray], np.ndarray] = lambda image: image,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    num_threads: int = 1,
+    span_s: tuple[float, float] | None = None,
+) -> list[Clip]:
+    """Read several views of a clip from one pass over its packets; as `read_clip` reads one."""
     with open_video(source, num_threads) as container:
         stream = find_stream(container)
-        times, keyframes = _scan(container, stream)
+        index = index_packets(container, stream)
+        times = index.times_s
         start_s = times[0]
         step_s = (times[-1] - start_s) / (len(times) - 1) if len(times) > 1 else 0.0
         duration_s = times[-1] - start_s + step_s
-        wanted = sample_times(duration_s, sampling, view, rng) + start_s
-        decoding = Decoding(container, stream, max_megapixels)
-        taken = [(frame_s - start_s, image) for frame_s, image in _frames_at(decoding, wanted, keyframes, each)]
+        from_s, to_s = (0.0, duration_s) if span_s is None else span_s
+        if span_s is not None and (from_s >= duration_s or to_s <= 0):
+            raise BadVideo(f"{from_s:.1f} to {to_s:.1f} s lies outside of it; it has {duration_s:.1f} s")
+        wanted = [
+            np.clip(from_s + sample_times(to_s - from_s, sampling, view, rng), 0, None) + start_s for view in views
+        ]
+        shown, damage = _shown_frames(container, stream, index, np.unique(np.concatenate(wanted)), each, max_megapixels)
         told_s = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else duration_s
-    damage = decoding.damage()
     if duration_s + max(1.0, 2 * step_s) < told_s:
         damage = f"breaks off at {duration_s:.1f} of {told_s:.1f} s"
-    return Clip(tuple(image for _, image in taken), tuple(time_s for time_s, _ in taken), duration_s, damage)
+    clips = []
+    for view_times_s in wanted:
+        taken = [shown[time_s] for time_s in view_times_s.tolist()]
+        times_s = tuple(frame_s - start_s for frame_s, _ in taken)
+        clips.append(Clip(tuple(image for _, image in taken), times_s, duration_s, damage))
+    return clips
+
+
+def _shown_frames(
+    container: Any,
+    stream: Any,
+    index: Index,
+    times_s: Float64[np.ndarray, " n"],
+    each: Callable[[np.ndarray], np.ndarray],
+    max_megapixels: float,
+) -> tuple[dict[float, tuple[float, np.ndarray]], str | None]:
+    """Return the frame that is shown at each time, with its own time, and what of the clip is damaged."""
+    stamps = shown_at(index, times_s)
+    selected = decode_selected(container, stream, index, set(stamps), each, max_megapixels)
+    if selected is not None:
+        frames = [(stamp * index.unit_s, selected[stamp]) for stamp in stamps]
+        return dict(zip(times_s.tolist(), frames, strict=True)), None
+    decoding = Decoding(container, stream, max_megapixels)
+    frames = list(_frames_at(decoding, times_s, index.keyframes_s, each))
+    return dict(zip(times_s.tolist(), frames, strict=True)), decoding.damage()
+
+
+def video_duration(source: VideoLike) -> float:
+    """Return the length of a video as its container tells it, else by its packets; nothing is decoded.
+
+    Raises:
+      BadVideo: not a video, or no frames in it.
+    """
+    with open_video(source, 1) as container:
+        stream = find_stream(container)
+        if stream.duration and stream.time_base:
+            return float(stream.duration * stream.time_base)
+        times = index_packets(container, stream).times_s
+        return times[-1] - times[0] + ((times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0)
 
 
 def iter_frames(
@@ -123,21 +182,6 @@ def timed_frames(
         raise BadVideo(f"no frame of it can be decoded{decoding.why()}")
     if damage := decoding.damage():
         raise BadVideo(damage)
-
-
-def _scan(container: Any, stream: Any) -> tuple[list[float], list[float]]:
-    """Return the sorted times of a clip's frames and keyframes; reads the packets without decoding."""
-    times, keyframes = [], []
-    for packet in container.demux(stream):
-        stamp = packet.pts if packet.pts is not None else packet.dts
-        if stamp is not None and packet.size:
-            times.append(float(stamp * packet.time_base))
-            if packet.is_keyframe:
-                keyframes.append(times[-1])
-    if not times:
-        raise BadVideo("no frames in it")
-    container.seek(0)
-    return sorted(times), sorted(keyframes)
 
 
 def _frames_at(

@@ -140,7 +140,7 @@ class Decoding:
                     return
                 continue
             for frame in frames:
-                self._check_size(frame)
+                self.check_size(frame)
                 time_s = frame.time if frame.time is not None else (0.0 if last_s is None else last_s + 1 / float(rate))
                 last_s = self.last_s = time_s if last_s is None else max(last_s, time_s)
                 self.good, self.bad = self.good + (not frame.is_corrupt), self.bad + frame.is_corrupt
@@ -150,7 +150,12 @@ class Decoding:
         """Seek to the last keyframe before a time."""
         self.container.seek(int(time_s / self.stream.time_base), stream=self.stream)
 
-    def _check_size(self, frame: "av.VideoFrame") -> None:
+    def check_size(self, frame: "av.VideoFrame") -> None:
+        """Refuse frames that are too large.
+
+        Raises:
+          BadVideo: over `max_megapixels`.
+        """
         if frame.width * frame.height > self.max_megapixels * 1e6:
             raise BadVideo(
                 f"frames of {frame.width}x{frame.height} px, over {self.max_megapixels:g} megapixels; make it smaller"

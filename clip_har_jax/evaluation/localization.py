@@ -1,0 +1,156 @@
+"""Actions found in untrimmed videos, judged by annotations: fitted thresholds, mAP at temporal IoU and over frames."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from clip_har_jax.video.segments import (
+    BACKGROUND,
+    IOU_THRESHOLDS,
+    Segment,
+    SegmentRules,
+    average_precisions,
+    find_segments,
+    interpolated_precision,
+    mean_average_precision,
+)
+
+START_SCORES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+END_SHARES = (0.4, 0.6, 0.8, 1.0)  # of the start score
+MIN_DURATIONS_S = (0.0, 0.3, 0.6, 1.0)
+MAX_GAPS_S = (0.0, 0.3, 0.6)
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a model says over the time of one video, and what its annotations say.
+
+    Attributes:
+      name: of the video.
+      duration_s: of the video.
+      segments: the annotated actions.
+      times_s: the middles of the windows that the model saw.
+      probs: of the classes, for each window.
+      embeddings: of the windows.
+    """
+
+    name: str
+    duration_s: float
+    segments: tuple[Segment, ...]
+    times_s: Float64[np.ndarray, " n"]
+    probs: Float32[np.ndarray, "n c"]
+    embeddings: Float32[np.ndarray, "n d"]
+
+
+Localiser = Callable[[Track], list[Segment]]  # what finds the segments of a video
+
+
+def by_hysteresis(labels: Sequence[str], rules: SegmentRules) -> Localiser:
+    """Return the localiser that follows each class's probability by two thresholds."""
+    return lambda track: find_segments(track.times_s, track.probs, labels, rules, track.duration_s)
+
+
+def fit_rules(tracks: Sequence[Track], labels: Sequence[str]) -> SegmentRules:
+    """Return the thresholds with the highest mean mAP over `IOU_THRESHOLDS`, by trying all of a grid.
+
+    Args:
+      tracks: of validation videos, which the result must not be judged by.
+      labels: of the classes.
+    """
+    best, highest = SegmentRules(), -1.0
+    for start, share, gap_s, duration_s in product(START_SCORES, END_SHARES, MAX_GAPS_S, MIN_DURATIONS_S):
+        rules = SegmentRules(start, start * share, gap_s, duration_s)
+        score = mean_map(tracks, by_hysteresis(labels, rules))
+        if score > highest:
+            best, highest = rules, score
+    return best
+
+
+def mean_map(tracks: Sequence[Track], localise: Localiser) -> float:
+    """Return the mean of the mAP at `IOU_THRESHOLDS`."""
+    return float(np.mean(list(judge(tracks, localise).values())))
+
+
+def judge(tracks: Sequence[Track], localise: Localiser) -> dict[float, float]:
+    """Return the mAP at each of `IOU_THRESHOLDS`.
+
+    Raises:
+      UserError: the annotations hold no segment.
+    """
+    return mean_average_precision(found_in(tracks, localise), annotated_in(tracks))
+
+
+def found_in(tracks: Sequence[Track], localise: Localiser) -> dict[str, list[Segment]]:
+    """Return the segments that are found in each video."""
+    return {track.name: localise(track) for track in tracks}
+
+
+def annotated_in(tracks: Sequence[Track]) -> dict[str, Sequence[Segment]]:
+    """Return the annotated segments of each video."""
+    return {track.name: track.segments for track in tracks}
+
+
+def frame_average_precisions(tracks: Sequence[Track], labels: Sequence[str]) -> dict[str, float]:
+    """Return each class's average precision over single times: is the class's action going on, by its probability.
+
+    Classes that happen at none of the times, and `BACKGROUND`, are left out. The frame mAP is their mean.
+    """
+    found = {}
+    for index, label in enumerate(labels):
+        if label == BACKGROUND:
+            continue
+        going_on = np.concatenate([_going_on(track, label) for track in tracks])
+        order = np.argsort(-np.concatenate([track.probs[:, index] for track in tracks]), kind="stable")
+        if going_on.any():
+            found[label] = interpolated_precision(going_on[order].astype(np.float64), int(going_on.sum()))
+    return found
+
+
+def _going_on(track: Track, label: str) -> np.ndarray:
+    times_s, shown = track.times_s, np.zeros(len(track.times_s), bool)
+    for segment in track.segments:
+        if segment.label == label:
+            shown |= (times_s >= segment.start_s) & (times_s < segment.end_s)
+    return shown
+
+
+def summarize(tracks: Sequence[Track], labels: Sequence[str], localisers: Mapping[str, Localiser]) -> dict[str, Any]:
+    """Return the figures of localisation.json: of each localiser, and of the frames.
+
+    Args:
+      tracks: of the videos to judge by.
+      labels: of the classes.
+      localisers: by name.
+    """
+    frames = frame_average_precisions(tracks, labels)
+    result: dict[str, Any] = {
+        "num_videos": len(tracks),
+        "hours": sum(track.duration_s for track in tracks) / 3600,
+        "num_segments": sum(len(track.segments) for track in tracks),
+        "frame_map": float(np.mean(list(frames.values()))) if frames else None,
+        "frame_average_precision": frames,
+        "localisers": {},
+    }
+    for name, localise in localisers.items():
+        found = found_in(tracks, localise)
+        maps = mean_average_precision(found, annotated_in(tracks))
+        by_class = average_precisions(found, annotated_in(tracks))
+        result["localisers"][name] = {
+            "map": {f"{threshold:g}": value for threshold, value in maps.items()},
+            "mean_map": float(np.mean(list(maps.values()))),
+            "num_segments": sum(map(len, found.values())),
+            "average_precision": {
+                label: dict(zip(map("{:g}".format, IOU_THRESHOLDS), map(float, values), strict=True))
+                for label, values in by_class.items()
+            },
+        }
+    return result
+
+
+def rules_to_json(rules: SegmentRules) -> dict[str, float]:
+    """Return the thresholds as they are written down."""
+    return asdict(rules)

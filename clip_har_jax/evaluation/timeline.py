@@ -1,0 +1,57 @@
+"""A picture of what happens in videos over time: annotated actions above, found ones below."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from clip_har_jax.video.segments import Segment
+
+MOST_VIDEOS = 12
+ROW_IN, WIDTH_IN = 0.55, 10.0
+
+
+def draw_timelines(
+    true: Mapping[str, Sequence[Segment]], found: Mapping[str, Sequence[Segment]], labels: Sequence[str]
+) -> bytes:
+    """Return a PNG with two bars for each of the first videos; a found segment is the paler the lower its score.
+
+    Args:
+      true: annotated segments by video.
+      found: those that a localiser found.
+      labels: of the classes, which get a colour each.
+    """
+    import matplotlib
+
+    videos = list(true)[:MOST_VIDEOS]
+    shades = matplotlib.colormaps["tab20"]
+    colours = {label: to_hex(shades(i % 20)) for i, label in enumerate(labels)}
+    figure = Figure(figsize=(WIDTH_IN, 1.6 + ROW_IN * len(videos)), layout="constrained")
+    axes = figure.add_subplot()
+    shown = set()
+    for row, video in enumerate(videos):
+        for offset, segments in ((-0.2, true[video]), (0.2, found.get(video, ()))):
+            for segment in segments:
+                shown.add(segment.label)
+                axes.barh(
+                    row + offset,
+                    segment.end_s - segment.start_s,
+                    0.34,
+                    left=segment.start_s,
+                    color=colours[segment.label],
+                    alpha=0.25 + 0.75 * min(1.0, max(0.0, segment.score)),
+                    edgecolor="black" if offset < 0 else "none",
+                    linewidth=0.6,
+                )
+    axes.set_yticks(range(len(videos)), [video.rsplit("/", 1)[-1] for video in videos])
+    axes.set_ylim(len(videos) - 0.5, -0.5)
+    axes.set_xlabel("s; outlined: annotated, below: found")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=colours[label], label=label) for label in labels if label in shown]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,30 @@
+"""When an action happens: windows of the embedded untrimmed videos, from a model that tells the actions in clips.
+
+    python scripts/train.py --config=configs/motion.py --workdir=runs/motion
+    python scripts/train.py --config=configs/motion_when.py --workdir=runs/when --config.model.name=runs/motion/model
+    python scripts/localize.py --model=runs/when/model --train="motion?untrimmed" --data="motion?untrimmed" \\
+        --output=runs/when/test
+
+Hardware: 2 CPU cores. Expected result: docs/video.md has what was measured.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "data": {
+                "train": "motion?untrimmed&split=train",
+                "val": "motion?untrimmed&split=val",
+                "augment": {"crop_scale_min": 1.0, "flip": False},
+                "video": {"sampling": "uniform"},
+            },
+            "text": {"templates": ("a video of a person {}.",)},
+            "model": {"name": "runs/motion/model", "temporal": "divided"},
+            "train": {"num_steps": 800, "global_batch_size": 32, "log_every_steps": 50},
+            "optim": {"learning_rate": 1e-3, "weight_decay": 0.05},
+            "eval": {"every_steps": 200},
+            "checkpoint": {"every_steps": 200},
+        }
+    )
