@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
-from clip_har_jax.models.temporal import ADAPTER_REDUCTION, HEAD_LAYERS
+from clip_har_jax.models.temporal import HEAD_LAYERS, ST_ADAPTER_REDUCTION
 
 
 def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
@@ -37,7 +37,7 @@ def temporal_flops(clip: CLIPConfig, num_frames: int) -> int:
     if clip.temporal == "divided":
         return vision.num_layers * tokens * (2 * 4 * dim * dim + 2 * 2 * num_frames * dim)
     if clip.temporal == "st_adapter":
-        return vision.num_layers * tokens * 2 * 2 * dim * max(1, dim // ADAPTER_REDUCTION)
+        return vision.num_layers * tokens * 2 * 2 * dim * max(1, dim // ST_ADAPTER_REDUCTION)
     if clip.temporal == "head":
         width = clip.projection_dim
         layer = 2 * num_frames * (3 + 8) * width * width + 2 * 2 * num_frames * num_frames * width
