@@ -52,7 +52,7 @@ def ours(folder: str, photos: str) -> None:
 
 def write_inputs(root: Path, count: int) -> tuple[Path, Path]:
     """Write a ViT-B/32 with random weights, and photographs in one folder per class."""
-    from clip_har_jax.models.factory import NAMED_SIZES
+    from clip_har_jax.models.families import NAMED_SIZES
     from clip_har_jax.models.params import init_params
     from clip_har_jax.models.pretrained import write_params
     from clip_har_jax.preprocess import Preprocess

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from clip_har_jax.batch import Batch
     from clip_har_jax.data.sources import Source
-    from clip_har_jax.models.configuration import CLIPConfig
+    from clip_har_jax.models.clip import CLIPConfig
 
 BATCH_SIZES = {"ViT-B/32": 1024, "ViT-B/16": 256, "ViT-L/14": 128}  # for 80 GB; halved if they don't fit
 PUBLISHED_B16_IMAGES_PER_S = 1459
@@ -195,8 +195,9 @@ def serve(name: str, batch_size: int, folder: str) -> None:
     import jax
 
     from clip_har_jax.data.sources import make_source
-    from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
-    from clip_har_jax.models.factory import NAMED_SIZES
+    from clip_har_jax.models.clip import CLIPConfig
+    from clip_har_jax.models.configuration import TextConfig, VisionConfig
+    from clip_har_jax.models.families import NAMED_SIZES
     from clip_har_jax.parallel import xla_flags
 
     xla_flags.apply()
@@ -236,7 +237,7 @@ def measure_largest(device: "jax.Device", name: str, source: "Source", steps: in
     """Measure a named size with the largest batch that fits: its own in `BATCH_SIZES`, or halves of it."""
     import jax
 
-    from clip_har_jax.models.factory import NAMED_SIZES
+    from clip_har_jax.models.families import NAMED_SIZES
 
     batch_size = BATCH_SIZES[name]
     while True:

@@ -25,7 +25,7 @@ def make_side(method: str, arguments: Any) -> tuple[Any, list[Any], dict[str, in
     """Return the compiled step of a method, its arguments, and its bytes."""
     import jax
 
-    from clip_har_jax.models.factory import NAMED_SIZES
+    from clip_har_jax.models.families import NAMED_SIZES
     from clip_har_jax.models.params import init_params
     from clip_har_jax.parallel.mesh import make_mesh
     from clip_har_jax.parallel.sharding import batch_sharding, bytes_per_device, put_local_rows

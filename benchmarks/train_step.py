@@ -120,7 +120,7 @@ def ours(folder: str, inputs_file: str) -> None:
 
 def write_start(folder: Path, batch_size: int) -> Path:
     """Write random weights in the Hugging Face layout, and the inputs of both sides; return the inputs' file."""
-    from clip_har_jax.models.configuration import CLIPConfig
+    from clip_har_jax.models.clip import CLIPConfig
     from clip_har_jax.models.params import init_params
     from clip_har_jax.models.pretrained import write_params
 

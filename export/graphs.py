@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.explain import heat_map, patch_embeds
 from clip_har_jax.models.heads import Head, image_features
 from clip_har_jax.models.layers import unstack
 from clip_har_jax.models.params import Params, flat_params, unflatten
+from clip_har_jax.models.two_towers import IMAGE_TOWER, TEXT_TOWER, TwoTowers
 from clip_har_jax.preprocess import Preprocess
 
 Shape = tuple[int | str, ...]  # "b" is a variable batch size
@@ -56,7 +56,7 @@ class MatMulLinear(nnx.Linear):
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def make_graphs(model: FlaxCLIPModel, preprocess: Preprocess, head: Head, temperature: float) -> tuple[Graph, ...]:
+def make_graphs(model: TwoTowers, preprocess: Preprocess, head: Head, temperature: float) -> tuple[Graph, ...]:
     """Return the image encoder, the text encoder, the classifier and the explainer of a model.
 
     Args:
@@ -65,7 +65,7 @@ def make_graphs(model: FlaxCLIPModel, preprocess: Preprocess, head: Head, temper
       head: from image features to class logits.
       temperature: divides the logits.
     """
-    whole: Any = model  # no longer a FlaxCLIPModel
+    whole: Any = model  # its layers are lists from here on
     whole.head = head
     for tower in (whole.vision, whole.text):
         tower.layers = nnx.List(unstack(tower.layers))
@@ -98,18 +98,17 @@ def make_graphs(model: FlaxCLIPModel, preprocess: Preprocess, head: Head, temper
         given: Params, images: UInt8[Array, "b h w 3"], class_weights: Float[Array, "b c"]
     ) -> tuple[Float[Array, "b g g"], Float[Array, "b n d"]]:
         model = restore(given)
-        patches = patch_embeds(model.vision, model.visual_projection.kernel[...], images.astype(jnp.float32))
+        patches = patch_embeds(model, images.astype(jnp.float32))
         return heat_map(patches, jnp.matmul(class_weights, model.head.classes.kernel[...].T)), patches
 
     def make(name: str, function: Any, uses: tuple[str, ...], inputs: dict[str, Any], *outputs: str) -> Graph:
         return Graph(name, function, {key: params[key] for key in params if key.startswith(uses)}, inputs, outputs)
 
-    vision = ("vision.", "visual_projection.")
     return (
-        make("image_encoder", encode_image, vision, images_first, "image_embeds"),
-        make("text_encoder", encode_text, ("text.", "text_projection."), text, "text_embeds"),
-        make("classifier", classify, (*vision, "head."), images_first, "probs", "logits"),
-        make("explainer", explain, (*vision, "head.classes."), images_first | one_hot, "heat_map", "patch_embeds"),
+        make("image_encoder", encode_image, IMAGE_TOWER, images_first, "image_embeds"),
+        make("text_encoder", encode_text, TEXT_TOWER, text, "text_embeds"),
+        make("classifier", classify, (*IMAGE_TOWER, "head."), images_first, "probs", "logits"),
+        make("explainer", explain, (*IMAGE_TOWER, "head.classes."), images_first | one_hot, "heat_map", "patch_embeds"),
     )
 
 
@@ -119,6 +118,6 @@ def _fold_normalisation(vision: Any, preprocess: Preprocess) -> None:
     kernel = np.asarray(vision.patch_embedding.kernel[...], np.float64)
     of_channels = kernel.reshape(-1, 3, kernel.shape[-1])  # a flattened patch has its channels last
     positions = np.array(vision.position_embedding[...])
-    positions[1:] -= (of_channels * mean / std).sum(axis=(0, 1)).astype(np.float32)
+    positions[vision.config.num_class_tokens :] -= (of_channels * mean / std).sum(axis=(0, 1)).astype(np.float32)
     vision.patch_embedding.kernel[...] = jnp.asarray((of_channels / (255 * std)).reshape(kernel.shape), jnp.float32)
     vision.position_embedding[...] = jnp.asarray(positions)

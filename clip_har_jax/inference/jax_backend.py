@@ -11,9 +11,10 @@ from jaxtyping import Float32, Int32, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.files import read_object
 from clip_har_jax.inference.backends import check_finite, check_indices, choose_actions, mean_by_class, pad
 from clip_har_jax.inference.program_cache import KeptEntry, model_folder_digest, read_tensors
-from clip_har_jax.models.hf_layout import hf_names, params_from_hf
+from clip_har_jax.models.hf_layout import TABLES, hf_names, params_from_hf
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.preprocess import Preprocess
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from clip_har_jax.models.factory import LoadedModel
 
 PROMPTS_AT_ONCE = 64  # bounds the text tower's memory for long lists of classes
-IMAGE_TOWER = ("vision.", "visual_projection.")  # the parameters for predictions
 
 
 class JaxBackend:
@@ -143,6 +143,8 @@ class JaxBackend:
 
     @cached_property
     def _image_params(self) -> dict[str, Any]:
+        from clip_har_jax.models.two_towers import IMAGE_TOWER
+
         return {name: value for name, value in self._params.items() if name.startswith(IMAGE_TOWER)}
 
     @cached_property
@@ -176,15 +178,16 @@ class JaxBackend:
         (avals, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
         shapes = {name: aval.shape for name, aval in avals.items()}
         file = self.path / "model.safetensors"
-        tensors = read_tensors(file, hf_names(shapes)) if file.is_file() else None
-        return None if tensors is None else jax.device_put(params_from_hf(tensors, shapes, str(self.path)))
+        table = TABLES[read_object(self.path / "config.json").get("model_type", "clip")]
+        tensors = read_tensors(file, hf_names(shapes, table)) if file.is_file() else None
+        return None if tensors is None else jax.device_put(params_from_hf(tensors, shapes, str(self.path), table))
 
     def _trace(self, shape: tuple[int, ...]) -> Any:
         import jax
         from jax import export
 
-        from clip_har_jax.models.clip import normalize_images
         from clip_har_jax.models.heads import image_features, make_head
+        from clip_har_jax.models.two_towers import normalize_images
 
         restore, head_name, temperature = self._restore, self.actions.head, self.actions.temperature
         mean, std = self.preprocess.mean, self.preprocess.std
@@ -208,14 +211,14 @@ class JaxBackend:
     def _explain(self) -> Callable[..., Any]:
         import jax
 
-        from clip_har_jax.models.clip import normalize_images
         from clip_har_jax.models.explain import heat_map, patch_embeds
+        from clip_har_jax.models.two_towers import normalize_images
 
         restore, mean, std = self._restore, self.preprocess.mean, self.preprocess.std
 
         def explain(params: Mapping[str, Any], classes: jax.Array, images: jax.Array) -> jax.Array:
             model, pixels = restore(params), normalize_images(images, mean, std)
-            return heat_map(patch_embeds(model.vision, model.visual_projection.kernel[...], pixels), classes)
+            return heat_map(patch_embeds(model, pixels), classes)
 
         return jax.jit(explain)
 

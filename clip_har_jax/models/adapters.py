@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.params import Params
+from clip_har_jax.models.two_towers import TwoTowers
 
 A, B = ".lora_a", ".lora_b"  # ends of parameter names: [..., in, rank] and [..., rank, out]
 
@@ -46,7 +46,7 @@ class LoRALinear(nnx.Linear):
         return super().__call__(inputs, out_sharding) + self.lora_scale * ((inputs @ a) @ b)
 
 
-def add_lora(model: FlaxCLIPModel, targets: Sequence[str], towers: Sequence[str], rank: int, alpha: float) -> list[str]:
+def add_lora(model: TwoTowers, targets: Sequence[str], towers: Sequence[str], rank: int, alpha: float) -> list[str]:
     """Insert low-rank updates into the linear layers of an abstract model.
 
     Args:

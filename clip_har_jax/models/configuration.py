@@ -1,29 +1,58 @@
-"""CLIPConfig: the sizes of a CLIP, from and to Hugging Face's config.json."""
+"""The sizes and options of two-tower models, and what reading them from a config.json shares."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.models.layers import ACTIVATIONS, TowerConfig
 from clip_har_jax.models.temporal import KINDS as TEMPORAL_KINDS
 
+IMAGE_POOLING, TEXT_POOLING = ("class", "mean", "attention"), ("end", "last")
+
 
 @dataclass(frozen=True)
 class VisionConfig(TowerConfig):
+    """The image tower; the defaults are those of CLIP ViT-B/32.
+
+    Attributes:
+      pooling: class: the class token; mean: the mean of the patches, beside a class token (CLIPA); attention: a learned
+        query over the patches, without a class token (SigLIP).
+      pre_norm: a norm before the first layer.
+    """
+
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_layers: int = 12
     num_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
+    pooling: str = "class"
+    pre_norm: bool = True
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_class_tokens(self) -> int:
+        """1, or 0 where nothing stands before the patches."""
+        return 0 if self.pooling == "attention" else 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_class_tokens + self.num_patches
+
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
+    """The text tower; the defaults are those of CLIP ViT-B/32.
+
+    Attributes:
+      pooling: end: at the first end token; last: at the last position.
+      causal: a token attends only to itself and earlier ones.
+    """
+
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_layers: int = 12
@@ -33,16 +62,23 @@ class TextConfig(TowerConfig):
     bos_token_id: int = 49406
     eos_token_id: int = 49407
     pad_token_id: int = 1
+    pooling: str = "end"
+    causal: bool = True
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
-    """The configuration of a CLIP; its defaults, like Hugging Face's, are those of ViT-B/32.
+class TwoTowerConfig:
+    """The configuration of a two-tower model; a family's class sets `family` and its own defaults.
 
     Attributes:
+      projection_dim: of the space that images and texts share.
+      logit_scale_init_value: logarithm of the factor of cosines, before training.
       temporal: what the image tower does over the frames of a clip, of `models.temporal.KINDS`; a key of this
         project's own in config.json, which other readers ignore.
     """
+
+    family: ClassVar[str]  # its name in `families.FAMILIES`, which is `model_type` in config.json
+    max_logit_scale: ClassVar[float] = math.inf  # training keeps logit_scale at or below it
 
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -60,8 +96,8 @@ _TOWER_KEYS = {
     "hidden_act": "hidden_act",
     "layer_norm_eps": "layer_norm_eps",
 }
-_VISION_KEYS = _TOWER_KEYS | {"image_size": "image_size", "patch_size": "patch_size"}
-_TEXT_KEYS = _TOWER_KEYS | {
+VISION_KEYS = _TOWER_KEYS | {"image_size": "image_size", "patch_size": "patch_size"}
+TEXT_KEYS = _TOWER_KEYS | {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
     "bos_token_id": "bos_token_id",
@@ -70,28 +106,12 @@ _TEXT_KEYS = _TOWER_KEYS | {
 }
 
 
-def config_from_hf(values: Any) -> CLIPConfig:
-    """Return the configuration in a Hugging Face config.json; missing keys have Hugging Face's defaults.
+def read_tower(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the settings of a tower. As in transformers, `text_config_dict` of older files replaces `text_config`.
 
     Raises:
-      UserError: not a CLIP, a value of a wrong type, or one that `check_config` refuses.
+      UserError: not an object.
     """
-    model_type = values.get("model_type", "clip") if isinstance(values, dict) else None
-    if model_type != "clip":
-        raise UserError(f"model_type is {model_type!r}; a 'clip' is needed")
-    config = CLIPConfig(
-        TextConfig(**_read_fields(TextConfig, _read_tower(values, "text_config"), _TEXT_KEYS)),
-        VisionConfig(**_read_fields(VisionConfig, _read_tower(values, "vision_config"), _VISION_KEYS)),
-        **_read_fields(
-            CLIPConfig, values, {key: key for key in ("projection_dim", "logit_scale_init_value", "temporal")}
-        ),
-    )
-    check_config(config)
-    return config
-
-
-def _read_tower(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the settings of a tower. As in transformers, `text_config_dict` of older files replaces `text_config`."""
     key = f"{name}_dict" if values.get(f"{name}_dict") is not None else name
     given = values.get(key)
     if given is not None and not isinstance(given, dict):
@@ -99,33 +119,33 @@ def _read_tower(values: dict[str, Any], name: str) -> dict[str, Any]:
     return given or {}
 
 
-def _read_fields(cls: type, given: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
-    """Return the fields of the dataclass `cls` from the file's keys; null and missing keys mean the default."""
+def read_fields(defaults: Any, given: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """Return the fields of a configuration from the file's keys; null and missing keys mean the default.
+
+    Args:
+      defaults: an instance of the dataclass.
+      given: the file's values.
+      keys: our field -> the file's key.
+
+    Raises:
+      UserError: a value of a wrong type.
+    """
     fields = {ours: given[theirs] for ours, theirs in keys.items() if given.get(theirs) is not None}
     for ours, value in fields.items():
-        kind = type(getattr(cls, ours))  # of the default
+        kind = type(getattr(defaults, ours))
         if not isinstance(value, int | float if kind is float else kind):
             raise UserError(f"{keys[ours]} is {value!r}; a value of type {kind.__name__} is needed")
-    return {ours: float(value) if isinstance(getattr(cls, ours), float) else value for ours, value in fields.items()}
-
-
-def config_to_hf(config: CLIPConfig) -> dict[str, Any]:
-    """Return the contents of a config.json that `transformers.CLIPModel` reads."""
-    text = {theirs: getattr(config.text, ours) for ours, theirs in _TEXT_KEYS.items()}
-    vision = {theirs: getattr(config.vision, ours) for ours, theirs in _VISION_KEYS.items()}
     return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.projection_dim,
-        "logit_scale_init_value": config.logit_scale_init_value,
-        "text_config": {"model_type": "clip_text_model", "projection_dim": config.projection_dim, **text},
-        "vision_config": {"model_type": "clip_vision_model", "projection_dim": config.projection_dim, **vision},
-        "torch_dtype": "float32",
-        **({"temporal": config.temporal} if config.temporal != "mean" else {}),
+        ours: float(value) if isinstance(getattr(defaults, ours), float) else value for ours, value in fields.items()
     }
 
 
-def check_config(config: CLIPConfig) -> None:
+def write_fields(config: Any, keys: dict[str, str]) -> dict[str, Any]:
+    """Return the file's values of a configuration's fields."""
+    return {theirs: getattr(config, ours) for ours, theirs in keys.items()}
+
+
+def check_config(config: TwoTowerConfig) -> None:
     """Check that the sizes fit together.
 
     Raises:
@@ -139,6 +159,7 @@ def check_config(config: CLIPConfig) -> None:
         if tower.hidden_act not in ACTIVATIONS:
             hint = nearest(tower.hidden_act, list(ACTIVATIONS))
             raise UserError(f"{name} tower: activation {tower.hidden_act!r} is unknown; {hint}")
+    assert config.vision.pooling in IMAGE_POOLING and config.text.pooling in TEXT_POOLING
     if config.temporal not in TEMPORAL_KINDS:
         raise UserError(f"temporal is {config.temporal!r}; {nearest(config.temporal, list(TEMPORAL_KINDS))}")
     if not 0 < config.vision.patch_size <= config.vision.image_size:

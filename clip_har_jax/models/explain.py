@@ -1,8 +1,8 @@
 """Heat maps: the contribution of each image patch to the score of a class.
 
 The decomposition of Gandelsman et al. 2024 (Interpreting CLIP's image representation, equations 4 to 6) for the last
-attention layer, with the final norm treated as linear. It needs no backward pass, which some export formats can't
-express.
+attention before pooling, with the final norm treated as linear. Where a learned query pools the patches, its attention
+is the last one, and the MLP after it is left out. It needs no backward pass, which some export formats can't express.
 """
 
 from collections.abc import Sequence
@@ -12,34 +12,46 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from clip_har_jax.models.clip import VisionTransformer
-from clip_har_jax.models.layers import Block
+from clip_har_jax.models.layers import Attention, Block
+from clip_har_jax.models.two_towers import TwoTowers
 
 
-def patch_embeds(
-    vision: VisionTransformer, projection: Float[Array, "w d"], images: Float[Array, "b h w2 3"]
-) -> Float[Array, "b n d"]:
+def patch_embeds(model: TwoTowers, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
     """Return the contribution of each patch to the image embedding (before L2 normalisation) in the last attention.
 
     Args:
-      vision: image tower, its layers stacked or from `unstack`.
-      projection: matrix from the tower's width to the shared space.
+      model: the layers of its image tower stacked or from `unstack`.
       images: normalised, channels last.
     """
+    vision = model.vision
+    if vision.pool is not None:
+        tokens = vision.post_norm(vision.tokens(images))
+        return model.project_image(_moved(vision.pool.attention, vision.pool.queries(tokens), tokens))
     x, last = _entering_last(vision.layers, vision.embed_patches(images))
-    norm, attention, scale = last.norm1, last.attention, vision.post_norm.scale
+    scale = vision.post_norm.scale
     assert scale is not None
-    x = norm(x)
-    batch, length, dim = x.shape
-    heads = attention.num_heads
-    shape = (batch, length, heads, dim // heads)
-    query, key, value = (layer(x).reshape(shape) for layer in (attention.query, attention.key, attention.value))
-    # Products and sums instead of einsum: ONNX's Einsum has no bfloat16.
-    scores = jnp.sum(query[:, :1] * key, axis=-1) * (dim // heads) ** -0.5
-    moved = (jax.nn.softmax(scores, axis=1)[..., None] * value).reshape(x.shape)
-    added = jnp.matmul(moved, attention.out.kernel[...])
+    tokens = last.norm1(x)
+    added = _moved(last.attention, tokens[:, :1] if vision.config.pooling == "class" else tokens[:, 1:], tokens)
     added = (added - jnp.mean(added, axis=-1, keepdims=True)) * scale[...][None, None]
-    return jnp.matmul(added, projection)[:, 1:]
+    return model.project_image(added)[:, 1:]
+
+
+def _moved(
+    attention: Attention, queries: Float[Array, "b q d"], tokens: Float[Array, "b n d"]
+) -> Float[Array, "b n d"]:
+    """Return the vector that each token adds to the output of the attention, in the mean over the queries."""
+    batch, length, dim = tokens.shape
+    heads = attention.num_heads
+
+    def by_head(x: Float[Array, "b n d"]) -> Float[Array, "b h n e"]:
+        return x.reshape(batch, x.shape[1], heads, dim // heads).transpose(0, 2, 1, 3)
+
+    query, key = by_head(attention.query(queries)), by_head(attention.key(tokens))
+    # Products in place of einsum: ONNX's Einsum has no bfloat16.
+    scores = jnp.matmul(query, key.transpose(0, 1, 3, 2)) * (dim // heads) ** -0.5
+    weights = jnp.mean(jax.nn.softmax(scores, axis=-1), axis=2).transpose(0, 2, 1)
+    value = attention.value(tokens).reshape(batch, length, heads, dim // heads)
+    return jnp.matmul((weights[..., None] * value).reshape(tokens.shape), attention.out.kernel[...])
 
 
 def heat_map(patches: Float[Array, "b n d"], classes: Float[Array, "b d"]) -> Float[Array, "b g g"]:

@@ -9,43 +9,18 @@ from jax.sharding import NamedSharding
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import FlaxCLIPModel
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+from clip_har_jax.models.configuration import TwoTowerConfig
+from clip_har_jax.models.families import HUB_SIZES, NAMED_SIZES, family_of
 from clip_har_jax.models.head_file import read_head
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, init_temporal, make_model
 from clip_har_jax.models.pretrained import on_device, read_config, read_params, resize_positions
 from clip_har_jax.models.resolve import resolve_folder
+from clip_har_jax.models.two_towers import TwoTowers
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer
 
-_LARGE_TEXT = TextConfig(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12)
-_LARGE_VISION = VisionConfig(hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, patch_size=14)
-
-# Sizes of Radford et al. 2021, tables 19 and 20; mini and tiny are this project's own, for the embedded set.
-NAMED_SIZES = {
-    "mini": CLIPConfig(
-        TextConfig(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, context_length=24),
-        VisionConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, image_size=32, patch_size=8),
-        projection_dim=32,
-    ),
-    "tiny": CLIPConfig(
-        TextConfig(hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2, context_length=24),
-        VisionConfig(hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, image_size=64, patch_size=16),
-        projection_dim=64,
-    ),
-    "ViT-B/32": CLIPConfig(),
-    "ViT-B/16": CLIPConfig(vision=VisionConfig(patch_size=16)),
-    "ViT-L/14": CLIPConfig(_LARGE_TEXT, _LARGE_VISION, projection_dim=768),
-    "ViT-L/14@336": CLIPConfig(_LARGE_TEXT, dataclasses.replace(_LARGE_VISION, image_size=336), projection_dim=768),
-}
 VOCABULARY_SIZE = 1024  # of a tokenizer trained on a run's own prompts
-HUB_SIZES = {
-    "openai/clip-vit-base-patch32": "ViT-B/32",
-    "openai/clip-vit-base-patch16": "ViT-B/16",
-    "openai/clip-vit-large-patch14": "ViT-L/14",
-    "openai/clip-vit-large-patch14-336": "ViT-L/14@336",
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +30,7 @@ class BaseModel:
     `params` None: random weights of the sizes in `config`.
     """
 
-    config: CLIPConfig
+    config: TwoTowerConfig
     params: Params | None
     tokenizer: Tokenizer
     preprocess: Preprocess
@@ -75,7 +50,7 @@ class BaseHead:
 class LoadedModel:
     """A model with its tokenizer and preprocessing."""
 
-    model: FlaxCLIPModel
+    model: TwoTowers
     tokenizer: Tokenizer
     preprocess: Preprocess
     path: Path
@@ -87,7 +62,7 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
     A named size has random weights and a tokenizer trained on `prompts`; a Hub name or folder has its own.
 
     Raises:
-      UserError: an unknown name, or a folder that isn't a complete CLIP.
+      UserError: an unknown name, or a folder that isn't a complete model.
     """
     if name in NAMED_SIZES:
         tokenizer = Tokenizer.train(prompts, VOCABULARY_SIZE)
@@ -100,7 +75,7 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
             pad_token_id=tokenizer.pad_token_id,
         )
         config = dataclasses.replace(config, text=text)
-        return BaseModel(config, None, tokenizer, Preprocess(image_size_px=config.vision.image_size))
+        return BaseModel(config, None, tokenizer, family_of(config).preprocess(config.vision.image_size))
     try:
         folder = resolve_folder(name)
     except UserError as error:
@@ -119,20 +94,20 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
     return BaseModel(config, params, Tokenizer.from_folder(folder), preprocess, _base_head(folder, config))
 
 
-def _base_head(folder: Path, config: CLIPConfig) -> BaseHead | None:
+def _base_head(folder: Path, config: TwoTowerConfig) -> BaseHead | None:
     if not bundle.has_actions(folder) or (actions := bundle.read_actions(folder)).head == "cosine":
         return None
     params = read_head(folder, actions.head, config.projection_dim, len(actions.labels))
     return BaseHead(actions.head, actions.labels, params)
 
 
-def _resized(config: CLIPConfig, image_size_px: int | None) -> CLIPConfig:
+def _resized(config: TwoTowerConfig, image_size_px: int | None) -> TwoTowerConfig:
     if image_size_px is None:
         return config
     return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size_px))
 
 
-def known_config(name: str, image_size_px: int | None = None, temporal: str = "mean") -> CLIPConfig:
+def known_config(name: str, image_size_px: int | None = None, temporal: str = "mean") -> TwoTowerConfig:
     """Return the sizes of the model of a config's `model` section, without a download.
 
     A named size gets the largest vocabulary that a run can have.
@@ -173,7 +148,7 @@ def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
     (1, 16)
 
     Raises:
-      UserError: not a complete CLIP in the Hugging Face layout.
+      UserError: not a complete model of a known family.
     """
     folder = resolve_folder(name_or_folder)
     config = read_config(folder)

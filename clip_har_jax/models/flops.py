@@ -9,7 +9,7 @@ Everywhere a multiply-add counts as 2, and only matrix products count.
 import math
 from typing import Any
 
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+from clip_har_jax.models.configuration import TextConfig, TwoTowerConfig, VisionConfig
 from clip_har_jax.models.temporal import HEAD_LAYERS, ST_ADAPTER_REDUCTION
 
 
@@ -17,7 +17,7 @@ def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
     """Return the model FLOPs of the forward pass of one image or text."""
     dim = tower.hidden_size
     if isinstance(tower, VisionConfig):
-        tokens = tower.num_patches + 1
+        tokens = tower.num_tokens
         embedding = 2 * tower.num_patches * 3 * tower.patch_size**2 * dim
     else:
         tokens, embedding = tower.context_length, 0
@@ -26,14 +26,14 @@ def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
     return embedding + tower.num_layers * (linear_layers + attention) + 2 * dim * projection_dim
 
 
-def temporal_flops(clip: CLIPConfig, num_frames: int) -> int:
+def temporal_flops(clip: TwoTowerConfig, num_frames: int) -> int:
     """Return the model FLOPs that a temporal model adds to the forward pass of one clip.
 
     The depth-wise convolution of `st_adapter` isn't a matrix product; its sums are under 2% of the adapter's for a
     tower of 768 dims.
     """
     vision, dim = clip.vision, clip.vision.hidden_size
-    tokens = num_frames * (vision.num_patches + 1)
+    tokens = num_frames * vision.num_tokens
     if clip.temporal == "divided":
         return vision.num_layers * tokens * (2 * 4 * dim * dim + 2 * 2 * num_frames * dim)
     if clip.temporal == "st_adapter":
@@ -45,13 +45,13 @@ def temporal_flops(clip: CLIPConfig, num_frames: int) -> int:
     return 0
 
 
-def clip_flops(clip: CLIPConfig, num_frames: int) -> int:
+def clip_flops(clip: TwoTowerConfig, num_frames: int) -> int:
     """Return the model FLOPs of the forward pass of one clip."""
     return num_frames * forward_flops(clip.vision, clip.projection_dim) + temporal_flops(clip, num_frames)
 
 
 def step_flops(
-    clip: CLIPConfig,
+    clip: TwoTowerConfig,
     num_images: int,
     num_prompts: int,
     *,

@@ -18,9 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import FlaxCLIPModel, l2_normalize
 from clip_har_jax.models.layers import DropPath, Runtime, linear
 from clip_har_jax.models.params import axis_names, flat_params, unflatten
+from clip_har_jax.models.two_towers import TwoTowers, l2_normalize
 
 FLOAT32 = Runtime()  # heads are small, so they compute in float32
 MLP_DIM = 256
@@ -274,33 +274,24 @@ def head_logits(name: str, params: Mapping[str, Any], features: Features) -> Flo
 
 
 def image_features(
-    model: FlaxCLIPModel, images: Float[Array, "b *t h w 3"], with_patches: bool, drop: DropPath | None = None
+    model: TwoTowers, images: Float[Array, "b *t h w 3"], with_patches: bool, drop: DropPath | None = None
 ) -> Features:
     """Return the inputs of heads for normalised images or clips."""
     if images.ndim == 5:
         return _clip_features(model, images, with_patches, drop)
     if not with_patches:
         return Features(model.encode_image(images, drop))
-    embeddings = _token_embeddings(model, images, drop)
-    return Features(embeddings[:, 0], embeddings[:, 1:])
-
-
-def _token_embeddings(
-    model: FlaxCLIPModel, images: Float[Array, "b h w 3"], drop: DropPath | None, num_frames: int | None = None
-) -> Float[Array, "b n d"]:
-    """Return all tokens in the space of the texts, L2-normalised, class token first."""
-    tokens = model.vision.tokens(images.astype(model.runtime.dtype), drop, num_frames)
-    return l2_normalize(model.visual_projection(model.vision.post_norm(tokens)))
+    return Features(*model.encode_tokens(images, drop))
 
 
 def _clip_features(
-    model: FlaxCLIPModel, clips: Float[Array, "b t h w 3"], with_patches: bool, drop: DropPath | None
+    model: TwoTowers, clips: Float[Array, "b t h w 3"], with_patches: bool, drop: DropPath | None
 ) -> Features:
     """Return the inputs of heads for clips; the patches of all frames follow one another."""
     count, length = clips.shape[:2]
     if not with_patches:
         frames = model.encode_frames(clips, drop)
         return Features(model.pool_frames(frames), None, frames)
-    tokens = _token_embeddings(model, clips.reshape(-1, *clips.shape[2:]), drop, length)
-    frames, dim = tokens[:, 0].reshape(count, length, -1), tokens.shape[-1]
-    return Features(model.pool_frames(frames), tokens[:, 1:].reshape(count, -1, dim), frames)
+    frames, patches = model.encode_tokens(clips.reshape(-1, *clips.shape[2:]), drop, length)
+    frames, dim = frames.reshape(count, length, -1), frames.shape[-1]
+    return Features(model.pool_frames(frames), patches.reshape(count, -1, dim), frames)

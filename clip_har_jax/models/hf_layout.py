@@ -1,11 +1,11 @@
-"""The table between our parameters and the tensors of a Hugging Face CLIP, strict both ways; numpy only.
+"""The tables between our parameters and the tensors of published files, strict both ways; numpy only.
 
 Layers are stacked on the first dim here and numbered there.
 """
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,29 @@ from clip_har_jax.errors import UserError
 
 Params = dict[str, Any]  # dotted path -> array
 
+
+class Weight(NamedTuple):
+    """Where a parameter of ours stands in a published file.
+
+    Attributes:
+      name: of the tensor, with {i} for the layer.
+      transform: transpose: [out, in] there, [in, out] here; patch: [d, 3, p, p] there, [p * p * 3, d] here; lead1,
+        lead2: one or two dims of size 1 more there.
+      part, parts: which of `parts` equal pieces of the tensor's first dim it is, e.g. a key of joined queries, keys and
+        values.
+    """
+
+    name: str
+    transform: str = ""
+    part: int = 0
+    parts: int = 1
+
+
+Table = dict[str, Weight]  # our name -> the tensor
+
 _LINEAR = (("kernel", "weight", "transpose"), ("bias", "bias", ""))
 _NORM = (("scale", "weight", ""), ("bias", "bias", ""))
+_MLP = (("mlp.fc1", "mlp.fc1", _LINEAR), ("mlp.fc2", "mlp.fc2", _LINEAR))
 _LAYER = (
     ("norm1", "layer_norm1", _NORM),
     ("attention.query", "self_attn.q_proj", _LINEAR),
@@ -22,26 +43,25 @@ _LAYER = (
     ("attention.value", "self_attn.v_proj", _LINEAR),
     ("attention.out", "self_attn.out_proj", _LINEAR),
     ("norm2", "layer_norm2", _NORM),
-    ("mlp.fc1", "mlp.fc1", _LINEAR),
-    ("mlp.fc2", "mlp.fc2", _LINEAR),
+    *_MLP,
 )
 
 
-def _table() -> dict[str, tuple[str, str]]:
-    """Return our name -> (Hugging Face's name with {i} for the layer, transform)."""
+def _expand(parts: list[tuple[str, str, Any]]) -> Table:
+    """Return the entries of modules: our prefix, theirs, and the parameters of the kind."""
+    return {f"{ours}.{a}": Weight(f"{theirs}.{b}", how) for ours, theirs, kind in parts for a, b, how in kind}
+
+
+def _hf_towers() -> Table:
+    """Return the parts that CLIP and SigLIP share in Hugging Face's layout."""
     table = {
-        "logit_scale": ("logit_scale", ""),
-        "text_projection.kernel": ("text_projection.weight", "transpose"),
-        "visual_projection.kernel": ("visual_projection.weight", "transpose"),
-        "text.token_embedding": ("text_model.embeddings.token_embedding.weight", ""),
-        "text.position_embedding": ("text_model.embeddings.position_embedding.weight", ""),
-        "vision.class_embedding": ("vision_model.embeddings.class_embedding", ""),
-        "vision.patch_embedding.kernel": ("vision_model.embeddings.patch_embedding.weight", "patch"),
-        "vision.position_embedding": ("vision_model.embeddings.position_embedding.weight", ""),
+        "text.token_embedding": Weight("text_model.embeddings.token_embedding.weight"),
+        "text.position_embedding": Weight("text_model.embeddings.position_embedding.weight"),
+        "vision.patch_embedding.kernel": Weight("vision_model.embeddings.patch_embedding.weight", "patch"),
+        "vision.position_embedding": Weight("vision_model.embeddings.position_embedding.weight"),
     }
     parts = [
         ("text.final_norm", "text_model.final_layer_norm", _NORM),
-        ("vision.pre_norm", "vision_model.pre_layrnorm", _NORM),  # the spelling of every published file
         ("vision.post_norm", "vision_model.post_layernorm", _NORM),
     ]
     for tower in ("text", "vision"):
@@ -49,103 +69,122 @@ def _table() -> dict[str, tuple[str, str]]:
             (f"{tower}.layers.{ours}", f"{tower}_model.encoder.layers.{{i}}.{theirs}", kind)
             for ours, theirs, kind in _LAYER
         ]
-    for ours, theirs, kind in parts:
-        table |= {f"{ours}.{a}": (f"{theirs}.{b}", transform) for a, b, transform in kind}
-    return table
+    return table | _expand(parts)
 
 
-TABLE = _table()
+TABLES: dict[str, Table] = {
+    "clip": {
+        "logit_scale": Weight("logit_scale"),
+        "text_projection.kernel": Weight("text_projection.weight", "transpose"),
+        "visual_projection.kernel": Weight("visual_projection.weight", "transpose"),
+        "vision.class_embedding": Weight("vision_model.embeddings.class_embedding"),
+        **_expand([("vision.pre_norm", "vision_model.pre_layrnorm", _NORM)]),  # the spelling of every published file
+        **_hf_towers(),
+    },
+}
 
 
-def _from_hf(value: np.ndarray, transform: str) -> np.ndarray:
-    if transform == "transpose":  # [out, in] -> [in, out]
+def _from_hf(value: np.ndarray, weight: Weight) -> np.ndarray:
+    value = np.split(value, weight.parts)[weight.part] if weight.parts > 1 else value
+    if weight.transform == "transpose":
         return value.T
-    if transform == "patch":  # [d, 3, p, p] -> [p * p * 3, d]
+    if weight.transform == "patch":
         return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
-    return value
+    return value.reshape(value.shape[_lead(weight) :])
 
 
-def _hf_shape(shape: tuple[int, ...], transform: str) -> tuple[int, ...]:
-    """Return the shape of Hugging Face's tensor, where ours has `shape`."""
-    if transform == "patch":
+def _lead(weight: Weight) -> int:
+    """Return the number of dims of size 1 that stand first in the file."""
+    return {"lead1": 1, "lead2": 2}.get(weight.transform, 0)
+
+
+def _hf_shape(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
+    """Return the shape of the file's tensor, where ours has `shape`."""
+    if weight.transform == "patch":
         patch = round((shape[0] / 3) ** 0.5)
         return shape[1], 3, patch, patch
-    return shape[::-1] if transform == "transpose" else shape
+    theirs = shape[::-1] if weight.transform == "transpose" else (1,) * _lead(weight) + shape
+    return (theirs[0] * weight.parts, *theirs[1:]) if weight.parts > 1 else theirs
 
 
-def _to_hf(value: np.ndarray, transform: str) -> np.ndarray:
-    if transform == "transpose":
-        return np.array(value.T, order="C")
-    if transform == "patch":
-        dim, channels, patch, _ = _hf_shape(value.shape, transform)
-        return np.array(value.reshape(patch, patch, channels, dim).transpose(3, 2, 0, 1), order="C")
-    return np.array(value, order="C")
+def _to_hf(value: np.ndarray, weight: Weight) -> np.ndarray:
+    """Return the file's tensor, or the piece of it that a parameter of ours is."""
+    if weight.transform == "patch":
+        dim, channels, patch, _ = _hf_shape(value.shape, weight)
+        value = value.reshape(patch, patch, channels, dim).transpose(3, 2, 0, 1)
+    elif weight.transform == "transpose":
+        value = value.T
+    return np.array(value.reshape((1,) * _lead(weight) + value.shape), order="C")
 
 
-def params_to_hf(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return flat parameters as Hugging Face's tensors.
+def params_to_hf(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+    """Return flat parameters as the tensors of a file.
 
     Raises:
-      UserError: some aren't parameters of CLIP; names all of them.
+      UserError: some aren't in the table; names all of them.
     """
-    if unknown := sorted(set(params) - set(TABLE)):
-        raise UserError(f"not parameters of a CLIP: {', '.join(unknown)}")
-    tensors: dict[str, np.ndarray] = {}
+    if unknown := sorted(set(params) - set(table)):
+        raise UserError(f"not parameters of this family of models: {', '.join(unknown)}")
+    pieces: dict[str, dict[int, np.ndarray]] = {}
     for ours, value in params.items():
-        theirs, transform = TABLE[ours]
-        value = np.asarray(value, np.float32)
-        if "{i}" in theirs:
-            tensors |= {theirs.format(i=i): _to_hf(layer, transform) for i, layer in enumerate(value)}
-        else:
-            tensors[theirs] = _to_hf(value, transform)
-    return tensors
+        weight, value = table[ours], np.asarray(value, np.float32)
+        layers = enumerate(value) if "{i}" in weight.name else [(0, value)]
+        for i, layer in layers:
+            pieces.setdefault(weight.name.format(i=i), {})[weight.part] = _to_hf(layer, weight)
+    return {
+        name: np.concatenate([of[part] for part in sorted(of)]) if len(of) > 1 else of[0] for name, of in pieces.items()
+    }
 
 
-def params_from_hf(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> Params:
-    """Return Hugging Face's tensors as flat float32 parameters of exactly `shapes`.
+def params_from_hf(
+    tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, table: Table
+) -> Params:
+    """Return the tensors of a file as flat float32 parameters of exactly `shapes`.
 
     Args:
       tensors: arrays, or objects with a shape that are read when they are converted to arrays.
       shapes: of the parameters.
       where: the folder, for messages.
+      table: of the family's weights.
 
     Raises:
       UserError: missing, unexpected or misshapen weights; names all of them in one message.
     """
     rest = {name for name in tensors if not name.endswith(".position_ids")}  # a buffer of older files, not a weight
-    problems: list[str] = []
+    problems: dict[str, None] = {}  # in order, each once: several of our parameters may be pieces of one tensor
     fitting: dict[str, list[str]] = {}
     for ours, shape in shapes.items():
-        theirs, transform = TABLE[ours]
-        stacked = "{i}" in theirs
-        names = [theirs.format(i=i) for i in range(shape[0])] if stacked else [theirs]
+        weight = table[ours]
+        stacked = "{i}" in weight.name
+        names = [weight.name.format(i=i) for i in range(shape[0])] if stacked else [weight.name]
         rest -= set(names)
         if missing := [name for name in names if name not in tensors]:
-            problems += [f"missing {name}" for name in missing]
+            problems |= dict.fromkeys(f"missing {name}" for name in missing)
             continue
-        wanted = _hf_shape(shape[1:] if stacked else shape, transform)
+        wanted = _hf_shape(shape[1:] if stacked else shape, weight)
         if wrong := [name for name in names if tensors[name].shape != wanted]:
-            problems += [f"misshapen {name}: {tensors[name].shape}, not {wanted}" for name in wrong]
+            problems |= dict.fromkeys(f"misshapen {name}: {tensors[name].shape}, not {wanted}" for name in wrong)
             continue
         fitting[ours] = names
-    problems += [f"unexpected {name}" for name in sorted(rest)]
+    problems |= dict.fromkeys(f"unexpected {name}" for name in sorted(rest))
     if problems:
         raise UserError(f"{where}: the weights don't fit config.json: {'; '.join(problems)}")
 
     def convert(ours: str) -> np.ndarray:
-        theirs, transform = TABLE[ours]
-        if "{i}" not in theirs:
-            return _from_hf(np.asarray(tensors[theirs], np.float32), transform)
+        weight = table[ours]
+        if "{i}" not in weight.name:
+            return _from_hf(np.asarray(tensors[weight.name], np.float32), weight)
         stacked = np.empty(shapes[ours], np.float32)
         for layer, name in zip(stacked, fitting[ours], strict=True):  # one by one: no second copy of a tower
-            layer[...] = _from_hf(np.asarray(tensors[name], np.float32), transform)
+            layer[...] = _from_hf(np.asarray(tensors[name], np.float32), weight)
         return stacked
 
     with ThreadPoolExecutor() as pool:  # copying releases Python's lock
         return dict(zip(fitting, pool.map(convert, fitting), strict=True))
 
 
-def hf_names(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the names of Hugging Face's tensors that hold our parameters of these shapes."""
-    named = [(TABLE[ours][0], shape) for ours, shape in shapes.items()]
-    return [theirs.format(i=i) for theirs, shape in named for i in range(shape[0] if "{i}" in theirs else 1)]
+def hf_names(shapes: Mapping[str, tuple[int, ...]], table: Table) -> list[str]:
+    """Return the names of the tensors that hold our parameters of these shapes."""
+    named = [(table[ours].name, shape) for ours, shape in shapes.items()]
+    names = [theirs.format(i=i) for theirs, shape in named for i in range(shape[0] if "{i}" in theirs else 1)]
+    return list(dict.fromkeys(names))

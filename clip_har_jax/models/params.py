@@ -13,17 +13,18 @@ from flax import nnx, traverse_util
 from jax.sharding import NamedSharding
 from jaxtyping import Array, UInt32
 
-from clip_har_jax.models.clip import FlaxCLIPModel
-from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.configuration import TwoTowerConfig
+from clip_har_jax.models.families import family_of
 from clip_har_jax.models.layers import Runtime, stack_modules
 from clip_har_jax.models.temporal import BLOCK, HEAD, FrameTransformer, make_block_part
+from clip_har_jax.models.two_towers import TwoTowers
 
 Params = dict[str, Any]  # dotted path -> array
 
 
-def abstract_model(config: CLIPConfig, runtime: Runtime = Runtime()) -> FlaxCLIPModel:
+def abstract_model(config: TwoTowerConfig, runtime: Runtime = Runtime()) -> TwoTowers:
     """Return the model with shapes and axis names in place of weights."""
-    return nnx.eval_shape(lambda: FlaxCLIPModel(config, runtime, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: family_of(config).model(config, runtime, rngs=nnx.Rngs(0)))
 
 
 def flat_params(model: nnx.Module) -> Params:
@@ -51,12 +52,12 @@ def _path(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
 
 
-def make_model(config: CLIPConfig, params: Mapping[str, Any], runtime: Runtime = Runtime()) -> FlaxCLIPModel:
+def make_model(config: TwoTowerConfig, params: Mapping[str, Any], runtime: Runtime = Runtime()) -> TwoTowers:
     """Return a model that computes with `params`."""
     return nnx.merge(nnx.graphdef(abstract_model(config, runtime)), unflatten(params))
 
 
-def init_params(config: CLIPConfig, seed: int, shardings: Mapping[str, NamedSharding] | None = None) -> Params:
+def init_params(config: TwoTowerConfig, seed: int, shardings: Mapping[str, NamedSharding] | None = None) -> Params:
     """Return random weights.
 
     Args:
@@ -69,7 +70,7 @@ def init_params(config: CLIPConfig, seed: int, shardings: Mapping[str, NamedShar
     return init_program(config, shardings)(np.asarray(key))  # a host array: the same on every process of a mesh
 
 
-def init_program(config: CLIPConfig, shardings: Mapping[str, NamedSharding]) -> Any:
+def init_program(config: TwoTowerConfig, shardings: Mapping[str, NamedSharding]) -> Any:
     """Return the jitted function from raw key data, uint32[2], to random weights with these shardings."""
 
     def make(key: UInt32[Array, "2"]) -> Params:
@@ -79,11 +80,11 @@ def init_program(config: CLIPConfig, shardings: Mapping[str, NamedSharding]) -> 
     return jax.jit(make, out_shardings=dict(shardings))
 
 
-def _make_params(config: CLIPConfig, key: Any) -> Params:
-    return flat_params(FlaxCLIPModel(config, rngs=nnx.Rngs(jax.random.wrap_key_data(key))))
+def _make_params(config: TwoTowerConfig, key: Any) -> Params:
+    return flat_params(family_of(config).model(config, rngs=nnx.Rngs(jax.random.wrap_key_data(key))))
 
 
-def init_temporal(config: CLIPConfig, seed: int) -> Params:
+def init_temporal(config: TwoTowerConfig, seed: int) -> Params:
     """Return initial weights of the temporal parts of a model; with them, its predictions don't change."""
     rngs = nnx.Rngs(seed)
     params: Params = {}

@@ -12,22 +12,23 @@ import numpy as np
 from flax import traverse_util
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import FlaxCLIPModel
-from clip_har_jax.models.configuration import CLIPConfig, config_from_hf, config_to_hf
-from clip_har_jax.models.hf_layout import params_from_hf, params_to_hf
+from clip_har_jax.models.configuration import TwoTowerConfig
+from clip_har_jax.models.families import config_from_hf, config_to_hf
+from clip_har_jax.models.hf_layout import TABLES, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.temporal import TEMPORAL_FILE, split_temporal
+from clip_har_jax.models.two_towers import TwoTowers
 
 _NUMPY = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors that numpy has
 
 
-def read_config(folder: Path) -> CLIPConfig:
+def read_config(folder: Path) -> TwoTowerConfig:
     """Read config.json of a model folder.
 
     Raises:
-      UserError: missing, not JSON, or not a CLIP.
+      UserError: missing, not JSON, or not a model of a known family.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -40,7 +41,7 @@ def read_config(folder: Path) -> CLIPConfig:
         raise UserError(f"{path}: not JSON ({error}); copy it again") from error
 
 
-def read_params(folder: Path, config: CLIPConfig) -> Params:
+def read_params(folder: Path, config: TwoTowerConfig) -> Params:
     """Read the weights of a model folder as float32 numpy arrays.
 
     The first of these is read: model.safetensors, sharded safetensors with an index, flax_model.msgpack.
@@ -50,7 +51,8 @@ def read_params(folder: Path, config: CLIPConfig) -> Params:
     """
     shapes = {name: value.shape for name, value in flat_params(abstract_model(config)).items()}
     own, added = split_temporal(shapes)
-    return params_from_hf(_read_tensors(folder), own, str(folder)) | _read_temporal(folder, added)
+    params = params_from_hf(_read_tensors(folder), own, str(folder), TABLES[config.family])
+    return params | _read_temporal(folder, added)
 
 
 def _read_temporal(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Params:
@@ -152,19 +154,20 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def resize_positions(params: Params, old: CLIPConfig, new: CLIPConfig) -> Params:
+def resize_positions(params: Params, old: TwoTowerConfig, new: TwoTowerConfig) -> Params:
     """Return the parameters with position embeddings interpolated (bicubic) to the patches of another image size."""
     if old.vision.num_patches == new.vision.num_patches:
         return params
     embedding = np.asarray(params["vision.position_embedding"])
     dim = embedding.shape[-1]
     side, new_side = (round(config.vision.num_patches**0.5) for config in (old, new))
-    grid = embedding[1:].reshape(side, side, dim)
+    first = old.vision.num_class_tokens
+    grid = embedding[first:].reshape(side, side, dim)
     grid = np.asarray(jax.image.resize(grid, (new_side, new_side, dim), "bicubic", antialias=False))
-    return params | {"vision.position_embedding": np.concatenate([embedding[:1], grid.reshape(-1, dim)])}
+    return params | {"vision.position_embedding": np.concatenate([embedding[:first], grid.reshape(-1, dim)])}
 
 
-def load_pretrained(name_or_folder: str, runtime: Runtime = Runtime()) -> FlaxCLIPModel:
+def load_pretrained(name_or_folder: str, runtime: Runtime = Runtime()) -> TwoTowers:
     """Return a model with the weights of a Hub name or a folder.
 
     Raises:
@@ -180,17 +183,17 @@ def on_device(params: Params) -> Params:
     return {name: jax.numpy.asarray(params.pop(name)) for name in list(params)}
 
 
-def save_pretrained(model: FlaxCLIPModel, folder: str | Path) -> None:
+def save_pretrained(model: TwoTowers, folder: str | Path) -> None:
     """Write config.json and model.safetensors in the Hugging Face layout."""
     write_params(folder, model.config, flat_params(model))
 
 
-def write_params(folder: str | Path, config: CLIPConfig, params: Mapping[str, Any]) -> None:
+def write_params(folder: str | Path, config: TwoTowerConfig, params: Mapping[str, Any]) -> None:
     """Write config.json and model.safetensors of flat parameters in the Hugging Face layout."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own, added = split_temporal(params)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-    write_tensors(folder / "model.safetensors", params_to_hf(own), {"format": "pt"})
+    write_tensors(folder / "model.safetensors", params_to_hf(own, TABLES[config.family]), {"format": "pt"})
     if added:
         write_tensors(folder / TEMPORAL_FILE, {name: np.asarray(value, np.float32) for name, value in added.items()})

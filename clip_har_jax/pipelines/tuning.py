@@ -11,7 +11,7 @@ from clip_har_jax.config import RetentionConfig, RunConfig
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
-from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.planning.cost import PlannedStep, Variant, find_machine, make_program, step_memory
 from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.run_data import load_data
@@ -57,7 +57,7 @@ def with_method(
     )
 
 
-def training_needs(config: RunConfig, clip: CLIPConfig) -> Needs:
+def training_needs(config: RunConfig, clip: TwoTowerConfig) -> Needs:
     """Compile the training step of a method for a model of these sizes, and return its needs.
 
     Raises:

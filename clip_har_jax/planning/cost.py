@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from clip_har_jax.config import MeshConfig, RunConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.flops import matmul_flops
 from clip_har_jax.parallel.mesh import AXES, make_mesh
 from clip_har_jax.parallel.topology import Chip, find_chip, memory_bytes, tpu_devices
@@ -63,7 +63,7 @@ class PlannedStep:
     """The training step that is planned, apart from the settings of a `Variant`."""
 
     config: RunConfig
-    clip: CLIPConfig
+    clip: TwoTowerConfig
     num_classes: int
     num_prompts: int
 

@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, Int
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import MethodConfig
 from clip_har_jax.models.adapters import A, B, add_lora, init_lora, merge_lora
-from clip_har_jax.models.clip import FlaxCLIPModel, mean_class_embeddings
-from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.heads import HEADS, HeadSize, head_shapes, image_features, init_head, make_head
 from clip_har_jax.models.layers import DropPath
 from clip_har_jax.models.params import Params, unflatten
 from clip_har_jax.models.temporal import is_temporal
+from clip_har_jax.models.two_towers import TwoTowers, mean_class_embeddings
 from clip_har_jax.training.contrastive import contrastive_loss
 from clip_har_jax.training.losses import cross_entropy
 from clip_har_jax.training.mixing import mix
@@ -54,9 +54,9 @@ class Method:
     def __init__(
         self,
         config: MethodConfig,
-        clip: CLIPConfig,
+        clip: TwoTowerConfig,
         num_classes: int,
-        model: FlaxCLIPModel,
+        model: TwoTowers,
         mesh: Mesh,
         class_weights: Float[np.ndarray, " c"] | None = None,
     ):
@@ -134,12 +134,12 @@ class Method:
             return False
         if name.startswith(HEAD) or name == CONTEXT:
             return True
-        if name == "logit_scale":
+        if name in ("logit_scale", "logit_bias"):
             return not self.has_head
         return self.towers in ("both", "text" if name.startswith("text") else "image")
 
-    def model(self, params: Params) -> FlaxCLIPModel:
-        """Return the CLIP model with `params`; parameters of a head or a context are ignored."""
+    def model(self, params: Params) -> TwoTowers:
+        """Return the model with `params`; parameters of a head or a context are ignored."""
         own = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
         return nnx.merge(self.graphdef, unflatten(own))
 

@@ -16,7 +16,7 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.sources import has_clips
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.flops import step_flops
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, axis_names, flat_params
@@ -59,7 +59,7 @@ class Program:
     def __init__(
         self,
         config: RunConfig,
-        clip: CLIPConfig,
+        clip: TwoTowerConfig,
         preprocess: Preprocess,
         num_classes: int,
         num_steps: int,

@@ -1,6 +1,5 @@
 """The pure, jitted steps: train_step(state, frozen, classes, batch) -> (state, metrics), and the evaluation steps."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
-from clip_har_jax.models.clip import mean_class_embeddings, normalize_images
 from clip_har_jax.models.params import Params
+from clip_har_jax.models.two_towers import mean_class_embeddings, normalize_images
 from clip_har_jax.parallel.sharding import batch_sharding, replicated
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import masked_mean
@@ -24,8 +23,6 @@ from clip_har_jax.training.methods import ClassInputs, Method
 from clip_har_jax.training.optim import evaluated_weights
 from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState
-
-MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 
 
 def _per_example(name: str) -> Callable[..., dict[str, jax.Array]]:
@@ -73,7 +70,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if "logit_scale" in params:
-            params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
+            params["logit_scale"] = jnp.minimum(params["logit_scale"], method.clip.max_logit_scale)
         grad_norm = optax.tree.norm(grads)
         # The updates aren't checked: they are finite if gradients and state are. Their norm would take one more pass
         # over the optimiser's memory.

@@ -15,8 +15,9 @@ from PIL import Image
 from benchmarks.gpu import Child
 from benchmarks.gpu_train_step import BATCH_SIZES, measure, print_table, write_photographs
 from clip_har_jax.data.sources import make_source
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
-from clip_har_jax.models.factory import NAMED_SIZES
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import TextConfig, VisionConfig
+from clip_har_jax.models.families import NAMED_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIP = CLIPConfig(

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from clip_har_jax.config import load_config
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
-from clip_har_jax.models.factory import NAMED_SIZES
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import TextConfig, VisionConfig
+from clip_har_jax.models.families import NAMED_SIZES
 from clip_har_jax.models.flops import forward_flops
 from clip_har_jax.models.layers import DropPath, Runtime, TowerConfig, apply_layers, make_layers, unstack
 from clip_har_jax.models.params import abstract_model, flat_params

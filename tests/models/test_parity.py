@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_har_jax.models.clip import CLIPOutput
-from clip_har_jax.models.configuration import CLIPConfig, config_from_hf
-from clip_har_jax.models.factory import NAMED_SIZES
-from clip_har_jax.models.hf_layout import TABLE, params_from_hf, params_to_hf
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.families import NAMED_SIZES, config_from_hf
+from clip_har_jax.models.hf_layout import TABLES, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, make_model
+from clip_har_jax.models.two_towers import TwoTowersOutput
 from tests.support.make_golden import CASES, GOLDEN, make_inputs, make_weight, small
 
+TABLE = TABLES["clip"]
 TOLERANCE = 1e-5  # largest error over largest value of the reference, in float32
 OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
 
@@ -45,18 +46,18 @@ def case_params(name: str) -> tuple[CLIPConfig, Params]:
     config = config_from_hf(CASES[name])
     abstract = jax.eval_shape(partial(init_params, config, 0))
     weights = {key: np.asarray(make_weight(key, shape)) for key, shape in hf_shapes(name).items()}
-    return config, params_from_hf(weights, {key: value.shape for key, value in abstract.items()}, name)
+    return config, params_from_hf(weights, {key: value.shape for key, value in abstract.items()}, name, TABLE)
 
 
 def case_inputs(name: str) -> dict[str, jax.Array]:
     return {key: jnp.asarray(value) for key, value in make_inputs(CASES[name]).items()}
 
 
-def run(config: CLIPConfig, params: Params, inputs: dict[str, jax.Array]) -> tuple[CLIPOutput, jax.Array]:
+def run(config: CLIPConfig, params: Params, inputs: dict[str, jax.Array]) -> tuple[TwoTowersOutput, jax.Array]:
     """Return the model's output and the last patch's hidden values."""
 
     @jax.jit
-    def forward(params: Params, inputs: dict[str, jax.Array]) -> tuple[CLIPOutput, jax.Array]:
+    def forward(params: Params, inputs: dict[str, jax.Array]) -> tuple[TwoTowersOutput, jax.Array]:
         model = make_model(config, params)
         return model(**inputs), model.vision.tokens(inputs["pixel_values"].transpose(0, 2, 3, 1))[:, -1]
 
@@ -82,7 +83,7 @@ def test_outputs_equal_hugging_face(name: str) -> None:
 
 
 @cache
-def tiny_forward(runtime: Runtime = Runtime()) -> Callable[[Params], CLIPOutput]:
+def tiny_forward(runtime: Runtime = Runtime()) -> Callable[[Params], TwoTowersOutput]:
     config, _ = case_params("tiny")
     inputs = case_inputs("tiny")
     return jax.jit(lambda params: make_model(config, params, runtime)(**inputs))
@@ -106,7 +107,7 @@ def test_one_changed_weight_is_seen(weight: str) -> None:
 @pytest.mark.parametrize("size", ["tiny", "ViT-B/32"])
 def test_weights_go_back_unchanged(size: str) -> None:
     _, params = case_params(size)
-    weights = params_to_hf(params)
+    weights = params_to_hf(params, TABLE)
     assert {name: list(value.shape) for name, value in weights.items()} == hf_shapes(size)
     for name, value in weights.items():
         np.testing.assert_array_equal(value, make_weight(name, value.shape), err_msg=name)

@@ -14,10 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.clip import CLIPOutput, FlaxCLIPModel
-from clip_har_jax.models.configuration import CLIPConfig, config_from_hf, config_to_hf
+from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel
+from clip_har_jax.models.families import config_from_hf, config_to_hf
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions
 from clip_har_jax.models.resolve import resolve_folder
+from clip_har_jax.models.two_towers import TwoTowersOutput
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.text import Tokenizer
 from tests.support.make_golden import GOLDEN, PROMPTS, edit_json, make_images, make_inputs, small
@@ -43,8 +44,8 @@ def golden(source: str, folder: str) -> dict[str, np.ndarray]:
         return {key.split("|")[1]: arrays[key] for key in arrays.files if key.startswith(f"{folder}|")}
 
 
-def assert_equal_outputs(output: CLIPOutput, expected: dict[str, np.ndarray]) -> None:
-    for key in CLIPOutput._fields:
+def assert_equal_outputs(output: TwoTowersOutput, expected: dict[str, np.ndarray]) -> None:
+    for key in TwoTowersOutput._fields:
         value = np.asarray(getattr(output, key))
         assert value.shape == expected[key].shape
         assert np.abs(value - expected[key]).max() < TOLERANCE * np.abs(expected[key]).max(), key
@@ -179,7 +180,7 @@ def test_folder_without_config_is_refused(folder: Path) -> None:
 
 
 WRONG_CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "model_type is 'siglip'": lambda config: config.update(model_type="siglip"),
+    "model_type is 'blip'": lambda config: config.update(model_type="blip"),
     "activation 'relu'": lambda config: config["text_config"].update(hidden_act="relu"),
     "3 heads": lambda config: config["text_config"].update(num_attention_heads=3),
     "sizes below 1": lambda config: config["text_config"].update(num_attention_heads=0),

@@ -10,8 +10,10 @@ import pytest
 
 from clip_har_jax.config import MeshConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig, config_from_hf
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.factory import base_params, load, make_base
+from clip_har_jax.models.families import config_from_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import abstract_model, axis_names, flat_params, init_params, init_temporal, make_model
 from clip_har_jax.models.pretrained import read_params, write_params

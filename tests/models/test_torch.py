@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from clip_har_jax.models.clip import FlaxCLIPModel
-from clip_har_jax.models.factory import NAMED_SIZES, make_base
+from clip_har_jax.models.factory import make_base
+from clip_har_jax.models.families import NAMED_SIZES
 from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.preprocess import evaluation_transform

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_har_jax import bundle
-from clip_har_jax.models.configuration import CLIPConfig
+from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.head_file import write_head
 from clip_har_jax.models.heads import HEADS, init_head
 from clip_har_jax.models.params import init_params

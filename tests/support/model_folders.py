@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from clip_har_jax import bundle
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.preprocess import Preprocess

@@ -13,8 +13,9 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import make_config
 from clip_har_jax.data.manifest import make_manifest, write_split_manifest
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
-from clip_har_jax.models.factory import NAMED_SIZES
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import TextConfig, VisionConfig
+from clip_har_jax.models.families import NAMED_SIZES
 from clip_har_jax.models.params import abstract_model, flat_params, init_params
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows

@@ -1,0 +1,71 @@
+"""The families of two-tower models: the one table that names them.
+
+A family is a file (its model, its config.json, its named sizes), a table of weights in `hf_layout.py` and a fixture in
+tests/support/make_golden.py; CONTRIBUTING.md has the recipe.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.models import clip
+from clip_har_jax.models.configuration import TwoTowerConfig, check_config
+from clip_har_jax.models.two_towers import TwoTowers
+from clip_har_jax.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family of two-tower models brings.
+
+    Attributes:
+      model: made from a configuration, a runtime and `rngs`.
+      config_from_hf, config_to_hf: the configuration from and to the values of a Hugging Face config.json.
+      sizes: named sizes, with random weights.
+      hub_sizes: published models -> the name of their size.
+      preprocess: the image transform for a size in px, where a folder doesn't give it.
+    """
+
+    model: Callable[..., TwoTowers]
+    config_from_hf: Callable[[dict[str, Any]], TwoTowerConfig]
+    config_to_hf: Callable[[TwoTowerConfig], dict[str, Any]]
+    sizes: Mapping[str, TwoTowerConfig]
+    hub_sizes: Mapping[str, str]
+    preprocess: Callable[[int], Preprocess]
+
+
+FAMILIES = {
+    "clip": Family(clip.FlaxCLIPModel, clip.config_from_hf, clip.config_to_hf, clip.SIZES, clip.HUB_SIZES, Preprocess),
+}
+NAMED_SIZES = {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
+HUB_SIZES = {name: size for family in FAMILIES.values() for name, size in family.hub_sizes.items()}
+
+
+def family_of(config: TwoTowerConfig) -> Family:
+    """Return the family of a configuration."""
+    return FAMILIES[config.family]
+
+
+def config_from_hf(values: Any) -> TwoTowerConfig:
+    """Return the configuration in a Hugging Face config.json; missing keys have Hugging Face's defaults.
+
+    Raises:
+      UserError: an unknown family, a value of a wrong type, or one that `check_config` refuses.
+    """
+    model_type = values.get("model_type", "clip") if isinstance(values, dict) else None
+    if model_type not in FAMILIES:
+        raise UserError(f"model_type is {model_type!r}; {nearest(str(model_type), list(FAMILIES))}")
+    config = FAMILIES[model_type].config_from_hf(values)
+    check_config(config)
+    return config
+
+
+def config_to_hf(config: TwoTowerConfig) -> dict[str, Any]:
+    """Return the contents of a config.json that transformers reads."""
+    return {
+        "model_type": config.family,
+        **family_of(config).config_to_hf(config),
+        "torch_dtype": "float32",
+        **({"temporal": config.temporal} if config.temporal != "mean" else {}),
+    }
