@@ -1,1 +1,1 @@
-"""FlaxCLIPModel, its weights in the Hugging Face layout, and where models come from."""
+"""Two-tower models by family, their weights in published layouts, and where models come from."""

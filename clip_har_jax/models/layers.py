@@ -26,7 +26,7 @@ MakeModule = Callable[[nnx.Rngs], nnx.Module]
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """The shape of one transformer stack, in the terms of Hugging Face's `CLIPConfig`."""
+    """The shape of one transformer stack, in Hugging Face's terms."""
 
     hidden_size: int
     intermediate_size: int

@@ -101,7 +101,7 @@ class TwoTowers(nnx.Module):
     ) -> TwoTowersOutput:
         """Return the similarity of each image to each text.
 
-        >>> model = FlaxCLIPModel.from_pretrained("model")
+        >>> model = TwoTowers.from_pretrained("model")
         >>> texts, images = jnp.zeros((2, 24), jnp.int32), jnp.zeros((3, 3, 32, 32))
         >>> model(texts, images).logits_per_image.shape
         (3, 2)
@@ -129,7 +129,7 @@ class TwoTowers(nnx.Module):
     def encode_text(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
         """Return L2-normalised text embeddings in float32.
 
-        >>> model = FlaxCLIPModel.from_pretrained("model")
+        >>> model = TwoTowers.from_pretrained("model")
         >>> model.encode_text(jnp.zeros((2, 24), jnp.int32)).shape
         (2, 16)
         """
@@ -138,7 +138,7 @@ class TwoTowers(nnx.Module):
     def encode_image(self, images: Float[Array, "b *t h w 3"], drop: DropPath | None = None) -> Float[Array, "b d"]:
         """Return L2-normalised embeddings in float32.
 
-        >>> model = FlaxCLIPModel.from_pretrained("model")
+        >>> model = TwoTowers.from_pretrained("model")
         >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
         >>> model.encode_image(normalize_images(images, (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))).shape
         (2, 16)
