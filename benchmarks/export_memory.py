@@ -24,7 +24,8 @@ SAMPLE_S = 0.25
 
 def write_model(folder: Path, num_layers: int) -> float:
     """Write a sealed model folder; return its parameters in millions."""
-    from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+    from clip_har_jax.models.clip import CLIPConfig
+    from clip_har_jax.models.configuration import TextConfig, VisionConfig
     from clip_har_jax.models.params import abstract_model, flat_params
     from clip_har_jax.models.pretrained import write_params
     from clip_har_jax.preprocess import Preprocess

@@ -13,7 +13,7 @@ import jax
 
 from clip_har_jax import cli
 from clip_har_jax.config import make_config
-from clip_har_jax.models.factory import NAMED_SIZES
+from clip_har_jax.models.families import NAMED_SIZES
 from clip_har_jax.models.flops import clip_flops
 from clip_har_jax.models.temporal import KINDS, is_temporal
 from clip_har_jax.parallel.mesh import make_mesh

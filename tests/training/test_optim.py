@@ -6,7 +6,8 @@ import pytest
 
 from clip_har_jax.config import OPTIMIZERS, SCHEDULES, OptimConfig, make_config
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.params import init_params
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.preprocess import Preprocess

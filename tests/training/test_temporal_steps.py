@@ -9,7 +9,8 @@ import pytest
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import make_config
-from clip_har_jax.models.configuration import CLIPConfig, TextConfig, VisionConfig
+from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.flops import clip_flops, forward_flops, matmul_flops, temporal_flops
 from clip_har_jax.models.params import init_params, make_model
 from clip_har_jax.models.temporal import KINDS, is_temporal
