@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             },
             "text": {"templates": ("a video of a person {}.",)},
             "model": {"name": "mini", "temporal": "divided"},
-            "train": {"num_steps": 1500, "global_batch_size": 32, "log_every_steps": 50},
+            "train": {"num_steps": 750, "global_batch_size": 32, "log_every_steps": 50},
             "optim": {"learning_rate": 2e-3, "weight_decay": 0.05},
             "eval": {"every_steps": 250},
             "checkpoint": {"every_steps": 250},

@@ -29,6 +29,7 @@ BLOCK, HEAD = "vision.layers.time.", "time_head."  # prefixes of the parameters'
 TEMPORAL_FILE = "temporal.safetensors"
 ST_ADAPTER_REDUCTION = 4  # width of the tower divided by that of the bottleneck; Pan et al. use 2 (384 of 768)
 HEAD_LAYERS = 2
+LONG, SHORT = 0.25, 4.0  # initial fall of a head's scores per frame: in its own direction, and in the other one
 LONGEST_FRAMES = 100.0  # longest wavelength divided by 2 pi: clips have tens of frames, texts thousands of words
 
 
@@ -58,6 +59,10 @@ def frame_positions(length: int, dim: int) -> Float[Array, "t d"]:
 class TimeAttention(nnx.Module):
     """Multi-head attention over time, separately for each position in the image (divided space-time attention).
 
+    Scores fall with the distance of two frames, by a learned slope for each head and direction (after ALiBi, Press et
+    al. 2022). At the start half of the heads look back and half look ahead, so that the order of the frames counts from
+    the first step. Without the slopes, training has to find an order first, which takes hundreds of steps.
+
     Args:
       config: the sizes of the tower.
       runtime: the settings of computation.
@@ -72,6 +77,14 @@ class TimeAttention(nnx.Module):
         self.key = linear(dim, dim, ("embed", "heads"), rngs, runtime, std=std)
         self.value = linear(dim, dim, ("embed", "heads"), rngs, runtime, std=std, use_bias=False)
         self.out = linear(dim, dim, ("heads", "embed"), rngs, runtime, std=0.0, use_bias=False)
+        slopes = jnp.asarray([[LONG, SHORT], [SHORT, LONG]], jnp.float32)  # back and ahead; even heads and odd heads
+        self.slopes = nnx.Param(jnp.resize(slopes, (self.num_heads, 2)), out_sharding=(None, None))
+
+    def distance_scores(self, num_frames: int) -> Float[Array, "h t t"]:
+        """Return the part of each head's scores that depends on the distance of the frames."""
+        ahead = (jnp.arange(num_frames)[None] - jnp.arange(num_frames)[:, None]).astype(jnp.float32)[None]
+        back, forth = (self.slopes[...][:, i, None, None] for i in (0, 1))
+        return back * jnp.minimum(ahead, 0.0) - forth * jnp.maximum(ahead, 0.0)
 
     def __call__(self, x: Float[Array, "f n d"], num_frames: int) -> Float[Array, "f n d"]:
         """Return the addition to the tokens [clips * frames, tokens, dim]."""
@@ -90,7 +103,8 @@ class TimeAttention(nnx.Module):
         query, key = by_place(self.query(timed)), by_place(self.key(timed))
         value = by_place(self.value(difference(normed)))
         scores = jnp.matmul(query, key.swapaxes(2, 3)) * heads[1] ** -0.5
-        found = jnp.matmul(jax.nn.softmax(scores.astype(jnp.float32)).astype(value.dtype), value)
+        scores = scores.astype(jnp.float32) + self.distance_scores(num_frames)[None]
+        found = jnp.matmul(jax.nn.softmax(scores).astype(value.dtype), value)
         found = found.reshape(-1, tokens, heads[0], num_frames, heads[1]).transpose(0, 3, 1, 2, 4)
         return self.out(found.reshape(x.shape))
 

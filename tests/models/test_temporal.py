@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from clip_har_jax.config import MeshConfig
 from clip_har_jax.errors import UserError
@@ -97,6 +98,16 @@ def test_recomputing_activations_changes_no_gradient(kind, remat, clips):
     plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, policy) for policy in ("none", remat))
     for name, value in plain.items():
         np.testing.assert_allclose(again[name], value, atol=1e-5, err_msg=name)
+
+
+def test_attention_over_time_starts_by_looking_back_and_ahead():
+    scores = np.asarray(TimeAttention(SIZE.vision, Runtime(), nnx.Rngs(0)).distance_scores(5))
+    weights = np.asarray(jax.nn.softmax(scores))[:, 2]  # of the middle frame
+    assert weights.shape == (4, 5)
+    for head, row in enumerate(weights):
+        back, ahead = row[:2].sum(), row[3:].sum()
+        assert (back > 10 * ahead) if head % 2 == 0 else (ahead > 10 * back)
+    np.testing.assert_allclose(np.diagonal(scores, axis1=1, axis2=2), 0)
 
 
 def test_the_adapter_is_a_convolution_over_time_and_space():
