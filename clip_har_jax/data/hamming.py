@@ -1,8 +1,8 @@
-"""All pairs of 64-bit hashes that differ in few bits: an exact search that compares a small part of all pairs.
+"""All pairs of 64-bit hashes that differ in few bits: an exact search that compares only a small part of all pairs.
 
 Multi-index hashing (Norouzi, Punjani and Fleet 2012) with the thresholds of the general pigeonhole principle (Qin et
-al. 2018): the bits are dealt into m bands. Two hashes that differ in at most r bits differ in at most t_k bits of some
-band k, where the t_k sum to r - m + 1. So only hashes that are that near in a band are compared.
+al. 2018): the bits are divided into m bands. Two hashes that differ in at most r bits differ in at most t_k bits of
+some band k, where the t_k sum to r - m + 1. So only hashes that are this similar in some band are compared.
 """
 
 from collections import deque
@@ -17,14 +17,14 @@ from threadpoolctl import threadpool_limits
 from clip_har_jax.cores import usable_cores
 
 BITS = 64
-NUM_BANDS = (1, 8, 7, 6, 5, 4, 3)  # that are tried; 1 compares all hashes with all
-# Nanoseconds of a comparison, of a value of a band, and of each value near it, measured on one core. They choose the
-# number of bands and nothing else.
+NUM_BANDS = (1, 8, 7, 6, 5, 4, 3)  # to try; 1 compares all pairs
+# Nanoseconds per comparison, per value of a band, and per value near it, measured on one core. They only choose the
+# number of bands.
 PAIR_NS, VALUE_NS, NEAR_NS = 1.0, 25_000.0, 12.0
-SPARSE = 4  # values of a band for each hash, at most
+SPARSE = 4  # most values of a band per hash
 AT_ONCE, BLOCK_WIDTH = 2**18, 2**13  # comparisons of one block, which stays in a core's cache; its columns
-MIN_DENSE = 0.05  # share of a block's hashes that are near, from which on all its vectors are multiplied at once
-TASK = 2**23  # comparisons of one task of a thread, about; its result has no more pairs
+MIN_DENSE = 0.05  # share of near hashes in a block above which all its vectors are multiplied at once
+TASK = 2**23  # approximate comparisons in one task of a thread; its result has at most as many pairs
 
 Positions = Int64[np.ndarray, "_"]
 Hashes = UInt64[np.ndarray, "_"]
@@ -32,17 +32,17 @@ Hashes = UInt64[np.ndarray, "_"]
 
 @dataclass(frozen=True)
 class Band:
-    """Some neighbouring bits of all hashes.
+    """A group of neighbouring bits of all hashes.
 
     Attributes:
-      shift: bits below them.
-      width: how many they are.
-      threshold: how many of them may differ.
+      shift: number of lower bits.
+      width: number of bits.
+      threshold: number of bits that may differ.
       order: positions of the hashes, sorted by the value of these bits.
       hashes: the hashes in this order.
-      starts: where each value begins in `order`; last, the number of hashes.
-      within: the values with no more 1s than the threshold.
-      compared: how many hashes differ from each value by one of them.
+      starts: the position of each value in `order`; last, the number of hashes.
+      within: the values with at most `threshold` bits set.
+      compared: for each value, the number of hashes that differ from it by one of `within`.
     """
 
     shift: int
@@ -72,7 +72,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Search:
-    """Hashes in bands: what the threads share."""
+    """The hashes in bands; shared by the threads."""
 
     vectors: Float32[np.ndarray, "n d"]
     bands: Sequence[Band]
@@ -154,7 +154,7 @@ def near_pairs(
     total, done = sum(compared for *_, compared in tasks), 0.0
     threads = usable_cores()
     running: deque[tuple[Future[tuple[Positions, Positions]], float]] = deque()
-    # Each thread multiplies by itself: BLAS's own threads would wait for one another, spinning.
+    # Each thread multiplies on its own: BLAS's threads would wait for each other in busy loops.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
         for number, (k, start, stop, compared) in enumerate(tasks, 1):
             running.append((pool.submit(search.run, k, start, stop), compared))

@@ -42,8 +42,6 @@ PAIRS = (
     ("waving_once", "waving_twice"),
 )
 LABELS = tuple(sorted(label for pair in PAIRS for label in pair))
-PARTNER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
-REVERSES = frozenset(label for pair in PAIRS[:-1] for label in pair)  # whose reverse is the partner
 SPLITS = {"train": 16000, "val": 480, "test": 480}  # number of clips; the splits share no seeds
 DEFAULT_SIZE_PX = 64
 DURATION_S = 2.0
@@ -202,7 +200,7 @@ class DrawnClip:
 
     @cached_property
     def scene(self) -> "Scene":
-        """What its frames have in common."""
+        """The constant parts of its frames."""
         return Scene(
             LABELS[label_of(self.split, self.index)], (list(SPLITS).index(self.split), self.index), self.size_px
         )

@@ -254,8 +254,7 @@ class Checkpointer:
             checkpoint_seals.manifest_path(self._folder, int(step)).unlink(missing_ok=True)
 
     def _seal(self) -> None:
-        """Write the manifest of the checkpoint being saved; Orbax calls this in its thread before it renames the
-        folder.
+        """Write the manifest of the checkpoint being saved; Orbax calls this in its thread before the rename.
 
         So every complete checkpoint has one. `_seal_late` adds the files that Orbax writes afterwards.
         """
@@ -263,9 +262,8 @@ class Checkpointer:
             return
         assert self._saving is not None, "called by a save"
         folder = [*self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"), self._folder / str(self._saving)][0]
-        checkpoint_seals.write_manifest(
-            self._folder, self._saving, checkpoint_seals.hashes(folder, leave_out=checkpoint_seals.LATE)
-        )
+        files = checkpoint_seals.hashes(folder, leave_out=checkpoint_seals.LATE)
+        checkpoint_seals.write_manifest(self._folder, self._saving, files)
 
     def _seal_late(self) -> None:
         """Complete the manifest of the last saved checkpoint, and remove those of deleted checkpoints."""

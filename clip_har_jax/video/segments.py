@@ -1,9 +1,9 @@
-"""Segments of untrimmed videos: actions with a start and an end, found from scores over time, and judged.
+"""Segments of untrimmed videos: actions with start and end, found from scores over time, and their evaluation.
 
 A localiser gives a score for each class at evenly spaced times. `find_segments` turns them into segments by hysteresis:
 a class starts where its score reaches one threshold and ends where it falls below a lower one, so that a score that
-wavers about a threshold gives one segment. Classes are followed apart, so segments of different classes may overlap.
-`mean_average_precision` judges segments as ActivityNet's evaluation does (Caba Heilbron et al. 2015).
+varies around a threshold gives one segment. Classes are processed separately, so segments of different classes can
+overlap. `mean_average_precision` evaluates segments like ActivityNet (Caba Heilbron et al. 2015).
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64
 from clip_har_jax.errors import UserError
 
 IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-BACKGROUND = "background"  # the label of stretches without an action; never the label of a segment
+BACKGROUND = "background"  # the label of times without an action; never of a segment
 
 
 class Segment(NamedTuple):
@@ -37,13 +37,13 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentRules:
-    """When a run of scores is a segment.
+    """The rules that turn scores into segments.
 
     Attributes:
-      start_score: a class starts where its score is at least this.
-      end_score: it goes on while its score is at least this; at most start_score.
-      max_gap_s: two segments of one class with a shorter gap are one.
-      min_duration_s: shorter segments are left out, after merging.
+      start_score: least score at which a class starts.
+      end_score: least score at which it continues; at most start_score.
+      max_gap_s: two segments of one class with a shorter gap are merged.
+      min_duration_s: shorter segments are dropped, after merging.
     """
 
     start_score: float = 0.6
@@ -69,14 +69,14 @@ def find_segments(
 ) -> list[Segment]:
     """Return the segments of a video, in the order of their starts.
 
-    Each time stands for the stretch up to the middles between it and its neighbours.
+    Each time covers the interval up to the midpoints to its neighbours.
 
     Args:
       times_s: the middles of the windows that were scored, in rising order.
       scores: of each window and class, 0 to 1.
       labels: the classes; `BACKGROUND` among them is never a segment.
       rules: the thresholds.
-      duration_s: of the video; None: the last window reaches as far behind its time as before it.
+      duration_s: of the video; None: the last window is symmetric around its time.
 
     >>> find_segments(np.array([0.5, 1.5, 2.5]), np.array([[0.1], [0.9], [0.5]]), ["waving"])
     [Segment(start_s=1.0, end_s=3.0, label='waving', score=0.7)]
@@ -93,7 +93,7 @@ def find_segments(
 
 
 def _edges(times_s: Float64[np.ndarray, " n"], duration_s: float | None) -> Float64[np.ndarray, " edges"]:
-    """Return where the stretches that the times stand for begin and end."""
+    """Return the borders of the intervals that the times cover."""
     middles = (times_s[1:] + times_s[:-1]) / 2
     reach_s = times_s[-1] - middles[-1] if len(middles) else times_s[0]
     first_s = max(0.0, 2 * times_s[0] - middles[0]) if len(middles) else 0.0
@@ -102,10 +102,9 @@ def _edges(times_s: Float64[np.ndarray, " n"], duration_s: float | None) -> Floa
 
 
 def runs(scores: Float[np.ndarray, " n"], start_score: float, end_score: float) -> list[tuple[int, int]]:
-    """Return the stretches [first, behind the last) that hysteresis finds in the scores of one class.
+    """Return the runs [first, last + 1) that hysteresis finds in the scores of one class.
 
-    A stretch is where the score is at least `end_score`, if it reaches `start_score` somewhere in it; it begins where
-    it does so first.
+    A run starts at the first score of at least `start_score` and continues while scores are at least `end_score`.
 
     >>> runs(np.array([0.5, 0.7, 0.5, 0.3, 0.5]), 0.6, 0.4)
     [(1, 3)]
@@ -142,7 +141,7 @@ def suppress_overlaps(segments: Iterable[Segment], max_iou: float) -> list[Segme
 
     Args:
       segments: of one video.
-      max_iou: the temporal IoU above which the one of the lower score goes.
+      max_iou: the temporal IoU above which the segment with the lower score is dropped.
     """
     kept: dict[str, list[Segment]] = defaultdict(list)
     for segment in sorted(segments, key=lambda segment: -segment.score):
@@ -153,7 +152,7 @@ def suppress_overlaps(segments: Iterable[Segment], max_iou: float) -> list[Segme
 
 
 def temporal_iou(found: Sequence[Segment], true: Sequence[Segment]) -> Float64[np.ndarray, "n m"]:
-    """Return the length of the intersection by that of the union, of each pair of segments.
+    """Return the length of the intersection divided by that of the union, for each pair of segments.
 
     >>> temporal_iou([Segment(0, 2, "a")], [Segment(1, 3, "a"), Segment(2, 3, "a")]).round(3).tolist()
     [[0.333, 0.0]]
@@ -190,12 +189,12 @@ def average_precisions(
 ) -> dict[str, Float64[np.ndarray, " t"]]:
     """Return each annotated class's average precision at each temporal IoU.
 
-    Predictions of a class are taken by falling score over all videos. Each one takes the annotation of its class and
-    video that it overlaps most, of those that none before it took, if their IoU reaches the threshold; else it is
-    wrong. Precision is made non-increasing in recall and integrated over it (ActivityNet's `eval_detection`).
+    Predictions of a class are processed by descending score over all videos. Each is matched with the unmatched
+    annotation of its class and video that it overlaps most, if their IoU reaches the threshold; else it is wrong.
+    Precision is made non-increasing in recall and integrated over it (ActivityNet's `eval_detection`).
 
     Args:
-      found: predictions by video; videos and classes without annotations count as wrong and not at all, respectively.
+      found: predictions by video; in videos without annotations they are wrong, classes without any are ignored.
       true: annotations by video.
       thresholds: of temporal IoU.
     """
@@ -236,7 +235,7 @@ def interpolated_precision(right: Float[np.ndarray, " n"], num_true: int) -> flo
 
     Args:
       right: 1 for each prediction that is right, 0 for each that isn't, by falling score.
-      num_true: of what there is to find; more than 0.
+      num_true: number of annotations; more than 0.
     """
     hits = np.cumsum(right)
     precision = hits / np.arange(1, len(right) + 1)
