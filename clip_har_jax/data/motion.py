@@ -42,6 +42,8 @@ PAIRS = (
     ("waving_once", "waving_twice"),
 )
 LABELS = tuple(sorted(label for pair in PAIRS for label in pair))
+PARTNER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
+REVERSES = frozenset(label for pair in PAIRS[:-1] for label in pair)  # labels whose partner is the reversed action
 SPLITS = {"train": 16000, "val": 480, "test": 480}  # number of clips; the splits share no seeds
 DEFAULT_SIZE_PX = 64
 DURATION_S = 2.0

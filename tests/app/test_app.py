@@ -21,7 +21,7 @@ from streamlit.testing.v1 import AppTest
 
 from app import archive, main, own_service, video_frames, widgets
 from app.client import AppClient, Trouble
-from clip_har_jax.formats import IMAGE_SUFFIXES
+from clip_har_jax.image_formats import IMAGE_SUFFIXES
 from clip_har_jax.listing import SYSTEM_FILES, SYSTEM_FOLDERS
 from tests.support.serving_setup import LABELS, running, write_export
 
