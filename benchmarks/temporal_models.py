@@ -1,8 +1,9 @@
-"""FLOPs a clip, parameters and memory of each temporal model over a CLIP, as the table of docs/video.md has them.
+"""FLOPs per clip, parameters and memory of each temporal model of a CLIP, for the table in docs/video.md.
 
     python -m benchmarks.temporal_models [--model=ViT-B/32] [--num_frames=8] [--batch_size=4] [--method=full]
 
-Nothing runs and no weights are made. Memory is of one training step on one device, as XLA plans it for this machine.
+Nothing is run and no weights are made. Memory is that of one training step on one device, as XLA plans it for this
+machine.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ NUM_CLASSES = 15
 
 
 def make_program(kind: str, arguments: Any) -> Program:
-    """Return the program of a training on one device."""
+    """Return the training program on one device."""
     config = make_config(
         {
             "data": {"train": "motion", "video": {"num_frames": arguments.num_frames}},
@@ -43,8 +44,8 @@ def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--model", default="ViT-B/32", choices=list(NAMED_SIZES))
     parser.add_argument("--num_frames", type=int, default=8, help="of a clip")
-    parser.add_argument("--batch_size", type=int, default=4, help="clips of a training step")
-    parser.add_argument("--method", default="full", help="of training; what is trainable besides what a model adds")
+    parser.add_argument("--batch_size", type=int, default=4, help="clips in a training step")
+    parser.add_argument("--method", default="full", help="training method; decides what else is trainable")
     arguments = parser.parse_args()
     size = f"{arguments.num_frames} frames, {arguments.method}, steps of {arguments.batch_size} clips"
     print(f"{arguments.model}, clips of {size}\n")

@@ -1,10 +1,10 @@
-"""Clips a second: 8 frames of 320x240 H.264, beside plain PyAV and, in an environment that has it, decord.
+"""Clips read per second, 8 frames of 320x240 H.264, compared with plain PyAV and (if its environment is given) decord.
 
     python -m benchmarks.video_decoding --video=clip.mp4 [--decord_python=PATH] [--rounds=5]
 
-The first 10 s of the video are encoded again by x264, with its defaults (a keyframe every 250 frames) and as phones do
-(a keyframe every second). Plain PyAV decodes all frames and keeps 8. The sides take turns on one thread; figures are
-medians of processor time. The frames of ours and plain PyAV must be equal.
+The first 10 s of the video are re-encoded with x264, with its defaults (a keyframe every 250 frames) and like phones (a
+keyframe every second). Plain PyAV decodes all frames and keeps 8. The sides alternate on one thread; figures are
+medians of processor time. The frames of ours and of plain PyAV must be equal.
 """
 
 import json
@@ -37,7 +37,7 @@ print(json.dumps([(time.process_time() - begin) / count, float(frames.asnumpy().
 
 
 def write(source: str, target: Path, keyframe_every: int) -> int:
-    """Write the beginning of a video in the size of the benchmark; gives the number of its frames."""
+    """Write the beginning of a video in the benchmark's size; return its number of frames."""
     import av
 
     with av.open(source) as read, av.open(target, "w") as written:
@@ -69,7 +69,7 @@ def plain(path: Path, indices: list[int]) -> list[np.ndarray]:
 
 
 def ours(path: Path, indices: list[int]) -> list[np.ndarray]:
-    """Read the clip as this project does."""
+    """Read the clip with this project's code."""
     return list(read_clip(path, FrameSampling(len(indices))).frames)
 
 
@@ -90,7 +90,7 @@ def decord_s(python: str, path: Path, indices: list[int]) -> float:
 
 def main() -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--video", required=True, metavar="FILE", help="some seconds of people, not drawn ones")
+    parser.add_argument("--video", required=True, metavar="FILE", help="a few seconds of real people")
     parser.add_argument("--decord_python", metavar="PATH", help="Python of an environment with decord")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""When an action happens: windows of the embedded untrimmed videos, from a model that tells the actions in clips.
+"""When actions happen: windows of the embedded untrimmed videos, starting from a model of the actions in clips.
 
     python scripts/train.py --config=configs/motion.py --workdir=runs/motion
     python scripts/train.py --config=configs/motion_when.py --workdir=runs/when --config.model.name=runs/motion/model
     python scripts/localize.py --model=runs/when/model --train="motion?untrimmed" --data="motion?untrimmed" \\
         --output=runs/when/test
 
-Hardware: 2 CPU cores. Expected result: docs/video.md has what was measured.
+Hardware: 2 CPU cores. Expected result: see docs/video.md.
 """
 
 from ml_collections import ConfigDict

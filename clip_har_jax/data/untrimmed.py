@@ -1,7 +1,7 @@
-"""The embedded motion set untrimmed: drawn videos in which several actions happen, with their times.
+"""The embedded untrimmed motion set: drawn videos of several actions with their times.
 
-A video is a row of shots. In each a person rests, acts, and rests; some shots hold no action, some repeat the action of
-the one before, and in some two people act, so that two actions overlap. People are drawn as in the set's clips.
+A video is a sequence of shots. In each, a person rests, acts and rests; some shots have no action, some repeat the
+previous one, and in some two people act, so that two actions overlap. People are drawn as in the set's clips.
 """
 
 from dataclasses import dataclass, replace
@@ -17,22 +17,22 @@ from clip_har_jax.video.segments import Segment
 
 SPLITS = {"train": 480, "val": 48, "test": 96}  # number of videos
 ACTION_S = (1.1, 1.9)  # length of an action; as in the clips
-REST_S = (0.3, 1.8)  # before and after it, within its shot
+REST_S = (0.3, 1.8)  # before and after it, in its shot
 IDLE_S = (1.0, 3.0)  # length of a shot without an action
 NUM_SHOTS = (4, 8)
 IDLE_SHARE, REPEAT_SHARE, PAIR_SHARE = 0.2, 0.25, 0.2
-SEEDS = 100  # of the people, apart from those of the clips
+SEEDS = 100  # of the people, other than those of the clips
 NEVER_S = 1e9
-SMALL, ASIDE = 0.62, 0.24  # scale and place of two people, by the height and width of the stage
+SMALL, ASIDE = 0.62, 0.24  # scale and position of two people, relative to height and width of the stage
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A stretch of a video without a cut.
+    """A part of a video without a cut.
 
     Attributes:
-      start_s, end_s: of the video.
-      actions: of each person, as (label, start_s, end_s); None: the person rests.
+      start_s, end_s: in the video.
+      actions: (label, start_s, end_s) of each person; None: the person rests.
     """
 
     start_s: float
@@ -42,7 +42,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class DrawnVideo:
-    """An untrimmed video of which frames are drawn when it is known which; a pure function of its fields."""
+    """An untrimmed video whose frames are drawn on demand; a pure function of its fields."""
 
     split: str
     index: int
@@ -50,7 +50,7 @@ class DrawnVideo:
 
     @cached_property
     def shots(self) -> tuple[Shot, ...]:
-        """The shots, one behind the other."""
+        """The shots in order."""
         rng = np.random.default_rng((list(SPLITS).index(self.split), self.index, VERSION, 11))
         shots: list[Shot] = []
         start_s, label = 0.0, ""
@@ -75,7 +75,7 @@ class DrawnVideo:
         return tuple(sorted(Segment(start_s, end_s, label) for label, start_s, end_s in found))
 
     def frame_at(self, time_s: float) -> UInt8[np.ndarray, "size size 3"]:
-        """Draw the frame of a time, 0 to `duration_s`."""
+        """Draw the frame at a time from 0 to `duration_s`."""
         number = next((i for i, shot in enumerate(self.shots) if time_s < shot.end_s), len(self.shots) - 1)
         people = self._people(number)
         stage = people[0].background
@@ -84,13 +84,13 @@ class DrawnVideo:
         return np.asarray(stage.reduce(SUPERSAMPLING))
 
     def _people(self, number: int) -> list[Scene]:
-        """Return the scenes of a shot, one a person; the stage is the first one's."""
+        """Return the scenes of a shot, one per person; the first one's stage is used."""
         if number in self._drawn:
             return self._drawn[number]
         shot, people = self.shots[number], list[Scene]()
         seeds = count(64 * (64 * self.index + number))
         for i, action in enumerate(shot.actions):
-            while True:  # until a person stands out from the stage of the first
+            while True:  # until the person contrasts with the first one's stage
                 seed = next(seeds)
                 label = LABELS[(self.index + number) % len(LABELS)] if action is None else action[0]
                 person = Scene(label, (SEEDS + list(SPLITS).index(self.split), seed), self.size_px)
@@ -101,7 +101,7 @@ class DrawnVideo:
             if len(shot.actions) > 1:
                 person.move((2 * i - 1) * ASIDE, SMALL)
             people.append(person)
-        self._drawn.clear()  # frames are asked for in the order of time, so one shot at a time is enough
+        self._drawn.clear()  # frames are requested in the order of time, so one shot is enough
         self._drawn[number] = people
         return people
 
@@ -111,7 +111,7 @@ class DrawnVideo:
 
 
 def _act(start_s: float, label: str, rng: np.random.Generator) -> Shot:
-    """Return a shot with an action, sometimes with a second person's beside it."""
+    """Return a shot with an action, sometimes with a second person's action."""
     begin_s = start_s + rng.uniform(*REST_S)
     end_s = begin_s + rng.uniform(*ACTION_S)
     actions: list[tuple[str, float, float] | None] = [(label, float(begin_s), float(end_s))]

@@ -1,8 +1,8 @@
-"""Windows of untrimmed videos as labelled clips: what a model learns from to tell when an action happens.
+"""Windows of untrimmed videos as labelled clips, from which a model learns when an action happens.
 
-A window belongs to what happens at its middle: an action's label where its middle lies in one of its segments,
-`background` where it lies in none. So a model that slides over a video changes its answer at the boundaries. The
-windows of a stretch are spread evenly; training draws the middle of each anew within its share of the stretch.
+The label of a window is the action at its middle, or `background` if there is none. So a model that slides over a video
+changes its prediction at the boundaries. The windows of an interval are evenly spaced; training draws the middle of
+each at random within its part of the interval.
 """
 
 import os
@@ -35,10 +35,10 @@ class UntrimmedVideo(Protocol):
     segments: tuple[Segment, ...]
 
     def frames(self, rate_hz: float) -> Iterator[TimedFrame]:
-        """Yield its frames, so many a second."""
+        """Yield its frames at a rate."""
 
     def read(self, span_s: tuple[float, float], view: ClipViews) -> Clip:
-        """Read frames of a stretch of it; times outside the video stand for its first and last frame."""
+        """Read frames of an interval; times outside the video give its first or last frame."""
 
 
 class VideoFile(NamedTuple):
@@ -53,7 +53,7 @@ class VideoFile(NamedTuple):
         return iter_frames(self.name, rate_hz)
 
     def read(self, span_s: tuple[float, float], view: ClipViews) -> Clip:
-        """Read frames of a stretch of the file."""
+        """Read frames of an interval of the file."""
         return read_views(self.name, *view, span_s=span_s)[0]
 
 
@@ -70,7 +70,7 @@ class DrawnFile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name by which a person finds it."""
+        """The name for messages."""
         return f"motion/untrimmed/{self.split}/{self.number}"
 
     @property
@@ -84,13 +84,13 @@ class DrawnFile(NamedTuple):
         return self.drawn.segments
 
     def frames(self, rate_hz: float) -> Iterator[TimedFrame]:
-        """Draw its frames."""
+        """Draw the frames at a rate."""
         drawn = self.drawn
         times_s = np.arange(int(drawn.duration_s * rate_hz)) / rate_hz
         return (TimedFrame(float(time_s), drawn.frame_at(float(time_s))) for time_s in times_s)
 
     def read(self, span_s: tuple[float, float], view: ClipViews) -> Clip:
-        """Draw frames of a stretch of it."""
+        """Draw frames of an interval."""
         drawn = self.drawn
         times_s = span_s[0] + sample_times(span_s[1] - span_s[0], view.sampling, 0, view.rng)
         times_s = np.clip(times_s, 0, drawn.duration_s)
@@ -99,7 +99,7 @@ class DrawnFile(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A stretch of a video, whose middle lies from `first_s` to `last_s`."""
+    """An interval of a video whose middle lies between `first_s` and `last_s`."""
 
     video: UntrimmedVideo
     first_s: float
@@ -108,11 +108,11 @@ class Window(NamedTuple):
 
     @property
     def path(self) -> str | None:
-        """The file of its video; None: it is drawn."""
+        """The video's file; None: it is drawn."""
         return self.video.name if isinstance(self.video, VideoFile) else None
 
     def read(self, views: ClipViews) -> list[Clip]:
-        """Read its frames; while training its middle is drawn, else it is that of its share, or spread over views."""
+        """Read its frames; the middle is random in training, otherwise the centre of its part, or spread over views."""
         sampling, rng = views.sampling, views.rng
         within = FrameSampling(sampling.num_frames, "tsn" if sampling.method == "tsn" else "uniform")
         one, clips = views._replace(sampling=within, indices=(0,)), []
@@ -127,9 +127,9 @@ class WindowSource(Source):
     """The windows of untrimmed videos, with the label `background` outside their actions.
 
     Args:
-      videos: with their annotations.
+      videos: the videos with their annotations.
       labels: the classes; empty: those of the annotations, and `background`.
-      window_s: length of a window; one stands for each half of it.
+      window_s: length of a window; there is one per half of it.
       where: the SPEC, for messages.
       tally: of the listing.
     """
@@ -160,13 +160,13 @@ class WindowSource(Source):
 
 
 def _content(video: UntrimmedVideo) -> tuple[str, int]:
-    """Return what tells a video from others: its name without its folder, and its size in bytes."""
+    """Return the identity of a video: its name without its folder, and its size in bytes."""
     size = os.stat(video.name).st_size if isinstance(video, VideoFile) else 0
     return os.path.basename(video.name), size
 
 
 def list_windows(video: UntrimmedVideo, window_s: float) -> list[tuple[Window, str]]:
-    """Return the windows of a video with their labels: those of each segment, then those of each gap."""
+    """Return the windows of a video with their labels: first those of the segments, then those of the gaps."""
     stretches = [(segment.start_s, segment.end_s, segment.label) for segment in video.segments]
     begin_s = 0.0
     for segment in sorted(video.segments):
@@ -183,7 +183,7 @@ def list_windows(video: UntrimmedVideo, window_s: float) -> list[tuple[Window, s
 
 
 def list_untrimmed(spec: Spec, split: str, tally: Tally | None = None) -> list[UntrimmedVideo]:
-    """Return the untrimmed videos that a SPEC names: `motion?untrimmed`, or annotations with times.
+    """Return the untrimmed videos of a SPEC: `motion?untrimmed`, or annotations with times.
 
     Raises:
       UserError: as `video.annotations.read_annotations`.
@@ -196,10 +196,10 @@ def list_untrimmed(spec: Spec, split: str, tally: Tally | None = None) -> list[U
 
 
 def window_source(spec: Spec, split: str, labels: Sequence[str]) -> WindowSource:
-    """Return the windows of the untrimmed videos that a SPEC names; `?window_s=2` says how long they are.
+    """Return the windows of a SPEC's untrimmed videos; `?window_s=2` sets their length.
 
     Raises:
-      UserError: as `list_untrimmed`; a length that isn't a number above 0.
+      UserError: as `list_untrimmed`, or a length that isn't a number above 0.
     """
     text = spec.options.get("window_s", f"{WINDOW_S:g}")
     try:

@@ -1,4 +1,4 @@
-"""Actions found in untrimmed videos, judged by annotations: fitted thresholds, mAP at temporal IoU and over frames."""
+"""Evaluation of actions found in untrimmed videos: fitted thresholds, mAP at temporal IoU and over frames."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,13 +27,13 @@ MAX_GAPS_S = (0.0, 0.3, 0.6)
 
 @dataclass(frozen=True)
 class Track:
-    """What a model says over the time of one video, and what its annotations say.
+    """A model's output over the time of one video, and the video's annotations.
 
     Attributes:
       name: of the video.
       duration_s: of the video.
       segments: the annotated actions.
-      times_s: the middles of the windows that the model saw.
+      times_s: the middles of the model's windows.
       probs: of the classes, for each window.
       embeddings: of the windows.
     """
@@ -46,19 +46,19 @@ class Track:
     embeddings: Float32[np.ndarray, "n d"]
 
 
-Localiser = Callable[[Track], list[Segment]]  # what finds the segments of a video
+Localiser = Callable[[Track], list[Segment]]  # finds the segments of a video
 
 
 def by_hysteresis(labels: Sequence[str], rules: SegmentRules) -> Localiser:
-    """Return the localiser that follows each class's probability by two thresholds."""
+    """Return the localiser that applies two thresholds to each class's probability."""
     return lambda track: find_segments(track.times_s, track.probs, labels, rules, track.duration_s)
 
 
 def fit_rules(tracks: Sequence[Track], labels: Sequence[str]) -> SegmentRules:
-    """Return the thresholds with the highest mean mAP over `IOU_THRESHOLDS`, by trying all of a grid.
+    """Return the thresholds of a grid with the highest mean mAP over `IOU_THRESHOLDS`.
 
     Args:
-      tracks: of validation videos, which the result must not be judged by.
+      tracks: of validation videos, which must not be test videos.
       labels: of the classes.
     """
     best, highest = SegmentRules(), -1.0
@@ -79,13 +79,13 @@ def judge(tracks: Sequence[Track], localise: Localiser) -> dict[float, float]:
     """Return the mAP at each of `IOU_THRESHOLDS`.
 
     Raises:
-      UserError: the annotations hold no segment.
+      UserError: the annotations have no segments.
     """
     return mean_average_precision(found_in(tracks, localise), annotated_in(tracks))
 
 
 def found_in(tracks: Sequence[Track], localise: Localiser) -> dict[str, list[Segment]]:
-    """Return the segments that are found in each video."""
+    """Return the segments found in each video."""
     return {track.name: localise(track) for track in tracks}
 
 
@@ -95,9 +95,9 @@ def annotated_in(tracks: Sequence[Track]) -> dict[str, Sequence[Segment]]:
 
 
 def frame_average_precisions(tracks: Sequence[Track], labels: Sequence[str]) -> dict[str, float]:
-    """Return each class's average precision over single times: is the class's action going on, by its probability.
+    """Return each class's average precision over single times, by its probability that the action is going on.
 
-    Classes that happen at none of the times, and `BACKGROUND`, are left out. The frame mAP is their mean.
+    Classes that never happen, and `BACKGROUND`, are left out. The frame mAP is their mean.
     """
     found = {}
     for index, label in enumerate(labels):
@@ -119,10 +119,10 @@ def _going_on(track: Track, label: str) -> np.ndarray:
 
 
 def summarize(tracks: Sequence[Track], labels: Sequence[str], localisers: Mapping[str, Localiser]) -> dict[str, Any]:
-    """Return the figures of localisation.json: of each localiser, and of the frames.
+    """Return the metrics for localisation.json, of each localiser and over frames.
 
     Args:
-      tracks: of the videos to judge by.
+      tracks: of the test videos.
       labels: of the classes.
       localisers: by name.
     """
@@ -152,5 +152,5 @@ def summarize(tracks: Sequence[Track], labels: Sequence[str], localisers: Mappin
 
 
 def rules_to_json(rules: SegmentRules) -> dict[str, float]:
-    """Return the thresholds as they are written down."""
+    """Return the thresholds as a JSON object."""
     return asdict(rules)

@@ -1,4 +1,4 @@
-"""A picture of what happens in videos over time: annotated actions above, found ones below."""
+"""A picture of actions in videos over time: annotated ones above, found ones below."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ ROW_IN, WIDTH_IN = 0.55, 10.0
 def draw_timelines(
     true: Mapping[str, Sequence[Segment]], found: Mapping[str, Sequence[Segment]], labels: Sequence[str]
 ) -> bytes:
-    """Return a PNG with two bars for each of the first videos; a found segment is the paler the lower its score.
+    """Return a PNG with two bars for each of the first videos; a found segment is paler if its score is lower.
 
     Args:
       true: annotated segments by video.
-      found: those that a localiser found.
-      labels: of the classes, which get a colour each.
+      found: segments of a localiser by video.
+      labels: of the classes, one colour each.
     """
     import matplotlib
 

@@ -1,6 +1,6 @@
-"""The families of two-tower models: the one table that names them.
+"""The table of families of two-tower models.
 
-A family is a file (its model, its config.json, its named sizes), a table of weights in `hf_layout.py` and a fixture in
+A family has a file (its model, its config.json, its named sizes), a table of weights in `hf_layout.py` and a fixture in
 tests/support/make_golden.py; CONTRIBUTING.md has the recipe.
 """
 
@@ -17,14 +17,14 @@ from clip_har_jax.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class Family:
-    """What a family of two-tower models brings.
+    """The parts of a family of two-tower models.
 
     Attributes:
-      model: made from a configuration, a runtime and `rngs`.
-      config_from_hf, config_to_hf: the configuration from and to the values of a Hugging Face config.json.
+      model: the class, made from a configuration, a runtime and `rngs`.
+      config_from_hf, config_to_hf: convert the configuration from and to the values of a Hugging Face config.json.
       sizes: named sizes, with random weights.
       hub_sizes: published models -> the name of their size.
-      preprocess: the image transform for a size in px, where a folder doesn't give it.
+      preprocess: the image transform for a size in px, for folders without one.
     """
 
     model: Callable[..., TwoTowers]

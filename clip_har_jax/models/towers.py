@@ -1,6 +1,6 @@
 """The towers of two-tower models: a transformer over the patches of an image, and one over the tokens of a text.
 
-Families differ in how a tower pools its tokens and in a few options, which `configuration.py` lists.
+Families differ in the pooling of a tower's tokens and in a few options, listed in `configuration.py`.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class AttentionPooling(nnx.Module):
         self.mlp = MLP(config, runtime, rngs)
 
     def queries(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b 1 d"]:
-        """Return the learned query, once for each image."""
+        """Return the learned query, once per image."""
         return jnp.broadcast_to(self.probe[...].astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2]))
 
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
@@ -43,7 +43,7 @@ class AttentionPooling(nnx.Module):
         return (x + self.mlp(self.norm(x)))[:, 0]
 
     def each(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Return each token as it would be pooled if it were the only one."""
+        """Return each token pooled as if it were the only one."""
         x = self.attention.out(self.attention.value(tokens))
         return x + self.mlp(self.norm(x))
 
@@ -114,7 +114,7 @@ class VisionTransformer(nnx.Module):
         return self.post_norm(tokens[:, 0] if self.config.pooling == "class" else jnp.mean(tokens[:, 1:], axis=1))
 
     def each_patch(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b p d"]:
-        """Return the features of each patch, in the space of those of the image, from the last layer's tokens."""
+        """Return the features of each patch from the last layer's tokens, in the same space as those of the image."""
         patches = self.post_norm(tokens[:, self.config.num_class_tokens :])
         return patches if self.pool is None else self.pool.each(patches)
 
@@ -153,7 +153,7 @@ class TextTransformer(nnx.Module):
     ) -> Float[Array, "b d"]:
         """Return the pooled features; `context` is inserted after the begin token, like token embeddings.
 
-        Texts that are pooled at their last position have no begin token: there the context comes first.
+        Texts that are pooled at their last position have no begin token: for them the context comes first.
         """
         dtype, end = self.runtime.dtype, self.end_positions(input_ids)
         x = self.token_embedding[...].astype(dtype)[input_ids]

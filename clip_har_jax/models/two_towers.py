@@ -1,8 +1,8 @@
-"""The protocol of two-tower models, and what all families do alike.
+"""The protocol of two-tower models, and the parts that all families share.
 
-Training, methods, heads, export, explain, planner and service see a model through `TwoTowers` alone, and its sizes
-through `configuration.TwoTowerConfig`. A family (`clip.py`, `siglip.py`) says how its towers are made and projected;
-`families.py` lists them.
+Training, methods, heads, export, explain, planner and service use a model only through `TwoTowers`, and its sizes
+through `configuration.TwoTowerConfig`. A family (`clip.py`) defines how its towers are made and projected;
+`families.py` lists the families.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from clip_har_jax.models.layers import DropPath, Runtime
 from clip_har_jax.models.temporal import FrameTransformer
 from clip_har_jax.models.towers import TextTransformer, VisionTransformer
 
-# The parameters of each tower, projection included, by the beginnings of their names: the same in all families.
+# The parameters of each tower, including its projection, by prefix; the same in all families.
 IMAGE_TOWER, TEXT_TOWER = ("vision.", "visual_projection."), ("text.", "text_projection.")
 
 
@@ -33,7 +33,7 @@ class TwoTowersOutput(NamedTuple):
 def normalize_images(
     images: UInt8[Array, "b *t h w 3"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "b *t h w 3"]:
-    """Return the images normalised for the model; on the device, so that uint8 images are sent to it, not float32."""
+    """Return the images normalised for the model; done on the device, so that uint8 images are transferred."""
     shape = (1,) * (images.ndim - 1) + (3,)
     shift, scale = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))
     return (images.astype(jnp.float32) / 255.0 - shift) / scale
@@ -58,8 +58,8 @@ class TwoTowers(nnx.Module):
     """An image tower and a text tower that embed into one space.
 
     A family's class makes its projections in `_make_projections` and applies them in `project_image` and
-    `project_text`. Parameters are called `vision.*`, `visual_projection.*`, `text.*`, `text_projection.*`,
-    `logit_scale` and, where a family has one, `logit_bias`.
+    `project_text`. Parameters have the names `vision.*`, `visual_projection.*`, `text.*`, `text_projection.*`,
+    `logit_scale` and, in some families, `logit_bias`.
 
     Args:
       config: the sizes.
@@ -78,7 +78,7 @@ class TwoTowers(nnx.Module):
             self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
     def _make_projections(self, rngs: nnx.Rngs) -> None:
-        """Make what `project_image` and `project_text` compute with, and further parameters of the family."""
+        """Make the projections and further parameters of the family."""
         raise NotImplementedError
 
     def project_image(self, features: Float[Array, "*b v"]) -> Float[Array, "*b d"]:
@@ -90,7 +90,7 @@ class TwoTowers(nnx.Module):
         raise NotImplementedError
 
     def similarity(self, image: Float[Array, "i d"], text: Float[Array, "t d"]) -> Float[Array, "i t"]:
-        """Return the logit of each image with each text, from L2-normalised embeddings."""
+        """Return the logits of all pairs of images and texts, from L2-normalised embeddings."""
         return jnp.exp(self.logit_scale[...]) * image @ text.T
 
     def __call__(
@@ -185,7 +185,7 @@ class TwoTowers(nnx.Module):
         """Load a Hub name or a folder; see `models.pretrained.load_pretrained`.
 
         Raises:
-          UserError: as that function, or the model is of another family.
+          UserError: as that function, or the model belongs to another family.
         """
         from clip_har_jax.errors import UserError
         from clip_har_jax.models.pretrained import load_pretrained

@@ -1,4 +1,4 @@
-"""A model folder and annotated untrimmed videos in; thresholds, a boundary head and mAP at temporal IoU out."""
+"""Localisation: a model folder and annotated untrimmed videos -> thresholds, a boundary head, mAP at temporal IoU."""
 
 import sys
 from collections import deque
@@ -46,16 +46,16 @@ def localize(
     window_s: float = WINDOW_S,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """Fit localisers over a model's answers, judge them on untrimmed videos, and write what was found.
+    """Fit localisers to a model's predictions, evaluate them on untrimmed videos, and write the results.
 
     Args:
       model: a model folder.
-      data: the SPEC of the annotated videos to judge by.
+      data: the SPEC of the annotated test videos.
       output: the folder to write: localisation.json, segments.json, timeline.png, and boundaries.safetensors.
-      val: SPEC of the videos that the thresholds are fitted on; empty: `data`'s split val.
-      train: SPEC of the videos that the boundary head is fitted on; empty: no such head.
-      window_s: what the model sees at once.
-      batch_size: windows computed at once.
+      val: SPEC of the videos for fitting the thresholds; empty: the split val of `data`.
+      train: SPEC of the videos for fitting the boundary head; empty: no such head.
+      window_s: length of the model's input.
+      batch_size: windows in one forward pass.
 
     Raises:
       UserError: a mistake in the arguments, the model or the data.
@@ -117,7 +117,7 @@ def list_videos(text: str, split: str, flag: str) -> list[UntrimmedVideo]:
 
 
 def make_tracks(backend: JaxBackend, videos: Sequence[UntrimmedVideo], window_s: float) -> Iterator[Track]:
-    """Yield what the model says over the time of each video, with progress on the terminal."""
+    """Yield a model's output over the time of each video, with progress on the terminal."""
     from rich.console import Console
     from rich.progress import track as progress
 
@@ -127,9 +127,9 @@ def make_tracks(backend: JaxBackend, videos: Sequence[UntrimmedVideo], window_s:
 
 
 def follow(backend: JaxBackend, video: UntrimmedVideo, window_s: float) -> Track:
-    """Return what a model says over the time of one video: at each of its frames, of the window about it.
+    """Return a model's output over the time of one video: for each frame, of the window around it.
 
-    Frames are held for one batch of windows, so that memory doesn't grow with the video but for the answers.
+    Only the frames of one batch of windows are held, so memory grows with the video only by the outputs.
     """
     num_frames = int(backend.actions.video.get("num_frames", VideoConfig.num_frames))
     rate_hz = num_frames / window_s
@@ -146,8 +146,8 @@ def follow(backend: JaxBackend, video: UntrimmedVideo, window_s: float) -> Track
 def sliding_windows(
     frames: Iterable[TimedFrame], num_frames: int, preprocess: Preprocess
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield the window about each frame, with the frame's time; the first and last frame stand for those outside."""
-    before = (num_frames - 1) // 2  # the rest of the window lies behind the frame
+    """Yield the window around each frame, with the frame's time; the first and last frame repeat outside the video."""
+    before = (num_frames - 1) // 2  # the rest of the window comes after the frame
     held: deque[np.ndarray] = deque(maxlen=num_frames)
     times_s: deque[float] = deque()
     for frame in frames:
@@ -166,7 +166,7 @@ def sliding_windows(
 
 
 def print_result(result: dict[str, Any], output: str | Path) -> None:
-    """Print the figures and where the files are."""
+    """Print the metrics and the paths of the files."""
     rows = [("videos", f"{result['num_videos']}, {result['num_segments']} segments")]
     if result["frame_map"] is not None:
         rows.append(("frame mAP", f"{result['frame_map']:.3f}"))

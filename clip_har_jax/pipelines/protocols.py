@@ -1,11 +1,11 @@
-"""Protocols for few labelled examples: K shots of each class, and base classes against novel ones.
+"""Protocols for few labelled examples: K examples of each class, and base against novel classes.
 
-few_shot (Radford et al. 2021, section 3.1.4): each method learns from K examples of each class, for several K. A seed
-draws its own examples, so intervals over seeds hold the choice of examples too.
+few_shot (Radford et al. 2021, section 3.1.4): each method learns from K examples of each class, for several K. Each
+seed draws its own examples, so intervals over seeds include the choice of examples.
 
 base_to_novel (Zhou et al. 2022, CoCoOp): each method learns from K examples of the first half of the classes, in their
-order, and is judged on both halves, each alone; H is the harmonic mean of the two. Methods whose head knows only the
-classes that it was trained on have no answer for novel ones.
+order, and is evaluated on both halves separately; H is the harmonic mean of the two. Methods with a head for their
+training classes only have no result for novel classes.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SHOTS = (2, 4, 8, 16)
 
 
 def with_data(config: RunConfig, **changes: Any) -> RunConfig:
-    """Return a config with other keys of its data."""
+    """Return a config with other values in its data section."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
@@ -40,15 +40,15 @@ def few_shot(
     space: Space,
     shots: Sequence[int] = SHOTS,
 ) -> dict[str, dict[str, Any]]:
-    """Compare methods by numbers of examples, and write few_shot.json and few_shot.md.
+    """Compare methods for several numbers of examples, and write few_shot.json and few_shot.md.
 
     Args:
-      config, methods, seeds, test, space: as `compare_methods` takes them.
-      output: a folder; shots_K/ in it is a comparison each.
+      config, methods, seeds, test, space: as for `compare_methods`.
+      output: a folder, with a comparison in shots_K/ for each K.
       shots: examples of each class.
 
     Raises:
-      UserError: as `compare_methods`; no shots, or one number twice.
+      UserError: as `compare_methods`; no shots, or a repeated number.
     """
     check_comparison(config, methods, seeds)
     if not shots or len(set(shots)) < len(shots) or min(shots) < 1:
@@ -79,11 +79,11 @@ def base_to_novel(
     space: Space,
     shots: int = SHOTS[-1],
 ) -> dict[str, dict[str, Any]]:
-    """Train on the first half of the classes, judge on both, and write base_to_novel.json and base_to_novel.md.
+    """Train on the first half of the classes, evaluate on both, and write base_to_novel.json and base_to_novel.md.
 
     Args:
-      config, methods, seeds, test, space: as `compare_methods` takes them.
-      output: a folder; base/ in it is the comparison on the base classes.
+      config, methods, seeds, test, space: as for `compare_methods`.
+      output: a folder, with the comparison on the base classes in base/.
       shots: examples of each base class.
 
     Raises:
@@ -123,7 +123,7 @@ def base_to_novel(
 
 
 def _novel_top1(config: RunConfig, model: Path, novel: Sequence[str], test: str) -> float | None:
-    """Return the accuracy on classes that the model wasn't trained on; None: its head knows only its own."""
+    """Return the accuracy on novel classes; None: the head knows only its training classes."""
     try:
         choose_actions(model, novel)
     except UserError:

@@ -1,9 +1,8 @@
-"""A light head over frame features that finds where actions begin and end.
+"""A small head over frame features that finds the starts and ends of actions.
 
-Two convolutions over time give, for each time, the probabilities that an action starts there, that one ends there and
-that one goes on (Lin et al. 2018, BSN's temporal evaluation module, over the features of a model that stays as it is).
-Segments are proposed from each likely start to each likely end behind it; a class's score is that of its proposal times
-the mean of the class's probability.
+Two convolutions over time give, for each time, the probabilities that an action starts, ends and is going on (Lin et
+al. 2018, BSN's temporal evaluation module, over the features of a frozen model). Segments are proposed from each likely
+start to each later likely end; the score of a class is the proposal's score times the mean of the class's probability.
 """
 
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.localization import Localiser, Track
 from clip_har_jax.video.segments import BACKGROUND, Segment, suppress_overlaps
 
-WIDTH, TAPS = 64, 5  # channels, and times that a convolution sees
+WIDTH, TAPS = 64, 5  # channels, and receptive field in times
 STEPS, RATE, DECAY = 600, 3e-3, 1e-2  # of AdamW over all videos at once
-NEAR_S = 0.3  # so near a boundary, a time counts as it
-PEAK = 0.5  # of the highest score of a video: a lower local maximum is no start or end
+NEAR_S = 0.3  # times this close to a boundary count as it
+PEAK = 0.5  # share of a video's highest score below which a local maximum is ignored
 MIN_CLASS = 0.05  # mean probability below which a class isn't proposed
 MAX_IOU = 0.4  # of two segments of one class
 
@@ -36,7 +35,7 @@ class BoundaryHead:
 
     Attributes:
       params: of the convolutions.
-      longest_s: no longer segment is proposed.
+      longest_s: maximum length of a segment.
     """
 
     params: dict[str, np.ndarray]
@@ -48,12 +47,12 @@ class BoundaryHead:
 
 
 def features(track: Track) -> Float32[np.ndarray, "n f"]:
-    """Return what the head sees of each time: the embedding, and the classes' probabilities."""
+    """Return the head's input for each time: the embedding and the classes' probabilities."""
     return np.concatenate([track.embeddings * track.embeddings.shape[1] ** 0.5, track.probs], axis=1).astype(np.float32)
 
 
 def targets(track: Track) -> Float32[np.ndarray, "n 3"]:
-    """Return 1 where a segment starts, ends and goes on."""
+    """Return 1 where a segment starts, ends and is going on."""
     marks = np.zeros((len(track.times_s), 3), np.float32)
     for segment in track.segments:
         marks[np.abs(track.times_s - segment.start_s) <= NEAR_S, 0] = 1
@@ -73,15 +72,16 @@ def _apply(params: Params, x: Float[Array, "b n f"]) -> Float[Array, "b n 3"]:
 
 
 def fit_boundaries(tracks: Sequence[Track], seed: int = 0, steps: int = STEPS) -> BoundaryHead:
-    """Return the head with the least cross-entropy on these videos; starts and ends weigh more, as they are rare.
+    """Return the head with the least cross-entropy on these videos; starts and ends have larger weights, as they are
+    rare.
 
     Args:
-      tracks: of the videos that the model was trained on.
-      seed: of the starting weights.
+      tracks: of the model's training videos.
+      seed: of the initial weights.
       steps: of the optimiser.
 
     Raises:
-      UserError: no segments in them.
+      UserError: the videos have no segments.
     """
     if not any(track.segments for track in tracks):
         raise UserError("the training videos hold no segment; the boundaries can't be learned from them")
@@ -130,13 +130,13 @@ def by_boundaries(labels: Sequence[str], head: BoundaryHead) -> Localiser:
 
 
 def propose(track: Track, marks: Float[np.ndarray, "n 3"], labels: Sequence[str], longest_s: float) -> list[Segment]:
-    """Return the segments from each likely start to each likely end behind it, without copies of one another.
+    """Return the segments from each likely start to each later likely end, without near duplicates.
 
     Args:
       track: of the video.
       marks: probabilities of a start, an end and an action at each of its times.
       labels: of the classes.
-      longest_s: no longer ones.
+      longest_s: maximum length of a segment.
     """
     found: list[Segment] = []
     for start in _peaks(marks[:, 0]):
@@ -156,7 +156,7 @@ def propose(track: Track, marks: Float[np.ndarray, "n 3"], labels: Sequence[str]
 
 
 def _peaks(scores: Float[np.ndarray, " n"]) -> np.ndarray:
-    """Return the local maxima, of those that are at least `PEAK` of the highest."""
+    """Return the local maxima that are at least `PEAK` of the highest."""
     if not len(scores):
         return np.zeros(0, np.int64)
     padded = np.concatenate([[-np.inf], scores, [-np.inf]])

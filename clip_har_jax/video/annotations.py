@@ -1,7 +1,7 @@
-"""Annotations with times: which actions a video holds, from when to when.
+"""Annotations with times: the actions in videos, with start and end.
 
-Two layouts are read. A table has the columns `filename,start_s,end_s,label`, a row for each action and any number for
-a video; a row labelled `background`, or without a label, says that nothing happens there. ActivityNet's JSON has
+Two layouts are read. A table has the columns `filename,start_s,end_s,label`, with one row per action and any number per
+video; a row labelled `background`, or without a label, says that no action happens. ActivityNet's JSON has
 `{"database": {ID: {"subset", "duration", "annotations": [{"segment": [start, end], "label"}]}}}`.
 """
 
@@ -24,12 +24,12 @@ from clip_har_jax.video.segments import BACKGROUND, Segment
 
 COLUMNS = ("filename", "start_s", "end_s", "label")
 SUBSETS = {"training": "train", "validation": "val", "testing": "test"}  # ActivityNet's names
-ROUNDING_S = 0.1  # a segment may end so much behind its video without a note, as durations are rounded
+ROUNDING_S = 0.1  # a segment may end this much after its video without a note, as durations are rounded
 
 
 @dataclass(frozen=True)
 class AnnotatedVideo:
-    """A video file and what happens in it.
+    """A video file and its actions.
 
     Attributes:
       path: of the file.
@@ -44,7 +44,7 @@ class AnnotatedVideo:
 
 @dataclass(frozen=True)
 class _Row:
-    """An annotation as it is written: `where` names its line or entry."""
+    """An annotation as written; `where` names its line or entry."""
 
     video: str
     segment: Segment
@@ -54,17 +54,17 @@ class _Row:
 def read_annotations(spec: Spec, split: str, tally: Tally | None = None) -> list[AnnotatedVideo]:
     """Return the videos of a table or an ActivityNet JSON, sorted by name.
 
-    Files lie in `?videos=DIR`, or else beside the annotations or in the folder of their name. A segment that ends
-    behind its video ends with it; overlapping segments of one class become one. Both are noted in the tally.
+    Files lie in `?videos=DIR`, or else beside the annotations or in the folder of their name. A segment that ends after
+    its video is cut; overlapping segments of one class are merged. Both are noted in the tally.
 
     Args:
-      spec: its path is the annotations' file. With `?missing=skip` videos that aren't there are left out.
-      split: train, val or test; where the annotations have splits (a column `split`, or ActivityNet's subsets).
-      tally: takes what is kept, left out and changed.
+      spec: its path is the annotations' file. With `?missing=skip`, missing videos are left out.
+      split: train, val or test, if the annotations have splits (a column `split`, or ActivityNet's subsets).
+      tally: records what is kept, left out and changed.
 
     Raises:
-      UserError: not annotations, an end that isn't behind its start, a start outside the video, a video that is
-        missing; names the line or entry.
+      UserError: not annotations, an end that isn't after its start, a start outside the video, or a missing video;
+        names the line or entry.
     """
     tally = Tally() if tally is None else tally
     path = Path(spec.path).expanduser()
@@ -87,11 +87,11 @@ def read_annotations(spec: Spec, split: str, tally: Tally | None = None) -> list
 
 
 def _annotated(file: Path, rows: Sequence[_Row], duration_s: float | None, tally: Tally) -> AnnotatedVideo:
-    """Check the segments of a video against its duration, and join those of one class that overlap."""
+    """Check the segments of a video against its duration, and merge overlapping ones of a class."""
     if duration_s is None:
         try:
             duration_s = video_duration(file)
-        except BadVideo:  # told when it is read, as any file that can't be
+        except BadVideo:  # reported when the file is read, like any unreadable file
             duration_s = max((row.segment.end_s for row in rows), default=0.0)
     kept: dict[str, list[Segment]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row.segment):
@@ -122,7 +122,7 @@ def _segment(start: Any, end: Any, label: str, where: str) -> Segment:
     """Return an annotation's segment.
 
     Raises:
-      UserError: times that aren't numbers, a start below 0, an end that isn't behind the start.
+      UserError: times that aren't numbers, a start below 0, or an end that isn't after the start.
     """
     try:
         start_s, end_s = float(start), float(end)
@@ -136,7 +136,7 @@ def _segment(start: Any, end: Any, label: str, where: str) -> Segment:
 
 
 def _read_csv(path: Path, spec: Spec, split: str) -> tuple[list[_Row], dict[str, float | None]]:
-    """Return the rows of a table, and its videos, whose durations it doesn't tell."""
+    """Return the rows of a table and its videos, without durations."""
     table = read_table(path, COLUMNS, ("split",))
     splits = sorted({row["split"] for _, row in table if row.get("split")})
     if splits or "split" in spec.options:

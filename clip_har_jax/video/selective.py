@@ -1,7 +1,8 @@
-"""The frames of given times with as little decoding as is exact.
+"""Frames at given times with the least exact decoding.
 
-A frame depends on packets between the keyframe before it and itself, and of those on the ones that others refer to. So
-whole stretches between wanted frames are passed over at their keyframes, and frames that no other refers to (about half
+A frame depends on packets between the last keyframe and itself, and only on those that other frames refer to. So whole
+intervals between wanted frames are skipped at keyframes, and frames to which no other refers (about half of x264's
+H.264) are never decoded. The frames are bit-equal to those of full decoding.
 of H.264's, as x264 writes it) are never decoded. The frames are bit-equal to those of decoding all.
 """
 
@@ -14,19 +15,19 @@ import numpy as np
 
 from clip_har_jax.video.decoding import BadVideo, Decoding, upright
 
-CODECS = ("h264", "hevc")  # their packets say whether another frame refers to them
+CODECS = ("h264", "hevc")  # their packets show whether other frames refer to them
 ROUNDING_S = 1e-3  # containers round times, some to milliseconds
 
 
 @dataclass(frozen=True)
 class Index:
-    """The packets of a stream, in the order of decoding.
+    """The packets of a stream in decoding order.
 
     Attributes:
-      stamps: when each packet's frame is shown, in units of `unit_s`.
-      is_key: whether decoding can begin there.
+      stamps: display time of each packet's frame, in units of `unit_s`.
+      is_key: whether decoding can start there.
       unit_s: seconds.
-      is_whole: every packet says when its frame is shown, and no two say the same.
+      is_whole: all packets have display times, without duplicates.
     """
 
     stamps: tuple[int, ...]
@@ -36,18 +37,18 @@ class Index:
 
     @property
     def times_s(self) -> list[float]:
-        """The times of the frames, in the order in which they are shown."""
+        """The times of the frames in display order."""
         return [stamp * self.unit_s for stamp in sorted(self.stamps)]
 
     @property
     def keyframes_s(self) -> list[float]:
-        """The times of the keyframes, in the order in which they are shown."""
+        """The times of the keyframes in display order."""
         keys = (stamp for stamp, is_key in zip(self.stamps, self.is_key, strict=True) if is_key)
         return [stamp * self.unit_s for stamp in sorted(keys)]
 
 
 def index_packets(container: Any, stream: Any) -> Index:
-    """Read a stream's packets, decode nothing, and go back to its start.
+    """Read a stream's packets without decoding, and return to its start.
 
     Raises:
       BadVideo: no frames in it.
@@ -66,13 +67,13 @@ def index_packets(container: Any, stream: Any) -> Index:
 
 
 def shown_at(index: Index, times_s: Sequence[float] | np.ndarray) -> list[int]:
-    """Return the stamp of the frame that is shown at each time: the last that began by then, or else the first."""
+    """Return the stamp of the frame displayed at each time: the last one that began by then, or else the first."""
     ordered = sorted(index.stamps)
     return [ordered[max(0, bisect_right(ordered, (time_s + ROUNDING_S) / index.unit_s) - 1)] for time_s in times_s]
 
 
 def needed_packets(index: Index, wanted: Collection[int]) -> list[bool]:
-    """Return which packets the wanted frames depend on at most: from the keyframe before each one to itself.
+    """Return which packets the wanted frames can depend on: from the last keyframe before each one to itself.
 
     >>> index = Index((0, 3, 1, 2, 4, 6, 5), (True, False, False, False, True, False, False), 0.1, True)
     >>> needed_packets(index, {1, 5})
@@ -97,13 +98,13 @@ def decode_selected(
     each: Callable[[np.ndarray], np.ndarray],
     max_megapixels: float,
 ) -> dict[int, np.ndarray] | None:
-    """Return the wanted frames by their stamps, upright and as `each` leaves them.
+    """Return the wanted frames by their stamps, rotated for display and transformed by `each`.
 
-    None where it can't be done exactly: another codec, packets without times, damage in what is decoded. The container
-    is then at its start.
+    None if it can't be done exactly: another codec, packets without times, or damage. The container is then at its
+    start.
 
     Raises:
-      BadVideo: frames that are too large.
+      BadVideo: the frames are too large.
     """
     from av.error import FFmpegError
 
@@ -138,7 +139,7 @@ def decode_selected(
 def _decode(
     container: Any, stream: Any, needed: list[bool], wanted: Collection[int], take: Callable[[Sequence[Any]], bool]
 ) -> bool:
-    """Decode the needed packets; gives whether what `take` was given was undamaged."""
+    """Decode the needed packets; return whether the frames given to `take` were undamaged."""
     context, left = stream.codec_context, sum(needed)
     is_behind_gap, position = False, 0
     for packet in container.demux(stream):
@@ -147,7 +148,7 @@ def _decode(
         if not needed[position]:
             is_behind_gap = True
         else:
-            if is_behind_gap:  # what is still inside comes out before the decoder begins anew
+            if is_behind_gap:  # flush buffered frames before the decoder starts again
                 if not take(context.decode(None)):
                     return False
                 context.flush_buffers()
