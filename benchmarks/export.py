@@ -37,7 +37,7 @@ def make_images(batch_size: int, size_px: int) -> np.ndarray:
 def ours(folder: str, name: str) -> None:
     """Run our child process: open a format, then run a batch of the size on each line of standard input."""
     start = time.perf_counter()
-    from clip_har_jax.inference.exported import Graphs
+    from clip_har_jax.inference.runtimes import Graphs
 
     graphs = Graphs(Path(folder), name)
     size_px = graphs.signatures[GRAPH]["inputs"]["image"][1][1]
@@ -62,7 +62,7 @@ def graph_mb(folder: Path) -> float:
 
 def start_sides(export: Path, model: str | None, torch_python: str) -> tuple[dict[str, Side], dict[str, float]]:
     """Return the processes by name, and the MB of each one's files."""
-    from clip_har_jax.inference.exported import formats_in
+    from clip_har_jax.inference.runtimes import formats_in
 
     sides, sizes = {}, {}
     for name in formats_in(export):

@@ -24,9 +24,12 @@ def main() -> int:
         help="among onnx, onnx_fp16, onnx_int8, saved_model, stablehlo, torchscript, tensorrt, e.g. --formats=onnx",
     )
     cli.add_output(parser, "runs/demo/export")
-    help = "images on which each format is compared, e.g. --data=folder:photos; default: the embedded set's test split"
-    cli.add_data(parser, help, default="synthetic")
-    add("--num_examples", type=int, default=256, metavar="N", help="number of them, e.g. --num_examples=256 (default)")
+    help = (
+        "images or clips on which each format is compared, e.g. --data=folder:photos; default: the test split of the "
+    )
+    cli.add_data(parser, help + "embedded images, for a model of clips of the embedded clips")
+    help = "number of images, or of frames of clips, e.g. --num_examples=256 (default)"
+    add("--num_examples", type=int, default=256, metavar="N", help=help)
     cli.add_classes(parser)
     add("--int8", choices=("dynamic", "static"), default="dynamic", help="scales of activations, e.g. --int8=static")
     add(
@@ -35,6 +38,7 @@ def main() -> int:
         default="fp16",
         help="number format of TensorRT's engines, e.g. --precision=int8",
     )
+    add("--clips", action="store_true", help="give a model of images the graph of whole clips too, e.g. --clips")
     add("--sign", metavar="FILE", help="sign the folder with a private key in PEM, e.g. --sign=private.pem")
     add("--overwrite", action="store_true", help="replace an earlier export, e.g. --overwrite")
     arguments = parser.parse_args()
@@ -54,6 +58,7 @@ def main() -> int:
             arguments.int8 == "static",
             arguments.sign,
             arguments.precision,
+            arguments.clips,
         ),
     )
     for name, entry in parity.items():
@@ -63,6 +68,12 @@ def main() -> int:
                 f"{name}: passed; largest error {entry['max_abs_error']:.2g}, same first class in "
                 f"{entry['top1_agreement']:.1%}, cosine {entry['min_cosine']:.6f}, {entry['num_examples']} images{weak}"
             )
+            for key, way in (("clips", "whole clips"), ("clips_by_frame", "clips frame by frame")):
+                if clips := entry.get(key):
+                    print(
+                        f"  {way}: largest error {clips['max_abs_error']:.2g}, another first class in "
+                        f"{clips['num_changed']} of {clips['num_clips']}, cosine {clips['min_cosine']:.6f}"
+                    )
         else:
             print(f"{name}: FAILED and was deleted: {'; '.join(entry['failures'])}", file=sys.stderr)
             if worst := entry.get("worst_example"):

@@ -11,7 +11,8 @@ import numpy as np
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference import golden
-from clip_har_jax.inference.exported import ExportedBackend, Graphs
+from clip_har_jax.inference.exported import ExportedBackend
+from clip_har_jax.inference.runtimes import Graphs
 from export.parity import run_cases
 
 LARGE_BYTES = 2 * 10**9  # size of a format's files from which its graphs are opened one at a time
@@ -29,7 +30,7 @@ def main() -> int:
         except UserError as error:  # reported by the parent, with the difference to the model
             fault = str(error)
     with np.load(inputs) as given:
-        np.savez(outputs, fault=fault, **run_cases(graphs.run, dict(given)))  # type: ignore[arg-type]  # as in run.py
+        np.savez(outputs, fault=fault, **run_cases(graphs.run, dict(given), graphs.signatures))  # type: ignore[arg-type]  # as in run.py
     return 0
 
 

@@ -1,10 +1,10 @@
 """The formats: how each is written, how much it may differ from the model, and which packages it needs.
 
-To add a format, write a file `to_*.py`, a row here, and a row in `clip_har_jax.inference.exported.RUNTIMES`, which
+To add a format, write a file `to_*.py`, a row here, and a row in `clip_har_jax.inference.runtimes.RUNTIMES`, which
 opens it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.inference.exported import RUNTIMES
+from clip_har_jax.inference.runtimes import RUNTIMES
 from export.model import OpenedModel
 from export.parity import BFLOAT16, FLOAT16, FLOAT32, INT8, Bounds
 from export.to_onnx import write_fp16, write_int8, write_onnx
 from export.to_tensorrt import missing_for_tensorrt, write_tensorrt
-from export.to_torch import write_torchscript
+from export.to_torch import TorchGraphs, write_torchscript
 from export.to_xla import write_saved_model, write_stablehlo
 
 Write = Callable[[OpenedModel, Path, UInt8[np.ndarray, "n h w 3"]], None]
@@ -44,8 +44,21 @@ def _from_graphs(write: Callable[..., None]) -> Write:
 
 
 def _torchscript(model: OpenedModel, folder: Path, images: np.ndarray) -> None:
-    head = model.head, model.head_params, model.temperature
-    write_torchscript(model.folder, model.backend.preprocess, *head, folder)
+    graphs = TorchGraphs(model.folder, model.backend.preprocess, model.head, model.head_params, model.temperature)
+    write_torchscript(graphs, [graph.name for graph in model.graphs], folder)
+
+
+def check_clips(model: OpenedModel, formats: Collection[str]) -> None:
+    """Refuse TorchScript for a model that tells the frames of a clip apart.
+
+    Raises:
+      UserError: such a model and format.
+    """
+    if model.is_temporal and "torchscript" in formats:
+        raise UserError(
+            "--formats=torchscript: transformers has no model that tells the frames of a clip apart; use onnx, "
+            "saved_model or stablehlo"
+        )
 
 
 ONNX = ("jax2onnx", "onnx", "onnxscript")

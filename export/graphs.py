@@ -15,13 +15,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from clip_har_jax.models.explain import heat_map, patch_embeds
-from clip_har_jax.models.heads import Head, image_features
+from clip_har_jax.models.heads import Features, Head, image_features
 from clip_har_jax.models.layers import unstack
 from clip_har_jax.models.params import Params, flat_params, unflatten
+from clip_har_jax.models.temporal import HEAD as TIME_HEAD
+from clip_har_jax.models.temporal import IN_BLOCKS
 from clip_har_jax.models.two_towers import IMAGE_TOWER, TEXT_TOWER, TwoTowers
 from clip_har_jax.preprocess import Preprocess
 
-Shape = tuple[int | str, ...]  # "b" is a variable batch size
+Shape = tuple[int | str, ...]  # "b" is a variable batch size, "t" a variable number of frames
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,26 @@ class Graph:
     inputs: dict[str, tuple[str, Shape]]
     outputs: tuple[str, ...]
 
-    def specs(self, batch: Any) -> list[jax.ShapeDtypeStruct]:
-        """Return the inputs' shapes and types for a batch size, which may be symbolic."""
+    def specs(self, batch: Any, frames: Any) -> list[jax.ShapeDtypeStruct]:
+        """Return the inputs' shapes and types for a batch size and a number of frames, which may be symbolic."""
+        free = {"b": batch, "t": frames}
         return [
-            jax.ShapeDtypeStruct(tuple(batch if size == "b" else size for size in shape), np.dtype(dtype))
+            jax.ShapeDtypeStruct(tuple(free.get(size, size) for size in shape), np.dtype(dtype))  # type: ignore[arg-type]
             for dtype, shape in self.inputs.values()
         ]
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """The clips that a model takes.
+
+    Attributes:
+      num_frames: of a clip.
+      whole: write a graph of whole clips, and an encoder of frames besides the encoder of images.
+    """
+
+    num_frames: int
+    whole: bool
 
 
 class MatMulLinear(nnx.Linear):
@@ -56,8 +72,8 @@ class MatMulLinear(nnx.Linear):
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def make_graphs(model: TwoTowers, preprocess: Preprocess, head: Head, temperature: float) -> tuple[Graph, ...]:
-    """Return the image encoder, the text encoder, the classifier and the explainer of a model.
+class GraphMaker:
+    """Makes the graphs of a model from its parameters.
 
     Args:
       model: is modified: don't use it afterwards.
@@ -65,51 +81,121 @@ def make_graphs(model: TwoTowers, preprocess: Preprocess, head: Head, temperatur
       head: from image features to class logits.
       temperature: divides the logits.
     """
-    whole: Any = model  # its layers are lists from here on
-    whole.head = head
-    for tower in (whole.vision, whole.text):
-        tower.layers = nnx.List(unstack(tower.layers))
-    for _, module in nnx.iter_graph(whole):
-        if type(module) is nnx.Linear:
-            module.__class__ = MatMulLinear
-    _fold_normalisation(whole.vision, preprocess)
-    graphdef, params = nnx.graphdef(whole), flat_params(whole)
-    num_classes = head.classes.kernel.shape[1]
-    images_first = {"image": ("uint8", ("b", preprocess.image_size_px, preprocess.image_size_px, 3))}
-    one_hot = {"class_weights": ("float32", ("b", num_classes))}
-    text = {"input_ids": ("int32", ("b", model.config.text.context_length))}
 
-    def restore(given: Mapping[str, Any]) -> Any:
+    def __init__(self, model: TwoTowers, preprocess: Preprocess, head: Head, temperature: float):
+        whole: Any = model  # its layers are lists from here on
+        self.config, self.head, self.temperature = model.config, head, temperature
+        whole.head = head
+        for tower in (whole.vision, whole.text):
+            tower.layers = nnx.List(unstack(tower.layers))
+        for _, module in nnx.iter_graph(whole):
+            if type(module) is nnx.Linear:
+                module.__class__ = MatMulLinear
+        _fold_normalisation(whole.vision, preprocess)
+        self._graphdef, self._params = nnx.graphdef(whole), flat_params(whole)
+        side = preprocess.image_size_px
+        self._image = {"image": ("uint8", ("b", side, side, 3))}
+        self._clip_shape = (side, side, 3)
+
+    def _restore(self, given: Mapping[str, Any]) -> Any:
         # Merging needs every parameter; unused ones are scalars, which exporters drop.
-        return nnx.merge(graphdef, unflatten({name: given.get(name, np.float32(0)) for name in params}))
+        return nnx.merge(self._graphdef, unflatten({name: given.get(name, np.float32(0)) for name in self._params}))
 
-    def encode_image(given: Params, images: UInt8[Array, "b h w 3"]) -> tuple[Float[Array, "b d"]]:
-        return (restore(given).encode_image(images.astype(jnp.float32)),)
+    def _make(
+        self,
+        name: str,
+        function: Any,
+        uses: tuple[str, ...],
+        inputs: dict[str, Any],
+        *outputs: str,
+        over_time: bool = False,
+    ) -> Graph:
+        """Return a graph of the parameters whose names begin with `uses`, with those of time attention or not."""
+        used = [key for key in self._params if key.startswith(uses) and (over_time or ".time." not in key)]
+        params = {key: self._params[key] for key in used}
+        return Graph(name, function, params, inputs, outputs)
 
-    def encode_text(given: Params, input_ids: Int[Array, "b t"]) -> tuple[Float[Array, "b d"]]:
-        return (restore(given).encode_text(input_ids),)
+    def of_images(self) -> tuple[Graph, ...]:
+        """Return the image encoder, the text encoder, the classifier and the explainer."""
+        restore = self._restore
 
-    def classify(given: Params, images: UInt8[Array, "b h w 3"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
-        model = restore(given)
-        logits = model.head(image_features(model, images.astype(jnp.float32), model.head.needs_patches)) / temperature
-        return jax.nn.softmax(logits), logits
+        def encode_text(given: Params, input_ids: Int[Array, "b t"]) -> tuple[Float[Array, "b d"]]:
+            return (restore(given).encode_text(input_ids),)
 
-    def explain(
-        given: Params, images: UInt8[Array, "b h w 3"], class_weights: Float[Array, "b c"]
-    ) -> tuple[Float[Array, "b g g"], Float[Array, "b n d"]]:
-        model = restore(given)
-        patches = patch_embeds(model, images.astype(jnp.float32))
-        return heat_map(patches, jnp.matmul(class_weights, model.head.classes.kernel[...].T)), patches
+        def classify(given: Params, images: UInt8[Array, "b h w 3"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+            model = restore(given)
+            features = image_features(model, images.astype(jnp.float32), model.head.needs_patches)
+            logits = model.head(features) / self.temperature
+            return jax.nn.softmax(logits), logits
 
-    def make(name: str, function: Any, uses: tuple[str, ...], inputs: dict[str, Any], *outputs: str) -> Graph:
-        return Graph(name, function, {key: params[key] for key in params if key.startswith(uses)}, inputs, outputs)
+        def explain(
+            given: Params, images: UInt8[Array, "b h w 3"], class_weights: Float[Array, "b c"]
+        ) -> tuple[Float[Array, "b g g"], Float[Array, "b n d"]]:
+            model = restore(given)
+            patches = patch_embeds(model, images.astype(jnp.float32))
+            return heat_map(patches, jnp.matmul(class_weights, model.head.classes.kernel[...].T)), patches
 
-    return (
-        make("image_encoder", encode_image, IMAGE_TOWER, images_first, "image_embeds"),
-        make("text_encoder", encode_text, TEXT_TOWER, text, "text_embeds"),
-        make("classifier", classify, (*IMAGE_TOWER, "head."), images_first, "probs", "logits"),
-        make("explainer", explain, (*IMAGE_TOWER, "head.classes."), images_first | one_hot, "heat_map", "patch_embeds"),
-    )
+        one_hot = {"class_weights": ("float32", ("b", self.head.classes.kernel.shape[1]))}
+        text = {"input_ids": ("int32", ("b", self.config.text.context_length))}
+        make = self._make
+        return (
+            self._encoder("image_encoder", "image_embeds"),
+            make("text_encoder", encode_text, TEXT_TOWER, text, "text_embeds"),
+            make("classifier", classify, (*IMAGE_TOWER, "head."), self._image, "probs", "logits"),
+            make(
+                "explainer", explain, (*IMAGE_TOWER, "head.classes."), self._image | one_hot, "heat_map", "patch_embeds"
+            ),
+        )
+
+    def _encoder(self, name: str, output: str) -> Graph:
+        def encode(given: Params, images: UInt8[Array, "b h w 3"]) -> tuple[Float[Array, "b d"]]:
+            return (self._restore(given).encode_image(images.astype(jnp.float32)),)
+
+        return self._make(name, encode, IMAGE_TOWER, self._image, output)
+
+    def of_clips(self, clips: ClipShape) -> tuple[Graph, ...]:
+        """Return the graphs of clips: one of a whole clip, and if possible an encoder of frames and a clip head.
+
+        A frame has no features of its own in a model whose tower mixes the frames, or whose head needs the patches of
+        all frames. If the tower mixes them, the number of frames is that of `clips`; otherwise it is variable.
+        """
+        restore = self._restore
+        in_tower = self.config.temporal in IN_BLOCKS
+        apart = not in_tower and not self.head.needs_patches
+
+        def answer(model: Any, features: Features) -> tuple[jax.Array, jax.Array, jax.Array]:
+            logits = model.head(features) / self.temperature
+            return jax.nn.softmax(logits), logits, features.image
+
+        def classify(given: Params, frames: UInt8[Array, "b t h w 3"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            model = restore(given)
+            return answer(model, image_features(model, frames.astype(jnp.float32), model.head.needs_patches))
+
+        def pool(given: Params, frames: Float[Array, "b t d"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            model = restore(given)
+            return answer(model, Features(model.pool_frames(frames), None, frames))
+
+        outputs = ("probs", "logits", "clip_embeds")
+        graphs: tuple[Graph, ...] = ()
+        if clips.whole or not apart:
+            size = clips.num_frames if in_tower else "t"
+            frames = {"frames": ("uint8", ("b", size, *self._clip_shape))}
+            uses = (*IMAGE_TOWER, TIME_HEAD, "head.")
+            graphs += (self._make("clip_classifier", classify, uses, frames, *outputs, over_time=True),)
+        if clips.whole and apart:
+            graphs += (self._encoder("frame_encoder", "frame_embeds"),)
+        if apart:
+            embeds = {"frame_embeds": ("float32", ("b", "t", self.config.projection_dim))}
+            graphs += (self._make("clip_head", pool, (TIME_HEAD, "head."), embeds, *outputs),)
+        return graphs
+
+
+def make_graphs(
+    model: TwoTowers, preprocess: Preprocess, head: Head, temperature: float, clips: ClipShape | None = None
+) -> tuple[Graph, ...]:
+    """Return the graphs of a model, see `GraphMaker`; without `clips` only those of images."""
+    maker = GraphMaker(model, preprocess, head, temperature)
+    return maker.of_images() + (maker.of_clips(clips) if clips is not None else ())
 
 
 def _fold_normalisation(vision: Any, preprocess: Preprocess) -> None:

@@ -4,7 +4,7 @@ import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,20 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from clip_har_jax import bundle
+from clip_har_jax.data.examples import ClipData, ClipViews, Source
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import read_object, write_json
-from clip_har_jax.inference.exported import ORIGIN, SIGNATURE
+from clip_har_jax.inference.backends import clip_sampling
 from clip_har_jax.inference.jax_backend import JaxBackend
+from clip_har_jax.inference.runtimes import ORIGIN, SIGNATURE
 from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.models.params import make_model
 from clip_har_jax.models.pretrained import read_config, read_params
-from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage, decode, evaluation_transform
+from clip_har_jax.preprocess import MAX_MEGAPIXELS, PREPROCESS_VERSION, BadImage, decode, evaluation_transform
 from clip_har_jax.text import Tokenizer
-from export.graphs import Graph, make_graphs
+from clip_har_jax.video.sampling import FrameSampling
+from export.graphs import ClipShape, Graph, make_graphs
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class OpenedModel:
     Attributes:
       head: the name of the graphs' head; cosine similarity to class embeddings is a linear head here.
       logit_scale: the factor of cosines before the temperature; new classes need it.
+      sampling: of the frames of a clip.
+      is_temporal: frames of a clip count differently, by the tower or the head.
+      of_clips: that, or trained on clips.
+      clips: the graphs of clips to write.
     """
 
     folder: Path
@@ -42,6 +49,10 @@ class OpenedModel:
     head: str
     head_params: dict[str, Any]
     logit_scale: float
+    sampling: FrameSampling
+    is_temporal: bool
+    of_clips: bool
+    clips: ClipShape
 
     @property
     def temperature(self) -> float:
@@ -53,7 +64,7 @@ class OpenedModel:
         params = read_params(self.folder, config)
         # The layers hold nearly all weights. Unstacking a host array makes views instead of copies.
         own = {name: value if ".layers." in name else jax.numpy.asarray(value) for name, value in params.items()}
-        return make_graphs(make_model(config, own), self.backend.preprocess, head, self.temperature)
+        return make_graphs(make_model(config, own), self.backend.preprocess, head, self.temperature, self.clips)
 
     def release(self) -> None:
         """Free all weights; they are read again when they are needed."""
@@ -63,63 +74,80 @@ class OpenedModel:
         gc.collect()
 
 
-def open_model(path: str, classes: Sequence[str] = ()) -> OpenedModel:
+def open_model(path: str, classes: Sequence[str] = (), clips: bool = False) -> OpenedModel:
     """Open and verify a model folder.
 
+    Args:
+      path: the folder.
+      classes: the actions to recognise; empty: the folder's own.
+      clips: write the graph of whole clips for a model of images too.
+
     Raises:
-      UserError: an incomplete model, a changed file, no classes, or a model that treats the frames of a clip
-        differently.
+      UserError: an incomplete model, a changed file, or no classes.
     """
     backend = JaxBackend(path, classes)
     actions = replace(backend.actions, preprocess_version=PREPROCESS_VERSION)
     logit_scale = backend.scale * actions.temperature
-    if actions.head in HEADS and HEADS[actions.head][0].of_clips:
-        raise UserError(
-            f"{path}: its {actions.head!r} head weighs the frames of a clip, and no format expresses that: exported "
-            "graphs take single images; export a model with a head of images"
-        )
-    kind = read_config(backend.path).temporal
-    if kind != "mean":
-        raise UserError(
-            f"{path}: model.temporal is {kind!r}, and no format expresses that: exported graphs take single images; "
-            "predict with the model folder, or export a model of images"
-        )
     if backend.head_params:
         head, params = actions.head, backend.head_params
     else:
         head, params = "linear", init_head("linear", backend.class_embeddings, logit_scale, seed=0)
-    return OpenedModel(backend.path, backend.digest, actions, backend, head, params, logit_scale)
+    sampling = clip_sampling(actions)
+    is_temporal = HEADS[head][0].of_clips or read_config(backend.path).temporal != "mean"
+    of_clips = is_temporal or bool(actions.video)
+    shape = ClipShape(sampling.num_frames, of_clips or clips)
+    return OpenedModel(
+        backend.path,
+        backend.digest,
+        actions,
+        backend,
+        head,
+        params,
+        logit_scale,
+        sampling,
+        is_temporal,
+        of_clips,
+        shape,
+    )
 
 
 def read_images(
     model: OpenedModel, data: str, count: int
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], Int32[np.ndarray, " n"]]:
-    """Return evenly spaced images of a data set, transformed for the model, and their classes.
+    """Return evenly spaced images of a data set, or all frames of clips, transformed for the model, and their classes.
 
-    Unreadable images are left out. Images whose label isn't one of the model's classes come last and have no class.
+    Unreadable examples are left out. Images whose label isn't one of the model's classes come last and have no class.
 
     Raises:
       UserError: a SPEC without images, or without readable ones.
     """
     source = make_source(data, "test")
-    if source.clips:
-        raise UserError(f"--data={data}: an exported model takes single images; name a set of images")
     classes = {label: i for i, label in enumerate(model.actions.labels)}
-    images, true = [], []
+    images: list[np.ndarray] = []
+    true: list[int] = []
+    if source.clips:
+        count = -(-count // model.sampling.num_frames)
     for i in np.unique(np.linspace(0, len(source) - 1, count).astype(int)):
         try:
-            example = source[int(i)]
-            pixels = decode(example.data) if isinstance(example.data, bytes) else example.data
-            assert isinstance(pixels, np.ndarray), "clips were refused"
-            images.append(evaluation_transform(pixels, model.backend.preprocess))
+            frames = _read_frames(model, source, int(i))
         except (BadImage, OSError):
             continue
-        true.append(classes.get(source.labels[example.label], -1))
+        images += frames
+        true += [classes.get(source.labels[source.label_ids[i]], -1)] * len(frames)
     if not images:
-        raise UserError(f"--data={data}: none of its images can be read")
+        raise UserError(f"--data={data}: none of its {'clips' if source.clips else 'images'} can be read")
     # An image without a class also shows differences between runtimes; only calibration needs the true class.
     order = np.argsort(np.asarray(true) < 0, kind="stable")
     return np.stack(images)[order], np.asarray([true[i] for i in order if true[i] >= 0], np.int32)
+
+
+def _read_frames(model: OpenedModel, source: Source, i: int) -> list[np.ndarray]:
+    """Return an example as the model takes it: one image, or the frames of a clip."""
+    data, preprocess = source[i].data, model.backend.preprocess
+    if isinstance(data, ClipData):
+        each = partial(evaluation_transform, preprocess=preprocess)
+        return list(data.read(ClipViews(model.sampling, [0], None, each, MAX_MEGAPIXELS))[0].frames)
+    return [evaluation_transform(decode(data) if isinstance(data, bytes) else data, preprocess)]
 
 
 def write_contract(model: OpenedModel, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The comparison of an exported format with the model, on real and on extreme images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,11 @@ BATCH_SIZE = 32
 SINGLES, ODD = 4, 3  # images also computed one by one, and in one batch of an odd size
 EXPLAINED = 8
 NUM_HARD = 4  # black, white, and two of noise, after the examples
+NUM_HARD_CLIPS = 2  # after the clips
+MIN_CLIPS, CLIP_BATCH = 8, 4
 MIN_PREDICTED = 0.5  # share of the classes; if fewer are ever predicted, agreement says little
+
+CLIP_OUTPUTS = ("clip_probs", "clip_logits", "clip_embeds", "single_clip_logits")
 
 Arrays = dict[str, np.ndarray]
 RunGraph = Callable[..., Sequence[np.ndarray]]
@@ -50,18 +54,40 @@ def hard_images(size_px: int) -> UInt8[np.ndarray, "n h w 3"]:
     return np.stack([*flat, *noise])
 
 
-def make_cases(images: UInt8[np.ndarray, "n h w 3"], ids: Int32[np.ndarray, "p t"], num_classes: int) -> Arrays:
-    """Return the inputs for each format: the images followed by the hard ones, prompts, and classes to explain."""
-    images = np.concatenate([images, hard_images(images.shape[1])])
-    weights = np.eye(num_classes, dtype=np.float32)[np.arange(min(EXPLAINED, len(images))) % num_classes]
-    return {"image": images, "input_ids": ids[:64], "class_weights": weights}
+def make_cases(
+    images: UInt8[np.ndarray, "n h w 3"], ids: Int32[np.ndarray, "p t"], num_classes: int, num_frames: int = 0
+) -> Arrays:
+    """Return the inputs for each format: the images followed by the hard ones, prompts, and classes to explain.
+
+    With `num_frames` also clips: consecutive images, followed by two hard clips, one that flashes from black to white
+    and one of noise.
+    """
+    hard = hard_images(images.shape[1])
+    explained = np.arange(min(EXPLAINED, len(images) + NUM_HARD)) % num_classes
+    cases = {
+        "image": np.concatenate([images, hard]),
+        "input_ids": ids[:64],
+        "class_weights": np.eye(num_classes, dtype=np.float32)[explained],
+    }
+    if num_frames:
+        count = max(MIN_CLIPS, len(images) // num_frames)
+        numbers = np.arange(count * num_frames).reshape(count, num_frames) % len(images)
+        flashing = np.arange(num_frames) % 2
+        cases["frames"] = np.concatenate([images[numbers], hard[[flashing, 2 + flashing]]])
+    return cases
 
 
-def run_cases(run: RunGraph, cases: Arrays) -> Arrays:
-    """Return all outputs for all cases: images in full batches, the first also one by one and in an odd batch."""
+def run_cases(run: RunGraph, cases: Arrays, graphs: Collection[str]) -> Arrays:
+    """Return all outputs for all cases: images in full batches, the first also one by one and in an odd batch.
+
+    Args:
+      run: runs a graph.
+      cases: from `make_cases`.
+      graphs: the graphs of clips to run, by name; others in it are ignored.
+    """
     images, weights = cases["image"], cases["class_weights"]
     probs, logits = _batches(run, "classifier", images, BATCH_SIZE)
-    return {
+    outputs = {
         "probs": probs,
         "logits": logits,
         "single_logits": _batches(run, "classifier", images[:SINGLES], 1)[1],
@@ -70,6 +96,29 @@ def run_cases(run: RunGraph, cases: Arrays) -> Arrays:
         "text_embeds": _batches(run, "text_encoder", cases["input_ids"], BATCH_SIZE)[0],
         **dict(zip(("heat_map", "patch_embeds"), run("explainer", images[: len(weights)], weights), strict=True)),
     }
+    if "frames" in cases:
+        if "clip_classifier" in graphs:
+            outputs |= run_clips(run, cases["frames"])
+        if "clip_head" in graphs:
+            encoder = "frame_encoder" if "frame_encoder" in graphs else "image_encoder"
+            outputs |= {f"streamed_{name}": rows for name, rows in _run_apart(run, cases["frames"], encoder).items()}
+    return outputs
+
+
+def run_clips(run: RunGraph, frames: UInt8[np.ndarray, "n t h w 3"]) -> Arrays:
+    """Return the outputs on clips: in batches, the first ones also one by one."""
+    outputs = _batches(run, "clip_classifier", frames, CLIP_BATCH)
+    singles = _batches(run, "clip_classifier", frames[:ODD], 1)[1]
+    return dict(zip(CLIP_OUTPUTS, (*outputs, singles), strict=True))
+
+
+def _run_apart(run: RunGraph, frames: UInt8[np.ndarray, "n t h w 3"], encoder: str) -> Arrays:
+    """Return what `run_clips` does, each frame encoded by itself."""
+    (embeds,) = _batches(run, encoder, frames.reshape(-1, *frames.shape[2:]), BATCH_SIZE)
+    embeds = embeds.reshape(*frames.shape[:2], -1)
+    outputs = _batches(run, "clip_head", embeds, CLIP_BATCH)
+    singles = _batches(run, "clip_head", embeds[:ODD], 1)[1]
+    return dict(zip(CLIP_OUTPUTS, (*outputs, singles), strict=True))
 
 
 def _batches(run: RunGraph, graph: str, rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -94,6 +143,10 @@ def check_parity(
         return {"max_abs_error": None, "top1_agreement": None, "passed": False, "failures": failures}
     result = _differences(ours, theirs, len(labels), true)
     failures = _over_bounds(ours, theirs, result, bounds)
+    for key, prefix in (("clips", ""), ("clips_by_frame", "streamed_")):
+        if f"{prefix}clip_logits" in ours:
+            result[key] = _clip_differences(*(_of_clips(outputs, prefix) for outputs in (ours, theirs)), len(labels))
+            failures += _clips_over_bounds(key, result[key], bounds)
     if failures:
         result["failures"] = failures
         worst = int(np.abs(ours["probs"] - theirs["probs"]).max(-1).argmax())
@@ -154,6 +207,40 @@ def _over_bounds(ours: Arrays, theirs: Arrays, result: dict[str, Any], bounds: B
         failures.append(f"cosine of an embedding {cosine:.6f} below {bounds.cosine:g}")
     if not result["min_explainer_cosine"] >= bounds.explainer:
         failures.append(f"cosine of the explainer {result['min_explainer_cosine']:.6f} below {bounds.explainer:g}")
+    return failures
+
+
+def _of_clips(outputs: Arrays, prefix: str) -> Arrays:
+    return {name: outputs[f"{prefix}{name}"] for name in CLIP_OUTPUTS}
+
+
+def _clip_differences(ours: Arrays, theirs: Arrays, num_classes: int) -> dict[str, Any]:
+    """Return the figures of clips in parity.json; errors of logits are over the largest logit."""
+    predicted, exported = (outputs["clip_logits"][:-NUM_HARD_CLIPS].argmax(-1) for outputs in (ours, theirs))
+    scale = max(1.0, float(np.abs(ours["clip_logits"]).max()))
+    return {
+        "num_clips": len(predicted),
+        "max_abs_error": _error(ours, theirs, "clip_probs"),
+        "max_logit_error": max(_error(ours, theirs, name) for name in ("clip_logits", "single_clip_logits")) / scale,
+        "min_cosine": _cosine(ours["clip_embeds"], theirs["clip_embeds"]),
+        "num_changed": int((predicted != exported).sum()),
+        "weak": len(set(predicted.tolist())) / min(num_classes, len(predicted)) < MIN_PREDICTED,
+    }
+
+
+def _clips_over_bounds(what: str, result: dict[str, Any], bounds: Bounds) -> list[str]:
+    """Return a sentence for each figure of clips that is over its bound."""
+    failures = []
+    if not (error := result["max_logit_error"]) <= bounds.logits:
+        failures.append(f"{what}: logits, over the largest: error {error:.2g} above {bounds.logits:g}")
+    if bounds.error is not None and not (error := result["max_abs_error"]) <= bounds.error:
+        failures.append(f"{what}: probabilities: error {error:.2g} above {bounds.error:g}")
+    if not (cosine := result["min_cosine"]) >= bounds.cosine:
+        failures.append(f"{what}: cosine of an embedding {cosine:.6f} below {bounds.cosine:g}")
+    # There are few clips, so one more may change than the share allows.
+    allowed = (1 - bounds.agreement) * result["num_clips"] + (bounds.error is None)
+    if not result["weak"] and result["num_changed"] > allowed:
+        failures.append(f"{what}: {result['num_changed']} of {result['num_clips']} have another first class")
     return failures
 
 

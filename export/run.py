@@ -23,11 +23,11 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
 from clip_har_jax.folders import replacing
 from clip_har_jax.inference import golden
-from clip_har_jax.inference.exported import SIGNATURE
+from clip_har_jax.inference.runtimes import SIGNATURE
 from clip_har_jax.signing import check_private_key, sign
-from export.formats import Format, choose_formats
+from export.formats import Format, check_clips, choose_formats
 from export.model import OpenedModel, open_model, read_images, write_contract
-from export.parity import NUM_HARD, Arrays, check_parity, make_cases, run_cases
+from export.parity import NUM_HARD, Arrays, check_parity, make_cases, run_cases, run_clips
 from export.to_onnx import NUM_CALIBRATION
 
 EXIT_PARITY = 3
@@ -39,22 +39,25 @@ class ExportOptions:
     """The options of an export.
 
     Attributes:
-      data: SPEC of the images for the comparison.
-      num_examples: number of images.
+      data: SPEC of the images or clips for the comparison; None: the embedded images, for a model of clips the embedded
+        clips.
+      num_examples: number of images, or of frames of clips.
       classes: the actions to recognise; empty: the folder's own.
       overwrite: replace an old export, which stays until the new one is complete.
       static_int8: fix the scales of int8 activations with the first images, instead of computing them for each input.
       signing_key: a private key in PEM that signs the folder.
       precision: number format of TensorRT's engines, a key of `formats.TENSORRT_BOUNDS`.
+      clips: write the graph of whole clips for a model of images too.
     """
 
-    data: str = "synthetic"
+    data: str | None = None
     num_examples: int = 256
     classes: Sequence[str] = ()
     overwrite: bool = False
     static_int8: bool = False
     signing_key: str | None = None
     precision: str = "fp16"
+    clips: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,13 +116,15 @@ class _NothingPassed(Exception):  # noqa: N818
 
 def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, options: ExportOptions) -> dict[str, Any]:
     """Write, compare and seal the formats; `output` is the final place of the folder."""
-    model = open_model(path, options.classes)
+    model = open_model(path, options.classes, options.clips)
+    check_clips(model, formats)
     source = model.folder.resolve()
     if output == source or output in source.parents or source in output.parents:  # a sealed folder takes no files
         raise UserError(f"--output={output}: the model lies there; name another folder")
-    images, true = read_images(model, options.data, options.num_examples)
+    data = options.data or ("motion" if model.of_clips else "synthetic")
+    images, true = read_images(model, data, options.num_examples)
     pictures = [synthetic.draw("test", i, GOLDEN_PX)[: 3 * GOLDEN_PX // 4] for i in range(NUM_GOLDEN)]
-    golden.write(folder, np.stack(pictures), model.backend)
+    golden.write(folder, np.stack(pictures), model.backend, model.clips.num_frames)
     proof = make_proof(model, images, true)
     write_contract(model, folder)
     parity = {name: _write_and_prove(model, name, way, folder, proof) for name, way in formats.items()}
@@ -135,7 +140,8 @@ def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, opt
 def make_proof(model: OpenedModel, images: UInt8[np.ndarray, "n h w 3"], true: Int32[np.ndarray, " n"]) -> Proof:
     """Return the inputs and reference outputs of a model's formats, on images with their true classes."""
     prompts = [text for label in model.actions.labels for text in model.actions.prompts[label]]
-    cases = make_cases(images, model.backend.tokenize(prompts), len(model.actions.labels))
+    ids = model.backend.tokenize(prompts)
+    cases = make_cases(images, ids, len(model.actions.labels), model.clips.num_frames)
     return Proof(cases, reference(model, cases), true)
 
 
@@ -149,15 +155,21 @@ def reference(model: OpenedModel, cases: Arrays) -> Arrays:
         return backend.outputs(np.frombuffer(pixels, np.uint8).reshape(shape))
 
     def run(name: str, *inputs: np.ndarray) -> Sequence[np.ndarray]:
-        if name in ("classifier", "image_encoder"):
+        if name in ("classifier", "image_encoder", "clip_classifier"):
             logits, probs, embeddings = outputs(inputs[0].tobytes(), inputs[0].shape)
-            return (probs, logits) if name == "classifier" else (embeddings,)
+            answers = {"classifier": (probs, logits), "image_encoder": (embeddings,)}
+            return answers.get(name, (probs, logits, embeddings))
         if name == "text_encoder":
             return (backend.embed_texts(*inputs),)
         backend.release()  # the explainer is last, and its graph has its own weights
         return [np.asarray(output) for output in explain(graphs[name].params, *inputs)]
 
-    return run_cases(run, cases)
+    of_clips: Arrays = {}
+    if "frames" in cases:  # the model has one answer to a clip; a format may have two ways to it
+        clips = run_clips(run, cases["frames"])
+        of_clips |= clips if "clip_classifier" in graphs else {}
+        of_clips |= {f"streamed_{name}": rows for name, rows in clips.items()} if "clip_head" in graphs else {}
+    return run_cases(run, cases, ()) | of_clips
 
 
 def _write_and_prove(model: OpenedModel, name: str, way: Format, folder: Path, proof: Proof) -> dict[str, Any]:

@@ -19,6 +19,7 @@ OPSET = 23
 MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; larger weights are stored in a separate file
 MIN_STREAMED_BYTES = 2**20  # size from which a weight is converted to float16 only while it is written
 NUM_CALIBRATION = 32  # images that set the scales of activations
+CALIBRATION_FRAMES = 8  # of each clip made of these images, for a model that takes any number
 QUANTIZED = ["MatMul", "Gemm"]
 
 
@@ -37,7 +38,9 @@ def convert(graph: Graph, fuse: bool = True) -> Any:
     function = functools.partial(graph.function, graph.params)
     names = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
     # As a model object: a proto would hold the weights a second time.
-    model = jax2onnx.to_onnx(function, graph.specs("B"), model_name=graph.name, opset=OPSET, return_mode="ir", **names)
+    model = jax2onnx.to_onnx(
+        function, graph.specs("B", "T"), model_name=graph.name, opset=OPSET, return_mode="ir", **names
+    )
     optimizer.optimize(model)
     if fuse:
         rewriter.rewrite(model, attention_rules())
@@ -154,18 +157,22 @@ def write_int8(
 ) -> None:
     """Write each graph with 8-bit matrix products; activation scales are dynamic, or (`static`) set by `images`.
 
-    The text encoder is always quantised dynamically: images can't calibrate it.
+    The text encoder is always quantised dynamically: images can't calibrate it. The clip head stays in float32: it is
+    small, and runs at each hop of a stream.
     """
     import onnx_ir
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     quiet_quantiser()
     for graph in graphs:
+        if graph.name == "clip_head":
+            save(to_proto(graph), folder / f"{graph.name}.onnx")
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             source, target = Path(scratch) / "float32.onnx", Path(scratch) / "int8.onnx"
             save(convert(graph), source)
             large = source.with_name(f"{source.name}.data").exists()
-            if static and "image" in graph.inputs:
+            if static and graph.name != "text_encoder":
                 quantize_static(
                     source,
                     target,
@@ -202,17 +209,19 @@ class CalibrationFeeds:
     """The inputs that `quantize_static` reads: one feed after the other, then None."""
 
     def __init__(self, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]):
-        classes = graph.inputs.get("class_weights")
-        self._feeds = iter(
-            [
-                {"image": images[i : i + 1]} | ({"class_weights": _one_hot(i, classes[1][1])} if classes else {})
-                for i in range(len(images))
-            ]
-        )
+        self._feeds = iter([self._feed(graph, images, i) for i in range(len(images))])
+
+    @staticmethod
+    def _feed(graph: Graph, images: UInt8[np.ndarray, "n h w 3"], i: int) -> dict[str, np.ndarray]:
+        feed = {}
+        for name, spec in zip(graph.inputs, graph.specs(1, CALIBRATION_FRAMES), strict=True):
+            if name == "frames":  # of a clip: the images that follow one another
+                feed[name] = images[(i + np.arange(spec.shape[1])) % len(images)][None]
+            elif name == "image":
+                feed[name] = images[i : i + 1]
+            else:
+                feed[name] = np.eye(spec.shape[1], dtype=np.float32)[i % spec.shape[1]][None]
+        return feed
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self._feeds, None)
-
-
-def _one_hot(i: int, count: Any) -> np.ndarray:
-    return np.eye(count, dtype=np.float32)[i % count][None]

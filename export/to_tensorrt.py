@@ -26,7 +26,7 @@ from export.graphs import Graph
 from export.to_onnx import NUM_CALIBRATION, CalibrationFeeds, quiet_quantiser, save, to_float16, to_proto
 
 MAX_BATCH = 64
-OPTIMAL_BATCH = 8
+SIZES = ((1, 1), (8, 8), (MAX_BATCH, 64))  # smallest, usual and largest batch, and frames of a clip
 WORKSPACE_BYTES = 4 * 2**30
 # type of the numbers that aren't quantised, in the terms of NVIDIA's list and trtexec
 FLOATS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "FP16"}
@@ -61,7 +61,7 @@ def typed_proto(graph: Graph, precision: str, images: UInt8[np.ndarray, "n h w 3
     import onnx_ir
 
     proto = to_proto(graph, fuse=False)
-    if precision == "int8" and "image" in graph.inputs:
+    if precision == "int8" and {"image", "frames"} & set(graph.inputs):
         proto = quantize(proto, graph, images[:NUM_CALIBRATION])
     if precision == "bf16":
         return to_bfloat16(proto)
@@ -139,11 +139,9 @@ def unsupported(proto: Any, precision: str) -> list[str]:
 def trtexec_command(graph: Graph, onnx: Path) -> str:
     """Return the command that builds the same engine with NVIDIA's tool."""
 
-    def shapes(batch: int) -> str:
-        return ",".join(
-            f"{name}:" + "x".join(str(batch if size == "b" else size) for size in shape)
-            for name, (_, shape) in graph.inputs.items()
-        )
+    def shapes(batch: int, frames: int) -> str:
+        specs = zip(graph.inputs, graph.specs(batch, frames), strict=True)
+        return ",".join(f"{name}:" + "x".join(map(str, spec.shape)) for name, spec in specs)
 
     return shlex.join(
         [
@@ -152,9 +150,7 @@ def trtexec_command(graph: Graph, onnx: Path) -> str:
             f"--saveEngine={onnx.with_suffix('.engine')}",
             "--stronglyTyped",
             "--noTF32",
-            f"--minShapes={shapes(1)}",
-            f"--optShapes={shapes(OPTIMAL_BATCH)}",
-            f"--maxShapes={shapes(MAX_BATCH)}",
+            *(f"--{name}Shapes={shapes(*sizes)}" for name, sizes in zip(("min", "opt", "max"), SIZES, strict=True)),
             f"--timingCacheFile={onnx.with_name('timing.cache')}",
         ]
     )
@@ -182,9 +178,8 @@ def write_tensorrt(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
         config.clear_flag(trt.BuilderFlag.TF32)  # it would round float32 to 10 bits
         profile = builder.create_optimization_profile()
-        for name, (_, shape) in graph.inputs.items():
-            batches = (1, OPTIMAL_BATCH, MAX_BATCH)
-            profile.set_shape(name, *[tuple(n if size == "b" else size for size in shape) for n in batches])
+        for name, *specs in zip(graph.inputs, *(graph.specs(*sizes) for sizes in SIZES), strict=True):
+            profile.set_shape(name, *[spec.shape for spec in specs])
         config.add_optimization_profile(profile)
         cache = config.create_timing_cache(cache_path.read_bytes() if cache_path.exists() else b"")
         config.set_timing_cache(cache, ignore_mismatch=False)

@@ -5,7 +5,7 @@ other file here imports it.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,12 @@ import numpy as np
 from clip_har_jax.preprocess import Preprocess
 
 
-def write_torchscript(
-    model_folder: Path,
-    preprocess: Preprocess,
-    head: str,
-    head_params: Mapping[str, np.ndarray],
-    temperature: float,
-    folder: Path,
-) -> None:
+def write_torchscript(graphs: "TorchGraphs", names: Sequence[str], folder: Path) -> None:
     """Write one traced module for each graph.
 
     Args:
-      model_folder: config.json and model.safetensors in the Hugging Face layout.
-      preprocess: the graphs do its normalisation.
-      head: from image features to class logits, of `models.heads`.
-      head_params: its parameters.
-      temperature: the divisor of its logits.
+      graphs: of a model.
+      names: those that are written.
       folder: where to write.
 
     Raises:
@@ -45,17 +35,26 @@ def write_torchscript(
         def forward(self, *inputs: Any) -> Any:
             return self.function(*inputs)
 
-    graphs = TorchGraphs(model_folder, preprocess, head, head_params, temperature)
+    functions = graphs.traced_with()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns about each fixed shape; the comparison tries other batch sizes
-        for name, (function, inputs) in graphs.traced_with().items():
+        for name in names:
+            function, inputs = functions[name]
             traced = torch.jit.trace(Module(graphs.clip, function), inputs, check_trace=False)
             with (folder / f"{name}.pt").open("wb") as file:  # opened by Python, whose errors name the disk's problem
                 torch.jit.save(torch.jit.freeze(traced.eval()), file)
 
 
 class TorchGraphs:
-    """The graphs of `export.graphs` in torch; arguments as for `write_torchscript`."""
+    """The graphs of `export.graphs` in torch; for clips, those of models that average the frames.
+
+    Args:
+      model_folder: config.json and model.safetensors in the Hugging Face layout.
+      preprocess: its normalisation is part of the graphs.
+      head: name of the head, a key of `models.heads.HEADS`.
+      head_params: its parameters.
+      temperature: the divisor of its logits.
+    """
 
     def __init__(
         self,
@@ -85,11 +84,16 @@ class TorchGraphs:
         ids = torch.full((2, self.clip.config.text_config.max_position_embeddings), 3, dtype=torch.int32)
         ids[:, -1] = self.clip.config.text_config.eos_token_id
         weights = torch.eye(len(self.class_rows))[:2]
+        frames = image[:, None].repeat(1, 3, 1, 1, 1)
+        embeds = torch.full((2, 3, len(self.params["classes.kernel"])), 1.0)
         return {
             "image_encoder": (self.encode_image, (image,)),
             "text_encoder": (self.encode_text, (ids,)),
             "classifier": (self.classify, (image,)),
             "explainer": (self.explain, (image, weights)),
+            "clip_classifier": (self.classify_clip, (frames,)),
+            "frame_encoder": (self.encode_image, (image,)),
+            "clip_head": (self.pool, (embeds,)),
         }
 
     def to_floats(self, image: Any) -> Any:
@@ -101,11 +105,31 @@ class TorchGraphs:
     def encode_text(self, input_ids: Any) -> Any:
         return (unit(self.clip.text_projection(self.clip.text_model(input_ids=input_ids.long()).pooler_output)),)
 
-    def classify(self, image: Any) -> Any:
+    def embed_tokens(self, image: Any) -> Any:
+        """Return all tokens in the space of the texts, [b, 1 + n, d], of unit length."""
         tokens = self.vision(pixel_values=self.to_floats(image)).last_hidden_state
-        embeds = unit(self.clip.visual_projection(self.vision.post_layernorm(tokens)))
-        logits = head_logits(self.head, self.params, embeds[:, 0], embeds[:, 1:]) / self.temperature
+        return unit(self.clip.visual_projection(self.vision.post_layernorm(tokens)))
+
+    def answer(self, image: Any, patches: Any) -> Any:
+        logits = head_logits(self.head, self.params, image, patches) / self.temperature
         return logits.softmax(-1), logits
+
+    def classify(self, image: Any) -> Any:
+        embeds = self.embed_tokens(image)
+        return self.answer(embeds[:, 0], embeds[:, 1:])
+
+    def classify_clip(self, frames: Any) -> Any:
+        """Return the answer to clips, [b, t, h, w, 3], and their embeddings: the mean of the frames."""
+        count, length = frames.shape[0], frames.shape[1]
+        embeds = self.embed_tokens(frames.flatten(0, 1))
+        embeds = embeds.reshape(count, length, embeds.shape[1], embeds.shape[2])
+        mean = unit(embeds[:, :, 0].mean(1))
+        return (*self.answer(mean, embeds[:, :, 1:].flatten(1, 2)), mean)
+
+    def pool(self, frames: Any) -> Any:
+        """Return the answer to the embeddings of frames, [b, t, d], and the clips' embeddings."""
+        mean = unit(frames.mean(1))
+        return (*self.answer(mean, None), mean)
 
     def explain(self, image: Any, class_weights: Any) -> Any:
         """Return heat maps and patch embeddings, as `clip_har_jax.models.explain` defines them."""

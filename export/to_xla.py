@@ -24,9 +24,9 @@ def write_stablehlo(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.nd
     for graph in graphs:
         params = _host(graph)
         weights |= params
-        (batch,) = export.symbolic_shape("b")
+        batch, frames = export.symbolic_shape("b, t")
         shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
-        program = export.export(jax.jit(graph.function), platforms=PLATFORMS)(shapes, *graph.specs(batch))
+        program = export.export(jax.jit(graph.function), platforms=PLATFORMS)(shapes, *graph.specs(batch, frames))
         (folder / f"{graph.name}.jax_export").write_bytes(program.serialize())
     write_tensors(folder / "weights.safetensors", weights)
 
@@ -40,7 +40,7 @@ def write_saved_model(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.
     weights = {name: value for graph in graphs for name, value in _host(graph).items()}
     module.weights = {name: tf.Variable(value, trainable=False) for name, value in weights.items()}
     for graph in graphs:
-        polymorphic = [None] + [str(("b", *spec.shape[1:])).replace("'", "") for spec in graph.specs(1)]
+        polymorphic = [None] + [f"({', '.join(map(str, shape))})" for _, shape in graph.inputs.values()]
         converted = jax2tf.convert(
             graph.function,
             polymorphic_shapes=polymorphic,
@@ -48,7 +48,7 @@ def write_saved_model(graphs: tuple[Graph, ...], folder: Path, images: UInt8[np.
             with_gradient=False,
         )
         specs = [
-            tf.TensorSpec([None if size == "b" else size for size in shape], tf.as_dtype(dtype), name=name)
+            tf.TensorSpec([size if isinstance(size, int) else None for size in shape], tf.as_dtype(dtype), name=name)
             for name, (dtype, shape) in graph.inputs.items()
         ]
         function = _signature(converted, {name: module.weights[name] for name in graph.params}, graph.outputs)

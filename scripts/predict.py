@@ -1,24 +1,32 @@
 """Predict the actions in images and videos.
 
   python scripts/predict.py --model=runs/demo/model photo.jpg clip.mp4 holiday/
+  python scripts/predict.py --model=runs/motion/model --hop_s=0.25 long.mp4
   python scripts/predict.py --model=runs/demo/model --events clip.mp4
   find photos -name '*.jpg' | python scripts/predict.py --model=runs/demo/model --json -
 
-Prints a line for each image or video: probability, action, file; with --events one for each action in a video. A file
-that can't be read is reported, and the others are still predicted. Of a video some frames are read, by default 8 spread
-over it. Exits 0 when all were read, 1 when some were not, 2 on a mistake.
+Prints a line for each image or video: probability, action, file. Of a video some frames are read, by default 8 spread
+over it; below it come the actions in a long video with their times, found by windows that slide over it (--whole leaves
+them out). --events smooths the scores of single frames instead. A file that can't be read is reported, and the others
+are still predicted. Exits 0 when all were read, 1 when some were not, 2 on a mistake.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from clip_har_jax import cli
 
 if TYPE_CHECKING:
     from clip_har_jax.inference.predictor import Prediction, Predictor
+    from clip_har_jax.inference.windows import FoundSegments
+    from clip_har_jax.video.clips import TimedFrame
+
+LONG_WINDOWS = 2  # a video of more windows than this is long: its segments are printed
+PROGRESS_S = 5.0  # between two lines of progress
 
 
 def main() -> int:
@@ -36,15 +44,59 @@ def main() -> int:
     if arguments.events:
         return _print_events(predictor, inputs, arguments)
     width, count, failed = max(map(len, predictor.labels)), 0, 0
+    find = _segment_finder(predictor, arguments)
     for prediction in predictor.stream(inputs):
+        found = find(prediction)
         if arguments.json:
-            print(json.dumps(prediction.to_dict()), flush=True)
+            segments = {} if found is None else {"segments": [segment._asdict() for segment in found.segments]}
+            print(json.dumps(prediction.to_dict() | segments), flush=True)
         else:
             _print_line(prediction, width)
+            for segment in found.segments if found is not None else ():
+                print(f"       {segment.start_s:8.2f} to {segment.end_s:.2f} s  {segment.score:.3f}  {segment.label}")
         count, failed = count + 1, failed + (prediction.error is not None)
     if not count:
         raise UserError("no paths on stdin; write one a line")
     return 1 if failed else 0
+
+
+def _segment_finder(
+    predictor: "Predictor", arguments: argparse.Namespace
+) -> Callable[["Prediction"], "FoundSegments | None"]:
+    """Return the function that finds the segments of a video; it returns None for what has none to print."""
+    from clip_har_jax.errors import UserError
+    from clip_har_jax.inference.windows import choose_windows
+    from clip_har_jax.video.segments import SegmentRules
+
+    if not predictor.backend.takes_clips:
+        if arguments.window_s is not None or arguments.hop_s is not None:
+            raise UserError(f"{arguments.model}: an export for images only has no windows; export the model again")
+        return lambda prediction: None
+    windows = choose_windows(predictor.backend, arguments.window_s, arguments.hop_s)
+    rules = SegmentRules(arguments.start_score, arguments.end_score, arguments.max_gap_s, arguments.min_duration_s)
+
+    def find(prediction: "Prediction") -> "FoundSegments | None":
+        duration_s = prediction.duration_s
+        if duration_s is None or arguments.whole:
+            return None
+        if not arguments.json and duration_s <= LONG_WINDOWS * windows.window_s:
+            return None
+        name = cli.printable(prediction.input)
+        return predictor.segments(prediction.input, windows, rules, lambda frames: _progress(frames, name, duration_s))
+
+    return find
+
+
+def _progress(frames: Iterator["TimedFrame"], name: str, duration_s: float) -> Iterator["TimedFrame"]:
+    """Yield the frames of a video, and report now and then how long the rest takes."""
+    start_s = told_s = time.monotonic()
+    for frame in frames:
+        yield frame
+        now_s = time.monotonic()
+        if now_s - told_s >= PROGRESS_S and frame.time_s > 0:
+            told_s = now_s
+            left_s = (now_s - start_s) * max(0.0, duration_s / frame.time_s - 1)
+            print(f"{name}: {frame.time_s:.0f} of {duration_s:.0f} s, about {left_s:.0f} s left", file=sys.stderr)
 
 
 def _print_events(predictor: "Predictor", videos: Iterable[str], arguments: argparse.Namespace) -> int:
@@ -93,6 +145,11 @@ def _parse() -> argparse.Namespace:
     cli.add_model(parser)
     cli.add_classes(parser)
     cli.add_batch_size(parser)
+    for name, what in (("window_s", "length of a window"), ("hop_s", "time from one window to the next")):
+        add(f"--{name}", type=float, metavar="S", help=f"{what}; default: the model's own, e.g. --{name}=0.5")
+    help = "of one action in long videos, joined to one segment, e.g. --max_gap_s=0 (default)"
+    add("--max_gap_s", type=float, default=0.0, metavar="S", help=f"gap between two segments {help}")
+    add("--whole", action="store_true", help="predict videos as a whole, without segments, e.g. --whole")
     add("--events", action="store_true", help="find the actions in videos, with start and end, e.g. --events")
     add(
         "--rate_hz",

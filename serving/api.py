@@ -7,9 +7,11 @@ import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 
-from clip_har_jax.image_formats import format_titles, readable_formats
+from clip_har_jax.image_formats import format_titles, readable_formats, sniff
+from clip_har_jax.video.decoding import is_video
 from serving.calls import Call, QueryCall, deadline_after, service_of
 from serving.classes import Prompts, TextClasses
+from serving.clips import answer_clip
 from serving.images import draw_heat_map
 from serving.loaded_models import Entry
 from serving.models import probabilities
@@ -40,6 +42,7 @@ ModelName = Annotated[str, Path(pattern=NAME, examples=["har"])]
 ALWAYS = ("unauthorized", "forbidden", "host_not_allowed", "too_many_requests", "internal", "not_ready")
 BODY = ("malformed", "invalid_request", "body_timeout", "body_too_large", "unknown_model")
 COMPUTED = ("empty_body", "bad_image", "unsupported_media_type", "bad_model_output", "overloaded", "deadline")
+CLIP_ERRORS = responses(*ALWAYS, *BODY, *COMPUTED, "not_found", "classes_not_supported", "bad_video")
 IMAGE_ERRORS = responses(*ALWAYS, *BODY, *COMPUTED, "not_found", "classes_not_supported")
 MODEL_ERRORS = responses(
     *ALWAYS, *BODY, "not_found", "conflict", "load_failed", "classes_not_supported", "overloaded", "deadline"
@@ -68,10 +71,13 @@ def image_body(field: dict[str, Any], raw: bool = True, classes: bool = True) ->
 
 BINARY = {"type": "string", "format": "binary", "description": f"a file: {format_titles()}"}
 ONE_IMAGE, ONE_IMAGE_ALONE = image_body(BINARY), image_body(BINARY, classes=False)
+CLIP = f"{BINARY['description']}, or a clip: MP4, WebM, AVI, MKV, MOV ..."
+IMAGE_OR_CLIP = image_body(BINARY | {"description": CLIP})
+IMAGE_OR_CLIP["requestBody"]["content"]["video/mp4"] = {"schema": {"type": "string", "format": "binary"}}
 MANY_IMAGES = image_body({"type": "array", "items": BINARY, "minItems": 1}, raw=False)
 
 
-async def _classes(call: Call, prompts: dict[str, Prompts] | None) -> TextClasses | None:
+async def choose_classes(call: Call, prompts: dict[str, Prompts] | None) -> TextClasses | None:
     """Return the classes to compare an embedding with; None: the classifier's own."""
     if prompts is None:
         return call.model.classes
@@ -88,7 +94,8 @@ async def _probs(call: Call, classes: TextClasses | None, pixels: np.ndarray) ->
     return probabilities(classes.logits(await batcher.run(model.embed, pixels, call.deadline)))
 
 
-def _answer(call: Call, classes: TextClasses | None, probs: np.ndarray, options: AnswerQuery) -> Answer:
+def make_answer(call: Call, classes: TextClasses | None, probs: np.ndarray, options: AnswerQuery) -> Answer:
+    """Return the answer of class probabilities, and count it."""
     model, metrics = call.model, call.service.metrics
     labels = classes.labels if classes else model.labels
     top = to_scored(labels, probs, options.top)
@@ -101,21 +108,32 @@ def _answer(call: Call, classes: TextClasses | None, probs: np.ndarray, options:
     return Answer(label=None if abstained else top[0].label, score=top[0].score, top=top, abstained=abstained)
 
 
-@router.post("/predict", responses=IMAGE_ERRORS, openapi_extra=ONE_IMAGE)
+@router.post("/predict", responses=CLIP_ERRORS, openapi_extra=IMAGE_OR_CLIP, response_model_exclude_unset=True)
 async def predict(call: QueryCall, options: AnswerQuery) -> PredictionBody:
-    """Return the most probable actions in the image, among the model's classes or `classes` in free text."""
-    upload, field = await call.read_image()
+    """Return the most probable actions in the image or clip, among the model's classes or `classes` in free text.
+
+    From a clip, as many frames are sampled as in training; `/v1/videos` also returns the times of actions.
+    """
+    upload, field = await call.read_image(also="video")
     prompts = call.free_classes(options.classes, field)
     service, model, deadline = call.service, call.model, call.deadline
 
     async def work() -> PredictionBody:
-        classes = await _classes(call, prompts)
+        classes = await choose_classes(call, prompts)
         async with service.batcher.admit(model.embed if classes else model.classify):
             pixels = await service.decode(upload.data, model, deadline)
             probs = await _probs(call, classes, pixels)
-        return PredictionBody(**dict(_answer(call, classes, probs, options)), model=model.ref)
+        return PredictionBody(**dict(make_answer(call, classes, probs, options)), model=model.ref)
 
-    return await call.answer(work())
+    async def work_on_clip() -> PredictionBody:
+        classes = await choose_classes(call, prompts)
+        async with service.one_video():
+            probs, damage = await answer_clip(service, model, classes, upload.data, deadline)
+        told = {"damage": damage} if damage else {}
+        return PredictionBody(**dict(make_answer(call, classes, probs, options)), model=model.ref, **told)
+
+    is_clip = sniff(upload.data) is None and is_video(upload.data)
+    return await call.answer(work_on_clip() if is_clip else work())
 
 
 @router.post("/predict/batch", responses=IMAGE_ERRORS, openapi_extra=MANY_IMAGES, response_model_exclude_none=False)
@@ -131,10 +149,10 @@ async def predict_batch(call: QueryCall, options: AnswerQuery) -> BatchPredictio
             probs = await _probs(call, classes, pixels)
         except Problem as problem:
             return BatchItem(filename=upload.filename, error=problem.to_body(call.request.state.request_id))
-        return BatchItem(filename=upload.filename, **dict(_answer(call, classes, probs, options)))
+        return BatchItem(filename=upload.filename, **dict(make_answer(call, classes, probs, options)))
 
     async def work() -> BatchPrediction:
-        classes = await _classes(call, prompts)
+        classes = await choose_classes(call, prompts)
         async with service.batcher.admit(model.embed if classes else model.classify, len(uploads)):
             items = await asyncio.gather(*(one(upload, classes) for upload in uploads))
         return BatchPrediction(predictions=items, model=model.ref)
@@ -176,7 +194,7 @@ async def explain(
     service, model, deadline = call.service, call.model, call.deadline
 
     async def work() -> tuple[Explanation, np.ndarray]:
-        classes = await _classes(call, prompts)
+        classes = await choose_classes(call, prompts)
         labels = classes.labels if classes else model.labels
         if label is not None and label not in labels:
             raise Problem("not_found", f"label: {label!r} is no class; classes: {', '.join(labels)[:500]}")

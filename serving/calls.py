@@ -44,23 +44,23 @@ class Call:
     model: ServedModel
     deadline: float
 
-    async def read_uploads(self, most: int = 1) -> tuple[list[Upload], str | None]:
+    async def read_uploads(self, most: int = 1, also: str | None = None) -> tuple[list[Upload], str | None]:
         """Return the images of the request and its form field `classes`; count them for the client's rate limit.
 
         Raises:
           Problem: no image, too many images, an unknown field, or the rate limit is exceeded.
         """
-        uploads, field = await read_uploads(self.request, "image", most)
+        uploads, field = await read_uploads(self.request, "image", most, also)
         self.service.limiter.take(self.request.state.client, len(uploads) - 1)
         return uploads, field
 
-    async def read_image(self) -> tuple[Upload, str | None]:
-        """Return the only image of the request, and its form field `classes`.
+    async def read_image(self, also: str | None = None) -> tuple[Upload, str | None]:
+        """Return the only image of the request, and its form field `classes`; `also` is another name of its field.
 
         Raises:
           Problem: as `read_uploads`.
         """
-        (upload,), field = await self.read_uploads()
+        (upload,), field = await self.read_uploads(also=also)
         return upload, field
 
     def free_classes(self, query: list[str], field: str | None) -> dict[str, Prompts] | None:

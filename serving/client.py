@@ -21,7 +21,16 @@ import httpx
 from pydantic import BaseModel
 
 from serving.problems import ProblemBody
-from serving.schemas import BatchPrediction, Embedding, Explanation, Models, ModelStatus, PredictionBody, VideoEvents
+from serving.schemas import (
+    BatchPrediction,
+    Embedding,
+    Explanation,
+    Models,
+    ModelStatus,
+    PredictionBody,
+    VideoAnswer,
+    VideoEvents,
+)
 
 Source = str | Path | bytes
 ClassNames = Sequence[str] | Mapping[str, Sequence[str]]  # names, or names with the texts that describe them
@@ -122,6 +131,10 @@ class Client:
         """Return the actions in a video; `rules` are query parameters of POST /v1/stream."""
         return self._post("/v1/stream", VideoEvents, [("video", video)], classes, **rules)
 
+    def video(self, video: Source, classes: ClassNames | None = None, **rules: Any) -> VideoAnswer:
+        """Return the prediction of a video as one clip, and its segments; `rules` as in the query of /v1/videos."""
+        return self._post("/v1/videos", VideoAnswer, [("video", video)], classes, **rules)
+
     def models(self) -> Models:
         """Return the models and their versions."""
         return Models.model_validate(self.send("GET", "/v1/models").json())
@@ -144,7 +157,7 @@ class Client:
         opened = [(field, _file(source)) for field, source in files]
         data = {"classes": json.dumps(classes)} if classes else None
         params = {name: value for name, value in query.items() if value is not None}
-        content: dict[str, Any] = {"timeout": VIDEO_TIMEOUT_S} if path == "/v1/stream" else {}
+        content: dict[str, Any] = {"timeout": VIDEO_TIMEOUT_S} if path in ("/v1/stream", "/v1/videos") else {}
         return kind.model_validate(self.send("POST", path, files=opened, data=data, params=params, **content).json())
 
     def send(self, method: str, path: str, **content: Any) -> httpx.Response:

@@ -16,6 +16,7 @@ from clip_har_jax import heatmap
 from clip_har_jax.image_formats import format_titles, readable_formats, sniff
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.processes import Lifeline, follow_parent, make_pool
+from clip_har_jax.video.decoding import is_video
 from serving.problems import Problem
 from serving.telemetry import Metrics, log
 
@@ -44,6 +45,8 @@ def _guess(data: bytes) -> str:
     start = data[:200].lstrip()
     if start.startswith(b"data:") or sniff(decode_base64(data[:64].decode("latin-1"), strict=False)) is not None:
         return "the image is base64 text; send the bytes of the file"
+    if is_video(data):
+        return "this is a video; /v1/predict and /v1/videos take those"
     if start.startswith((b"{", b"[")):
         return "this is JSON; send the bytes of the file, or a form with the file in the field 'image'"
     if start.startswith((b"image=", b"file=")):

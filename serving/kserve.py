@@ -16,7 +16,7 @@ from serving.calls import LONGEST_MS, Call, Timeout, open_call, service_of
 from serving.models import ServedModel, probabilities
 from serving.problems import Problem, responses
 from serving.requests import ModelChoice
-from serving.tensors import LENGTH, OUTPUTS, OutputRequest, parse, read_input, respond
+from serving.tensors import LENGTH, OUTPUTS, OutputRequest, clip_shape, parse, read_input, respond
 
 router = APIRouter(prefix="/v2")
 VersionName = Annotated[str, Path(max_length=100, examples=["3f2a9c01b7de"])]
@@ -95,6 +95,7 @@ async def model_metadata(request: Request, name: ModelName, version: VersionName
     model = models.get(name, version)
     side = model.backend.preprocess.image_size_px
     inputs = [("image", "UINT8", [-1, side, side, 3]), ("image_bytes", "BYTES", [-1])]
+    inputs += [("frames", "UINT8", clip_shape(model))] if model.clips is not None else []
     outputs = [(name, kind, _output_shape(model, name)) for name, kind in OUTPUTS.items()]
     return ModelMetadata(
         name=name,
@@ -160,11 +161,15 @@ NamedCall = Annotated[Call, Depends(_named_call)]
     "/models/{name}/versions/{version}/infer", responses=ERRORS, openapi_extra=INFER_BODY, response_model=InferResponse
 )
 async def infer(call: NamedCall) -> Response:
-    """Predict: `image` (UINT8, resized and cropped) or `image_bytes` (BYTES: image files; in JSON base64)."""
+    """Predict: `image` (UINT8, resized and cropped), `image_bytes` (BYTES: image files; in JSON base64), or `frames`.
+
+    `frames` are clips, UINT8 [n, frames, height, width, 3]; `image_embeds` then are the embeddings of the clips.
+    """
     body = await call.request.body()
     asked, binary = parse(body, call.request.headers.get(LENGTH))
     images = read_input(asked.inputs[0], binary, call.model, call.service.settings.max_batch_images)
-    call.service.limiter.take(call.request.state.client, len(images) - 1)
+    num_images = sum(len(one) if isinstance(one, np.ndarray) and one.ndim == 4 else 1 for one in images)
+    call.service.limiter.take(call.request.state.client, num_images - 1)
     wanted = asked.outputs or [OutputRequest(name=name) for name in DEFAULT_OUTPUTS]
     if unknown := [output.name for output in wanted if output.name not in OUTPUTS]:
         raise Problem("invalid_request", f"output {unknown[0][:50]!r} is unknown; there are {', '.join(OUTPUTS)}")
@@ -177,7 +182,11 @@ async def _compute(call: Call, images: Sequence[np.ndarray | bytes], names: Sequ
     service, model, deadline = call.service, call.model, call.deadline
     from_classifier = model.classes is None and set(names) != {"image_embeds"}
     with_embeddings = "image_embeds" in names or not from_classifier
-    lanes = [model.classify] * from_classifier + [model.embed] * with_embeddings
+    classify, embed = model.classify, model.embed
+    if isinstance(images[0], np.ndarray) and images[0].ndim == 4:
+        clips = model.need_clips()
+        classify, embed = clips.whole, clips.whole_embeds
+    lanes = [classify] * from_classifier + [embed] * with_embeddings
 
     async def one(image: np.ndarray | bytes) -> list[np.ndarray]:
         pixels = await service.decode(image, model, deadline) if isinstance(image, bytes) else image

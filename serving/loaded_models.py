@@ -14,7 +14,8 @@ from clip_har_jax.inference import golden
 from clip_har_jax.inference.exported import ExportedBackend
 from serving.batcher import Batcher, Costs
 from serving.classes import KeptClasses
-from serving.models import TEXTS_AT_ONCE, LoadedExport, ServedModel, open_exported, read_origin
+from serving.clip_lanes import make_clip_lanes
+from serving.models import TEXTS_AT_ONCE, LoadedExport, ServedModel, finite, open_exported, read_origin
 from serving.problems import Problem
 from serving.schemas import ModelStatus
 from serving.telemetry import Metrics, log
@@ -191,7 +192,8 @@ class LoadedModels:
             single_threaded.logits(example[None])
             single_threaded.embed(example[None])
         origin = read_origin(backend.path)
-        return LoadedExport(backend, source, image_costs, text_costs, single_threaded, origin)
+        clips = make_clip_lanes(backend, image_costs, finite)
+        return LoadedExport(backend, source, image_costs, text_costs, single_threaded, origin, clips)
 
     def _as_changed(self, entry: Entry, model: ServedModel) -> ServedModel:
         """Return the model with its stored changes of classes, if there are any."""

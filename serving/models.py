@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from clip_har_jax.bundle import Actions
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.backends import mean_by_class
-from clip_har_jax.inference.exported import ORIGIN, ExportedBackend, exported_folder
+from clip_har_jax.inference.exported import ExportedBackend
+from clip_har_jax.inference.runtimes import ORIGIN, exported_folder
 from serving.batcher import Batcher, Costs, Lane
 from serving.classes import Prompts, TextClasses, check_labels, checked_prompts
+from serving.clip_lanes import ClipLanes
 from serving.problems import Problem
 from serving.schemas import ModelRef, ModelVersion, Origin
 
@@ -48,6 +50,22 @@ def read_origin(folder: Path) -> Origin | None:
         return None
 
 
+def finite(run: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """Return `run` with a check of what it gives.
+
+    Raises:
+      UserError: of the function that is returned; its output isn't finite.
+    """
+
+    def checked(batch: Any) -> np.ndarray:
+        output = run(batch)
+        if not np.isfinite(output).all():
+            raise UserError("not finite")
+        return output
+
+    return checked
+
+
 @dataclass
 class LoadedExport:
     """An export that has passed all checks.
@@ -59,6 +77,7 @@ class LoadedExport:
       text_costs: of batches of texts.
       single_threaded: the same model in one thread, for parallel batches; None: not available.
       origin: its training data and accuracy.
+      clips: the lanes of clips; None: an export of an earlier version, which takes only images.
       texts: text -> embedding, shared by all versions that differ only in their classes.
     """
 
@@ -68,6 +87,7 @@ class LoadedExport:
     text_costs: Costs
     single_threaded: ExportedBackend | None = None
     origin: Origin | None = None
+    clips: ClipLanes | None = None
     texts: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
 
 
@@ -91,27 +111,18 @@ class ServedModel:
         self.ref = ModelRef(name=name, version=version, digest=backend.digest)
         self.costs = costs
         self.classify = Lane("classifier", self._stacked(backend.logits), costs)
-        self.embed = Lane("image_encoder", self._stacked(self._finite(backend.embed)), costs)
+        self.embed = Lane("image_encoder", self._stacked(finite(backend.embed)), costs)
         if single_threaded is not None:
             self.classify.run_in_one_thread = self._stacked(single_threaded.logits)
-            self.embed.run_in_one_thread = self._stacked(self._finite(single_threaded.embed))
+            self.embed.run_in_one_thread = self._stacked(finite(single_threaded.embed))
         self.explain = Lane("explainer", self._explain, costs)
         self.explain_text = Lane("explainer", self._explain_text, costs)
-        self.text = Lane("text_encoder", self._finite(self._embed_texts), loaded.text_costs)
+        self.text = Lane("text_encoder", finite(self._embed_texts), loaded.text_costs)
+        self.clips = loaded.clips
 
     @staticmethod
     def _stacked(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[Any]], np.ndarray]:
         return lambda items: run(np.stack(items))
-
-    @staticmethod
-    def _finite(run: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
-        def checked(batch: Any) -> np.ndarray:
-            output = run(batch)
-            if not np.isfinite(output).all():
-                raise UserError("not finite")
-            return output
-
-        return checked
 
     def _embed_texts(self, texts: list[str]) -> np.ndarray:
         return self.backend.embed_classes([[text] for text in texts])
@@ -119,12 +130,12 @@ class ServedModel:
     def _explain(self, items: list[tuple[np.ndarray, int]]) -> np.ndarray:
         """Return heat maps, [n, g, g], for pairs of an image and the index of one of the model's classes."""
         images, indices = zip(*items, strict=True)
-        return self._finite(lambda batch: self.backend.explain(batch, indices))(np.stack(images))
+        return finite(lambda batch: self.backend.explain(batch, indices))(np.stack(images))
 
     def _explain_text(self, items: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """Return heat maps, [n, g, g], for pairs of an image and a class embedding."""
         images, classes = (np.stack(part) for part in zip(*items, strict=True))
-        return self._finite(lambda batch: self.backend.explain_embeddings(batch, classes))(images)
+        return finite(lambda batch: self.backend.explain_embeddings(batch, classes))(images)
 
     @property
     def accepts_classes(self) -> bool:
@@ -210,6 +221,41 @@ class ServedModel:
         """Return the same model with other classes; their scores are computed like those of its own."""
         scale = self.backend.logit_scale / self.actions.temperature
         return ServedModel(self._loaded, self.name, version, TextClasses(dict(prompts), embeddings, scale))
+
+    async def clip_logits(
+        self, classes: TextClasses | None, frames: np.ndarray, batcher: Batcher, deadline: float
+    ) -> np.ndarray:
+        """Return the logits of a clip, uint8 [t, h, w, 3], for the model's own classes or others."""
+        clips = self.need_clips()
+        if classes is None:
+            return await batcher.run(clips.whole, frames, deadline)
+        return classes.logits(await batcher.run(clips.whole_embeds, frames, deadline))
+
+    async def window_logits(
+        self, classes: TextClasses | None, features: np.ndarray, batcher: Batcher, deadline: float
+    ) -> np.ndarray:
+        """Return the logits of a window, from the features of its frames: embeddings [t, d], or whole frames."""
+        clips = self.need_clips()
+        if clips.head is None or clips.head_embeds is None:
+            return await self.clip_logits(classes, features, batcher, deadline)
+        if classes is None:
+            return await batcher.run(clips.head, features, deadline)
+        return classes.logits(await batcher.run(clips.head_embeds, features, deadline))
+
+    def need_clips(self) -> ClipLanes:
+        """Return the lanes of clips.
+
+        Raises:
+          Problem: the export takes images alone.
+        """
+        if self.clips is None:
+            raise Problem("unsupported_media_type", "this model takes images alone: export it again to send clips")
+        return self.clips
+
+    @property
+    def is_of_clips(self) -> bool:
+        """Return whether it was trained on clips, so that its streams are answered window by window."""
+        return "clip_classifier" in self.backend.graphs.signatures
 
     def refusal(self) -> Problem:
         """Return the error for classes in free text."""

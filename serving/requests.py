@@ -56,8 +56,16 @@ def is_form(request: Request) -> bool:
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
-async def read_uploads(request: Request, field: str, most: int = 1) -> tuple[list[Upload], str | None]:
+async def read_uploads(
+    request: Request, field: str, most: int = 1, also: str | None = None
+) -> tuple[list[Upload], str | None]:
     """Return the files of a request, and its form field `classes`.
+
+    Args:
+      request: whose body is read.
+      field: of its form that holds a file.
+      most: how many files are taken.
+      also: another name of that field.
 
     Raises:
       Problem: no file, too many files, or an unknown field.
@@ -68,10 +76,11 @@ async def read_uploads(request: Request, field: str, most: int = 1) -> tuple[lis
     content_type = request.headers["content-type"]
     uploads, classes = [], None
     for part in await read_parts(content_type, request.stream(), most, _too_many(field, most)):
-        if part.name == field and part.filename is not None:
+        name = field if part.name == also else part.name
+        if name == field and part.filename is not None:
             uploads.append(Upload(bytes(part.data), part.filename or None))
-        elif part.name == field:
-            raise Problem("invalid_request", f"the form's part {field!r} isn't a file; send it with a filename")
+        elif name == field:
+            raise Problem("invalid_request", f"the form's part {part.name!r} isn't a file; send it with a filename")
         elif part.name != "classes" or part.filename is not None:
             raise Problem(
                 "invalid_request",

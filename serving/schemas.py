@@ -50,6 +50,7 @@ class PredictionBody(Answer):
     """Answer of /v1/predict."""
 
     model: ModelRef
+    damage: str | None = Field(None, description="of a clip: the part that couldn't be read; left out: none")
 
 
 class BatchItem(_Frozen):
@@ -196,6 +197,25 @@ class VideoEvents(_Frozen):
     events: list[EventBody]
     duration_s: float
     frames: int = Field(description="number of analysed frames")
+    damage: str | None = Field(None, description="the part of the video that couldn't be read")
+    model: ModelRef
+
+
+class SegmentBody(_Frozen):
+    """An action in a video, with its times."""
+
+    start_s: float
+    end_s: float
+    label: str
+    score: Probability = Field(description="mean probability over the segment")
+
+
+class VideoAnswer(Answer):
+    """Answer of /v1/videos: that of the video as one clip, and what is done when."""
+
+    segments: list[SegmentBody]
+    duration_s: float
+    frames: int = Field(description="frames that were looked at for the segments")
     damage: str | None = Field(None, description="the part of the video that couldn't be read")
     model: ModelRef
 

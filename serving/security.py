@@ -29,6 +29,7 @@ NEEDS: tuple[tuple[str, str, KeyScope], ...] = (  # method, path or its prefix (
     ("POST", "/v1/predict/batch", "use"),
     ("POST", "/v1/embed", "use"),
     ("POST", "/v1/explain", "use"),
+    ("POST", "/v1/videos", "use"),
     ("POST", "/v1/stream", "use"),
     ("WS", "/v1/stream", "use"),
     ("GET", "/v1/models", "use"),
@@ -202,7 +203,7 @@ class Gate:
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that ends bodies that are too large or too slow."""
         settings = self._settings
-        video = scope["path"] == "/v1/stream"
+        video = scope["path"] in ("/v1/stream", "/v1/videos")
         limit = settings.max_video_bytes if video else settings.max_body_bytes
         timeout_s = settings.video_timeout_s if video else settings.body_timeout_s
         length = Headers(scope=scope).get("content-length", "0")

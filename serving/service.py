@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_har_jax.bundle import MANIFEST
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.exported import exported_folder
+from clip_har_jax.inference.runtimes import exported_folder
 from clip_har_jax.signing import verify_signature
 from serving.batcher import Batcher
 from serving.classes import KeptClasses

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
-from clip_har_jax.inference.stream import Event
 from serving.calls import deadline_after
 from serving.follow import EventQuery, Follower
 from serving.problems import Problem
@@ -17,6 +16,7 @@ from serving.service import Service
 
 router = APIRouter(prefix="/v1")
 FLOOD = 10  # times the analysed frame rate: a client that sends more is disconnected
+EARLY = 0.25  # share of the time between two frames of a window; a frame may come this much too early
 BAD_FRAMES = 20  # in a row: then the client is disconnected
 POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013
 
@@ -49,7 +49,7 @@ class Session:
 
     def __init__(self, websocket: WebSocket, service: Service, follower: Follower, top: int):
         self._websocket, self._service, self._follower, self._top = websocket, service, follower, top
-        self._newest, self._skipped, self._start = Newest(), 0, time.perf_counter()
+        self._newest, self._skipped, self._start, self._next_s = Newest(), 0, time.perf_counter(), 0.0
 
     async def run(self) -> None:
         """Serve until the client disconnects, breaks a rule, or reaches the time limit of a session."""
@@ -74,7 +74,7 @@ class Session:
         self._service.metrics.stream_frames.labels(why).inc()
 
     async def _read(self) -> None:
-        number, second, in_second, next_s = 0, 0, 0, 0.0
+        number, second, in_second = 0, 0, 0
         fps, idle_s = self._service.settings.max_stream_fps, self._service.settings.stream_idle_s
         while True:
             try:
@@ -91,12 +91,23 @@ class Session:
             second = int(now)
             if in_second > FLOOD * fps:
                 raise _Close(f"far over {fps:g} frames a second")
-            if now < next_s:
-                self._skip("over_rate")
+            if not self._is_due(now, fps):
                 continue
-            next_s = max(next_s + 1 / fps, now - 1 / fps)
             if self._newest.put(number, now, data):
                 self._skip("newer_came")
+
+    def _is_due(self, now: float, fps: float) -> bool:
+        """Return whether a frame that comes now is looked at."""
+        path = self._follower.path
+        rate_hz = fps if path is None or path.rate_hz is None else min(fps, path.rate_hz)
+        if rate_hz < fps and now < self._next_s - EARLY / rate_hz:  # between the frames of windows: nothing is lost
+            self._service.metrics.stream_frames.labels("between").inc()
+            return False
+        if rate_hz == fps and now < self._next_s:
+            self._skip("over_rate")
+            return False
+        self._next_s = max(self._next_s + 1 / rate_hz, now - 1 / rate_hz)
+        return True
 
     async def _look(self) -> None:
         bad = 0
@@ -124,36 +135,34 @@ class Session:
         service, follower = self._service, self._follower
         budget_s = service.settings.stream_budget_s
         deadline = asyncio.get_running_loop().time() + budget_s - (time.perf_counter() - arrived)
-        for event in await follower.choose(deadline):
-            await self._send_event("end", event)
-        model = follower.model
-        assert model is not None
-        async with service.batcher.admit(follower.lane):
+        await self._send_events(await follower.choose(deadline))
+        model, path = follower.model, follower.path
+        assert model is not None and path is not None
+        async with service.batcher.admit(path.lane):
             pixels = await service.decode(data, model, deadline)
-            logits, embedding = await follower.measure(pixels, deadline)
-        moment = follower.detector.update(arrived - self._start, logits, embedding)
+            seen = await path.look(pixels, arrived - self._start, deadline)
+        if seen is None:  # the next window isn't due
+            return
         latency_s = time.perf_counter() - arrived
         service.metrics.frame_to_event.observe(latency_s)
         service.metrics.stream_frames.labels("answered").inc()
-        top = to_scored(follower.detector.labels, moment.probs, self._top)
+        top = to_scored(seen.labels, seen.probs, self._top)
         await self._send(
             "frame",
             frame=number,
-            time_s=round(moment.time_s, 4),
-            label=moment.label,
-            score=moment.score,
+            time_s=round(seen.time_s, 4),
+            label=seen.label,
+            score=seen.score,
             top=[entry.model_dump() for entry in top],
             latency_ms=round(1000 * latency_s, 2),
             skipped=self._skipped,
             model=model.ref.model_dump(),
         )
-        for event in moment.ended:
-            await self._send_event("end", event)
-        for event in moment.started:
-            await self._send_event("start", event)
+        await self._send_events(seen.events)
 
-    async def _send_event(self, what: str, event: Event) -> None:
-        await self._send("event", event=what, **vars(event))
+    async def _send_events(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            await self._send("event", **event)
 
     async def _send(self, type: str, **fields: Any) -> None:
         await self._websocket.send_json({"type": type, **fields})

@@ -67,7 +67,7 @@ def parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
 
 
 def read_input(tensor: InputTensor, binary: bytes, model: ServedModel, most: int) -> Sequence[np.ndarray | bytes]:
-    """Return the images of a request, as pixels or as files.
+    """Return the images of a request, as pixels or as files, or its clips, as pixels.
 
     Raises:
       Problem: an unknown tensor, or data that doesn't match its shape.
@@ -84,6 +84,14 @@ def read_input(tensor: InputTensor, binary: bytes, model: ServedModel, most: int
         if tensor.shape != [count, side, side, 3]:
             raise Problem("invalid_request", f"image: shape [n, {side}, {side}, 3] is needed")
         return _pixels(tensor, binary if size is not None else None)
+    if (tensor.name, tensor.datatype) == ("frames", "UINT8"):
+        model.need_clips()
+        length = tensor.shape[1] if len(tensor.shape) > 1 else 0
+        if tensor.shape != [count, length, side, side, 3] or length not in (model.backend.num_frames or length, 1):
+            raise Problem("invalid_request", f"frames: shape {clip_shape(model)} is needed; -1 is any number")
+        if not 1 <= count * length <= most:
+            raise Problem("invalid_request", f"frames: 1 to {most} frames in all are taken, not {count * length}")
+        return _pixels(tensor, binary if size is not None else None)
     if (tensor.name, tensor.datatype) == ("image_bytes", "BYTES"):
         if len(tensor.shape) != 1:
             raise Problem("invalid_request", "image_bytes: shape [n] is needed")
@@ -91,7 +99,13 @@ def read_input(tensor: InputTensor, binary: bytes, model: ServedModel, most: int
         if len(files) != count:
             raise Problem("invalid_request", f"image_bytes: {len(files)} files for a shape of {count}")
         return files
-    raise Problem("invalid_request", "input: image (UINT8) or image_bytes (BYTES) is needed")
+    raise Problem("invalid_request", "input: image or frames (UINT8) or image_bytes (BYTES) is needed")
+
+
+def clip_shape(model: ServedModel) -> list[int]:
+    """Return the shape of `frames`, the clips of a model; -1 is any number."""
+    side = model.backend.preprocess.image_size_px
+    return [-1, model.backend.num_frames or -1, side, side, 3]
 
 
 def _pixels(tensor: InputTensor, binary: bytes | None) -> Sequence[np.ndarray]:
@@ -101,12 +115,12 @@ def _pixels(tensor: InputTensor, binary: bytes | None) -> Sequence[np.ndarray]:
         try:
             given = np.asarray(tensor.data)
         except ValueError as error:  # ragged lists
-            raise Problem("invalid_request", "image: data is ragged") from error
+            raise Problem("invalid_request", f"{tensor.name}: data is ragged") from error
         if given.dtype.kind not in "iu" or (given.size and not 0 <= given.min() <= given.max() <= 255):
-            raise Problem("invalid_request", "image: data must be whole numbers, 0 to 255")
+            raise Problem("invalid_request", f"{tensor.name}: data must be whole numbers, 0 to 255")
         values = given.astype(np.uint8)
     if values.size != math.prod(tensor.shape):
-        raise Problem("invalid_request", f"image: {values.size} values for a shape of {tensor.shape}")
+        raise Problem("invalid_request", f"{tensor.name}: {values.size} values for a shape of {tensor.shape}")
     return list(values.reshape(tensor.shape))
 
 

@@ -12,6 +12,7 @@ from clip_har_jax.pipelines.evaluate import evaluate_model
 from clip_har_jax.specs import parse_spec
 from export.run import export_model
 from tests.support.model_folders import write_image, write_images, write_model
+from tests.support.videos import write_video
 
 LABELS = ("dancing", "running")
 DOCUMENTED = [
@@ -20,6 +21,7 @@ DOCUMENTED = [
     make_config,
     Predictor,
     Predictor.predict,
+    Predictor.segments,
     load_model,
     FlaxCLIPModel.__call__,
     FlaxCLIPModel.encode_text,
@@ -40,6 +42,7 @@ def folder(tmp_path_factory):
     write_model(folder / "model", LABELS)
     write_images(folder / "images", LABELS)
     write_image(folder / "photo.jpg", seed=0)
+    write_video(str(folder / "clip.mp4"))
     (folder / "configs").mkdir()
     (folder / "configs" / "demo.py").write_text("def get_config():\n    return {}\n")
     return folder

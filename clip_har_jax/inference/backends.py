@@ -1,6 +1,7 @@
 """The protocol of backends, which run models, and functions that they share."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -8,10 +9,12 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
 from clip_har_jax import bundle
+from clip_har_jax.config import VideoConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.names import name_key
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import make_prompts, phrase
+from clip_har_jax.video.sampling import FrameSampling
 
 
 @runtime_checkable
@@ -23,15 +26,24 @@ class Backend(Protocol):
     actions: bundle.Actions
     labels: tuple[str, ...]
     preprocess: Preprocess
+    takes_clips: bool  # [b, frames, h, w, 3] where images are [b, h, w, 3]; older exports take images alone
+    takes_frames: bool  # the frames of a clip can be encoded one by one
+    num_frames: int | None  # that a clip must have; None: any
 
-    def logits(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
-        """Return class logits, divided by the temperature."""
+    def logits(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Return class logits of images or clips, divided by the temperature."""
 
-    def predict(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b c"]:
-        """Return class probabilities."""
+    def predict(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
+        """Return class probabilities of images or clips."""
 
-    def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
-        """Return L2-normalised image embeddings."""
+    def embed(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b d"]:
+        """Return L2-normalised embeddings of images or clips."""
+
+    def embed_frames(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n d"]:
+        """Return the features of single frames, the input of `frame_logits`; requires `takes_frames`."""
+
+    def frame_logits(self, embeds: Float32[np.ndarray, "b t d"]) -> Float32[np.ndarray, "b c"]:
+        """Return class logits of clips from the features of their frames; equal to `logits` of the clips."""
 
     def explain(
         self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
@@ -73,11 +85,15 @@ def check_classes(classes: Sequence[str]) -> None:
 def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequence[str] = ()) -> bundle.Actions:
     """Return the classes to recognise: `classes` if given, else the folder's own, else `default_classes`.
 
+    The frames of clips are sampled with the folder's settings for any classes.
+
     Raises:
       UserError: there are none, they can't be told apart, or the folder's head knows only its own classes.
     """
+    video = {}
     if bundle.has_actions(folder):
         actions = bundle.read_actions(folder)
+        video = actions.video
         if not classes:
             return actions
         if actions.head != "cosine":
@@ -89,7 +105,7 @@ def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequen
     if not labels:
         raise UserError(f'{folder}: names no actions (actions.json); say e.g. --classes="riding a bike,sleeping"')
     check_classes(labels)
-    return bundle.Actions(labels, make_prompts(labels))
+    return bundle.Actions(labels, make_prompts(labels), video=video)
 
 
 def mean_by_class(embeddings: Float32[np.ndarray, "p d"], counts: Sequence[int]) -> Float32[np.ndarray, "c d"]:
@@ -130,3 +146,14 @@ def check_finite(logits: np.ndarray, path: Path) -> None:
 def pad(rows: np.ndarray, size: int) -> np.ndarray:
     """Return `rows` followed by rows of zeros, `size` in total."""
     return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def clip_sampling(actions: bundle.Actions) -> FrameSampling:
+    """Return how the frames of a clip are sampled: as the model was trained, or as clips are where it was on images."""
+    video = asdict(VideoConfig()) | actions.video
+    return FrameSampling(video["num_frames"], video["sampling"], video["rate_hz"], video["num_views"])
+
+
+def rows_at_once(inputs: np.ndarray, batch_size: int) -> int:
+    """Return how many rows of images, or of clips [n, t, h, w, 3], make a batch of about `batch_size` images."""
+    return max(1, batch_size // inputs.shape[1]) if inputs.ndim == 5 else batch_size

@@ -48,11 +48,21 @@ TOLERANCES = {
 }
 
 
-def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBackend) -> None:
-    """Write the pictures and the outputs of `model` for them, before the folder is sealed."""
+def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBackend, num_frames: int) -> None:
+    """Write the pictures and the outputs of `model` for them, before the folder is sealed.
+
+    Args:
+      folder: where.
+      pictures: of any size and shape.
+      model: whose outputs they are.
+      num_frames: of the clips that are made of the pictures.
+    """
     images = np.stack([evaluation_transform(picture, model.preprocess) for picture in pictures])
     texts = [text for label in model.labels for text in model.actions.prompts[label]][:TEXTS]
     logits, _, image_embeds = model.outputs(images)
+    # Each picture comes for a while, so that a clip moves and its reverse is another one.
+    forwards = np.arange(num_frames) * len(images) // num_frames
+    clips = np.stack([forwards, forwards[::-1]])
     np.savez_compressed(
         folder / FILE,
         pictures=pictures,
@@ -61,6 +71,8 @@ def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBacken
         texts=np.asarray(texts, np.str_),
         text_embeds=model.embed_texts(model.tokenize(texts)),
         heat_maps=model.explain(images, _explained(len(images), len(model.labels))),
+        clips=clips,
+        clip_logits=model.logits(images[clips]),
     )
 
 
@@ -100,20 +112,32 @@ def _compare_with(path: Path, backend: ExportedBackend) -> None:
         raise UserError(f"{backend.path}: the model gives NaN or infinity; export it again")
     if "heat_maps" in golden:  # missing in exports of earlier versions
         _compare_heat(backend, heat, golden["heat_maps"], limit.heat)
-    _compare_logits(backend, backend.logits(images), golden["logits"], limit.logits, "in a batch")
-    _compare_logits(backend, backend.logits(images[:1]), golden["logits"][:1], limit.logits, "alone")
+    _compare_logits(backend, backend.logits(images), golden["logits"], limit.logits, "images in a batch")
+    _compare_logits(backend, backend.logits(images[:1]), golden["logits"][:1], limit.logits, "an image alone")
+    if "clips" in golden:  # exports of earlier versions take none
+        _compare_clips(backend, images[golden["clips"]], golden["clip_logits"], limit.logits)
     _compare_cosines(backend, backend.embed(images), golden["image_embeds"], limit.cosine, "images")
     text_embeds = backend.embed_classes([[text] for text in texts])
     _compare_cosines(backend, text_embeds, golden["text_embeds"], limit.cosine, "texts")
 
 
-def _compare_logits(backend: Backend, ours: np.ndarray, golden: np.ndarray, limit: float, how: str) -> None:
+def _compare_clips(
+    backend: ExportedBackend, clips: UInt8[np.ndarray, "n t h w 3"], golden: Float32[np.ndarray, "n c"], limit: float
+) -> None:
+    if backend.takes_clips:
+        _compare_logits(backend, backend.logits(clips), golden, limit, "clips")
+    if backend.takes_frames:
+        embeds = backend.embed_frames(clips.reshape(-1, *clips.shape[2:])).reshape(*clips.shape[:2], -1)
+        _compare_logits(backend, backend.frame_logits(embeds), golden, limit, "clips, frame by frame,")
+
+
+def _compare_logits(backend: Backend, ours: np.ndarray, golden: np.ndarray, limit: float, what: str) -> None:
     error = np.inf
     if ours.shape == golden.shape:
         error = float(np.abs(ours - golden).max() / max(1.0, np.abs(golden).max()))
     if not error <= limit:
         raise UserError(
-            f"{backend.path}: logits of images {how} aren't those of the exported model (off by {error:.2g} of the "
+            f"{backend.path}: logits of {what} aren't those of the exported model (off by {error:.2g} of the "
             f"largest, over {limit:g}); export it again, or use the versions that it was exported with"
         )
 

@@ -12,14 +12,22 @@ from jaxtyping import Float32, Int32, UInt8
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import read_object
-from clip_har_jax.inference.backends import check_finite, check_indices, choose_actions, mean_by_class, pad
+from clip_har_jax.inference.backends import (
+    check_finite,
+    check_indices,
+    choose_actions,
+    mean_by_class,
+    pad,
+    rows_at_once,
+)
 from clip_har_jax.inference.program_cache import KeptEntry, model_folder_digest, read_tensors
-from clip_har_jax.models.hf_layout import TABLES, hf_names, params_from_hf
+from clip_har_jax.models.hf_layout import TABLES, TEMPORAL_FILE, hf_names, params_from_hf
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from clip_har_jax.models.factory import LoadedModel
+    from clip_har_jax.models.heads import Features
 
 PROMPTS_AT_ONCE = 64  # bounds the text tower's memory for long lists of classes
 
@@ -41,7 +49,8 @@ class JaxBackend:
       UserError: an incomplete model, a sealed one with a changed file, or no classes.
     """
 
-    takes_clips = True  # [b, frames, h, w, 3] in place of [b, h, w, 3]
+    takes_clips = True
+    num_frames = None
 
     def __init__(
         self,
@@ -72,7 +81,7 @@ class JaxBackend:
 
     def release(self) -> None:
         """Free the weights and the compiled programs; they are read again when they are needed."""
-        for name in ("_loaded", "_params", "_restore", "_image_params", "_explain", "_encode_text"):
+        for name in ("_loaded", "_params", "_restore", "_image_params", "_explain", "_encode_text", "_pool"):
             self.__dict__.pop(name, None)
         self._programs.clear()
 
@@ -143,9 +152,10 @@ class JaxBackend:
 
     @cached_property
     def _image_params(self) -> dict[str, Any]:
+        from clip_har_jax.models.temporal import HEAD
         from clip_har_jax.models.two_towers import IMAGE_TOWER
 
-        return {name: value for name, value in self._params.items() if name.startswith(IMAGE_TOWER)}
+        return {name: value for name, value in self._params.items() if name.startswith((*IMAGE_TOWER, HEAD))}
 
     @cached_property
     def _classes(self) -> Any:
@@ -176,32 +186,39 @@ class JaxBackend:
         if "_image_params" in self.__dict__:
             return self._image_params
         (avals, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-        shapes = {name: aval.shape for name, aval in avals.items()}
-        file = self.path / "model.safetensors"
         table = TABLES[read_object(self.path / "config.json").get("model_type", "clip")]
-        tensors = read_tensors(file, hf_names(shapes, table)) if file.is_file() else None
-        return None if tensors is None else jax.device_put(params_from_hf(tensors, shapes, str(self.path), table))
+        own = {name: aval.shape for name, aval in avals.items() if name in table}
+        added = [name for name in avals if name not in table]
+        file = self.path / "model.safetensors"
+        tensors = read_tensors(file, hf_names(own, table)) if file.is_file() else None
+        over_time = read_tensors(self.path / TEMPORAL_FILE, added) if added else {}
+        if tensors is None or over_time is None:
+            return None
+        return jax.device_put(params_from_hf(tensors, own, str(self.path), table) | over_time)
+
+    def _answer(self, features: "Features", classes: Any) -> Any:
+        """Return the logits of features, divided by the temperature; `classes` as `_classes` returns them."""
+        from clip_har_jax.models.heads import make_head
+
+        if self.actions.head == "cosine":
+            embeddings, scale = classes
+            return scale * features.image @ embeddings.T
+        return make_head(self.actions.head, classes)(features) / self.actions.temperature
 
     def _trace(self, shape: tuple[int, ...]) -> Any:
         import jax
         from jax import export
 
-        from clip_har_jax.models.heads import image_features, make_head
+        from clip_har_jax.models.heads import HEADS, image_features
         from clip_har_jax.models.two_towers import normalize_images
 
-        restore, head_name, temperature = self._restore, self.actions.head, self.actions.temperature
+        restore, answer, head = self._restore, self._answer, self.actions.head
         mean, std = self.preprocess.mean, self.preprocess.std
+        needs_patches = head in HEADS and HEADS[head][0].needs_patches
 
         def forward(params: Mapping[str, Any], classes: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-            model, pixels = restore(params), normalize_images(images, mean, std)
-            if head_name == "cosine":
-                embeddings, scale = classes
-                features = image_features(model, pixels, with_patches=False)
-                logits = scale * features.image @ embeddings.T
-            else:
-                head = make_head(head_name, classes)
-                features = image_features(model, pixels, head.needs_patches)
-                logits = head(features) / temperature
+            features = image_features(restore(params), normalize_images(images, mean, std), needs_patches)
+            logits = answer(features, classes)
             return logits, jax.nn.softmax(logits), features.image
 
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._image_params, self._classes))
@@ -242,8 +259,8 @@ class JaxBackend:
         return np.concatenate(parts)
 
     def outputs(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> tuple[np.ndarray, ...]:
-        """Return logits, probabilities and embeddings; compiled only for one image and for `batch_size` images."""
-        size, parts = 1 if len(images) == 1 else self.batch_size, []
+        """Return logits, probabilities and embeddings; compiled only for one row and for about `batch_size` images."""
+        size, parts = 1 if len(images) == 1 else rows_at_once(images, self.batch_size), []
         program = self._program((size, *images.shape[1:]))
         for start in range(0, len(images), size):
             part = images[start : start + size]
@@ -264,6 +281,43 @@ class JaxBackend:
     def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
         """Return L2-normalised image embeddings."""
         return self.outputs(images)[2]
+
+    @cached_property
+    def takes_frames(self) -> bool:
+        """Return whether the frames of a clip can be encoded one by one."""
+        from clip_har_jax.models.heads import HEADS
+        from clip_har_jax.models.pretrained import read_config
+        from clip_har_jax.models.temporal import IN_BLOCKS
+
+        needs_patches = self.actions.head in HEADS and HEADS[self.actions.head][0].needs_patches
+        return read_config(self.path).temporal not in IN_BLOCKS and not needs_patches
+
+    @cached_property
+    def _pool(self) -> Callable[..., Any]:
+        import jax
+
+        from clip_har_jax.models.heads import Features
+
+        restore, answer = self._restore, self._answer
+
+        def pool(params: Mapping[str, Any], classes: Any, frames: jax.Array) -> jax.Array:
+            return answer(Features(restore(params).pool_frames(frames), None, frames), classes)
+
+        return jax.jit(pool)
+
+    def embed_frames(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n d"]:
+        """Return the features of single frames, the input of `frame_logits`; requires `takes_frames`."""
+        return self.embed(images)
+
+    def frame_logits(self, embeds: Float32[np.ndarray, "b t d"]) -> Float32[np.ndarray, "b c"]:
+        """Return class logits of clips from the features of their frames; equal to `logits` of the clips."""
+        size, parts = 1 if len(embeds) == 1 else self.batch_size, []
+        for start in range(0, len(embeds), size):
+            part = embeds[start : start + size]
+            parts.append(np.asarray(self._pool(self._image_params, self._classes, pad(part, size)))[: len(part)])
+        logits = np.concatenate(parts)
+        check_finite(logits, self.path)
+        return logits
 
     def explain(
         self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]

@@ -1,8 +1,8 @@
 """Predictor: images and videos -> predictions."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from clip_har_jax.config import VideoConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
+from clip_har_jax.inference.backends import clip_sampling
 from clip_har_jax.inference.exported import open_backend
+from clip_har_jax.inference.windows import FoundSegments, Windows, choose_windows, find_video_segments
 from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files, read_path_lines
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
-from clip_har_jax.video.clips import read_clip
-from clip_har_jax.video.sampling import FrameSampling
+from clip_har_jax.video.clips import TimedFrame, iter_frames, read_clip
+from clip_har_jax.video.segments import SegmentRules
 
 # A path, an encoded image, a PIL image, or uint8 [h, w, 3] in RGB.
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
@@ -37,6 +38,7 @@ class Prediction:
     top: tuple[tuple[str, float], ...] = ()  # at most 5 (label, probability), the most probable first
     error: str | None = None
     abstained: bool = False  # less confident than the model's threshold
+    duration_s: float | None = None  # of a video
     damage: str | None = None  # a description of the unreadable part of a clip
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,20 +106,48 @@ class Predictor:
     def predict_clip(self, path: str | Path) -> Prediction:
         """Return one prediction for a whole video; its frames are sampled with the model folder's settings.
 
-        An exported model, which takes single images, returns the mean over the frames.
+        An export of an earlier version, which takes single images, returns the mean over the frames.
         """
-        video = asdict(VideoConfig()) | self.backend.actions.video
-        sampling = FrameSampling(video["num_frames"], video["sampling"], video["rate_hz"], video["num_views"])
+        sampling = clip_sampling(self.backend.actions)
         probs, damage = [], None
         try:
             for view in range(sampling.num_views):
                 clip = read_clip(path, sampling, view, each=self._transform, num_threads=0)
                 frames, damage = np.stack(clip.frames), clip.damage or damage
-                whole = getattr(self.backend, "takes_clips", False)
+                whole = self.backend.takes_clips
                 probs.append(self.backend.predict(frames[None] if whole else frames).mean(axis=0))
         except BadImage as error:
             return Prediction(str(path), error=str(error))
-        return replace(self._prediction(str(path), np.mean(probs, axis=0)), damage=damage)
+        prediction = self._prediction(str(path), np.mean(probs, axis=0))
+        return replace(prediction, damage=damage, duration_s=clip.duration_s)
+
+    def segments(
+        self,
+        path: str | Path,
+        windows: Windows | None = None,
+        rules: SegmentRules | None = None,
+        each: Callable[[Iterator[TimedFrame]], Iterator[TimedFrame]] = lambda frames: frames,
+    ) -> FoundSegments:
+        """Return the actions in a video with their times, from windows that slide over it.
+
+        >>> predictor = Predictor("model")
+        >>> found = Predictor("model").segments("clip.mp4")
+        >>> [(segment.label, segment.start_s, segment.end_s) for segment in found.segments]
+        [('dancing', 0.0, 2.0)]
+
+        Args:
+          path: the video.
+          windows: their length and hop; None: as `choose_windows` has them.
+          rules: the thresholds; None: the defaults.
+          each: wraps the frames while they are read, e.g. to report progress.
+
+        Raises:
+          BadVideo: no frame of it can be read.
+          UserError: an export of an earlier version, which takes only images.
+        """
+        windows = choose_windows(self.backend) if windows is None else windows
+        frames = each(iter_frames(path, windows.rate_hz))
+        return find_video_segments(frames, self.backend, windows, rules or SegmentRules(), self.batch_size)
 
     def embed(self, inputs: Iterable[ImageLike]) -> Float32[np.ndarray, "n d"]:
         """Return L2-normalised image embeddings.

@@ -17,8 +17,17 @@ from clip_har_jax.folders import replace_folder
 SIGNATURE = "signature.json"
 TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
 # The outputs of each graph: shape without the batch; -1 stands for the model's width.
-SHAPES = {"probs": "classes", "logits": "classes", "image_embeds": -1, "text_embeds": -1}
-SERVED = ("classifier", "image_encoder", "text_encoder")
+EMBEDDINGS = ("image_embeds", "text_embeds", "frame_embeds", "clip_embeds")
+SHAPES: dict[str, str | int] = {"probs": "classes", "logits": "classes"} | dict.fromkeys(EMBEDDINGS, -1)
+# graph -> suffix of the model's name
+SERVED = {
+    "classifier": "",
+    "image_encoder": "_image_encoder",
+    "text_encoder": "_text_encoder",
+    "clip_classifier": "_clip",
+    "frame_encoder": "_frame_encoder",
+    "clip_head": "_clip_head",
+}
 
 
 def write_model_repository(export: Path, output: Path, name: str, format: str, max_batch_size: int) -> list[str]:
@@ -27,7 +36,7 @@ def write_model_repository(export: Path, output: Path, name: str, format: str, m
     Args:
       export: a sealed exported folder.
       output: the repository; existing models of these names are replaced.
-      name: of the classifier; the encoders are NAME_image_encoder and NAME_text_encoder.
+      name: of the classifier; the other models have the suffixes in `SERVED`.
       format: one of the folder's ONNX formats.
       max_batch_size: most images that Triton may batch.
 
@@ -43,19 +52,19 @@ def write_model_repository(export: Path, output: Path, name: str, format: str, m
     graphs = json.loads((export / SIGNATURE).read_text(encoding="utf-8"))["graphs"]
     labels = bundle.read_actions(export).labels
     written = []
-    for graph in SERVED:
+    for graph, ending in SERVED.items():
         if graph not in graphs:
             continue
-        model = name if graph == "classifier" else f"{name}_{graph}"
-        config = _config(model, graphs[graph], len(labels), max_batch_size, digest, graph == "classifier")
+        model, labelled = f"{name}{ending}", "probs" in graphs[graph]["outputs"]
+        config = _config(model, graphs[graph], len(labels), max_batch_size, digest, labelled)
 
-        def fill(folder: Path, graph: str = graph, config: str = config) -> None:
+        def fill(folder: Path, graph: str = graph, config: str = config, labelled: bool = labelled) -> None:
             (folder / "1").mkdir()
             shutil.copy(export / format / f"{graph}.onnx", folder / "1" / "model.onnx")
             for data in (export / format).glob(f"{graph}.onnx.*"):  # external weights of a large graph
                 shutil.copy(data, folder / "1" / data.name)
             (folder / "config.pbtxt").write_text(config, encoding="utf-8")
-            if graph == "classifier":
+            if labelled:
                 (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
 
         replace_folder(output / model, fill)
@@ -65,10 +74,10 @@ def write_model_repository(export: Path, output: Path, name: str, format: str, m
 
 def _config(name: str, graph: Mapping[str, Any], classes: int, most: int, digest: str, labelled: bool) -> str:
     """Return config.pbtxt; it contains the digest, so that a served model can be traced."""
-    inputs = [
-        f'  {{ name: "{key}" data_type: {TYPES[kind]} dims: {list(shape[1:])} }}'
-        for key, (kind, shape) in graph["inputs"].items()
-    ]
+    inputs = []
+    for key, (kind, shape) in graph["inputs"].items():
+        dims = [size if isinstance(size, int) else -1 for size in shape[1:]]  # "t": any number of frames
+        inputs.append(f'  {{ name: "{key}" data_type: {TYPES[kind]} dims: {dims} }}')
     outputs = []
     for key in graph["outputs"]:
         size = classes if SHAPES[key] == "classes" else SHAPES[key]

@@ -7,6 +7,7 @@ embeddings, so an untrained head predicts as CLIP does. Logits are before the ca
 All heads stand in one file, over 300 lines: each is short, and they are read side by side.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,11 +21,13 @@ from jaxtyping import Array, Float, Float32
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.layers import DropPath, Runtime, linear
 from clip_har_jax.models.params import axis_names, flat_params, unflatten
+from clip_har_jax.models.temporal import positions_like
 from clip_har_jax.models.two_towers import TwoTowers, l2_normalize
 
 FLOAT32 = Runtime()  # heads are small, so they compute in float32
 MLP_DIM = 256
 ADAPTER_REDUCTION = 4  # Gao et al. 2021, section 4.1
+LONGEST_POSITION = 10_000.0  # of TemporalHead's waves over 2 pi; Vaswani et al. 2017
 ADAPTER_RATIO = 0.2  # share of the new features; the rest is CLIP's
 
 
@@ -160,14 +163,15 @@ class FrameAttentionHead(Head):
     def __call__(self, features: Features) -> Float[Array, "b c"]:
         frames = frames_of(features)
         weights = jax.nn.softmax(self.score(frames), axis=1)
-        return self.classes(l2_normalize(jnp.sum(weights * frames, axis=1)))
+        pooled = jnp.matmul(weights.swapaxes(1, 2), frames)
+        return self.classes(l2_normalize(jnp.squeeze(pooled, axis=1)))
 
 
 class TemporalHead(Head):
     """A transformer layer over a clip's frames, then their mean; untrained, the mean of the frames.
 
     A pre-norm layer without norms, since embeddings have unit length. It has one attention head and sinusoidal
-    positions (Vaswani et al. 2017, equation 1 and section 3.5), so clips can have any length.
+    positions of unit length (Vaswani et al. 2017, equation 1 and section 3.5), so clips can have any length.
     """
 
     of_clips = True
@@ -184,10 +188,10 @@ class TemporalHead(Head):
 
     def __call__(self, features: Features) -> Float[Array, "b c"]:
         frames = frames_of(features)
-        timed = frames + _positions(frames.shape[1], frames.shape[2])[None]
+        timed = frames + positions_like(frames, LONGEST_POSITION) * math.ceil(frames.shape[2] / 2) ** -0.5
         query, key, value = self.query(timed), self.key(timed), self.value(timed)
-        scores = jnp.einsum("btd,bsd->bts", query, key) * query.shape[-1] ** -0.5
-        frames = frames + self.out(jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores), value))
+        scores = jnp.matmul(query, key.swapaxes(1, 2)) * query.shape[-1] ** -0.5
+        frames = frames + self.out(jnp.matmul(jax.nn.softmax(scores), value))
         frames = frames + self.fc2(jax.nn.gelu(self.fc1(frames), approximate=False))
         return self.classes(l2_normalize(frames.mean(axis=1)))
 
@@ -195,13 +199,6 @@ class TemporalHead(Head):
 def frames_of(features: Features) -> Float[Array, "b t d"]:
     """Return the embeddings of a clip's frames; an image counts as a clip of one frame."""
     return features.image[:, None] if features.frames is None else features.frames
-
-
-def _positions(length: int, dim: int) -> Float32[np.ndarray, "t d"]:
-    """Return sinusoidal positions, scaled to unit length as the embeddings to which they are added."""
-    waves = -(-dim // 2)
-    angles = np.arange(length)[:, None] / 10_000 ** (np.arange(waves) / waves)
-    return (np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :dim] * waves**-0.5).astype(np.float32)
 
 
 # name in actions.json -> (class, the parameter whose last dim is `HeadSize.hidden`)
@@ -292,6 +289,6 @@ def _clip_features(
     if not with_patches:
         frames = model.encode_frames(clips, drop)
         return Features(model.pool_frames(frames), None, frames)
-    frames, patches = model.encode_tokens(clips.reshape(-1, *clips.shape[2:]), drop, length)
+    frames, patches = model.encode_tokens(clips.reshape(-1, *clips.shape[2:]), drop, model.frames_in_blocks(clips))
     frames, dim = frames.reshape(count, length, -1), frames.shape[-1]
     return Features(model.pool_frames(frames), patches.reshape(count, -1, dim), frames)

@@ -12,6 +12,7 @@ import numpy as np
 from clip_har_jax.errors import UserError
 
 Params = dict[str, Any]  # dotted path -> array
+TEMPORAL_FILE = "temporal.safetensors"  # what a model of clips adds to CLIP, under our names
 
 
 class Weight(NamedTuple):

@@ -14,11 +14,11 @@ from flax import traverse_util
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.families import config_from_hf, config_to_hf
-from clip_har_jax.models.hf_layout import TABLES, params_from_hf, params_to_hf
+from clip_har_jax.models.hf_layout import TABLES, TEMPORAL_FILE, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
 from clip_har_jax.models.resolve import resolve_folder
-from clip_har_jax.models.temporal import TEMPORAL_FILE, split_temporal
+from clip_har_jax.models.temporal import split_temporal
 from clip_har_jax.models.two_towers import TwoTowers
 
 _NUMPY = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors that numpy has

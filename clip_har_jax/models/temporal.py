@@ -26,7 +26,6 @@ from clip_har_jax.models.layers import Runtime, TowerConfig, layer_norm, linear
 KINDS = ("mean", "head", "st_adapter", "divided")
 IN_BLOCKS = ("st_adapter", "divided")  # kinds that add a module to each block of the image tower
 BLOCK, HEAD = "vision.layers.time.", "time_head."  # prefixes of the parameters' names
-TEMPORAL_FILE = "temporal.safetensors"
 ST_ADAPTER_REDUCTION = 4  # width of the tower divided by that of the bottleneck; Pan et al. use 2 (384 of 768)
 HEAD_LAYERS = 2
 LONG, SHORT = 0.25, 4.0  # initial fall of a head's scores per frame: in its own direction, and in the other one
@@ -51,9 +50,26 @@ def difference(frames: Float[Array, "b t *d"]) -> Float[Array, "b t *d"]:
 
 def frame_positions(length: int, dim: int) -> Float[Array, "t d"]:
     """Return sinusoids of amplitude 1 (Vaswani et al. 2017, section 3.5), for clips of any length."""
+    return _waves(jnp.arange(length, dtype=jnp.float32)[:, None], dim, LONGEST_FRAMES)
+
+
+def positions_like(frames: Float[Array, "b t d"], longest: float = LONGEST_FRAMES) -> Float[Array, "b t d"]:
+    """Return the positions of `frame_positions` for clips whose length may be symbolic, as in an export.
+
+    Args:
+      frames: only the shape is used.
+      longest: the longest wavelength over 2 pi, in frames.
+    """
+    # A cumulative sum: the ONNX exporter doesn't support arange of a symbolic length.
+    numbers = jnp.cumsum(jnp.ones((*frames.shape[:2], 1)), axis=1) - 1
+    return _waves(numbers, frames.shape[2], longest)
+
+
+def _waves(numbers: Float[Array, "*b 1"], dim: int, longest: float) -> Float[Array, "*b d"]:
     waves = -(-dim // 2)
-    angles = jnp.arange(length)[:, None] / LONGEST_FRAMES ** (np.arange(waves, dtype=np.float32) / waves)[None]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[:, :dim]
+    lengths = longest ** (np.arange(waves, dtype=np.float32) / waves)  # over 2 pi
+    lengths = lengths.reshape((1,) * (numbers.ndim - 1) + (waves,))
+    return jnp.concatenate([jnp.sin(numbers / lengths), jnp.cos(numbers / lengths[..., : dim - waves])], axis=-1)
 
 
 class TimeAttention(nnx.Module):
@@ -179,7 +195,7 @@ class FrameTransformer(nnx.Module):
         """Return the addition to the frames' L2-normalised embeddings."""
         dim = frames.shape[-1]
         x = difference(frames) * dim**0.5  # elements of about 1, like the positions
-        positions = frame_positions(frames.shape[1], dim)[None]
+        positions = positions_like(frames)
         for layer in self.layers:
             timed = x + positions
             scores = jnp.matmul(layer.query(timed), layer.key(timed).swapaxes(1, 2)) * dim**-0.5

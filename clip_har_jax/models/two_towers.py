@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from clip_har_jax.models.configuration import TwoTowerConfig, check_config
 from clip_har_jax.models.layers import DropPath, Runtime
-from clip_har_jax.models.temporal import FrameTransformer
+from clip_har_jax.models.temporal import IN_BLOCKS, FrameTransformer
 from clip_har_jax.models.towers import TextTransformer, VisionTransformer
 
 # The parameters of each tower, including its projection, by prefix; the same in all families.
@@ -163,10 +163,14 @@ class TwoTowers(nnx.Module):
         image, patches = self.vision.pooled(tokens), self.vision.each_patch(tokens)
         return l2_normalize(self.project_image(image)), l2_normalize(self.project_image(patches))
 
+    def frames_in_blocks(self, clips: Float[Array, "b t h w 3"]) -> int | None:
+        """Return the number of frames that the blocks of the image tower mix; None: they see each frame alone."""
+        return clips.shape[1] if self.config.temporal in IN_BLOCKS else None
+
     def encode_frames(self, clips: Float[Array, "b t h w 3"], drop: DropPath | None = None) -> Float[Array, "b t d"]:
         """Return L2-normalised embeddings of each frame of normalised clips; temporal models see the other frames."""
         frames = clips.reshape(-1, *clips.shape[2:]).astype(self.runtime.dtype)
-        features = self.project_image(self.vision(frames, drop, clips.shape[1]))
+        features = self.project_image(self.vision(frames, drop, self.frames_in_blocks(clips)))
         return l2_normalize(features).reshape(*clips.shape[:2], -1)
 
     def pool_frames(self, frames: Float[Array, "b t d"]) -> Float[Array, "b d"]:

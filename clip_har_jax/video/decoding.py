@@ -47,6 +47,14 @@ def import_av() -> Any:
     return av
 
 
+def is_video(data: bytes) -> bool:
+    """Return whether bytes begin as a container of videos does; HEIC and AVIF images begin as MP4 does."""
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or (data[:4], data[8:12]) == (b"RIFF", b"AVI "):
+        return True
+    starts = (b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"0&\xb2u\x8ef\xcf\x11", b"\0\0\1\xba", b"\0\0\1\xb3")
+    return data.startswith(starts) or (data[:1] == b"G" and data[188:189] == b"G")  # the last: an MPEG transport stream
+
+
 def is_live(source: VideoLike) -> bool:
     """Return whether a source is the address of a stream instead of a file."""
     return isinstance(source, str) and source.lower().startswith(LIVE)

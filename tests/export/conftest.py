@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.export_folders import LABELS, lively, write_heads
+from tests.support.export_folders import LABELS, lively, write_clip_folders, write_heads
 from tests.support.model_folders import write_images, write_model
 
 
@@ -21,3 +21,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def head_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_heads(folder, tmp_path_factory.mktemp("heads"))
+
+
+@pytest.fixture(scope="session")
+def clip_folders(
+    folder: Path, head_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    return write_clip_folders(folder, head_folders, tmp_path_factory.mktemp("clips"))

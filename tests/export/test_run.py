@@ -16,11 +16,11 @@ import onnx
 import pytest
 
 from clip_har_jax import Predictor, UserError, bundle
-from clip_har_jax.inference import exported
+from clip_har_jax.inference import exported, runtimes
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.heads import make_head
-from clip_har_jax.models.params import init_params, init_temporal
-from clip_har_jax.models.pretrained import read_config, read_params, write_params
+from clip_har_jax.models.params import init_params
+from clip_har_jax.models.pretrained import read_config, write_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION
 from clip_har_jax.signing import sign, verify_signature
 from export import formats
@@ -59,7 +59,7 @@ def output(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_the_folder_says_what_it_is(folder: Path, output: Path) -> None:
-    assert exported.formats_in(output) == ["onnx", "onnx_int8", "onnx_fp16", "stablehlo", "saved_model"]
+    assert runtimes.formats_in(output) == ["onnx", "onnx_int8", "onnx_fp16", "stablehlo", "saved_model"]
     actions = json.loads((output / "actions.json").read_text())
     assert actions["labels"] == list(LABELS) and actions["temperature"] == 1.7
     assert actions["preprocess"] == {"name": "clip_har_jax.preprocess", "version": PREPROCESS_VERSION}
@@ -277,27 +277,6 @@ def test_every_head_is_in_the_graph_and_a_fault_in_it_is_caught(
         assert entry["passed"] != faulty, entry
 
 
-def test_a_head_of_clips_is_refused(head_folders: dict[str, Path], tmp_path: Path) -> None:
-    """What is exported takes single images, and the mean of their answers isn't what such a head would say."""
-    for name in ("frame_attention", "temporal"):
-        with pytest.raises(UserError, match=rf"its '{name}' head weighs the frames of a clip"):
-            export_model(str(head_folders[name]), ["onnx"], tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_temporal_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    """For the same reason: its answer to a clip isn't the mean of its answers to frames."""
-    config = dataclasses.replace(read_config(folder), temporal="head")
-    unsealed = shutil.ignore_patterns("manifest.json")
-    temporal = Path(shutil.copytree(folder, tmp_path / "temporal", ignore=unsealed))
-    params = read_params(folder, read_config(folder)) | init_temporal(config, 0)
-    write_params(temporal, config, params)
-    bundle.seal(temporal)
-    with pytest.raises(UserError, match=r"model\.temporal is 'head'"):
-        export_model(str(temporal), ["onnx"], tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["temporal"]
-
-
 def test_an_exported_head_takes_no_new_classes(head_folders: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     parity = export_model(str(head_folders["linear"]), ["onnx"], tmp_path / "out", ExportOptions(f"folder:{photos}", 4))
     assert parity["onnx"]["passed"]
@@ -345,7 +324,7 @@ def test_a_failure_leaves_no_artefact_and_exits_3(
     argv = ["export", f"--model={folder}", "--formats=onnx,stablehlo", f"--output={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", [*argv, f"--data=folder:{photos}", "--num_examples=20"])
     assert main() == 3
-    assert exported.formats_in(tmp_path / "out") == ["stablehlo"]
+    assert runtimes.formats_in(tmp_path / "out") == ["stablehlo"]
     assert not json.loads((tmp_path / "out" / "parity.json").read_text())["onnx"]["passed"]
     monkeypatch.setattr(sys, "argv", [*argv[:2], "--formats=onnx", f"--output={tmp_path / 'none'}", *sys.argv[4:]])
     assert main() == 3
@@ -418,11 +397,11 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     write_onnx(model.graphs[:1], tmp_path / "onnx", images)
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"image_encoder.onnx", "image_encoder.onnx.data"}
     assert len({path.stat().st_mode for path in (tmp_path / "onnx").iterdir()}) == 1
-    (embeds,) = exported.Graphs(tmp_path, "onnx").run("image_encoder", images)
+    (embeds,) = runtimes.Graphs(tmp_path, "onnx").run("image_encoder", images)
     np.testing.assert_allclose(embeds, model.backend.embed(images), atol=1e-5)
     (tmp_path / "onnx_fp16").mkdir()
     write_fp16(model.graphs[:1], tmp_path / "onnx_fp16", images)
-    (embeds,) = exported.Graphs(tmp_path, "onnx_fp16").run("image_encoder", images)
+    (embeds,) = runtimes.Graphs(tmp_path, "onnx_fp16").run("image_encoder", images)
     np.testing.assert_allclose(embeds, model.backend.embed(images), atol=1e-2)
     stored = onnx.load(tmp_path / "onnx_fp16" / "image_encoder.onnx").graph.initializer
     assert {tensor.data_type for tensor in stored if len(tensor.dims) > 1} <= {
@@ -435,7 +414,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
         write_int8(model.graphs[:1], tmp_path / "onnx_int8", images, static)
         names = {path.name for path in (tmp_path / "onnx_int8").iterdir()}
         assert names == {"image_encoder.onnx", "image_encoder.onnx.data"}
-        (embeds,) = exported.Graphs(tmp_path, "onnx_int8").run("image_encoder", images)
+        (embeds,) = runtimes.Graphs(tmp_path, "onnx_int8").run("image_encoder", images)
         assert ((embeds * model.backend.embed(images)).sum(axis=-1) > 0.99).all()
 
 
@@ -451,10 +430,10 @@ def test_the_heat_map_is_of_the_class_that_is_asked_for(proof: Any) -> None:
 def test_a_signature_of_another_version_is_one_line(output: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(output, tmp_path / "old"))
     (old / "manifest.json").unlink()
-    signature = json.loads((old / exported.SIGNATURE).read_text())
+    signature = json.loads((old / runtimes.SIGNATURE).read_text())
     changes: list[dict[str, Any]] = [{"graphs": {"classifier": {}}}, {"logit_scale": None}, {"graphs": []}]
     for change in changes:
-        (old / exported.SIGNATURE).write_text(json.dumps(signature | change))
+        (old / runtimes.SIGNATURE).write_text(json.dumps(signature | change))
         with pytest.raises(UserError, match=r"signature\.json: written by another version .* export the model again"):
             Predictor(old)
 
@@ -481,7 +460,7 @@ def test_mistakes_are_one_line(folder: Path, photos: Path, tmp_path: Path) -> No
     refused("the model lies there", output=folder / "export")
     assert bundle.verify(folder)
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / exported.SIGNATURE).write_text("{}")
+    (tmp_path / "old" / runtimes.SIGNATURE).write_text("{}")
     refused("not empty; name another folder, or replace it with --overwrite", output=tmp_path / "old")
     refused("a file; name a folder", output=full / "mine.txt")
     assert (full / "mine.txt").read_text() == "kept"

@@ -18,7 +18,7 @@ from pathlib import Path
 from export.model import open_model, read_images, write_contract
 from export.run import make_proof, prove
 from export.parity import FLOAT32, check_parity
-from export.to_torch import write_torchscript
+from export.to_torch import TorchGraphs, write_torchscript
 
 folder, photos, lost, scratch = sys.argv[1:]
 model = open_model(folder)
@@ -36,7 +36,8 @@ for i, (fault, (settings, head_params)) in enumerate(made_of.items()):
     target = Path(scratch) / str(i)
     (target / "torchscript").mkdir(parents=True)
     write_contract(model, target)
-    write_torchscript(model.folder, settings, model.head, head_params, model.temperature, target / "torchscript")
+    graphs = TorchGraphs(model.folder, settings, model.head, head_params, model.temperature)
+    write_torchscript(graphs, [graph.name for graph in model.graphs], target / "torchscript")
     outputs = prove(target, "torchscript", proof.cases)
     passed[fault] = check_parity(proof.expected, outputs, FLOAT32, model.actions.labels, proof.true)["passed"]
 print(json.dumps(passed))

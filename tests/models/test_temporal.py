@@ -15,10 +15,11 @@ from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.factory import base_params, load, make_base
 from clip_har_jax.models.families import config_from_hf
+from clip_har_jax.models.hf_layout import TEMPORAL_FILE
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import abstract_model, axis_names, flat_params, init_params, init_temporal, make_model
 from clip_har_jax.models.pretrained import read_params, write_params
-from clip_har_jax.models.temporal import KINDS, TEMPORAL_FILE, depthwise_conv, is_temporal, split_temporal
+from clip_har_jax.models.temporal import KINDS, depthwise_conv, is_temporal, split_temporal
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.parallel.sharding import param_shardings
 from tests.support.model_folders import write_model

@@ -10,8 +10,8 @@ from clip_har_jax import bundle
 from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.head_file import write_head
 from clip_har_jax.models.heads import HEADS, init_head
-from clip_har_jax.models.params import init_params
-from clip_har_jax.models.pretrained import read_config, write_params
+from clip_har_jax.models.params import init_params, init_temporal
+from clip_har_jax.models.pretrained import read_config, read_params, write_params
 from clip_har_jax.text import HAR15_PHRASES
 
 LABELS = tuple(HAR15_PHRASES)[:5]
@@ -24,6 +24,41 @@ HEAD_FAULTS = {
     "adapter": "up.kernel",
     "tip_adapter": "values.kernel",
 }
+
+
+# What of each kind of model of clips a test takes away: a parameter of its clip graphs, by its beginning.
+CLIP_FAULTS = {
+    "mean": "head.classes.kernel",
+    "head": "time_head.out.kernel",
+    "st_adapter": "vision.layers.0.time.up.kernel",
+    "divided": "vision.layers.0.time.out.kernel",
+    "frame_attention": "head.score.kernel",
+    "temporal": "head.out.kernel",
+}
+NUM_FRAMES = 4
+
+
+def write_clip_folders(folder: Path, heads: dict[str, Path], root: Path) -> dict[str, Path]:
+    """Return models of clips by the names of `CLIP_FAULTS`: of each temporal kind, and with each head over frames."""
+    folders = {}
+    for name in CLIP_FAULTS:
+        source = heads.get(name, folder)
+        folders[name] = root / name
+        shutil.copytree(source, folders[name], ignore=shutil.ignore_patterns("manifest.json"))
+        if name not in heads:
+            plain = read_config(folder)
+            config = dataclasses.replace(plain, temporal=name)
+            rng = np.random.default_rng(6)
+            added = {
+                key: (0.5 * rng.normal(size=value.shape)).astype(np.float32)
+                for key, value in init_temporal(config, 0).items()
+            }
+            write_params(folders[name], config, read_params(folder, plain) | added)
+        actions = bundle.read_actions(source)
+        video = {"num_frames": NUM_FRAMES, "sampling": "uniform", "rate_hz": 4.0, "num_views": 1}
+        bundle.write_actions(folders[name], dataclasses.replace(actions, video=video))
+        bundle.seal(folders[name])
+    return folders
 
 
 def lively(folder: Path) -> Path:

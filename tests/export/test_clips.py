@@ -1,0 +1,251 @@
+"""Exported graphs of clips: the answers of the model folder, whole or frame by frame; faults in them are caught."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clip_har_jax import Predictor, UserError, bundle
+from clip_har_jax.inference import golden
+from clip_har_jax.inference.exported import ExportedBackend
+from clip_har_jax.inference.jax_backend import JaxBackend
+from clip_har_jax.inference.runtimes import SIGNATURE
+from clip_har_jax.mlops.model_repository import write_model_repository
+from export.model import open_model, read_images, write_contract
+from export.parity import FLOAT16, FLOAT32, INT8, check_parity, make_cases
+from export.run import ExportOptions, export_model, prove, reference
+from export.to_onnx import write_fp16, write_int8, write_onnx
+from export.to_xla import write_saved_model, write_stablehlo
+from tests.support.export_folders import CLIP_FAULTS, LABELS, NUM_FRAMES
+from tests.support.model_folders import IMAGE_SIZE_PX
+from tests.support.videos import write_clip
+
+WRITERS = {
+    "onnx": (write_onnx, FLOAT32),
+    "stablehlo": (write_stablehlo, FLOAT32),
+    "onnx_fp16": (write_fp16, FLOAT16),
+    "onnx_int8": (write_int8, INT8),
+    "saved_model": (write_saved_model, FLOAT32),
+}
+IN_TOWER = ("st_adapter", "divided")  # each frame's features depend on the other frames
+
+# tensorflow and onnx_ir warn of their own dependencies while being imported
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def random_clips(count: int, length: int = NUM_FRAMES) -> np.ndarray:
+    return np.random.default_rng(8).integers(0, 256, (count, length, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), dtype=np.uint8)
+
+
+def export_clips(folder: Path, output: Path, *formats: str, **options: Any) -> Path:
+    parity = export_model(str(folder), formats or ("onnx",), output, ExportOptions(num_examples=16, **options))
+    assert all(entry["passed"] for entry in parity.values()), parity
+    return output
+
+
+class Outputs:
+    """An export in ONNX of each model of clips, made when it is asked for."""
+
+    def __init__(self, folders: dict[str, Path], root: Path):
+        self._folders, self._root = folders, root
+
+    def __getitem__(self, name: str) -> Path:
+        output = self._root / name
+        return output if output.exists() else export_clips(self._folders[name], output)
+
+
+@pytest.fixture(scope="module")
+def outputs(clip_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+    return Outputs(clip_folders, tmp_path_factory.mktemp("outputs"))
+
+
+# One model whose frames are encoded apart and one whose tower looks over them in every run, the others in slow runs.
+KINDS = [pytest.param(kind, marks=() if kind in ("head", "divided") else pytest.mark.slow) for kind in CLIP_FAULTS]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_clip_is_answered_as_by_the_model_folder(
+    clip_folders: dict[str, Path], outputs: Outputs, tmp_path: Path, name: str
+) -> None:
+    write_clip(tmp_path / "clip.mp4")
+    ours, theirs = Predictor(clip_folders[name]), Predictor(outputs[name])
+    mine, other = (predictor.predict([tmp_path / "clip.mp4"])[0] for predictor in (ours, theirs))
+    assert dict(mine.top) == pytest.approx(dict(other.top), abs=1e-5)
+    frames = random_clips(3)
+    for clips in (frames, frames[:1], frames[:, ::-1]):
+        np.testing.assert_allclose(theirs.backend.logits(clips), ours.backend.logits(clips), atol=1e-4)
+        np.testing.assert_allclose(theirs.backend.embed(clips), ours.backend.embed(clips), atol=1e-5)
+    images = frames[:, 0]
+    np.testing.assert_allclose(theirs.backend.logits(images[:, None]), ours.backend.logits(images), atol=1e-4)
+    moved = np.abs(theirs.backend.logits(frames) - theirs.backend.logits(frames[:, ::-1])).max()
+    assert (moved < 1e-4) == (name in ("mean", "frame_attention")), "the order counts, or not, as in the model"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frames_encoded_one_by_one_give_the_same(outputs: Outputs, name: str) -> None:
+    backend = ExportedBackend(outputs[name])
+    signature = json.loads((outputs[name] / SIGNATURE).read_text())["graphs"]
+    assert backend.takes_clips and backend.takes_frames == (name not in IN_TOWER)
+    assert backend.num_frames == (NUM_FRAMES if name in IN_TOWER else None)
+    assert signature["clip_classifier"]["outputs"] == ["probs", "logits", "clip_embeds"]
+    if name in IN_TOWER:
+        assert not {"frame_encoder", "clip_head"} & set(signature)
+        with pytest.raises(UserError, match=f"takes clips of {NUM_FRAMES} frames, not 7"):
+            backend.logits(random_clips(1, 7))
+        return
+    for length in (NUM_FRAMES, 7, 1):
+        clips = random_clips(2, length)
+        embeds = backend.embed_frames(clips.reshape(-1, *clips.shape[2:])).reshape(2, length, -1)
+        np.testing.assert_allclose(backend.frame_logits(embeds), backend.logits(clips), atol=1e-4)
+
+
+def format_cases() -> list[Any]:
+    """Each model of clips in each format; the quickest format of some of them in every run."""
+    quick = [("head", "stablehlo"), ("divided", "stablehlo"), ("temporal", "stablehlo"), ("head", "onnx_int8")]
+    return [
+        pytest.param(kind, name, marks=() if (kind, name) in quick else pytest.mark.slow)
+        for kind in CLIP_FAULTS
+        for name in WRITERS
+    ]
+
+
+@pytest.mark.parametrize(("kind", "name"), format_cases())
+def test_every_model_passes_in_every_format_and_a_fault_is_caught(
+    clip_folders: dict[str, Path], photos: Path, tmp_path: Path, kind: str, name: str
+) -> None:
+    write, bounds = WRITERS[name]
+    model = open_model(str(clip_folders[kind]))
+    images, true = read_images(model, f"folder:{photos}", 20)
+    ids = model.backend.tokenize([text for label in LABELS for text in model.actions.prompts[label]])
+    cases = make_cases(images, ids, len(LABELS), NUM_FRAMES)
+    expected = reference(model, cases)
+    write_contract(model, tmp_path)
+    factor = -20 if name == "onnx_int8" else -2  # eight bits of random weights err by more than a small fault does
+    lost = CLIP_FAULTS[kind]
+    for faulty in (False, True):
+        graphs = model.graphs
+        if faulty:  # in the graphs of clips alone: those of images stay right
+            graphs = tuple(
+                dataclasses.replace(graph, params=graph.params | {lost: factor * graph.params[lost]})
+                if lost in graph.params and graph.name.startswith("clip")
+                else graph
+                for graph in graphs
+            )
+            assert any(old is not new for old, new in zip(model.graphs, graphs, strict=True))
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        (tmp_path / name).mkdir()
+        write(graphs, tmp_path / name, cases["image"])
+        entry = check_parity(expected, prove(tmp_path, name, cases), bounds, LABELS, true)
+        assert entry["passed"] != faulty, entry
+        assert ("clips_by_frame" in entry) == (kind not in IN_TOWER)
+        if faulty:
+            assert all(failure.startswith("clips") for failure in entry["failures"]), entry
+
+
+@pytest.mark.slow
+def test_static_scales_of_a_clip_graph(clip_folders: dict[str, Path], tmp_path: Path) -> None:
+    output = export_clips(clip_folders["divided"], tmp_path / "out", "onnx_int8", static_int8=True)
+    ours = JaxBackend(str(clip_folders["divided"])).logits(random_clips(2))
+    theirs = ExportedBackend(output).logits(random_clips(2))
+    assert np.abs(ours - theirs).max() < 0.1 * np.abs(ours).max()
+
+
+def test_a_model_of_images_answers_clips_too(folder: Path, photos: Path, tmp_path: Path) -> None:
+    """By the mean of its frames' embeddings, as its folder does; the graph of whole clips comes with --clips."""
+    ours, clips = JaxBackend(str(folder)).logits(random_clips(2)), random_clips(2)
+    for whole in (False, True):
+        output = export_clips(folder, tmp_path / f"{whole}", data=f"folder:{photos}", clips=whole)
+        signature = json.loads((output / SIGNATURE).read_text())["graphs"]
+        assert ("clip_classifier" in signature, "frame_encoder" in signature) == (whole, whole)
+        backend = ExportedBackend(output)
+        np.testing.assert_allclose(backend.logits(clips), ours, atol=1e-4)
+        assert backend.takes_frames
+    classes = ("juggling", "climbing a wall")
+    free, given = ExportedBackend(output, classes=classes), JaxBackend(str(folder), classes)
+    np.testing.assert_allclose(free.logits(clips), given.logits(clips), atol=1e-4)
+
+
+def test_a_head_over_patches_has_the_whole_graph_alone(
+    head_folders: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    output = export_clips(head_folders["cross_attention"], tmp_path / "out", data=f"folder:{photos}")
+    backend = ExportedBackend(output)
+    assert backend.takes_clips and not backend.takes_frames
+    ours = JaxBackend(str(head_folders["cross_attention"])).logits(random_clips(2))
+    np.testing.assert_allclose(backend.logits(random_clips(2)), ours, atol=1e-4)
+
+
+def test_an_export_of_an_earlier_version_takes_images_alone(outputs: Outputs, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(outputs["head"], tmp_path / "old"))
+    (old / bundle.MANIFEST).unlink()
+    signature = json.loads((old / SIGNATURE).read_text())
+    signature["graphs"] = {
+        key: graph for key, graph in signature["graphs"].items() if not key.startswith(("clip", "frame"))
+    }
+    (old / SIGNATURE).write_text(json.dumps(signature))
+    backend = ExportedBackend(old)
+    assert not backend.takes_clips and golden.check(backend)
+    with pytest.raises(UserError, match="an earlier version exported it, for images only; export the model again"):
+        backend.logits(random_clips(1))
+    write_clip(tmp_path / "clip.mp4")
+    assert Predictor(old).predict([tmp_path / "clip.mp4"])[0].label in LABELS
+
+
+@pytest.mark.parametrize("graph", ["clip_classifier", "clip_head"])
+def test_golden_outputs_tell_other_weights_of_a_clip_graph(
+    clip_folders: dict[str, Path], outputs: Outputs, tmp_path: Path, graph: str
+) -> None:
+    assert golden.check(ExportedBackend(outputs["head"]))
+    model = open_model(str(clip_folders["head"]))
+    other = Path(shutil.copytree(outputs["head"], tmp_path / "other"))
+    (other / bundle.MANIFEST).unlink()
+    changed = next(one for one in model.graphs if one.name == graph)
+    lost = CLIP_FAULTS["head"]
+    changed = dataclasses.replace(changed, params=changed.params | {lost: -changed.params[lost]})
+    write_onnx((changed,), other / "onnx", np.zeros(0, np.uint8))
+    bundle.seal(other)
+    with pytest.raises(UserError, match=r"logits of clips.* aren't those of the exported model"):
+        golden.check(ExportedBackend(other))
+
+
+def test_formats_are_proven_on_clips(clip_folders: dict[str, Path], tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    for i, label in enumerate(LABELS[:3]):
+        (videos / label).mkdir(parents=True)
+        write_clip(videos / label / "a.mp4", count=10 + 5 * i)
+    (videos / LABELS[0] / "broken.mp4").write_bytes(b"not a video")
+    model = open_model(str(clip_folders["divided"]))
+    images, true = read_images(model, f"video:{videos}", 4 * NUM_FRAMES)
+    assert len(images) == 3 * NUM_FRAMES and true.tolist() == sorted([0, 1, 2] * NUM_FRAMES)
+    for data in (f"video:{videos}", "motion"):
+        output = export_clips(clip_folders["frame_attention"], tmp_path / data[:5], "stablehlo", data=data)
+        entry = json.loads((output / "parity.json").read_text())["stablehlo"]
+        assert entry["clips"]["num_clips"] == 8 and entry["clips"]["max_abs_error"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["divided", "head", "frame_attention"])
+def test_torchscript_is_refused_for_what_transformers_does_not_have(
+    clip_folders: dict[str, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.run.choose_formats", lambda *_: {"torchscript": None})  # torch isn't installed here
+    with pytest.raises(UserError, match="transformers has no model that tells the frames of a clip apart; use onnx"):
+        export_model(str(clip_folders[name]), ["torchscript"], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_triton_gets_the_clip_graphs(outputs: Outputs, tmp_path: Path) -> None:
+    import onnxruntime
+
+    written = write_model_repository(outputs["head"], tmp_path / "models", "har", "onnx", 8)
+    assert written == ["har", "har_image_encoder", "har_text_encoder", "har_clip", "har_frame_encoder", "har_clip_head"]
+    config = (tmp_path / "models" / "har_clip" / "config.pbtxt").read_text()
+    assert f'name: "frames" data_type: TYPE_UINT8 dims: [-1, {IMAGE_SIZE_PX}, {IMAGE_SIZE_PX}, 3]' in config
+    assert f'name: "probs" data_type: TYPE_FP32 dims: [{len(LABELS)}] label_filename: "labels.txt"' in config
+    assert (tmp_path / "models" / "har_clip" / "labels.txt").read_text().split("\n")[0] == LABELS[0]
+    session = onnxruntime.InferenceSession(tmp_path / "models" / "har_clip" / "1" / "model.onnx")
+    probs = session.run(["probs"], {"frames": random_clips(2)})[0]
+    np.testing.assert_allclose(probs, ExportedBackend(outputs["head"]).predict(random_clips(2)), atol=1e-6)
