@@ -1,17 +1,19 @@
 """`csv:FILE`: a table of labelled files, checked as a whole before any file is read."""
 
+import codecs
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.listing import Tally, note_labels
+from clip_har_jax.listing import Tally, note_labels, spellings
 from clip_har_jax.names import check_text, clean_name, name_key
 from clip_har_jax.specs import Spec
 
 COLUMNS = ("filename", "label")
+DELIMITERS = (",", ";", "\t")  # spreadsheets write semicolons where a comma is the decimal point
 SHOWN_LINES = 3
 
 
@@ -74,9 +76,9 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
       UserError: not a table with these columns, rows that don't fit them; names the lines.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = next((cells for cells in reader if cells), [])
+        with path.open(newline="", encoding=_encoding(path)) as file:
+            reader = csv.reader(file, strict=True, delimiter=_delimiter(file, columns))
+            header = _header(reader)
             places = _find_columns(path, header, columns, optional)
             numbered = [(reader.line_num, cells) for cells in reader if cells]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -100,10 +102,33 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
 def has_times(path: Path) -> bool:
     """Return whether a table's first line names the column `start_s`."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return name_key("start_s") in map(name_key, next(csv.reader(file), []))
+        with path.open(newline="", encoding=_encoding(path)) as file:
+            reader = csv.reader(file, delimiter=_delimiter(file, ("start_s",)))
+            return name_key("start_s") in map(name_key, _header(reader))
     except (OSError, UnicodeDecodeError, csv.Error):  # told by whoever reads it
         return False
+
+
+def _encoding(path: Path) -> str:
+    """Return UTF-16 where a byte order mark tells it, as in Excel's Unicode text; else UTF-8."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def _delimiter(file: TextIO, columns: Sequence[str]) -> str:
+    """Return what divides the columns: comma, or where the header tells them apart by it, semicolon or tab."""
+    header = next((line for line in file if line.strip() and not line.lower().startswith("sep=")), "")
+    file.seek(0)
+    for delimiter in DELIMITERS:
+        if set(map(name_key, columns)) <= {name_key(name.strip(' "\r\n')) for name in header.split(delimiter)}:
+            return delimiter
+    return DELIMITERS[0]
+
+
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    """Return the first row; Excel's own line `sep=;` is none."""
+    return next((cells for cells in reader if cells and not cells[0].lower().startswith("sep=")), [])
 
 
 def _find_columns(path: Path, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> dict[str, int]:
@@ -131,13 +156,12 @@ def _find_files(path: Path, spec: Spec, rows: Sequence[Row], tally: Tally) -> li
     if "images" in spec.options:
         places = [Path(spec.options["images"]).expanduser()]
     found = [_first_file(places, row.filename) for row in rows]
-    turned = [i for i, file in enumerate(found) if file is None and "\\" in rows[i].filename]
-    for i in turned:
-        found[i] = _first_file(places, rows[i].filename.replace("\\", "/"))
-    if turned := [i for i in turned if found[i] is not None]:
-        tally.notes.append(
-            f"{_lines([rows[i].line for i in turned])} a Windows path; its backslashes were read as slashes"
-        )
+    for i in [i for i, file in enumerate(found) if file is None]:
+        others = (_first_file(places, name) for name in spellings(rows[i].filename))
+        found[i] = next((file for file in others if file is not None), None)
+    read = [(row, file) for row, file in zip(rows, found, strict=True) if file is not None]
+    if turned := [row.line for row, file in read if "\\" in row.filename and "\\" not in str(file)]:
+        tally.notes.append(f"{_lines(turned)} a Windows path; its backslashes were read as slashes")
     missing = [row for row, file in zip(rows, found, strict=True) if file is None]
     if missing:
         raise UserError(

@@ -2,15 +2,17 @@
 
 import codecs
 import os
+import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
-from clip_har_jax.names import check_text, clean_name, like_missing, name_key, natural_key
+from clip_har_jax.names import check_text, clean_name, like_missing, mixed_scripts, name_key, natural_key
 from clip_har_jax.specs import SPLIT_NAMES, Spec, find_split
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"})
@@ -18,6 +20,7 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".m
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 HIDDEN, SYSTEM, LOOSE, NO_SUFFIX = "hidden", "of the system", "beside the class folders", "without a suffix"
+SPECIAL = "pipes, sockets or devices"
 
 
 @dataclass
@@ -98,32 +101,51 @@ def find_files(folder: str | Path, suffixes: Collection[str], tally: Tally | Non
     """
     tally = Tally() if tally is None else tally
     seen = {str(parent) for parent in Path(folder).resolve().parents}
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    waiting = [str(folder)]
+    while waiting:
+        parent = waiting.pop()
         real = os.path.realpath(parent)
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
-        for name in [name for name in folders if _why_ignored(name)]:
-            folders.remove(name)
-            tally.leave_out(f"folders {_why_ignored(name)}", os.path.join(parent, name))
-        folders.sort()
-        for name in sorted(names):
-            kind = _kind_of(name, suffixes)
+        folders = []
+        for entry in _entries(parent):
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                if why := _why_ignored(entry.name):
+                    tally.leave_out(f"folders {why}", entry.path)
+                else:
+                    folders.append(entry.path)
+                continue
+            kind = _kind_of(entry.name, suffixes) or (SPECIAL if _is_special(entry) else None)
             if kind is None:
                 tally.kept += 1
-                yield Path(parent, name)
+                yield Path(entry.path)
             else:
-                tally.leave_out(kind, os.path.join(parent, name))
+                tally.leave_out(kind, entry.path)
+        waiting += reversed(folders)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a pipe, socket or device, which can't be read like a file."""
+    if entry.is_file(follow_symlinks=False):
+        return False
+    try:
+        return not stat.S_ISREG(os.stat(entry.path).st_mode)
+    except OSError:  # a broken link; reported when it is read
+        return False
 
 
 def find_images(folder: str | Path, tally: Tally | None = None) -> Iterator[Path]:
     """Yield the image files below a folder, as `find_files` does."""
     return find_files(folder, IMAGE_SUFFIXES, tally)
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
 
 
 def read_path_lines(lines: Iterable[bytes], where: str) -> Iterator[str]:
@@ -147,12 +169,10 @@ def read_path_lines(lines: Iterable[bytes], where: str) -> Iterator[str]:
             yield os.fsdecode(line.rstrip(b"\r\n"))
 
 
-def turned_path(folder: Path, name: str) -> Path | None:
-    """Return the file that a Windows path below a folder names, its backslashes read as slashes; None: no such."""
-    if "\\" not in name:
-        return None
-    path = folder / name.replace("\\", "/")
-    return path if path.is_file() else None
+def spellings(name: str) -> Iterator[str]:
+    """Yield a relative path as written, then as other systems write it: in another Unicode form, with slashes."""
+    for path in (name, name.replace("\\", "/")):
+        yield from dict.fromkeys((path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)))
 
 
 def list_folder(
@@ -181,6 +201,7 @@ def list_folder(
         classes = _class_folders(root)
         if not classes:
             raise UserError(f"{root}: no class folders in it; put the {noun} of each class in a folder of its name")
+        _refuse_links(classes, root)
         _tally_loose(root, suffixes, tally)
         files: list[tuple[Path, str]] = []
         deeper: list[tuple[Path, str]] = []
@@ -210,10 +231,15 @@ def list_folder(
 
 
 def note_labels(tally: Tally, labels: Collection[str]) -> None:
-    """Point out labels that look like a missing value."""
+    """Point out labels that look like a missing value, or hold letters that look like others."""
     for label in like_missing(sorted(set(labels))):
         count = sum(one == label for one in labels)
         tally.notes.append(f"label {label!r} ({count} examples) reads like a missing value; is it an action?")
+    for label in sorted(set(labels)):
+        if scripts := mixed_scripts(label):
+            tally.notes.append(
+                f"label {label!r} mixes {' and '.join(scripts).lower()} letters in a word; was one typed by mistake?"
+            )
 
 
 def _class_folders(root: Path) -> list[Path]:
@@ -222,6 +248,15 @@ def _class_folders(root: Path) -> list[Path]:
     folders = (path for path in root.iterdir() if not _why_ignored(path.name) and path.is_dir())
     kept = (path for path in folders if not here.is_relative_to(path.resolve()))
     return sorted(kept, key=lambda path: natural_key(path.name))
+
+
+def _refuse_links(classes: Sequence[Path], root: Path) -> None:
+    """Refuse class folders that are one folder by a link: each image has one label."""
+    seen: dict[Path, Path] = {}
+    for folder in classes:
+        other = seen.setdefault(folder.resolve(), folder)
+        if other is not folder:
+            raise UserError(f"{root}: classes {other.name!r} and {folder.name!r} are one folder by a link; remove it")
 
 
 def _tally_loose(root: Path, suffixes: Collection[str], tally: Tally) -> None:
@@ -253,8 +288,8 @@ def _split_folder(root: Path, spec: Spec, split: str, suffixes: Collection[str],
         )
     if found is None:
         return root
-    alike = [name for name in folders if name_key(name) == name_key(found)]
-    if len(alike) > 1 and found != split:
+    alike = [name for name in splits if name_key(name) == name_key(found)]
+    if len(alike) > 1 and not exactly:
         raise UserError(f"{root}: the folders {' and '.join(map(repr, alike))} are one split by name; join them")
     _tally_loose(root, suffixes, tally)
     if others := [name for name in folders if name_key(name) not in known and name != found]:

@@ -1,8 +1,9 @@
 """The rules for names of classes, columns and splits: which are equal, which are refused, and how they are sorted.
 
 - Invisible differences are removed: outer and repeated spaces, the Unicode form (NFC), invisible characters.
-- Two classes that then differ only by case, by `_` for a space, by a compatibility form (full-width letters) or as
-  spellings of one number (`0`, `0.0`) are refused: a reader and a text encoder can't tell them apart.
+- Two classes that then differ only by case, by `_` for a space, by a compatibility form (full-width letters), by the
+  kind of a dash or an apostrophe, by a dot at the end, or as spellings of one number (`0`, `0.0`, `0e0`) are refused: a
+  reader can't tell them apart.
 - Control characters and bytes that aren't text are refused.
 """
 
@@ -13,7 +14,11 @@ from collections.abc import Iterable, Sequence
 from clip_har_jax.errors import UserError, nearest
 
 NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-NUMBER = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]*))?")
+NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(?:e([+-]?[0-9]{1,3}))?")
+# Dashes and apostrophes that look the same, and those that word processors put in their place
+LOOK_ALIKE = str.maketrans(
+    dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-") | dict.fromkeys("\u2018\u2019\u02bc\u00b4`", "'")
+)
 LIKE_MISSING = frozenset({"nan", "none", "na", "n/a", "null", "nil", "unknown", "?", "-"})
 JOINERS = "\u200c\u200d"  # parts of words in Persian and in Indic scripts, and of emoji
 # Default_Ignorable_Code_Point of Unicode's DerivedCoreProperties.txt, less JOINERS
@@ -61,9 +66,15 @@ def check_text(name: str, where: str) -> None:
 
 def name_key(name: str) -> str:
     """Return a key that is equal for names that a reader can't tell apart."""
-    text = _strip_invisible(unicodedata.normalize("NFKC", _strip_invisible(name)).replace("_", " ").casefold())
+    plain = _strip_invisible(name).translate(LOOK_ALIKE)  # before NFKC, which splits some of them
+    text = _strip_invisible(unicodedata.normalize("NFKC", plain).replace("_", " ").casefold())
+    text = "".join(str(unicodedata.decimal(one)) if one.isdecimal() else one for one in text)
+    text = text.rstrip(" .") or text  # Windows drops them from the names of folders
     if number := NUMBER.fullmatch(text):
-        sign, whole, fraction = number[1], number[2].lstrip("0"), (number[3] or "").rstrip("0")
+        sign, whole, fraction = number[1], number[2], number[3] or ""
+        point = len(whole) + int(number[4] or 0)
+        digits = "0" * -point + whole + fraction + "0" * (point - len(whole + fraction))
+        whole, fraction = digits[: max(0, point)].lstrip("0"), digits[max(0, point) :].rstrip("0")
         digits = f"{whole or '0'}.{fraction}" if fraction else whole or "0"
         return f"-{digits}" if sign == "-" and digits != "0" else digits
     return text
@@ -100,6 +111,19 @@ def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
 def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     """Return each name once, in natural order."""
     return tuple(sorted(set(names), key=natural_key))
+
+
+def mixed_scripts(label: str) -> list[str]:
+    """Return the alphabets of a word whose letters look the same in several of them; empty for most labels.
+
+    >>> mixed_scripts("\u0441at")
+    ['CYRILLIC', 'LATIN']
+    """
+    for word in label.split():
+        scripts = {unicodedata.name(one, "").partition(" ")[0] for one in word if one.isalpha()}
+        if len(found := scripts & {"LATIN", "CYRILLIC", "GREEK"}) > 1:
+            return sorted(found)
+    return []
 
 
 def like_missing(labels: Sequence[str]) -> list[str]:

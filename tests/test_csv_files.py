@@ -26,15 +26,39 @@ def test_csv_of_a_spreadsheet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b"filename;label\r\na.jpg;run\r\n",
+        b"sep=;\r\nlabel;filename\r\nrun;a.jpg\r\n",
+        b"filename\tlabel\na.jpg\trun\n",
+        '\ufeff"filename"\t"label"\r\na.jpg\trun\r\n'.encode("utf-16-le"),
+        b"filename,label\ra.jpg,run\r",
+    ],
+)
+def test_csv_of_other_spreadsheets(tmp_path: Path, content: bytes) -> None:
+    """With semicolons where a comma is the decimal point, with tabs, as Unicode text, with a Mac's line ends."""
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "x.csv").write_bytes(content)
+    assert [label for _, label in listed(f"csv:{tmp_path}/x.csv")] == ["run"]
+
+
+def test_csv_names_a_file_in_another_unicode_form(tmp_path: Path) -> None:
+    """As macOS and Linux write them."""
+    touch(tmp_path, "cafe\u0301.jpg", "b\u00e4r.jpg")
+    write_csv(tmp_path / "x.csv", ["caf\u00e9.jpg,run", "ba\u0308r.jpg,walk"])
+    assert [label for _, label in listed(f"csv:{tmp_path}/x.csv")] == ["run", "walk"]
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"file,class\na.jpg,run\n", "it has 'file,class'"),
-        (b"filename;label\na.jpg;run\n", "comma-separated"),
+        (b"filename|label\na.jpg|run\n", "comma-separated"),
         (b"", "it has 'nothing'"),
         (b"filename,label\n", "no rows below the header"),
         (b"filename,label\na.jpg,run\na.jpg\n", "line 3 has no filename or no label"),
         (b"filename,label\na.jpg,run\n\n,run\n", "line 4 has no filename or no label"),
-        (b"\xff\xfef\x00i\x00", "save it as comma-separated UTF-8"),
+        (b"filename,label\na.jpg,caf\xe9\n", "save it as comma-separated UTF-8"),
         (
             b"filename,label\na.jpg,run\nb.jpg,run\nc.jpg,run\n",
             "2 of 3 files are missing, the first is 'b.jpg' (line 3)",

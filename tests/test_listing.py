@@ -173,3 +173,27 @@ def test_classes_in_natural_order_and_missing_values_pointed_out(tmp_path: Path)
     assert tally_of(f"folder:{tmp_path}").notes == [
         "label 'nan' (1 examples) reads like a missing value; is it an action?"
     ]
+
+
+@pytest.mark.timeout(60)  # it would wait for a writer
+def test_what_is_no_file_is_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "run/1.jpg", "walk/2.jpg")
+    os.mkfifo(tmp_path / "run" / "pipe.jpg")
+    os.symlink(tmp_path / "run" / "pipe.jpg", tmp_path / "walk" / "link.jpg")
+    assert tally_of(f"folder:{tmp_path}").ignored == {"pipes, sockets or devices": 2}
+
+
+def test_two_classes_that_are_one_folder_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "run/1.jpg", "walk/2.jpg")
+    os.symlink(tmp_path / "run", tmp_path / "jog")
+    assert "classes 'jog' and 'run' are one folder by a link" in refusal(f"folder:{tmp_path}")
+
+
+def test_a_split_with_two_folders_is_refused_whatever_is_asked_for(tmp_path: Path) -> None:
+    touch(tmp_path, "Train/run/1.jpg", "train/run/2.jpg")
+    assert "are one split by name" in refusal(f"folder:{tmp_path}", "train")
+
+
+def test_a_letter_of_another_alphabet_is_pointed_out(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg", "c\u0430t/2.jpg")
+    assert any("mixes cyrillic and latin letters" in note for note in tally_of(f"folder:{tmp_path}").notes)

@@ -47,6 +47,15 @@ def test_names_that_are_no_text_are_refused(name: str) -> None:
         ("1" * 40, "1" * 40 + ".0"),
         ("7" * 5000, "0" + "7" * 5000),
         ("-0.50", "-0.5"),
+        ("1", "1e0"),
+        ("0.015", "1.50e-2"),
+        ("120", "1.2e+02"),
+        (".5", "0.5"),
+        ("12", "\u0661\u0662"),
+        ("riding-bike", "riding\u2010bike"),
+        ("riding-bike", "riding \u2013bike".replace(" ", "")),
+        ("don't run", "don\u2019t run"),
+        ("running", "running."),
     ],
 )
 def test_classes_that_read_alike_are_refused(first: str, second: str) -> None:
@@ -56,7 +65,9 @@ def test_classes_that_read_alike_are_refused(first: str, second: str) -> None:
 
 
 def test_classes_that_differ_are_kept() -> None:
-    check_distinct(["run", "running", "0", "1", "0.5", "10", "100", "a-b", "ab", "-1", "1" * 40, "1" * 39 + "2"], "x")
+    check_distinct(
+        ["run", "running", "0", "1", "0.5", "10", "100", "a-b", "ab", "-1", "e1", "1" * 40, "1" * 39 + "2"], "x"
+    )
 
 
 def test_numbers_in_names_sort_as_numbers() -> None:

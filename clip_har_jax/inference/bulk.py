@@ -22,7 +22,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.files import atomic, write_json
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.predictor import Predictor
-from clip_har_jax.listing import Tally, find_images, read_path_lines, turned_path
+from clip_har_jax.listing import Tally, find_images, read_path_lines, spellings
 from clip_har_jax.names import name_key
 
 Row = tuple[str, str | np.ndarray]  # an input, and its probabilities or the error
@@ -113,9 +113,8 @@ def _beside(manifest: Path, value: Any, column: str) -> str:
         raise UserError(f"{manifest}: column {column!r} holds {value!r}; each row needs a path")
     if Path(value).is_absolute() or Path(value).exists():
         return value
-    beside = manifest.parent / value
-    turned = None if beside.exists() else turned_path(manifest.parent, value)
-    return str(turned or beside)
+    beside = (manifest.parent / name for name in spellings(value))
+    return str(next((path for path in beside if path.exists()), manifest.parent / value))
 
 
 def predict_bulk(
