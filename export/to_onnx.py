@@ -166,7 +166,7 @@ def write_int8(
     quiet_quantiser()
     for graph in graphs:
         if graph.name == "clip_head":
-            save(to_proto(graph), folder / f"{graph.name}.onnx")
+            save(convert(graph), folder / f"{graph.name}.onnx")
             continue
         with tempfile.TemporaryDirectory() as scratch:
             source, target = Path(scratch) / "float32.onnx", Path(scratch) / "int8.onnx"

