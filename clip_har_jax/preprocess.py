@@ -21,6 +21,8 @@ from clip_har_jax.image_formats import format_of, format_titles, is_arithmetic_j
 PREPROCESS_VERSION = 1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of openai/CLIP's clip.py, in RGB, of values 0 to 1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)  # mean and deviation of SigLIP's
+RESAMPLING = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 MAX_MEGAPIXELS = 50.0
 MIN_SIDE_PX = 2
 MAX_ASPECT = 200  # longer side over shorter
@@ -46,6 +48,7 @@ class Preprocess:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     keep_aspect: bool = True
+    resample: int = int(Image.Resampling.BICUBIC)
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_size_px: int) -> "Preprocess":
@@ -77,10 +80,13 @@ class Preprocess:
             crop = resize
         if crop != image_size_px:
             raise UserError(f"{path}: images of {crop} px, but the model takes {image_size_px} px")
-        mean, std = _triple(values, "image_mean", CLIP_MEAN, path), _triple(values, "image_std", CLIP_STD, path)
+        siglip = str(values.get("image_processor_type", "")).startswith("Siglip")
+        default_mean, default_std = (HALF, HALF) if siglip else (CLIP_MEAN, CLIP_STD)
+        mean, std = _triple(values, "image_mean", default_mean, path), _triple(values, "image_std", default_std, path)
         if not values.get("do_normalize", True):
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        return cls(crop, None if resize == crop else resize, mean, std, keep_aspect)
+        resample = int(values.get("resample") or Image.Resampling.BICUBIC)
+        return cls(crop, None if resize == crop else resize, mean, std, keep_aspect, resample)
 
     def to_json(self) -> str:
         """Return the contents of preprocessor_config.json, readable by `transformers.CLIPImageProcessor`."""
@@ -90,7 +96,7 @@ class Preprocess:
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": resize} if self.keep_aspect else {"height": resize, "width": resize},
-            "resample": int(Image.Resampling.BICUBIC),
+            "resample": self.resample,
             "do_center_crop": True,
             "crop_size": {"height": side, "width": side},
             "do_rescale": True,
@@ -123,8 +129,11 @@ def _refuse_other_transforms(values: dict[str, Any], path: Path) -> None:
         "do_resize": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "resample": int(Image.Resampling.BICUBIC),
     }
+    resample = values.get("resample")
+    if resample is not None and resample not in RESAMPLING:
+        accepted = " or ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
+        raise UserError(f"{path}: resample {resample!r}; use {accepted}")
     for name, value in expected.items():
         given = values.get(name)
         if given is not None and (not isinstance(given, int | float) or abs(given - value) > 1e-6):
@@ -283,7 +292,7 @@ def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preproce
     size, resize = preprocess.image_size_px, preprocess.resize_px or preprocess.image_size_px
     long = int(resize * max(height, width) / min(height, width)) if preprocess.keep_aspect else resize
     shape = (resize, long) if width <= height else (long, resize)  # width, height
-    resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+    resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling(preprocess.resample)))
     top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
     return _crop(resized, top, left, size)
 

@@ -207,6 +207,10 @@ class Tokenizer:
         for name, content in files.items():
             (folder / name).write_text(content + "\n", encoding="utf-8")
 
+    def words(self, text: str) -> list[int]:
+        """Return the tokens of a text, without the begin and end tokens."""
+        return self._tokenizer.encode(text).ids[1:-1]
+
     def __call__(self, texts: Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids and attention masks, int32 [n, context_length] each.
 

@@ -24,7 +24,7 @@ from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.models.params import make_model
 from clip_har_jax.models.pretrained import read_config, read_params
 from clip_har_jax.preprocess import MAX_MEGAPIXELS, PREPROCESS_VERSION, BadImage, decode, evaluation_transform
-from clip_har_jax.text import Tokenizer
+from clip_har_jax.tokenization import read_tokenizer
 from clip_har_jax.video.sampling import FrameSampling
 from export.graphs import ClipShape, Graph, make_graphs
 
@@ -154,7 +154,7 @@ def write_contract(model: OpenedModel, folder: Path) -> None:
     """Write the files that all formats share: classes, image settings, tokenizer, signatures of the graphs."""
     bundle.write_actions(folder, model.actions)
     model.backend.preprocess.save(folder)
-    Tokenizer.from_folder(model.folder).save(folder)
+    read_tokenizer(model.folder).save(folder)
     graphs = {
         graph.name: {"inputs": graph.inputs, "outputs": graph.outputs, "params": sorted(graph.params)}
         for graph in model.graphs

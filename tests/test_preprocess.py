@@ -443,7 +443,7 @@ def test_older_processor_config_without_image_part(tmp_path: Path) -> None:
         ({"do_resize": False}, "do_resize False"),
         ({"do_rescale": False}, "do_rescale False"),
         ({"rescale_factor": 1.0}, "rescale_factor 1.0"),
-        ({"resample": 2}, "resample 2"),
+        ({"resample": 1}, "resample 1; use 2 (bilinear) or 3 (bicubic)"),
         ({"resample": "bicubic"}, "resample 'bicubic'"),
         ({"do_center_crop": False}, "do_center_crop false leaves images that aren't square"),
         ({"image_mean": [0.5, 0.5]}, "image_mean [0.5, 0.5]; three numbers"),

@@ -23,7 +23,7 @@ from clip_har_jax.inference.backends import (
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.runtimes import Graphs, exported_folder, first_that_runs, providers, read_signature
 from clip_har_jax.preprocess import PREPROCESS_VERSION, Preprocess
-from clip_har_jax.text import Tokenizer
+from clip_har_jax.tokenization import read_tokenizer
 
 
 class ExportedBackend:
@@ -66,7 +66,7 @@ class ExportedBackend:
         self.preprocess = Preprocess.from_folder(folder, signature["graphs"]["classifier"]["inputs"]["image"][1][1])
         self.logit_scale = signature["logit_scale"]
         self._context_length = signature["graphs"]["text_encoder"]["inputs"]["input_ids"][1][1]
-        self._tokenizer = Tokenizer.from_folder(folder)
+        self._tokenizer = read_tokenizer(folder)
         self._classes: np.ndarray | None = None
         if classes:
             self._classes = self.embed_classes([actions.prompts[label] for label in actions.labels])

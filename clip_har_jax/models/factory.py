@@ -19,6 +19,7 @@ from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.two_towers import TwoTowers
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer
+from clip_har_jax.tokenization import TextTokenizer, read_tokenizer
 
 VOCABULARY_SIZE = 1024  # of a tokenizer trained on a run's own prompts
 
@@ -32,7 +33,7 @@ class BaseModel:
 
     config: TwoTowerConfig
     params: Params | None
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     preprocess: Preprocess
     head: "BaseHead | None" = None
 
@@ -51,7 +52,7 @@ class LoadedModel:
     """A model with its tokenizer and preprocessing."""
 
     model: TwoTowers
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     preprocess: Preprocess
     path: Path
 
@@ -91,7 +92,7 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
     preprocess = Preprocess.from_folder(folder, old.vision.image_size)
     if config.vision != old.vision:
         preprocess = dataclasses.replace(preprocess, image_size_px=config.vision.image_size)
-    return BaseModel(config, params, Tokenizer.from_folder(folder), preprocess, _base_head(folder, config))
+    return BaseModel(config, params, read_tokenizer(folder), preprocess, _base_head(folder, config))
 
 
 def _base_head(folder: Path, config: TwoTowerConfig) -> BaseHead | None:
@@ -154,7 +155,7 @@ def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
     config = read_config(folder)
     return LoadedModel(
         make_model(config, on_device(read_params(folder, config)), runtime),
-        Tokenizer.from_folder(folder),
+        read_tokenizer(folder),
         Preprocess.from_folder(folder, config.vision.image_size),
         folder,
     )

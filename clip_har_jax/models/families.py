@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.models import clip
+from clip_har_jax.models import clip, siglip
 from clip_har_jax.models.configuration import TwoTowerConfig, check_config
 from clip_har_jax.models.two_towers import TwoTowers
 from clip_har_jax.preprocess import Preprocess
@@ -37,6 +37,14 @@ class Family:
 
 FAMILIES = {
     "clip": Family(clip.FlaxCLIPModel, clip.config_from_hf, clip.config_to_hf, clip.SIZES, clip.HUB_SIZES, Preprocess),
+    "siglip": Family(
+        siglip.FlaxSiglipModel,
+        siglip.config_from_hf,
+        siglip.config_to_hf,
+        siglip.SIZES,
+        siglip.HUB_SIZES,
+        siglip.preprocess,
+    ),
 }
 NAMED_SIZES = {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
 HUB_SIZES = {name: size for family in FAMILIES.values() for name, size in family.hub_sizes.items()}

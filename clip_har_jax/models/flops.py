@@ -23,7 +23,10 @@ def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
         tokens, embedding = tower.context_length, 0
     linear_layers = 2 * tokens * (4 * dim * dim + 2 * dim * tower.intermediate_size)
     attention = 2 * 2 * tokens * tokens * dim
-    return embedding + tower.num_layers * (linear_layers + attention) + 2 * dim * projection_dim
+    last = 2 * dim * projection_dim
+    if isinstance(tower, VisionConfig) and tower.pooling == "attention":  # one query, in place of a projection
+        last = 2 * 2 * (tokens + 1) * dim * dim + 2 * 2 * tokens * dim + 2 * 2 * dim * tower.intermediate_size
+    return embedding + tower.num_layers * (linear_layers + attention) + last
 
 
 def temporal_flops(clip: TwoTowerConfig, num_frames: int) -> int:

@@ -53,6 +53,15 @@ def _expand(parts: list[tuple[str, str, Any]]) -> Table:
     return {f"{ours}.{a}": Weight(f"{theirs}.{b}", how) for ours, theirs, kind in parts for a, b, how in kind}
 
 
+def _joined(ours: str, theirs: str) -> Table:
+    """Return the entries of an attention whose queries, keys and values are one tensor, `theirs` + weight or bias."""
+    return {
+        f"{ours}.{name}.{a}": Weight(theirs + b, how, part, 3)
+        for part, name in enumerate(("query", "key", "value"))
+        for a, b, how in _LINEAR
+    }
+
+
 def _hf_towers() -> Table:
     """Return the parts that CLIP and SigLIP share in Hugging Face's layout."""
     table = {
@@ -80,6 +89,22 @@ TABLES: dict[str, Table] = {
         "visual_projection.kernel": Weight("visual_projection.weight", "transpose"),
         "vision.class_embedding": Weight("vision_model.embeddings.class_embedding"),
         **_expand([("vision.pre_norm", "vision_model.pre_layrnorm", _NORM)]),  # the spelling of every published file
+        **_hf_towers(),
+    },
+    "siglip": {
+        "logit_scale": Weight("logit_scale", "lead1"),
+        "logit_bias": Weight("logit_bias", "lead1"),
+        "vision.patch_embedding.bias": Weight("vision_model.embeddings.patch_embedding.bias"),
+        "vision.pool.probe": Weight("vision_model.head.probe", "lead2"),
+        **_joined("vision.pool.attention", "vision_model.head.attention.in_proj_"),
+        **_expand(
+            [
+                ("text_projection", "text_model.head", _LINEAR),
+                ("vision.pool.attention.out", "vision_model.head.attention.out_proj", _LINEAR),
+                ("vision.pool.norm", "vision_model.head.layernorm", _NORM),
+                *((f"vision.pool.{ours}", f"vision_model.head.{theirs}", kind) for ours, theirs, kind in _MLP),
+            ]
+        ),
         **_hf_towers(),
     },
 }

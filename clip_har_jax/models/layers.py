@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's towers
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # LAION's
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # SigLIP's
 }
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -12,6 +12,7 @@ no bias on that path, and starts at 0. So a photograph (a clip of one frame) and
 exactly the image model's output, and an untrained model averages the frames.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -137,15 +138,16 @@ class SpaceTimeAdapter(nnx.Module):
         self.up = linear(hidden, dim, ("mlp", "embed"), rngs, runtime, std=0.0, use_bias=False)
 
     def __call__(self, x: Float[Array, "f n d"], num_frames: int) -> Float[Array, "f n d"]:
-        """Return the addition to the tokens [clips * frames, 1 + patches, dim]."""
+        """Return the addition to the tokens [clips * frames, tokens, dim], class token first if there is one."""
         _, tokens, dim = x.shape
-        side = round((tokens - 1) ** 0.5)
+        side = math.isqrt(tokens)
+        first = tokens - side * side  # class tokens: 1 or 0
         hidden = self.down(difference(x.reshape(-1, num_frames, tokens, dim)))
         width = hidden.shape[-1]
         taps = self.taps[...].astype(hidden.dtype)
-        patches = hidden[:, :, 1:].reshape(-1, num_frames, side, side, width)
-        seen = depthwise_conv(patches, taps, (1, 2, 3)).reshape(-1, num_frames, tokens - 1, width)
-        token = depthwise_conv(hidden[:, :, :1], taps[:, 1, 1], (1,))
+        patches = hidden[:, :, first:].reshape(-1, num_frames, side, side, width)
+        seen = depthwise_conv(patches, taps, (1, 2, 3)).reshape(-1, num_frames, side * side, width)
+        token = depthwise_conv(hidden[:, :, :first], taps[:, 1, 1], (1,))
         return self.up(jnp.concatenate([token, seen], axis=2)).reshape(x.shape)
 
 

@@ -82,8 +82,7 @@ class Run:
                 f"config.method.prompt_length is {taken}; the text tower takes {whole} tokens in all, leave some for "
                 "the classes' names"
             )
-        ids, mask = self.base.tokenizer([config.prompt_init], whole)
-        words = ids[0, 1 : mask[0].sum() - 1]
+        words = np.asarray(self.base.tokenizer.words(config.prompt_init), np.int32)
         if len(words) > taken:
             raise UserError(
                 f"config.method.prompt_init={config.prompt_init!r} is {len(words)} tokens; set method.prompt_length to "

@@ -211,7 +211,7 @@ class Method:
                 mesh=self.mesh,
                 kind="sigmoid" if self.loss == "sigmoid" else "softmax",
                 label=None if self.loss == "softmax" else batch.label,
-                logit_bias=_even_bias(image, text, scale, batch.mask) if self.loss == "sigmoid" else 0.0,
+                logit_bias=self._pair_bias(params, image, text, batch.mask),
             )
             return losses, scale * image @ mean_class_embeddings(
                 embeddings, classes.class_of_prompt, self.num_classes
@@ -228,6 +228,14 @@ class Method:
             class_weights=None if self.class_weights is None else jnp.asarray(self.class_weights),
         )
         return losses, logits
+
+    def _pair_bias(
+        self, params: Params, image: Float[Array, "b d"], text: Float[Array, "b d"], mask: Float[Array, " b"]
+    ) -> Float[Array, ""] | float:
+        """Return the bias of the logits of pairs: the model's own where it has one."""
+        if self.loss != "sigmoid":
+            return 0.0
+        return params.get("logit_bias", _even_bias(image, text, jnp.exp(params["logit_scale"]), mask))
 
     def export_params(self, params: Mapping[str, Any], class_embeddings: np.ndarray) -> tuple[Params, str, Params]:
         """Return the contents of a model folder: CLIP's parameters, the name of the head, the head's parameters.

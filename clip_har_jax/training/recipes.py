@@ -30,7 +30,7 @@ class Recipe:
     probes_first: bool = False
 
 
-WHOLE = ("text*", "vis*", "logit_scale", "head.*")
+WHOLE = ("text*", "vis*", "logit_scale", "logit_bias", "head.*")
 METHODS = {
     "zero_shot": Recipe((), ("cosine",), CLASS_LOSSES, learns_from="nothing"),
     # Radford et al. 2021, section 3.2
