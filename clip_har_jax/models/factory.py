@@ -143,6 +143,7 @@ def base_params(base: BaseModel, seed: int, shardings: Mapping[str, NamedShardin
 def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
     """Return a trained model, ready to compute.
 
+    >>> import jax
     >>> loaded = load("model")
     >>> ids, mask = loaded.tokenizer(["a person is dancing."], context_length=24)
     >>> loaded.model.encode_text(jax.numpy.asarray(ids)).shape

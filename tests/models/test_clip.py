@@ -28,7 +28,7 @@ HUB_SIZES = {
     "openai/clip-vit-large-patch14": "ViT-L/14",
     "openai/clip-vit-large-patch14-336": "ViT-L/14@336",
 }
-TRAINED_SIZES = {"runs/start/model": "mini"}  # folders that an earlier config trains
+TRAINED_SIZES = {"runs/start/model": "mini", "runs/motion/model": "mini"}  # folders that an earlier config trains
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
