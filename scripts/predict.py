@@ -22,7 +22,7 @@ from clip_har_jax import cli
 
 if TYPE_CHECKING:
     from clip_har_jax.inference.predictor import Prediction, Predictor
-    from clip_har_jax.inference.windows import FoundSegments
+    from clip_har_jax.inference.sliding_windows import FoundSegments
     from clip_har_jax.video.clips import TimedFrame
 
 LONG_WINDOWS = 2  # a video of more windows than this is long: its segments are printed
@@ -65,7 +65,7 @@ def _segment_finder(
 ) -> Callable[["Prediction"], "FoundSegments | None"]:
     """Return the function that finds the segments of a video; it returns None for what has none to print."""
     from clip_har_jax.errors import UserError
-    from clip_har_jax.inference.windows import choose_windows
+    from clip_har_jax.inference.sliding_windows import choose_windows
     from clip_har_jax.video.segments import SegmentRules
 
     if not predictor.backend.takes_clips:

@@ -8,13 +8,13 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 
 from clip_har_jax.image_formats import format_titles, readable_formats, sniff
+from clip_har_jax.inference.backends import softmax
 from clip_har_jax.video.decoding import is_video
 from serving.calls import Call, QueryCall, deadline_after, service_of
 from serving.classes import Prompts, TextClasses
 from serving.clips import answer_clip
 from serving.images import draw_heat_map
 from serving.loaded_models import Entry
-from serving.models import probabilities
 from serving.problems import Problem, responses
 from serving.requests import AnswerQuery, Upload
 from serving.schemas import (
@@ -90,8 +90,8 @@ async def _probs(call: Call, classes: TextClasses | None, pixels: np.ndarray) ->
     """Return the class probabilities of one decoded image."""
     batcher, model = call.service.batcher, call.model
     if classes is None:
-        return probabilities(await batcher.run(model.classify, pixels, call.deadline))
-    return probabilities(classes.logits(await batcher.run(model.embed, pixels, call.deadline)))
+        return softmax(await batcher.run(model.classify, pixels, call.deadline))
+    return softmax(classes.logits(await batcher.run(model.embed, pixels, call.deadline)))
 
 
 def make_answer(call: Call, classes: TextClasses | None, probs: np.ndarray, options: AnswerQuery) -> Answer:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax.inference.exported import ExportedBackend
-from clip_har_jax.inference.windows import Windows, choose_windows
+from clip_har_jax.inference.sliding_windows import Windows, choose_windows
 from serving.batcher import Costs, Lane
 
 HEADS_AT_ONCE = 8

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_har_jax.inference.backends import clip_sampling
+from clip_har_jax.inference.backends import clip_sampling, softmax
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.video.clips import read_views
 from clip_har_jax.video.decoding import BadVideo, TooSlow
 from clip_har_jax.video.sampling import FrameSampling
 from serving.classes import TextClasses
-from serving.models import ServedModel, probabilities
+from serving.models import ServedModel
 from serving.problems import Problem
 from serving.service import Service
 
@@ -62,4 +62,4 @@ async def answer_clip(
     views, damage = await in_decoder(service, deadline, decode_clip, data, *limits)
     async with service.batcher.admit(clips.whole, len(views)):
         logits = [await model.clip_logits(classes, frames, service.batcher, deadline) for frames in views]
-    return ClipAnswer(probabilities(np.stack(logits)).mean(axis=0), damage)
+    return ClipAnswer(softmax(np.stack(logits)).mean(axis=0), damage)

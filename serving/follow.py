@@ -14,13 +14,14 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from clip_har_jax.errors import UserError
+from clip_har_jax.inference.backends import softmax
 from clip_har_jax.inference.live_segments import Change, LiveSegments
+from clip_har_jax.inference.sliding_windows import LONGEST_S, FrameRing, Windows, choose_windows
 from clip_har_jax.inference.stream import EventDetector, EventRules
-from clip_har_jax.inference.windows import LONGEST_S, FrameRing, Windows, choose_windows
 from clip_har_jax.video.segments import BACKGROUND, SegmentRules
 from serving.batcher import Batcher
 from serving.classes import Prompts, TextClasses
-from serving.models import ServedModel, probabilities
+from serving.models import ServedModel
 from serving.problems import Problem
 from serving.requests import ModelQuery, Threshold, async_dependency
 from serving.service import Service
@@ -186,7 +187,7 @@ class WindowPath:
     async def window_probs(self, features: list[np.ndarray], deadline: float) -> np.ndarray:
         """Return the class probabilities of a window."""
         logits = await self._model.window_logits(self._classes, np.stack(features), self._batcher, deadline)
-        return probabilities(logits)
+        return softmax(logits)
 
     async def look(self, pixels: np.ndarray, time_s: float, deadline: float) -> Seen | None:
         """Take the next frame; return the answer where a window is due."""

@@ -11,9 +11,10 @@ import numpy as np
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, Field
 
+from clip_har_jax.inference.backends import softmax
 from serving.api import ALWAYS, BODY, COMPUTED, ModelName
 from serving.calls import LONGEST_MS, Call, Timeout, open_call, service_of
-from serving.models import ServedModel, probabilities
+from serving.models import ServedModel
 from serving.problems import Problem, responses
 from serving.requests import ModelChoice
 from serving.tensors import LENGTH, OUTPUTS, OutputRequest, clip_shape, parse, read_input, respond
@@ -202,6 +203,6 @@ async def _compute(call: Call, images: Sequence[np.ndarray | bytes], names: Sequ
     elif model.classes is not None:
         arrays["logits"] = model.classes.logits(arrays["image_embeds"])
     if "logits" in arrays:
-        arrays["probs"] = probabilities(arrays["logits"])
+        arrays["probs"] = softmax(arrays["logits"])
         arrays["label"] = np.asarray([model.labels[i] for i in arrays["logits"].argmax(axis=-1)], object)
     return arrays

@@ -25,12 +25,6 @@ CACHED_TEXTS = 8192
 TEXTS_AT_ONCE = 8  # of a request, before other requests have their turn
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax over the last axis, in the logits' precision."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
 def open_exported(path: Path, threads: int) -> ExportedBackend:
     """Open an exported folder, or one format in it, with a number of compute threads.
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Query, Request
 
+from clip_har_jax.inference.sliding_windows import FoundSegments, FrameRing, Window
 from clip_har_jax.inference.stream import Event
-from clip_har_jax.inference.windows import FoundSegments, FrameRing, Window
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.video.clips import iter_frames
 from clip_har_jax.video.decoding import BadVideo, TooSlow

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
-from clip_har_jax.evaluation.metrics import NUM_BINS, confidence_bins, log_softmax, softmax
+from clip_har_jax.evaluation.metrics import NUM_BINS, confidence_bins, log_softmax, softmax_float64
 
 COVERAGE = 0.9  # of the conformal sets
 WITHHELD = 0.5  # share of the validation mistakes to withhold ...
@@ -157,7 +157,7 @@ def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) ->
       label: their true classes.
     """
     temperature = fit_temperature(logits, label)
-    before, probs = softmax(logits), softmax(logits / temperature)
+    before, probs = softmax_float64(logits), softmax_float64(logits / temperature)
     thresholds = {
         "abstain": fit_abstention(probs, label),
         "coverage": COVERAGE,

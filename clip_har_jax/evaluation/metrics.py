@@ -19,7 +19,7 @@ def log_softmax(logits: Float[np.ndarray, "b c"]) -> Float64[np.ndarray, "b c"]:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def softmax(logits: Float[np.ndarray, "b c"]) -> Float64[np.ndarray, "b c"]:
+def softmax_float64(logits: Float[np.ndarray, "b c"]) -> Float64[np.ndarray, "b c"]:
     """Return probabilities in float64."""
     return np.exp(log_softmax(logits))
 

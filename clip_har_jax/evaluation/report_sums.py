@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
 from clip_har_jax.evaluation.calibration import aps_sets, split_conformal_sets
-from clip_har_jax.evaluation.metrics import NUM_BINS, confidence_bins, softmax
+from clip_har_jax.evaluation.metrics import NUM_BINS, confidence_bins, softmax_float64
 from clip_har_jax.evaluation.result import Predictions
 
 MOST_COUNTED = 5  # sizes of conformal sets with their own column
@@ -61,7 +61,7 @@ class ReportSums:
         if not len(part.label):
             return
         if self.temperature != 1.0:
-            confidence = softmax(part.logits * self.temperature).max(axis=-1)
+            confidence = softmax_float64(part.logits * self.temperature).max(axis=-1)
             bins = ReliabilityBins.of(confidence, part.predicted == part.label)
             self.unscaled = bins if self.unscaled is None else self.unscaled.merge(bins)
         if not {"coverage", "split_conformal", "aps"} <= set(self.thresholds):

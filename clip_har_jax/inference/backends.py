@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.config import VideoConfig
@@ -157,3 +157,9 @@ def clip_sampling(actions: bundle.Actions) -> FrameSampling:
 def rows_at_once(inputs: np.ndarray, batch_size: int) -> int:
     """Return how many rows of images, or of clips [n, t, h, w, 3], make a batch of about `batch_size` images."""
     return max(1, batch_size // inputs.shape[1]) if inputs.ndim == 5 else batch_size
+
+
+def softmax(logits: Float[np.ndarray, "*b c"]) -> Float[np.ndarray, "*b c"]:
+    """Return the probabilities of logits over the last dim, in their precision."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.windows import Windows
+from clip_har_jax.inference.sliding_windows import Windows
 from clip_har_jax.video.segments import BACKGROUND, SegmentRules
 
 

@@ -15,7 +15,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
 from clip_har_jax.inference.backends import clip_sampling
 from clip_har_jax.inference.exported import open_backend
-from clip_har_jax.inference.windows import FoundSegments, Windows, choose_windows, find_video_segments
+from clip_har_jax.inference.sliding_windows import FoundSegments, Windows, choose_windows, find_video_segments
 from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files, read_path_lines
 from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
 from clip_har_jax.video.clips import TimedFrame, iter_frames, read_clip

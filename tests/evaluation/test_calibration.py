@@ -58,7 +58,7 @@ def test_the_temperature_is_scikit_learns() -> None:
     given = FrozenEstimator(Given().fit(logits, label))
     reference = CalibratedClassifierCV(given, method="temperature", ensemble=False).fit(logits, label)
     probs = reference.predict_proba(logits)
-    ours = calibration.softmax(logits / calibration.fit_temperature(logits, label))
+    ours = calibration.softmax_float64(logits / calibration.fit_temperature(logits, label))
     np.testing.assert_allclose(ours, probs, atol=2e-4)
 
 
@@ -67,13 +67,13 @@ def test_a_model_without_mistakes_keeps_its_temperature() -> None:
     logits = 3 * np.eye(3, dtype=np.float32)[label]
     found = calibration.calibrate(logits, label)
     assert found.temperature == 1.0
-    assert found.thresholds["abstain"] == pytest.approx(calibration.softmax(logits).max(axis=1).min())
+    assert found.thresholds["abstain"] == pytest.approx(calibration.softmax_float64(logits).max(axis=1).min())
     assert found.report["abstention"]["answered"] == 1.0
 
 
 def test_scores_are_scikit_learns() -> None:
     logits, label = synthetic(2, 3000, 2.0)
-    probs = calibration.softmax(logits)
+    probs = calibration.softmax_float64(logits)
     scores = calibration.calibration_scores(probs, label)
     assert scores["nll"] == pytest.approx(log_loss(label, probs, labels=range(10)))
     assert scores["brier"] == pytest.approx(brier_score_loss(label, probs, labels=range(10), scale_by_half=False))
@@ -82,7 +82,7 @@ def test_scores_are_scikit_learns() -> None:
 @pytest.mark.parametrize(("adaptive", "strategy"), [(False, "uniform"), (True, "quantile")])
 def test_the_calibration_error_is_that_of_the_reliability_curve(adaptive: bool, strategy: str) -> None:
     logits, label = synthetic(3, 3000, 2.0)
-    probs = calibration.softmax(logits)
+    probs = calibration.softmax_float64(logits)
     confidence, right = probs.max(axis=1), (probs.argmax(axis=1) == label).astype(int)
     accuracy, mean = calibration_curve(right, confidence, n_bins=15, strategy=strategy)
     if adaptive:
@@ -106,10 +106,10 @@ def test_scaling_mends_an_overconfident_model() -> None:
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
 def test_conformal_sets_cover_new_examples(coverage: float) -> None:
     logits, label = synthetic(5, 4000, 2.0)
-    probs = calibration.softmax(logits)
+    probs = calibration.softmax_float64(logits)
     lowest, together = (fit(probs, label, coverage) for fit in (calibration.fit_split_conformal, calibration.fit_aps))
     new_logits, new = synthetic(6, 20000, 2.0)
-    new_probs, rows = calibration.softmax(new_logits), np.arange(len(new))
+    new_probs, rows = calibration.softmax_float64(new_logits), np.arange(len(new))
     split, aps = calibration.split_conformal_sets(new_probs, lowest), calibration.aps_sets(new_probs, together)
     assert split[rows, new].mean() == pytest.approx(coverage, abs=0.015)  # two standard errors
     assert coverage - 0.015 < aps[rows, new].mean() <= 1
@@ -129,7 +129,7 @@ def test_aps_scores_and_sets_by_hand() -> None:
 
 def test_too_few_examples_put_every_class_into_the_sets() -> None:
     logits, label = synthetic(8, 5)
-    probs = calibration.softmax(logits)
+    probs = calibration.softmax_float64(logits)
     assert calibration.fit_split_conformal(probs, label, 0.9) == 0.0
     assert calibration.fit_aps(probs, label, 0.9) == 1.0
     assert calibration.split_conformal_sets(probs, 0.0).all()

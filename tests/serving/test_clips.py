@@ -14,7 +14,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from clip_har_jax import Predictor
 from clip_har_jax.inference.exported import ExportedBackend
-from clip_har_jax.inference.windows import choose_windows, find_video_segments
+from clip_har_jax.inference.sliding_windows import choose_windows, find_video_segments
 from clip_har_jax.video.clips import iter_frames
 from clip_har_jax.video.segments import SegmentRules
 from export.run import ExportOptions, export_model

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from clip_har_jax import Predictor, UserError, bundle
 from clip_har_jax.inference.live_segments import Change, LiveSegments
-from clip_har_jax.inference.windows import FrameRing, Windows, choose_windows, find_video_segments, score_windows
+from clip_har_jax.inference.sliding_windows import (
+    FrameRing,
+    Windows,
+    choose_windows,
+    find_video_segments,
+    score_windows,
+)
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.video.clips import TimedFrame
 from clip_har_jax.video.decoding import BadVideo

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.backends import Backend, clip_sampling
+from clip_har_jax.inference.backends import Backend, clip_sampling, softmax
 from clip_har_jax.preprocess import evaluation_transform
 from clip_har_jax.video.clips import TimedFrame
 from clip_har_jax.video.decoding import BadVideo
@@ -219,9 +219,3 @@ def find_video_segments(
         found.damage = str(error)
     found.segments = find_segments(np.asarray(times), np.asarray(scores), backend.labels, rules, found.duration_s)
     return found
-
-
-def softmax(logits: Float32[np.ndarray, "*b c"]) -> Float32[np.ndarray, "*b c"]:
-    """Return probabilities over the last dim."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
