@@ -41,6 +41,9 @@ class Preprocess:
       resize_px: size of the shorter side before the centre crop; None: image_size_px.
       mean, std: of the normalisation, for values 0 to 1 in RGB.
       keep_aspect: False: resize both sides to resize_px, for folders that give a height and a width.
+      resample: Pillow's number of the way to resize, of `RESAMPLING`.
+      round_crop: an odd rest is halved by rounding to even, as torchvision and so open_clip do; a key of this project's
+        own in preprocessor_config.json. False: rounded down, as transformers does.
     """
 
     image_size_px: int
@@ -49,6 +52,7 @@ class Preprocess:
     std: tuple[float, float, float] = CLIP_STD
     keep_aspect: bool = True
     resample: int = int(Image.Resampling.BICUBIC)
+    round_crop: bool = False
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_size_px: int) -> "Preprocess":
@@ -86,7 +90,8 @@ class Preprocess:
         if not values.get("do_normalize", True):
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         resample = int(values.get("resample") or Image.Resampling.BICUBIC)
-        return cls(crop, None if resize == crop else resize, mean, std, keep_aspect, resample)
+        size = None if resize == crop else resize
+        return cls(crop, size, mean, std, keep_aspect, resample, bool(values.get("round_crop", False)))
 
     def to_json(self) -> str:
         """Return the contents of preprocessor_config.json, readable by `transformers.CLIPImageProcessor`."""
@@ -105,6 +110,8 @@ class Preprocess:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+        if self.round_crop:
+            values["round_crop"] = True
         return json.dumps(values, indent=2) + "\n"
 
     def save(self, folder: str | Path) -> None:
@@ -293,7 +300,8 @@ def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preproce
     long = int(resize * max(height, width) / min(height, width)) if preprocess.keep_aspect else resize
     shape = (resize, long) if width <= height else (long, resize)  # width, height
     resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling(preprocess.resample)))
-    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    halved = (lambda rest: round(rest / 2)) if preprocess.round_crop else (lambda rest: rest // 2)
+    top, left = halved(resized.shape[0] - size), halved(resized.shape[1] - size)
     return _crop(resized, top, left, size)
 
 

@@ -82,6 +82,11 @@ class PublishedTokenizer:
         files = self._files | {"tokenizer_config.json": (json.dumps(merged, indent=2) + "\n").encode()}
         return PublishedTokenizer(files, self._encode, self.pad_token_id, merged)
 
+    @property
+    def last_special_id(self) -> int:
+        """The id of the special token that ends every text."""
+        return self._encode("")[0][-1]
+
     def words(self, text: str) -> list[int]:
         """Return the tokens of a text, without special ones."""
         tokens, first, last = self._encode(self._clean(text))

@@ -22,9 +22,8 @@ from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.runtimes import ORIGIN, SIGNATURE
 from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.models.params import make_model
-from clip_har_jax.models.pretrained import read_config, read_params
+from clip_har_jax.models.pretrained import read_config, read_folder_tokenizer, read_params
 from clip_har_jax.preprocess import MAX_MEGAPIXELS, PREPROCESS_VERSION, BadImage, decode, evaluation_transform
-from clip_har_jax.tokenization import read_tokenizer
 from clip_har_jax.video.sampling import FrameSampling
 from export.graphs import ClipShape, Graph, make_graphs
 
@@ -154,7 +153,7 @@ def write_contract(model: OpenedModel, folder: Path) -> None:
     """Write the files that all formats share: classes, image settings, tokenizer, signatures of the graphs."""
     bundle.write_actions(folder, model.actions)
     model.backend.preprocess.save(folder)
-    read_tokenizer(model.folder).save(folder)
+    read_folder_tokenizer(model.folder).save(folder)
     graphs = {
         graph.name: {"inputs": graph.inputs, "outputs": graph.outputs, "params": sorted(graph.params)}
         for graph in model.graphs

@@ -77,13 +77,20 @@ class JaxBackend:
         self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._tensors = self._entry.tensors() or self._make_tensors()
         size = int(self._tensors["image_size_px"])
-        self.preprocess = Preprocess.from_folder(self.path, size)
+        self.preprocess = self._read_preprocess(size)
 
     def release(self) -> None:
         """Free the weights and the compiled programs; they are read again when they are needed."""
         for name in ("_loaded", "_params", "_restore", "_image_params", "_explain", "_encode_text", "_pool"):
             self.__dict__.pop(name, None)
         self._programs.clear()
+
+    def _read_preprocess(self, image_size_px: int) -> Preprocess:
+        if (self.path / "config.json").is_file():
+            return Preprocess.from_folder(self.path, image_size_px)
+        from clip_har_jax.models.pretrained import read_preprocess
+
+        return read_preprocess(self.path, image_size_px)
 
     @property
     def scale(self) -> float:
@@ -186,7 +193,10 @@ class JaxBackend:
         if "_image_params" in self.__dict__:
             return self._image_params
         (avals, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-        table = TABLES[read_object(self.path / "config.json").get("model_type", "clip")]
+        config = self.path / "config.json"
+        if not config.is_file():  # an open_clip folder
+            return None
+        table = TABLES[read_object(config).get("model_type", "clip")]
         own = {name: aval.shape for name, aval in avals.items() if name in table}
         added = [name for name in avals if name not in table]
         file = self.path / "model.safetensors"

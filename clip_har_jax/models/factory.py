@@ -14,12 +14,19 @@ from clip_har_jax.models.families import HUB_SIZES, NAMED_SIZES, family_of
 from clip_har_jax.models.head_file import read_head
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, init_temporal, make_model
-from clip_har_jax.models.pretrained import on_device, read_config, read_params, resize_positions
+from clip_har_jax.models.pretrained import (
+    on_device,
+    read_config,
+    read_folder_tokenizer,
+    read_params,
+    read_preprocess,
+    resize_positions,
+)
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.two_towers import TwoTowers
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer
-from clip_har_jax.tokenization import TextTokenizer, read_tokenizer
+from clip_har_jax.tokenization import TextTokenizer
 
 VOCABULARY_SIZE = 1024  # of a tokenizer trained on a run's own prompts
 
@@ -89,10 +96,10 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
         )
     config = dataclasses.replace(_resized(old, image_size_px), temporal=temporal)
     params = resize_positions(read_params(folder, old), old, config)
-    preprocess = Preprocess.from_folder(folder, old.vision.image_size)
+    preprocess = read_preprocess(folder, old.vision.image_size)
     if config.vision != old.vision:
         preprocess = dataclasses.replace(preprocess, image_size_px=config.vision.image_size)
-    return BaseModel(config, params, read_tokenizer(folder), preprocess, _base_head(folder, config))
+    return BaseModel(config, params, read_folder_tokenizer(folder), preprocess, _base_head(folder, config))
 
 
 def _base_head(folder: Path, config: TwoTowerConfig) -> BaseHead | None:
@@ -156,7 +163,7 @@ def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
     config = read_config(folder)
     return LoadedModel(
         make_model(config, on_device(read_params(folder, config)), runtime),
-        read_tokenizer(folder),
-        Preprocess.from_folder(folder, config.vision.image_size),
+        read_folder_tokenizer(folder),
+        read_preprocess(folder, config.vision.image_size),
         folder,
     )

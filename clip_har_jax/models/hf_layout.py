@@ -110,6 +110,88 @@ TABLES: dict[str, Table] = {
 }
 
 
+_OPEN_CLIP_LAYER = (
+    ("norm1", "ln_1", _NORM),
+    ("attention.out", "attn.out_proj", _LINEAR),
+    ("norm2", "ln_2", _NORM),
+    ("mlp.fc1", "mlp.c_fc", _LINEAR),
+    ("mlp.fc2", "mlp.c_proj", _LINEAR),
+)
+_TIMM_LAYER = (
+    ("norm1", "norm1", _NORM),
+    ("attention.out", "attn.proj", _LINEAR),
+    ("norm2", "norm2", _NORM),
+    *_MLP,
+)
+
+
+def _open_clip_text(prefix: str) -> Table:
+    """Return the parts of a text tower in open_clip's layout, whose names begin so."""
+    layer = prefix + "transformer.resblocks.{i}."
+    return {
+        "text.token_embedding": Weight(prefix + "token_embedding.weight"),
+        "text.position_embedding": Weight(prefix + "positional_embedding"),
+        **_joined("text.layers.attention", layer + "attn.in_proj_"),
+        **_expand([("text.final_norm", prefix + "ln_final", _NORM)]),
+        **_expand([(f"text.layers.{ours}", layer + theirs, kind) for ours, theirs, kind in _OPEN_CLIP_LAYER]),
+    }
+
+
+def _open_clip(prefix: str) -> Table:
+    """Return the table of open_clip's CLIP, whose text tower's names begin so."""
+    layer = "visual.transformer.resblocks.{i}."
+    return {
+        "logit_scale": Weight("logit_scale"),
+        "text_projection.kernel": Weight(prefix + "text_projection"),
+        "visual_projection.kernel": Weight("visual.proj"),
+        "vision.class_embedding": Weight("visual.class_embedding"),
+        "vision.position_embedding": Weight("visual.positional_embedding"),
+        "vision.patch_embedding.kernel": Weight("visual.conv1.weight", "patch"),
+        **_joined("vision.layers.attention", layer + "attn.in_proj_"),
+        **_expand([("vision.pre_norm", "visual.ln_pre", _NORM), ("vision.post_norm", "visual.ln_post", _NORM)]),
+        **_expand([(f"vision.layers.{ours}", layer + theirs, kind) for ours, theirs, kind in _OPEN_CLIP_LAYER]),
+        **_open_clip_text(prefix),
+    }
+
+
+def _open_clip_siglip() -> Table:
+    """Return the table of open_clip's SigLIP, whose image tower is timm's."""
+    trunk, layer, pool = "visual.trunk.", "visual.trunk.blocks.{i}.", "visual.trunk.attn_pool."
+    keys_and_values = {
+        f"vision.pool.attention.{name}.{a}": Weight(pool + f"kv.{b}", how, part, 2)
+        for part, name in enumerate(("key", "value"))
+        for a, b, how in _LINEAR
+    }
+    modules = [
+        ("text_projection", "text.text_projection", _LINEAR),
+        ("vision.post_norm", trunk + "norm", _NORM),
+        ("vision.pool.attention.query", pool + "q", _LINEAR),
+        ("vision.pool.attention.out", pool + "proj", _LINEAR),
+        ("vision.pool.norm", pool + "norm", _NORM),
+        *((f"vision.pool.{ours}", pool + theirs, kind) for ours, theirs, kind in _MLP),
+        *((f"vision.layers.{ours}", layer + theirs, kind) for ours, theirs, kind in _TIMM_LAYER),
+    ]
+    return {
+        "logit_scale": Weight("logit_scale"),
+        "logit_bias": Weight("logit_bias"),
+        "vision.patch_embedding.kernel": Weight(trunk + "patch_embed.proj.weight", "patch"),
+        "vision.patch_embedding.bias": Weight(trunk + "patch_embed.proj.bias"),
+        "vision.position_embedding": Weight(trunk + "pos_embed", "lead1"),
+        "vision.pool.probe": Weight(pool + "latent", "lead2"),
+        **_joined("vision.layers.attention", layer + "attn.qkv."),
+        **keys_and_values,
+        **_expand(modules),
+        **_open_clip_text("text."),
+    }
+
+
+TABLES |= {
+    "open_clip": _open_clip(""),
+    "open_clip_custom_text": _open_clip("text."),
+    "open_clip_siglip": _open_clip_siglip(),
+}
+
+
 def _from_hf(value: np.ndarray, weight: Weight) -> np.ndarray:
     value = np.split(value, weight.parts)[weight.part] if weight.parts > 1 else value
     if weight.transform == "transpose":

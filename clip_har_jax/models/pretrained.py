@@ -1,9 +1,13 @@
-"""Reading and writing model folders in the Hugging Face layout; pickles (`pytorch_model.bin`) are refused."""
+"""Reading and writing model folders, in the Hugging Face layout or open_clip's.
+
+Pickles (`pytorch_model.bin`) are read by torch alone, without running their code, and refused where it isn't installed.
+"""
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +20,37 @@ from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.families import config_from_hf, config_to_hf
 from clip_har_jax.models.hf_layout import TABLES, TEMPORAL_FILE, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
+from clip_har_jax.models.open_clip import (
+    PICKLE,
+    WEIGHTS,
+    is_open_clip,
+    open_clip_table,
+    read_open_clip_config,
+    read_open_clip_preprocess,
+    read_open_clip_tokenizer,
+    write_open_clip,
+)
 from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.temporal import split_temporal
 from clip_har_jax.models.two_towers import TwoTowers
+from clip_har_jax.preprocess import Preprocess
+from clip_har_jax.tokenization import TextTokenizer, read_tokenizer
 
 _NUMPY = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors that numpy has
 
 
 def read_config(folder: Path) -> TwoTowerConfig:
-    """Read config.json of a model folder.
+    """Read config.json of a model folder, or open_clip_config.json.
 
     Raises:
       UserError: missing, not JSON, or not a model of a known family.
     """
+    if is_open_clip(folder):
+        return read_open_clip_config(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no config.json; a model folder in the Hugging Face layout is needed")
+        raise UserError(f"{folder}: no config.json; a model folder in the Hugging Face layout or open_clip's is needed")
     try:
         return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
     except UserError as error:
@@ -44,14 +62,18 @@ def read_config(folder: Path) -> TwoTowerConfig:
 def read_params(folder: Path, config: TwoTowerConfig) -> Params:
     """Read the weights of a model folder as float32 numpy arrays.
 
-    The first of these is read: model.safetensors, sharded safetensors with an index, flax_model.msgpack.
+    The first of these is read: model.safetensors, sharded safetensors with an index, flax_model.msgpack,
+    pytorch_model.bin; of an open_clip folder, open_clip_model.safetensors or open_clip_pytorch_model.bin.
 
     Raises:
       UserError: no weights, unreadable ones, or ones that don't match the configuration (all are named).
     """
     shapes = {name: value.shape for name, value in flat_params(abstract_model(config)).items()}
     own, added = split_temporal(shapes)
-    params = params_from_hf(_read_tensors(folder), own, str(folder), TABLES[config.family])
+    if is_open_clip(folder):
+        params = params_from_hf(_read_open_clip_tensors(folder), own, str(folder), open_clip_table(folder))
+    else:
+        params = params_from_hf(_read_tensors(folder), own, str(folder), TABLES[config.family])
     return params | _read_temporal(folder, added)
 
 
@@ -84,11 +106,43 @@ def _read_tensors(folder: Path) -> dict[str, Any]:
         return tensors
     if msgpack.is_file():
         return _read_msgpack(msgpack)
+    if (pickle := folder / "pytorch_model.bin").is_file() and _has_torch():
+        return _read_pickle(pickle)
     found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
     raise UserError(
         f"{folder}: no model.safetensors or flax_model.msgpack (pickled weights found: {found}; they can run code "
         "when read, save the model again with safe_serialization=True)"
     )
+
+
+def _read_open_clip_tensors(folder: Path) -> dict[str, Any]:
+    if (folder / WEIGHTS).is_file():
+        return _read_safetensors(folder / WEIGHTS)
+    if not (folder / PICKLE).is_file():
+        raise UserError(f"{folder}: {WEIGHTS} is missing; copy it again")
+    if not _has_torch():
+        raise UserError(
+            f"{folder / PICKLE}: pickled weights can run code when read; save them as {WEIGHTS}, or install torch, "
+            "which reads them without that"
+        )
+    return _read_pickle(folder / PICKLE)
+
+
+def _has_torch() -> bool:
+    return find_spec("torch") is not None
+
+
+def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a file of `torch.save`; anything but tensors in it is refused by torch."""
+    import torch
+
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        values = values.get("state_dict", values)  # of a checkpoint of open_clip's training
+        return {name.removeprefix("module."): value.float().numpy() for name, value in values.items()}
+    except Exception as error:  # torch raises many kinds of exceptions for a damaged or unsafe file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: can't be read as weights alone ({reason}); save it as safetensors") from error
 
 
 def _read_shard_names(index: Path) -> list[str]:
@@ -183,14 +237,44 @@ def on_device(params: Params) -> Params:
     return {name: jax.numpy.asarray(params.pop(name)) for name in list(params)}
 
 
-def save_pretrained(model: TwoTowers, folder: str | Path) -> None:
-    """Write config.json and model.safetensors in the Hugging Face layout."""
-    write_params(folder, model.config, flat_params(model))
+def read_preprocess(folder: Path, image_size_px: int) -> Preprocess:
+    """Read how a model folder's images are transformed."""
+    if is_open_clip(folder) and not (folder / "preprocessor_config.json").is_file():
+        return read_open_clip_preprocess(folder, image_size_px)
+    return Preprocess.from_folder(folder, image_size_px)
+
+
+def read_folder_tokenizer(folder: Path) -> TextTokenizer:
+    """Read the tokenizer of a model folder, in either layout."""
+    return read_open_clip_tokenizer(folder) if is_open_clip(folder) else read_tokenizer(folder)
+
+
+def save_pretrained(model: TwoTowers, folder: str | Path, layout: str = "") -> None:
+    """Write a model.
+
+    Args:
+      model: it.
+      folder: made if it isn't there.
+      layout: open_clip: that layout; empty: as `write_params` chooses.
+    """
+    if layout not in ("", "open_clip"):
+        raise UserError(f"layout {layout!r}; 'open_clip', or none")
+    if layout == "open_clip":
+        write_open_clip(folder, model.config, flat_params(model))
+    else:
+        write_params(folder, model.config, flat_params(model))
 
 
 def write_params(folder: str | Path, config: TwoTowerConfig, params: Mapping[str, Any]) -> None:
-    """Write config.json and model.safetensors of flat parameters in the Hugging Face layout."""
+    """Write config.json and model.safetensors of flat parameters in the Hugging Face layout.
+
+    A model that this layout can't express, such as CLIPA, is written in open_clip's.
+    """
     folder = Path(folder)
+    again = config_from_hf(config_to_hf(config))
+    if (again.text, again.vision) != (config.text, config.vision):
+        write_open_clip(folder, config, params)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     own, added = split_temporal(params)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")

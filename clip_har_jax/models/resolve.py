@@ -27,7 +27,7 @@ def _download(name: str) -> Path:
 
     advice = "check the name and the network; without one, name the folder of a CLIP that was downloaded elsewhere"
     service = remote.hub(name, constants.ENDPOINT, advice)
-    patterns = ["*.json", "*.safetensors", "*.txt", "flax_model.msgpack", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "spiece.model", "flax_model.msgpack", "*.jinja"]
     try:
         if not constants.HF_HUB_OFFLINE:
             service.check_reachable(constants.ENDPOINT)

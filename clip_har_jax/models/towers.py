@@ -135,12 +135,10 @@ class TextTransformer(nnx.Module):
         self.final_norm = layer_norm(dim, config.layer_norm_eps, rngs, runtime)
 
     def end_positions(self, input_ids: Int[Array, "b t"]) -> Int[Array, " b"]:
-        """Return the position at which each text is pooled: its first end token, or the last position.
+        """Return the position of the first end token of each text.
 
         OpenAI's published configurations have `eos_token_id: 2`. Hugging Face's rule then is to pool at the largest id.
         """
-        if self.config.pooling == "last":
-            return jnp.full(input_ids.shape[0], input_ids.shape[1] - 1)
         if self.config.eos_token_id == 2:
             return jnp.argmax(input_ids, axis=-1)
         return jnp.argmax(input_ids == self.config.eos_token_id, axis=-1)
@@ -155,10 +153,10 @@ class TextTransformer(nnx.Module):
 
         Texts that are pooled at their last position have no begin token: for them the context comes first.
         """
-        dtype, end = self.runtime.dtype, self.end_positions(input_ids)
+        dtype, end, by_last = self.runtime.dtype, self.end_positions(input_ids), self.config.pooling == "last"
         x = self.token_embedding[...].astype(dtype)[input_ids]
         if context is not None:
-            start = 0 if self.config.pooling == "last" else 1
+            start = 0 if by_last else 1
             x = jnp.concatenate([x[:, :start], context.astype(dtype), x[:, start:]], axis=1)
             end = end + context.shape[1]
         length = x.shape[1]
@@ -167,7 +165,7 @@ class TextTransformer(nnx.Module):
         x = x + self.position_embedding[:length].astype(dtype)[None]
         mask = None if attention_mask is None else attention_mask[:, None, None, :].astype(bool)
         x = self.final_norm(apply_layers(self.layers, x, self.runtime, mask=mask, is_causal=self.config.causal))
-        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        return x[:, -1] if by_last else jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
 
 
 def project(tower: TowerConfig, dim: int, runtime: Runtime, rngs: nnx.Rngs, use_bias: bool = False) -> nnx.Linear:

@@ -199,8 +199,11 @@ class TwoTowers(nnx.Module):
             raise UserError(f"{name_or_folder}: a {type(model).__name__}, not a {cls.__name__}; use load_model")
         return model
 
-    def save_pretrained(self, folder: str) -> None:
-        """Write config.json and model.safetensors, which the `from_pretrained` of transformers opens."""
+    def save_pretrained(self, folder: str, layout: str = "") -> None:
+        """Write config.json and model.safetensors, which the `from_pretrained` of transformers opens.
+
+        With the layout "open_clip": open_clip_config.json and open_clip_model.safetensors.
+        """
         from clip_har_jax.models.pretrained import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, layout)
