@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from clip_har_jax.models.open_clip import (
     write_open_clip,
 )
 from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
+from clip_har_jax.models.pickles import has_torch, read_pickle
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.temporal import split_temporal
 from clip_har_jax.models.two_towers import TwoTowers
@@ -106,8 +106,8 @@ def _read_tensors(folder: Path) -> dict[str, Any]:
         return tensors
     if msgpack.is_file():
         return _read_msgpack(msgpack)
-    if (pickle := folder / "pytorch_model.bin").is_file() and _has_torch():
-        return _read_pickle(pickle)
+    if (pickle := folder / "pytorch_model.bin").is_file() and has_torch():
+        return read_pickle(pickle)
     found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
     raise UserError(
         f"{folder}: no model.safetensors or flax_model.msgpack (pickled weights found: {found}; they can run code "
@@ -120,29 +120,12 @@ def _read_open_clip_tensors(folder: Path) -> dict[str, Any]:
         return _read_safetensors(folder / WEIGHTS)
     if not (folder / PICKLE).is_file():
         raise UserError(f"{folder}: {WEIGHTS} is missing; copy it again")
-    if not _has_torch():
+    if not has_torch():
         raise UserError(
             f"{folder / PICKLE}: pickled weights can run code when read; save them as {WEIGHTS}, or install torch, "
             "which reads them without that"
         )
-    return _read_pickle(folder / PICKLE)
-
-
-def _has_torch() -> bool:
-    return find_spec("torch") is not None
-
-
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a file of `torch.save`; anything but tensors in it is refused by torch."""
-    import torch
-
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-        values = values.get("state_dict", values)  # of a checkpoint of open_clip's training
-        return {name.removeprefix("module."): value.float().numpy() for name, value in values.items()}
-    except Exception as error:  # torch raises many kinds of exceptions for a damaged or unsafe file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: can't be read as weights alone ({reason}); save it as safetensors") from error
+    return read_pickle(folder / PICKLE)
 
 
 def _read_shard_names(index: Path) -> list[str]:

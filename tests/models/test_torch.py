@@ -1,5 +1,7 @@
 """Folders exchanged with transformers' torch CLIPModel, which runs in an environment of its own."""
 
+import site
+import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -76,3 +78,33 @@ def test_ours_opens_there(torch_python: str, tmp_path: Path, size: str) -> None:
     ours = np.stack([evaluation_transform(image, base.preprocess) for image in images])
     pixels = normalize(ours, base.preprocess.mean, base.preprocess.std).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(pixels, expected["pixel_values"], atol=1e-6)
+
+
+def test_pickled_weights_are_read_by_torch_alone(torch_python: str, tmp_path: Path) -> None:
+    """Weights in a pickle are read where torch is installed; a pickle that would run code is refused."""
+    program = """
+import os, sys
+from pathlib import Path
+sys.path += sys.argv[2:]
+import torch
+from clip_har_jax.errors import UserError
+from clip_har_jax.models.pickles import has_torch, read_pickle
+folder = Path(sys.argv[1])
+assert has_torch()
+torch.save({"state_dict": {"module.a": torch.arange(3, dtype=torch.bfloat16)}}, folder / "good.bin")
+assert read_pickle(folder / "good.bin")["a"].tolist() == [0, 1, 2]
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (str(folder / "ran"),)
+torch.save({"a": Evil()}, folder / "evil.bin")
+try:
+    read_pickle(folder / "evil.bin")
+except UserError as error:
+    print(error)
+"""
+    paths = [str(Path(__file__).parents[2]), *site.getsitepackages()]
+    command = [torch_python, "-c", program, str(tmp_path), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "evil.bin: can't be read as weights alone" in done.stdout and done.stdout.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
