@@ -63,17 +63,17 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:
-    """Return the rows of a CSV as (line from 1, cells by column, without spaces about them).
+    """Return the rows of a CSV as (line number from 1, cells by column); outer spaces of cells are removed.
 
-    Columns are found by name, without regard to case and spaces; others are ignored.
+    Columns are found by name, ignoring case and spaces; other columns are ignored.
 
     Args:
-      path: of the file.
-      columns: that must be there; the first one names a file.
-      optional: those that may be missing.
+      path: the CSV file.
+      columns: required columns; the first one names a file.
+      optional: columns that may be missing.
 
     Raises:
-      UserError: not a table with these columns, rows that don't fit them; names the lines.
+      UserError: not a table with these columns, or rows that don't match the header; names the lines.
     """
     try:
         with path.open(newline="", encoding=_encoding(path)) as file:
@@ -105,19 +105,19 @@ def has_times(path: Path) -> bool:
         with path.open(newline="", encoding=_encoding(path)) as file:
             reader = csv.reader(file, delimiter=_delimiter(file, ("start_s",)))
             return name_key("start_s") in map(name_key, _header(reader))
-    except (OSError, UnicodeDecodeError, csv.Error):  # told by whoever reads it
+    except (OSError, UnicodeDecodeError, csv.Error):  # the caller's own reading reports it
         return False
 
 
 def _encoding(path: Path) -> str:
-    """Return UTF-16 where a byte order mark tells it, as in Excel's Unicode text; else UTF-8."""
+    """Return UTF-16 if there is a byte order mark of it, as in Excel's Unicode text; else UTF-8."""
     with path.open("rb") as file:
         start = file.read(2)
     return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _delimiter(file: TextIO, columns: Sequence[str]) -> str:
-    """Return what divides the columns: comma, or where the header tells them apart by it, semicolon or tab."""
+    """Return the delimiter of the columns: a comma, or a semicolon or tab if the header's columns are found with it."""
     header = next((line for line in file if line.strip() and not line.lower().startswith("sep=")), "")
     file.seek(0)
     for delimiter in DELIMITERS:
@@ -127,7 +127,7 @@ def _delimiter(file: TextIO, columns: Sequence[str]) -> str:
 
 
 def _header(reader: Iterator[list[str]]) -> list[str]:
-    """Return the first row; Excel's own line `sep=;` is none."""
+    """Return the first row that isn't Excel's own line `sep=;`."""
     return next((cells for cells in reader if cells and not cells[0].lower().startswith("sep=")), [])
 
 

@@ -149,11 +149,11 @@ def find_images(folder: str | Path, tally: Tally | None = None) -> Iterator[Path
 
 
 def read_path_lines(lines: Iterable[bytes], where: str) -> Iterator[str]:
-    """Yield the paths in a list of one a line; blank lines are skipped, and a byte order mark of UTF-8.
+    """Yield the paths in a list with one path per line; skip blank lines and a byte order mark of UTF-8.
 
     Args:
-      lines: of a binary file.
-      where: the file in messages.
+      lines: lines of a binary file.
+      where: the name of the file in messages.
 
     Raises:
       UserError: UTF-16, as Windows PowerShell's `>` writes it.
@@ -182,18 +182,18 @@ def list_folder(
     noun: str = "images",
     tally: Tally | None = None,
 ) -> list[tuple[Path, str]]:
-    """Return the (file, label) pairs of one folder a class, in an order that is the same on every machine.
+    """Return the (file, label) pairs of a folder with one sub-folder per class, in the same order on every machine.
 
     Args:
-      spec: of kind folder or video.
-      split: train, val or test; what a folder with such sub-folders gives where the spec says nothing. Without
-        validation images, val is test.
-      suffixes: of the files that count, in lower case.
-      noun: for the files in messages.
-      tally: takes what is kept and left out.
+      spec: a SPEC of kind folder or video.
+      split: train, val or test; used for a folder with such sub-folders if the SPEC names no split. Without validation
+        images, val is test.
+      suffixes: suffixes of the files to list, in lower case.
+      noun: the word for the files in messages.
+      tally: records the kept and left out files.
 
     Raises:
-      UserError: nothing is there, or it isn't what it should be; says what to do.
+      UserError: no files, or an invalid layout; the message says how to fix it.
     """
     tally = Tally() if tally is None else tally
     try:
@@ -231,7 +231,7 @@ def list_folder(
 
 
 def note_labels(tally: Tally, labels: Collection[str]) -> None:
-    """Point out labels that look like a missing value, or hold letters that look like others."""
+    """Add a note about labels that look like a missing value, or mix letters of several alphabets."""
     for label in like_missing(sorted(set(labels))):
         count = sum(one == label for one in labels)
         tally.notes.append(f"label {label!r} ({count} examples) reads like a missing value; is it an action?")
@@ -243,7 +243,7 @@ def note_labels(tally: Tally, labels: Collection[str]) -> None:
 
 
 def _class_folders(root: Path) -> list[Path]:
-    """Return the folders in `root` in natural order, less those that are ignored and links back to where they lie."""
+    """Return the folders in `root` in natural order, without ignored ones and links back to a parent."""
     here = root.resolve()
     folders = (path for path in root.iterdir() if not _why_ignored(path.name) and path.is_dir())
     kept = (path for path in folders if not here.is_relative_to(path.resolve()))
@@ -251,7 +251,7 @@ def _class_folders(root: Path) -> list[Path]:
 
 
 def _refuse_links(classes: Sequence[Path], root: Path) -> None:
-    """Refuse class folders that are one folder by a link: each image has one label."""
+    """Refuse two class folders that are the same folder by a link: each image has one label."""
     seen: dict[Path, Path] = {}
     for folder in classes:
         other = seen.setdefault(folder.resolve(), folder)
@@ -260,7 +260,7 @@ def _refuse_links(classes: Sequence[Path], root: Path) -> None:
 
 
 def _tally_loose(root: Path, suffixes: Collection[str], tally: Tally) -> None:
-    """Count what lies beside the class folders of `root`."""
+    """Count the files and folders beside the class folders of `root`."""
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         why = _why_ignored(entry.name)
         if os.path.isdir(entry.path):  # entry.is_dir raises for a link to itself
@@ -271,14 +271,14 @@ def _tally_loose(root: Path, suffixes: Collection[str], tally: Tally) -> None:
 
 
 def _split_folder(root: Path, spec: Spec, split: str, suffixes: Collection[str], tally: Tally) -> Path:
-    """Return the folder that holds the classes: PATH, or its sub-folder of a split, whose name may be in any case."""
+    """Return the folder that holds the classes: PATH, or its sub-folder of a split, named in any case."""
     if not root.is_dir():
         raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; check the path of {spec}")
     exactly = "split" in spec.options
     split = spec.options.get("split", split)
     folders = {path.name: path for path in _class_folders(root)}
     known = {name for names in SPLIT_NAMES.values() for name in names}
-    # An action may be called "test" or "train": a split's folder holds folders, an action's holds images.
+    # An action may be called "test" or "train": the folder of a split holds folders, that of an action holds images.
     splits = [n for n, path in folders.items() if (exactly or name_key(n) in known) and _class_folders(path)]
     found = find_split(split, splits, exactly)
     if found is None and (splits or exactly):

@@ -15,7 +15,7 @@ from clip_har_jax.errors import UserError, nearest
 
 NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(?:e([+-]?[0-9]{1,3}))?")
-# Dashes and apostrophes that look the same, and those that word processors put in their place
+# Dashes and apostrophes that look the same, and those that word processors write instead
 LOOK_ALIKE = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-") | dict.fromkeys("\u2018\u2019\u02bc\u00b4`", "'")
 )
@@ -114,7 +114,7 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def mixed_scripts(label: str) -> list[str]:
-    """Return the alphabets of a word whose letters look the same in several of them; empty for most labels.
+    """Return the alphabets of a word whose letters look the same in several alphabets; empty for most labels.
 
     >>> mixed_scripts("\u0441at")
     ['CYRILLIC', 'LATIN']

@@ -49,15 +49,15 @@ def _torchscript(model: OpenedModel, folder: Path, images: np.ndarray) -> None:
 
 
 def check_clips(model: OpenedModel, formats: Collection[str]) -> None:
-    """Refuse TorchScript for a model that tells the frames of a clip apart.
+    """Refuse TorchScript for a model in which the order of a clip's frames counts.
 
     Raises:
-      UserError: such a model and format.
+      UserError: such a model with TorchScript.
     """
     if model.is_temporal and "torchscript" in formats:
         raise UserError(
-            "--formats=torchscript: transformers has no model that tells the frames of a clip apart; use onnx, "
-            "saved_model or stablehlo"
+            "--formats=torchscript: transformers has no model in which the order of a clip's frames counts; "
+            "use onnx, saved_model or stablehlo"
         )
 
 

@@ -31,7 +31,7 @@ class Graph:
     """A function of named arrays.
 
     Attributes:
-      function: of `params` and the inputs in order; returns a tuple of arrays named `outputs`.
+      function: takes `params` and the inputs in order; returns a tuple of arrays named `outputs`.
       params: its weights, by dotted path.
       inputs: name -> (data type, shape).
     """
@@ -56,8 +56,8 @@ class ClipShape:
     """The clips that a model takes.
 
     Attributes:
-      num_frames: of a clip.
-      whole: write a graph of whole clips, and an encoder of frames besides the encoder of images.
+      num_frames: frames of a clip.
+      whole: write a graph of whole clips, and a frame encoder besides the image encoder.
     """
 
     num_frames: int
@@ -110,7 +110,7 @@ class GraphMaker:
         *outputs: str,
         over_time: bool = False,
     ) -> Graph:
-        """Return a graph of the parameters whose names begin with `uses`, with those of time attention or not."""
+        """Return a graph with the parameters whose names begin with `uses`, with or without those of time attention."""
         used = [key for key in self._params if key.startswith(uses) and (over_time or ".time." not in key)]
         params = {key: self._params[key] for key in used}
         return Graph(name, function, params, inputs, outputs)
@@ -156,8 +156,8 @@ class GraphMaker:
     def of_clips(self, clips: ClipShape) -> tuple[Graph, ...]:
         """Return the graphs of clips: one of a whole clip, and if possible an encoder of frames and a clip head.
 
-        A frame has no features of its own in a model whose tower mixes the frames, or whose head needs the patches of
-        all frames. If the tower mixes them, the number of frames is that of `clips`; otherwise it is variable.
+        In some models a single frame has no features: the tower mixes the frames, or the head needs the patches of all
+          frames. If the tower mixes them, the number of frames is that of `clips`; otherwise it is variable.
         """
         restore = self._restore
         in_tower = self.config.temporal in IN_BLOCKS
@@ -193,7 +193,7 @@ class GraphMaker:
 def make_graphs(
     model: TwoTowers, preprocess: Preprocess, head: Head, temperature: float, clips: ClipShape | None = None
 ) -> tuple[Graph, ...]:
-    """Return the graphs of a model, see `GraphMaker`; without `clips` only those of images."""
+    """Return the graphs of a model, see `GraphMaker`; without `clips`, only those of images."""
     maker = GraphMaker(model, preprocess, head, temperature)
     return maker.of_images() + (maker.of_clips(clips) if clips is not None else ())
 

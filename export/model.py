@@ -35,9 +35,9 @@ class OpenedModel:
     Attributes:
       head: the name of the graphs' head; cosine similarity to class embeddings is a linear head here.
       logit_scale: the factor of cosines before the temperature; new classes need it.
-      sampling: of the frames of a clip.
-      is_temporal: frames of a clip count differently, by the tower or the head.
-      of_clips: that, or trained on clips.
+      sampling: how the frames of a clip are sampled.
+      is_temporal: the order of a clip's frames counts, in the tower or the head.
+      of_clips: `is_temporal`, or trained on clips.
       clips: the graphs of clips to write.
     """
 
@@ -79,7 +79,7 @@ def open_model(path: str, classes: Sequence[str] = (), clips: bool = False) -> O
     Args:
       path: the folder.
       classes: the actions to recognise; empty: the folder's own.
-      clips: write the graph of whole clips for a model of images too.
+      clips: also write the graph of whole clips for a model of images.
 
     Raises:
       UserError: an incomplete model, a changed file, or no classes.
@@ -141,7 +141,7 @@ def read_images(
 
 
 def _read_frames(model: OpenedModel, source: Source, i: int) -> list[np.ndarray]:
-    """Return an example as the model takes it: one image, or the frames of a clip."""
+    """Return an example as input of the model: one image, or the frames of a clip."""
     data, preprocess = source[i].data, model.backend.preprocess
     if isinstance(data, ClipData):
         each = partial(evaluation_transform, preprocess=preprocess)

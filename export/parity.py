@@ -83,7 +83,7 @@ def run_cases(run: RunGraph, cases: Arrays, graphs: Collection[str]) -> Arrays:
     Args:
       run: runs a graph.
       cases: from `make_cases`.
-      graphs: the graphs of clips to run, by name; others in it are ignored.
+      graphs: names of the graphs of clips to run; other names are ignored.
     """
     images, weights = cases["image"], cases["class_weights"]
     probs, logits = _batches(run, "classifier", images, BATCH_SIZE)
@@ -106,14 +106,14 @@ def run_cases(run: RunGraph, cases: Arrays, graphs: Collection[str]) -> Arrays:
 
 
 def run_clips(run: RunGraph, frames: UInt8[np.ndarray, "n t h w 3"]) -> Arrays:
-    """Return the outputs on clips: in batches, the first ones also one by one."""
+    """Return the outputs for clips: in batches, and the first clips also one by one."""
     outputs = _batches(run, "clip_classifier", frames, CLIP_BATCH)
     singles = _batches(run, "clip_classifier", frames[:ODD], 1)[1]
     return dict(zip(CLIP_OUTPUTS, (*outputs, singles), strict=True))
 
 
 def _run_apart(run: RunGraph, frames: UInt8[np.ndarray, "n t h w 3"], encoder: str) -> Arrays:
-    """Return what `run_clips` does, each frame encoded by itself."""
+    """Return the outputs as `run_clips` does, but encode each frame separately."""
     (embeds,) = _batches(run, encoder, frames.reshape(-1, *frames.shape[2:]), BATCH_SIZE)
     embeds = embeds.reshape(*frames.shape[:2], -1)
     outputs = _batches(run, "clip_head", embeds, CLIP_BATCH)
@@ -215,7 +215,7 @@ def _of_clips(outputs: Arrays, prefix: str) -> Arrays:
 
 
 def _clip_differences(ours: Arrays, theirs: Arrays, num_classes: int) -> dict[str, Any]:
-    """Return the figures of clips in parity.json; errors of logits are over the largest logit."""
+    """Return the figures of clips in parity.json; errors of logits are relative to the largest logit."""
     predicted, exported = (outputs["clip_logits"][:-NUM_HARD_CLIPS].argmax(-1) for outputs in (ours, theirs))
     scale = max(1.0, float(np.abs(ours["clip_logits"]).max()))
     return {
@@ -229,7 +229,7 @@ def _clip_differences(ours: Arrays, theirs: Arrays, num_classes: int) -> dict[st
 
 
 def _clips_over_bounds(what: str, result: dict[str, Any], bounds: Bounds) -> list[str]:
-    """Return a sentence for each figure of clips that is over its bound."""
+    """Return a sentence for each figure of clips that is outside of its bound."""
     failures = []
     if not (error := result["max_logit_error"]) <= bounds.logits:
         failures.append(f"{what}: logits, over the largest: error {error:.2g} above {bounds.logits:g}")

@@ -47,7 +47,7 @@ class ExportOptions:
       static_int8: fix the scales of int8 activations with the first images, instead of computing them for each input.
       signing_key: a private key in PEM that signs the folder.
       precision: number format of TensorRT's engines, a key of `formats.TENSORRT_BOUNDS`.
-      clips: write the graph of whole clips for a model of images too.
+      clips: also write the graph of whole clips for a model of images.
     """
 
     data: str | None = None
@@ -165,7 +165,7 @@ def reference(model: OpenedModel, cases: Arrays) -> Arrays:
         return [np.asarray(output) for output in explain(graphs[name].params, *inputs)]
 
     of_clips: Arrays = {}
-    if "frames" in cases:  # the model has one answer to a clip; a format may have two ways to it
+    if "frames" in cases:  # the model predicts a clip in one way; a format may have two
         clips = run_clips(run, cases["frames"])
         of_clips |= clips if "clip_classifier" in graphs else {}
         of_clips |= {f"streamed_{name}": rows for name, rows in clips.items()} if "clip_head" in graphs else {}

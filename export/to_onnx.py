@@ -19,7 +19,7 @@ OPSET = 23
 MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; larger weights are stored in a separate file
 MIN_STREAMED_BYTES = 2**20  # size from which a weight is converted to float16 only while it is written
 NUM_CALIBRATION = 32  # images that set the scales of activations
-CALIBRATION_FRAMES = 8  # of each clip made of these images, for a model that takes any number
+CALIBRATION_FRAMES = 8  # frames of each clip made of these images, for a model that takes any number
 QUANTIZED = ["MatMul", "Gemm"]
 
 
@@ -157,8 +157,8 @@ def write_int8(
 ) -> None:
     """Write each graph with 8-bit matrix products; activation scales are dynamic, or (`static`) set by `images`.
 
-    The text encoder is always quantised dynamically: images can't calibrate it. The clip head stays in float32: it is
-    small, and runs at each hop of a stream.
+    The text encoder is always quantised dynamically: images can't calibrate it. The clip head stays in float32, because
+    it is small and runs at each hop of a stream.
     """
     import onnx_ir
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -215,7 +215,7 @@ class CalibrationFeeds:
     def _feed(graph: Graph, images: UInt8[np.ndarray, "n h w 3"], i: int) -> dict[str, np.ndarray]:
         feed = {}
         for name, spec in zip(graph.inputs, graph.specs(1, CALIBRATION_FRAMES), strict=True):
-            if name == "frames":  # of a clip: the images that follow one another
+            if name == "frames":  # frames of a clip: consecutive images
                 feed[name] = images[(i + np.arange(spec.shape[1])) % len(images)][None]
             elif name == "image":
                 feed[name] = images[i : i + 1]

@@ -18,9 +18,9 @@ def write_torchscript(graphs: "TorchGraphs", names: Sequence[str], folder: Path)
     """Write one traced module for each graph.
 
     Args:
-      graphs: of a model.
-      names: those that are written.
-      folder: where to write.
+      graphs: the graphs of a model.
+      names: names of the graphs to write.
+      folder: the folder to write into.
 
     Raises:
       NotImplementedError: a head that isn't implemented here.
@@ -119,7 +119,7 @@ class TorchGraphs:
         return self.answer(embeds[:, 0], embeds[:, 1:])
 
     def classify_clip(self, frames: Any) -> Any:
-        """Return the answer to clips, [b, t, h, w, 3], and their embeddings: the mean of the frames."""
+        """Return the outputs for clips, [b, t, h, w, 3], and their embeddings: the mean over the frames."""
         count, length = frames.shape[0], frames.shape[1]
         embeds = self.embed_tokens(frames.flatten(0, 1))
         embeds = embeds.reshape(count, length, embeds.shape[1], embeds.shape[2])
@@ -127,7 +127,7 @@ class TorchGraphs:
         return (*self.answer(mean, embeds[:, :, 1:].flatten(1, 2)), mean)
 
     def pool(self, frames: Any) -> Any:
-        """Return the answer to the embeddings of frames, [b, t, d], and the clips' embeddings."""
+        """Return the outputs for the embeddings of frames, [b, t, d], and the clips' embeddings."""
         mean = unit(frames.mean(1))
         return (*self.answer(mean, None), mean)
 

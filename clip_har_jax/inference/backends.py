@@ -26,9 +26,9 @@ class Backend(Protocol):
     actions: bundle.Actions
     labels: tuple[str, ...]
     preprocess: Preprocess
-    takes_clips: bool  # [b, frames, h, w, 3] where images are [b, h, w, 3]; older exports take images alone
+    takes_clips: bool  # images are [b, h, w, 3] and clips [b, t, h, w, 3]; older exports take only images
     takes_frames: bool  # the frames of a clip can be encoded one by one
-    num_frames: int | None  # that a clip must have; None: any
+    num_frames: int | None  # number of frames of a clip; None: any
 
     def logits(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Return class logits of images or clips, divided by the temperature."""
@@ -134,7 +134,7 @@ def check_indices(indices: Sequence[int], num_images: int, num_classes: int) -> 
 
 
 def check_finite(logits: np.ndarray, path: Path) -> None:
-    """Refuse outputs of damaged weights.
+    """Refuse outputs of damaged weights; `logits` have any shape.
 
     Raises:
       UserError: NaN or infinity.
@@ -144,22 +144,22 @@ def check_finite(logits: np.ndarray, path: Path) -> None:
 
 
 def pad(rows: np.ndarray, size: int) -> np.ndarray:
-    """Return `rows` followed by rows of zeros, `size` in total."""
+    """Return `rows` [n, ...] followed by rows of zeros, `size` in total."""
     return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 def clip_sampling(actions: bundle.Actions) -> FrameSampling:
-    """Return how the frames of a clip are sampled: as the model was trained, or as clips are where it was on images."""
+    """Return how the frames of a clip are sampled: as in training, or for a model of images, by the default."""
     video = asdict(VideoConfig()) | actions.video
     return FrameSampling(video["num_frames"], video["sampling"], video["rate_hz"], video["num_views"])
 
 
 def rows_at_once(inputs: np.ndarray, batch_size: int) -> int:
-    """Return how many rows of images, or of clips [n, t, h, w, 3], make a batch of about `batch_size` images."""
+    """Return the number of rows in a batch of about `batch_size` images; rows are images or clips [n, t, h, w, 3]."""
     return max(1, batch_size // inputs.shape[1]) if inputs.ndim == 5 else batch_size
 
 
 def softmax(logits: Float[np.ndarray, "*b c"]) -> Float[np.ndarray, "*b c"]:
-    """Return the probabilities of logits over the last dim, in their precision."""
+    """Return the softmax over the last dim, in the precision of the logits."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Exported models: one format of an exported folder as a backend, see `inference.runtimes`."""
+"""Exported models: one format of an exported folder as a backend; `inference.runtimes` opens it."""
 
 import copy
 import os
@@ -73,9 +73,7 @@ class ExportedBackend:
             self._scale = self.logit_scale / actions.temperature
 
     def in_one_thread(self) -> "ExportedBackend | None":
-        """Return the same model, of which each run takes one thread of its caller's; None: its runtime has no such
-        thing.
-        """
+        """Return the same model, computing each run in one thread; None: the runtime doesn't support it."""
         if not self.graphs.format.startswith("onnx") or len(providers()) > 1:
             return None
         other = copy.copy(self)
@@ -129,7 +127,7 @@ class ExportedBackend:
         return self._answer(None, self.embed(images))
 
     def _answer(self, own: np.ndarray | None, embeddings: np.ndarray | None = None) -> Float32[np.ndarray, "b c"]:
-        """Return the logits of the folder's `own` classes, or of those that `embeddings` are compared with."""
+        """Return the logits of the folder's `own` classes, or those of the cosines with `embeddings`."""
         logits = own if self._classes is None else self._scale * embeddings @ self._classes.T
         assert logits is not None
         check_finite(logits, self.path)
@@ -183,7 +181,7 @@ class ExportedBackend:
     def explain(
         self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]
     ) -> Float32[np.ndarray, "b g g"]:
-        """Return a heat map of a class for each image; for new classes, from the patches' part in the embedding."""
+        """Return a heat map of a class for each image; for new classes, from the patches' embeddings."""
         indices = check_indices(class_indices, len(images), len(self.labels))
         if self._classes is None:
             return self.run_graph("explainer", images, np.eye(len(self.labels), dtype=np.float32)[indices])[0]
@@ -192,7 +190,7 @@ class ExportedBackend:
     def explain_embeddings(
         self, images: UInt8[np.ndarray, "b h w 3"], classes: Float32[np.ndarray, "b d"]
     ) -> Float32[np.ndarray, "b g g"]:
-        """Return heat maps like `explain`, for the embedding of any class, one per image."""
+        """Return heat maps [b, g, g] like `explain`, for the embedding of any class, one per image."""
         own = self.graphs.signatures["explainer"]["inputs"]["class_weights"][1][1]
         patches = self.run_graph("explainer", images, np.zeros((len(images), own), np.float32))[1]
         relevance = np.maximum(np.einsum("bnd,bd->bn", patches, classes), 0)
@@ -202,8 +200,7 @@ class ExportedBackend:
 
 
 def open_backend(path: str | os.PathLike[str], classes: Sequence[str] = (), batch_size: int = 32) -> Backend:
-    """Return the backend of `path`: for an exported folder or one of its formats, else JAX for a model folder or Hub
-    name.
+    """Return the backend of `path`: an exported folder or one of its formats; else JAX, for a model folder or Hub name.
 
     Raises:
       UserError: no usable model there, or no classes.

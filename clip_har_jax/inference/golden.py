@@ -49,18 +49,18 @@ TOLERANCES = {
 
 
 def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBackend, num_frames: int) -> None:
-    """Write the pictures and the outputs of `model` for them, before the folder is sealed.
+    """Write the pictures and the outputs of `model` for them into the folder, before it is sealed.
 
     Args:
-      folder: where.
+      folder: the exported folder.
       pictures: of any size and shape.
-      model: whose outputs they are.
-      num_frames: of the clips that are made of the pictures.
+      model: the model that computes the outputs.
+      num_frames: frames of the clips that are made of the pictures.
     """
     images = np.stack([evaluation_transform(picture, model.preprocess) for picture in pictures])
     texts = [text for label in model.labels for text in model.actions.prompts[label]][:TEXTS]
     logits, _, image_embeds = model.outputs(images)
-    # Each picture comes for a while, so that a clip moves and its reverse is another one.
+    # Each picture is repeated for some frames, so that the clip moves and differs from its reverse.
     forwards = np.arange(num_frames) * len(images) // num_frames
     clips = np.stack([forwards, forwards[::-1]])
     np.savez_compressed(
@@ -114,7 +114,7 @@ def _compare_with(path: Path, backend: ExportedBackend) -> None:
         _compare_heat(backend, heat, golden["heat_maps"], limit.heat)
     _compare_logits(backend, backend.logits(images), golden["logits"], limit.logits, "images in a batch")
     _compare_logits(backend, backend.logits(images[:1]), golden["logits"][:1], limit.logits, "an image alone")
-    if "clips" in golden:  # exports of earlier versions take none
+    if "clips" in golden:  # exports of earlier versions have no clips
         _compare_clips(backend, images[golden["clips"]], golden["clip_logits"], limit.logits)
     _compare_cosines(backend, backend.embed(images), golden["image_embeds"], limit.cosine, "images")
     text_embeds = backend.embed_classes([[text] for text in texts])

@@ -1,8 +1,9 @@
-"""Segments as they happen: the hysteresis of `video.segments`, window by window, with revisions within a bound.
+"""Segments of a stream as they happen: the hysteresis of `video.segments`, window by window, with bounded revisions.
 
-What comes later can change what was told: two segments of one class with a short gap are one. So an event is told when
-it starts and when it ends, told again if it turns out to go on, and is final at the latest `max_delay_s` after its end.
-With a delay that is long enough for each gap, the final events are what `find_segments` gives for the whole video.
+Later windows can change an earlier result: two segments of one class with a short gap become one. So an event is
+reported when it starts and when it ends, reported again if it turns out to continue, and is final at most `max_delay_s`
+after its end. With a delay that covers every gap, the final events are the segments that `find_segments` returns for
+the whole video.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from clip_har_jax.video.segments import BACKGROUND, SegmentRules
 
 
 class Change(NamedTuple):
-    """News of an event.
+    """A change of an event.
 
     Attributes:
-      what: start; end; revise: it goes on after all; final: nothing about it changes any more.
-      id: of the event, counted from 1.
-      end_s: None: it goes on.
-      score: mean over the event so far.
+      what: start; end; revise: the event continues after an end; final: it doesn't change any more.
+      id: number of the event, from 1.
+      end_s: None: the event continues.
+      score: mean probability over the event so far.
     """
 
     what: str
@@ -37,7 +38,7 @@ class Change(NamedTuple):
 
 @dataclass
 class _Event:
-    """A run of scores of one class: what it is so far, and the scores since its end, should it go on."""
+    """A run of scores of one class: the event so far, and the scores since its end, in case it continues."""
 
     start_s: float
     end_s: float | None = None
@@ -45,23 +46,23 @@ class _Event:
     count: int = 0
     gap_total: float = 0.0
     gap_count: int = 0
-    id: int = 0  # 0: not told
+    id: int = 0  # 0: not reported
 
     def change(self, what: str, label: str) -> Change:
         return Change(what, self.id, label, self.start_s, self.end_s, round(self.total / self.count, 6))
 
 
 class LiveSegments:
-    """Follows the scores of one stream.
+    """Finds the segments in the scores of one stream.
 
     Args:
-      labels: the classes, in the order of the scores; `BACKGROUND` among them is never an event.
+      labels: the classes, in the order of the scores; `BACKGROUND` among them never is an event.
       rules: when a run of scores is a segment.
-      windows: that are scored.
-      max_delay_s: after its end an event is final at the latest.
+      windows: the windows that are scored.
+      max_delay_s: the longest time from the end of an event until it is final.
 
     Raises:
-      UserError: a delay that is over before an end can be seen.
+      UserError: the delay is over before an end can be seen.
     """
 
     def __init__(self, labels: Sequence[str], rules: SegmentRules, windows: Windows, max_delay_s: float):
@@ -72,13 +73,13 @@ class LiveSegments:
                 f"{self._half_s + self._hop_s:g} or more is needed"
             )
         self.labels, self.rules, self._max_delay_s = tuple(labels), rules, max_delay_s
-        self._events: dict[int, _Event] = {}  # by class; each class has one at most that isn't final
+        self._events: dict[int, _Event] = {}  # by class; each class has at most one that isn't final
         self._last_s: float | None = None
         self._reach_s = self._seen_next_s = 0.0
         self._told = 0
 
     def update(self, time_s: float, scores: Float[np.ndarray, " c"]) -> list[Change]:
-        """Take the scores of the next window, whose middle is `time_s`; return what is new."""
+        """Take the scores of the next window, whose middle is `time_s`; return the changes."""
         first = self._last_s is None
         edge_s = max(0.0, time_s - self._half_s) if self._last_s is None else (self._last_s + time_s) / 2
         self._last_s = time_s
@@ -93,7 +94,7 @@ class LiveSegments:
         return changes
 
     def finish(self, end_s: float | None = None) -> list[Change]:
-        """End what goes on, at `end_s` or where the last scores reach to, and make all final."""
+        """End all events, at `end_s` or at the end of the last scores, and return the final changes."""
         changes: list[Change] = []
         if end_s is not None and self._last_s is not None:
             self._reach_s = max(end_s, self._last_s)
@@ -114,7 +115,7 @@ class LiveSegments:
         event = self._events.get(index)
         if event is not None and event.end_s is not None:
             late = edge_s - event.end_s >= rules.max_gap_s
-            if score >= rules.start_score and not late:  # after all it goes on
+            if score >= rules.start_score and not late:  # it continues after all
                 event.total, event.count = event.total + event.gap_total, event.count + event.gap_count
                 event.end_s, event.gap_total, event.gap_count = None, 0.0, 0
                 if event.id:
@@ -140,7 +141,7 @@ class LiveSegments:
         return changes + self._grow(index, event)
 
     def _grow(self, index: int, event: _Event) -> list[Change]:
-        """Tell an event that has become long enough."""
+        """Report an event that has become long enough."""
         end_s = self._reach_s if event.end_s is None else event.end_s
         if event.id or end_s - event.start_s < max(self.rules.min_duration_s, 1e-9):
             return []
@@ -153,5 +154,5 @@ class LiveSegments:
         return [event.change("final", self.labels[index])] if event.id else []
 
     def _is_late_next(self, end_s: float) -> bool:
-        """Return whether the next window would be too late to change an event that ended at `end_s`."""
+        """Return whether the next window comes too late to change an event that ended at `end_s`."""
         return self._seen_next_s > end_s + self._max_delay_s

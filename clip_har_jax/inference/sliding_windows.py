@@ -1,8 +1,8 @@
-"""Long videos and streams, window by window: each frame is encoded once where the model allows it.
+"""Predictions of long videos and streams, window by window; each frame is encoded only once if the model allows it.
 
-A model of clips answers a window of some seconds. A window slides over the video by `hop_s`; consecutive windows share
-most of their frames, so what is kept of a frame is its embedding, and only the clip head runs at each hop. A model
-whose tower looks over the frames has no embedding of a frame by itself: its frames are kept, and each hop costs a whole
+A model of clips predicts a window of a few seconds. A window slides over the video by `hop_s`. Consecutive windows
+share most of their frames, so the embeddings of frames are kept, and only the clip head runs at each hop. In a model
+whose tower mixes the frames, a single frame has no embedding; then the frames are kept, and each hop runs the whole
 clip.
 """
 
@@ -23,7 +23,7 @@ from clip_har_jax.video.decoding import BadVideo
 from clip_har_jax.video.segments import Segment, SegmentRules, find_segments
 
 F = TypeVar("F")
-HOPS = 4  # of a window, where nothing else is said
+HOPS = 4  # hops per window by default
 LONGEST_S = 600.0
 
 
@@ -32,9 +32,9 @@ class Windows:
     """The windows that slide over a video.
 
     Attributes:
-      num_frames: of a window, evenly spaced.
-      window_s: its length.
-      hop_s: the time from one window to the next.
+      num_frames: frames of a window, evenly spaced.
+      window_s: length of a window.
+      hop_s: time from one window to the next.
     """
 
     num_frames: int
@@ -49,20 +49,20 @@ class Windows:
 
     @property
     def rate_hz(self) -> float:
-        """The frames a second that are looked at."""
+        """The number of analysed frames per second."""
         return self.num_frames / self.window_s
 
 
 def choose_windows(backend: Backend, window_s: float | None = None, hop_s: float | None = None) -> Windows:
-    """Return the windows of a model: as many frames as it was trained on, at the rate that its folder names.
+    """Return the windows for a model: its number of frames in training, at the frame rate in its folder.
 
     Args:
       backend: the model.
-      window_s: None: the frames by the rate of actions.json, which is 2 s where nothing was set.
+      window_s: None: the number of frames divided by the rate in actions.json (2 s by default).
       hop_s: None: a quarter of the window.
 
     Raises:
-      UserError: lengths that make no sense.
+      UserError: invalid lengths.
     """
     sampling = clip_sampling(backend.actions)
     num_frames = backend.num_frames or sampling.num_frames
@@ -73,7 +73,7 @@ def choose_windows(backend: Backend, window_s: float | None = None, hop_s: float
 
 @dataclass(frozen=True)
 class Window(Generic[F]):
-    """A window that is due: the features of its frames, and the time in its middle."""
+    """A complete window: the features of its frames, and the time of its middle."""
 
     time_s: float
     end_s: float
@@ -81,10 +81,10 @@ class Window(Generic[F]):
 
 
 class FrameRing(Generic[F]):
-    """The newest frames of one video, and the windows that they fill.
+    """Keeps the newest frames of one video, and returns the windows that they fill.
 
     Args:
-      windows: which windows.
+      windows: the lengths of the windows.
     """
 
     def __init__(self, windows: Windows):
@@ -94,11 +94,11 @@ class FrameRing(Generic[F]):
         self._given = False
 
     def push(self, time_s: float, feature: F) -> Window[F] | None:
-        """Take the next frame; return a window where one is due.
+        """Take the next frame; return a window if one is complete.
 
         Args:
-          time_s: of the frame; rises.
-          feature: what is kept of it.
+          time_s: time of the frame; must increase.
+          feature: the value to keep for the frame.
         """
         windows, period_s = self.windows, 1 / self.windows.rate_hz
         self._frames.append((time_s, feature))
@@ -106,7 +106,7 @@ class FrameRing(Generic[F]):
             self._due_s = time_s + windows.window_s - period_s
         while self._frames[0][0] < time_s - windows.window_s - period_s:
             self._frames.popleft()
-        if time_s < self._due_s - period_s / 4:  # which frames of any rate may be early by
+        if time_s < self._due_s - period_s / 4:  # a frame of any rate may be this early
             return None
         self._due_s += windows.hop_s * max(1, 1 + (time_s - self._due_s) // windows.hop_s)
         targets = time_s - period_s * np.arange(windows.num_frames - 1, -1, -1)
@@ -114,7 +114,7 @@ class FrameRing(Generic[F]):
         return Window(end_s - windows.window_s / 2, end_s, self._nearest(targets))
 
     def rest(self) -> Window[F] | None:
-        """Return the one window of a video that was shorter than a window; None: it had some."""
+        """Return the only window of a video that is shorter than a window; None: there were complete windows."""
         if self._given or not self._frames:
             return None
         first_s, last_s = self._frames[0][0], self._frames[-1][0]
@@ -123,7 +123,7 @@ class FrameRing(Generic[F]):
         return Window(first_s + length_s / 2, first_s + length_s, self._nearest(targets))
 
     def clear(self) -> None:
-        """Forget all frames, as after a gap."""
+        """Drop all frames, e.g. after a gap."""
         self._frames.clear()
         self._due_s = None
 
@@ -135,7 +135,7 @@ class FrameRing(Generic[F]):
 
 
 class Scored(NamedTuple):
-    """A window's answer."""
+    """The prediction of a window."""
 
     time_s: float  # the middle of the window
     end_s: float
@@ -148,7 +148,7 @@ def score_windows(
     """Yield the logits of each window of a video, whose frames come at about `windows.rate_hz`.
 
     Raises:
-      BadVideo: as `video.iter_frames`, after the windows before.
+      BadVideo: as `video.iter_frames`, after the windows before the damage.
     """
     ring: FrameRing[np.ndarray] = FrameRing(windows)
     source = iter(frames)
@@ -159,7 +159,7 @@ def score_windows(
         try:
             for frame in islice(source, batch_size):
                 chunk.append(frame)
-        except BadVideo as error:  # what came before it still counts
+        except BadVideo as error:  # the frames before the damage still count
             failure = error
         ended = len(chunk) < batch_size
         due: list[Window[np.ndarray]] = []
@@ -180,12 +180,12 @@ def score_windows(
 
 @dataclass
 class FoundSegments:
-    """What is done in a video, and when."""
+    """The actions in a video, with their times."""
 
     segments: list[Segment] = field(default_factory=list)
     frames: int = 0
     duration_s: float = 0.0
-    damage: str | None = None  # what of the video couldn't be read
+    damage: str | None = None  # a description of the unreadable part of the video
 
 
 def find_video_segments(
@@ -195,10 +195,10 @@ def find_video_segments(
     rules: SegmentRules,
     batch_size: int = 32,
 ) -> FoundSegments:
-    """Return the segments of a whole video. Memory grows by a row of scores a hop, whatever its frames take.
+    """Return the segments of a whole video. Memory grows by one row of scores per hop, not with the frames.
 
     Raises:
-      BadVideo: none of it can be read.
+      BadVideo: no frame of it can be read.
     """
     found = FoundSegments()
     times: list[float] = []
