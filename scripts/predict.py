@@ -6,7 +6,7 @@
   find photos -name '*.jpg' | python scripts/predict.py --model=runs/demo/model --json -
 
 Prints a line for each image or video: probability, action, file. Of a video some frames are read, by default 8 spread
-over it; below it come the actions in a long video with their times, found by windows that slide over it (--whole leaves
+over it. For a long video, the lines below it are the actions with their times, found by sliding windows (--whole leaves
 them out). --events smooths the scores of single frames instead. A file that can't be read is reported, and the others
 are still predicted. Exits 0 when all were read, 1 when some were not, 2 on a mistake.
 """
@@ -147,8 +147,14 @@ def _parse() -> argparse.Namespace:
     cli.add_batch_size(parser)
     for name, what in (("window_s", "length of a window"), ("hop_s", "time from one window to the next")):
         add(f"--{name}", type=float, metavar="S", help=f"{what}; default: the model's own, e.g. --{name}=0.5")
-    help = "of one action in long videos, joined to one segment, e.g. --max_gap_s=0 (default)"
-    add("--max_gap_s", type=float, default=0.0, metavar="S", help=f"gap between two segments {help}")
+    help = "that are joined to one, in long videos, e.g. --max_gap_s=0 (default)"
+    add(
+        "--max_gap_s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help=f"longest gap between two segments of an action {help}",
+    )
     add("--whole", action="store_true", help="predict videos as a whole, without segments, e.g. --whole")
     add("--events", action="store_true", help="find the actions in videos, with start and end, e.g. --events")
     add(

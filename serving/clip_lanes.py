@@ -1,4 +1,4 @@
-"""The lanes of a model's clips: of whole ones, and of their frames and what follows apart."""
+"""The lanes of clips: for whole clips, and for the frames and the head separately."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ HEADS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class ClipLanes:
-    """The lanes of clips; each gives logits, or with `embeds` what classes in free text are compared with.
+    """The lanes of clips. Each returns logits, or with `embeds` embeddings, which are compared with free-text classes.
 
     Attributes:
-      windows: of a long video, as the model was trained.
-      whole, whole_embeds: of a clip's frames [t, h, w, 3].
-      frame: of one frame: what a stream keeps of it; None: a frame has no features without the others.
-      head, head_embeds: of the kept features [t, d] of a clip's frames.
+      windows: the windows of a long video, as in training.
+      whole, whole_embeds: take a clip's frames [t, h, w, 3].
+      frame: takes one frame and returns its features; None: a single frame has no features.
+      head, head_embeds: take the features [t, d] of a clip's frames.
     """
 
     windows: Windows
@@ -35,12 +35,12 @@ class ClipLanes:
 def make_clip_lanes(
     backend: ExportedBackend, costs: Costs, finite: Callable[[Callable[[Any], np.ndarray]], Callable[[Any], np.ndarray]]
 ) -> ClipLanes | None:
-    """Return the lanes of an export; None: an export of an earlier version, which takes images alone.
+    """Return the lanes of an export; None: an export of an earlier version, which takes only images.
 
     Args:
-      backend: what runs it.
-      costs: of batches of images; a clip is taken to cost as much as its frames until it has run.
-      finite: wraps what has to give finite numbers.
+      backend: runs the export.
+      costs: costs of batches of images; until a clip has run, it is assumed to cost as much as its frames.
+      finite: wraps a function with a check that its output is finite.
     """
     if not backend.takes_clips:
         return None
@@ -64,7 +64,7 @@ def make_clip_lanes(
 
 
 def by_shape(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
-    """Return a function of items that runs those of one shape together: clips may differ in length."""
+    """Return a function of items that runs items of the same shape together: clips may differ in length."""
 
     def run_items(items: list[np.ndarray]) -> list[np.ndarray]:
         results: dict[int, np.ndarray] = {}

@@ -31,17 +31,19 @@ Seconds = Annotated[float, Field(gt=0, le=LONGEST_S, allow_inf_nan=False)] | Ski
 
 @dataclasses.dataclass(frozen=True)
 class EventOptions:
-    """The rules of events; the defaults are the detector's."""
+    """The rules of events; the defaults are those of `EventRules`."""
 
     smoothing: Annotated[str, Query(pattern="^(exponential|attention|none)$")] = EventRules.smoothing
     memory_s: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False)] = EventRules.memory_s
     start_score: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False)] = EventRules.start_score
     end_score: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False)] = EventRules.end_score
     min_duration_s: Annotated[float, Query(ge=0, le=600, allow_inf_nan=False)] = EventRules.min_duration_s
-    max_gap_s: Annotated[float, Query(ge=0, le=600, allow_inf_nan=False, description="of one action, in windows")] = 0.0
-    window_s: Annotated[Seconds, Query(description="of a model of clips; left out: as it was trained")] = None
-    hop_s: Annotated[Seconds, Query(description="between windows; left out: a quarter of one")] = None
-    max_delay_s: Annotated[Seconds, Query(description="after its end an event is final")] = None
+    max_gap_s: Annotated[
+        float, Query(ge=0, le=600, allow_inf_nan=False, description="longest gap within one action, with windows")
+    ] = 0.0
+    window_s: Annotated[Seconds, Query(description="length of a window; left out: as in training")] = None
+    hop_s: Annotated[Seconds, Query(description="time between windows; left out: a quarter of window_s")] = None
+    max_delay_s: Annotated[Seconds, Query(description="longest time from the end of an event until it is final")] = None
     threshold: Annotated[Threshold | SkipJsonSchema[None], Query()] = None
     top: Annotated[int, Query(ge=1, le=100)] = 5
     classes: Annotated[list[str], Query(description="as /v1/predict takes them")] = ()  # type: ignore[assignment]
@@ -74,14 +76,14 @@ class EventOptions:
             raise Problem("invalid_request", str(error)) from error
 
     def asks_for_windows(self, model: ServedModel) -> bool:
-        """Return whether a stream is answered window by window: of a model of clips always, of others on request."""
+        """Return whether a stream is predicted by windows: always for a model of clips, on request for others."""
         return model.is_of_clips or self.window_s is not None or self.hop_s is not None
 
     def windows(self, model: ServedModel) -> Windows:
-        """Return the windows that a model is asked for.
+        """Return the windows of a request, or the model's own.
 
         Raises:
-          Problem: lengths that make no sense, or a model that takes images alone.
+          Problem: invalid lengths, or a model that takes only images.
         """
         model.need_clips()
         try:
@@ -94,13 +96,13 @@ EventQuery = Annotated[EventOptions, Depends(async_dependency(EventOptions))]
 
 
 class Seen(NamedTuple):
-    """The answer at a frame of a stream.
+    """The prediction at a frame of a stream.
 
     Attributes:
-      time_s: that it is about: the frame's, or the middle of a window.
-      probs: of the classes `labels`.
-      label: the most probable action; None: abstained, or nothing is done.
-      events: what became certain, as messages.
+      time_s: time of the frame, or of the middle of its window.
+      probs: probabilities of the classes `labels`.
+      label: the most probable action; None: abstained, or background.
+      events: the messages of new events.
     """
 
     time_s: float
@@ -112,16 +114,16 @@ class Seen(NamedTuple):
 
 
 class FramePath:
-    """The path of a model of images: each frame has an answer.
+    """Predictions by a model of images, one for each frame.
 
     Args:
-      model: that answers.
-      classes: None: its own.
-      rules: of events.
-      batcher: what runs the model.
+      model: the model.
+      classes: None: the model's own.
+      rules: the rules of events.
+      batcher: runs the model.
     """
 
-    rate_hz = None  # as many frames as come
+    rate_hz = None  # analyses as many frames as come
 
     def __init__(self, model: ServedModel, classes: TextClasses | None, rules: EventRules, batcher: Batcher):
         self._model, self._classes, self._batcher = model, classes, batcher
@@ -129,7 +131,7 @@ class FramePath:
         self.lane = model.embed if classes is not None else model.classify
 
     async def measure(self, pixels: np.ndarray, deadline: float) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return a frame's logits, and its embedding where that is needed."""
+        """Return a frame's logits, and its embedding if it is needed."""
         model, batcher, classes = self._model, self._batcher, self._classes
         attends = self.detector.rules.smoothing == "attention"
         embedding = await batcher.run(model.embed, pixels, deadline) if classes or attends else None
@@ -138,27 +140,27 @@ class FramePath:
         return await batcher.run(model.classify, pixels, deadline), embedding
 
     async def look(self, pixels: np.ndarray, time_s: float, deadline: float) -> Seen:
-        """Return the answer to the next frame."""
+        """Return the prediction for the next frame."""
         moment = self.detector.update(time_s, *await self.measure(pixels, deadline))
         events = [{"event": "end", **vars(event)} for event in moment.ended]
         events += [{"event": "start", **vars(event)} for event in moment.started]
         return Seen(moment.time_s, self.detector.labels, moment.probs, moment.label, moment.score, events)
 
     def finish(self) -> list[dict[str, Any]]:
-        """End what goes on."""
+        """End all events; return their messages."""
         return [{"event": "end", **vars(event)} for event in self.detector.finish()]
 
 
 class WindowPath:
-    """The path of a model of clips: each hop has an answer, about the window that ends there.
+    """Predictions by a model of clips, one per hop, for the window that ends there.
 
     Args:
-      model, classes, batcher: as `FramePath` has them.
-      options: of the windows and events.
-      free: the classes are in free text.
+      model, classes, batcher: see `FramePath`.
+      options: the rules of windows and events.
+      free: the classes are free text.
 
     Raises:
-      Problem: options that contradict one another, or a model that takes images alone.
+      Problem: options that contradict each other, or a model that takes only images.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class WindowPath:
             raise Problem("invalid_request", str(error)) from error
 
     async def features(self, pixels: np.ndarray, deadline: float) -> np.ndarray:
-        """Return what is kept of a frame: its embedding, or the frame where the model needs all of them together."""
+        """Return the features of a frame: its embedding, or the frame itself if the model needs all frames together."""
         return pixels if self._frame is None else await self._batcher.run(self._frame, pixels, deadline)
 
     async def window_probs(self, features: list[np.ndarray], deadline: float) -> np.ndarray:
@@ -190,9 +192,9 @@ class WindowPath:
         return softmax(logits)
 
     async def look(self, pixels: np.ndarray, time_s: float, deadline: float) -> Seen | None:
-        """Take the next frame; return the answer where a window is due."""
+        """Take the next frame; return the prediction if a window is complete."""
         events: list[dict[str, Any]] = []
-        if self._last_s is not None and time_s - self._last_s > self.windows.window_s:  # nobody knows what was between
+        if self._last_s is not None and time_s - self._last_s > self.windows.window_s:  # a gap
             events, self._ring = self.finish(), FrameRing(self.windows)
         self._last_s = time_s
         window = self._ring.push(time_s, await self.features(pixels, deadline))
@@ -206,12 +208,12 @@ class WindowPath:
         return Seen(window.time_s, self.labels, probs, None if silent else label, score, events)
 
     def finish(self) -> list[dict[str, Any]]:
-        """End what goes on, and make all final."""
+        """End all events; return their final messages."""
         return [to_message(change) for change in self._segments.finish()]
 
 
 def to_message(change: Change) -> dict[str, Any]:
-    """Return news of an event as it is sent."""
+    """Return the message of an event's change."""
     fields = change._asdict()
     return {"event": fields.pop("what"), **fields, "final": change.what == "final"}
 

@@ -164,7 +164,7 @@ NamedCall = Annotated[Call, Depends(_named_call)]
 async def infer(call: NamedCall) -> Response:
     """Predict: `image` (UINT8, resized and cropped), `image_bytes` (BYTES: image files; in JSON base64), or `frames`.
 
-    `frames` are clips, UINT8 [n, frames, height, width, 3]; `image_embeds` then are the embeddings of the clips.
+    `frames` are clips, UINT8 [n, frames, height, width, 3]; then `image_embeds` are the embeddings of the clips.
     """
     body = await call.request.body()
     asked, binary = parse(body, call.request.headers.get(LENGTH))

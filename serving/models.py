@@ -45,10 +45,10 @@ def read_origin(folder: Path) -> Origin | None:
 
 
 def finite(run: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
-    """Return `run` with a check of what it gives.
+    """Return `run` with a check of its output.
 
     Raises:
-      UserError: of the function that is returned; its output isn't finite.
+      UserError: raised by the returned function if its output isn't finite.
     """
 
     def checked(batch: Any) -> np.ndarray:
@@ -240,7 +240,7 @@ class ServedModel:
         """Return the lanes of clips.
 
         Raises:
-          Problem: the export takes images alone.
+          Problem: the export takes only images.
         """
         if self.clips is None:
             raise Problem("unsupported_media_type", "this model takes images alone: export it again to send clips")
@@ -248,7 +248,7 @@ class ServedModel:
 
     @property
     def is_of_clips(self) -> bool:
-        """Return whether it was trained on clips, so that its streams are answered window by window."""
+        """Return whether the model was trained on clips; its streams are then predicted by windows."""
         return "clip_classifier" in self.backend.graphs.signatures
 
     def refusal(self) -> Problem:

@@ -17,7 +17,7 @@ class _Frozen(BaseModel):
 
 
 class _Given(BaseModel):
-    """A request's body; unknown keys are refused."""
+    """The body of a request; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,7 +50,7 @@ class PredictionBody(Answer):
     """Answer of /v1/predict."""
 
     model: ModelRef
-    damage: str | None = Field(None, description="of a clip: the part that couldn't be read; left out: none")
+    damage: str | None = Field(None, description="the part of a clip that couldn't be read; left out: none")
 
 
 class BatchItem(_Frozen):
@@ -211,11 +211,11 @@ class SegmentBody(_Frozen):
 
 
 class VideoAnswer(Answer):
-    """Answer of /v1/videos: that of the video as one clip, and what is done when."""
+    """Answer of /v1/videos: the prediction of the video as one clip, and its segments."""
 
     segments: list[SegmentBody]
     duration_s: float
-    frames: int = Field(description="frames that were looked at for the segments")
+    frames: int = Field(description="number of frames analysed for the segments")
     damage: str | None = Field(None, description="the part of the video that couldn't be read")
     model: ModelRef
 

@@ -16,7 +16,7 @@ from serving.service import Service
 
 router = APIRouter(prefix="/v1")
 FLOOD = 10  # times the analysed frame rate: a client that sends more is disconnected
-EARLY = 0.25  # share of the time between two frames of a window; a frame may come this much too early
+EARLY = 0.25  # share of the time between two frames of a window: a frame may come early by this much
 BAD_FRAMES = 20  # in a row: then the client is disconnected
 POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013
 
@@ -97,7 +97,7 @@ class Session:
                 self._skip("newer_came")
 
     def _is_due(self, now: float, fps: float) -> bool:
-        """Return whether a frame that comes now is looked at."""
+        """Return whether a frame that comes now is analysed."""
         path = self._follower.path
         rate_hz = fps if path is None or path.rate_hz is None else min(fps, path.rate_hz)
         if rate_hz < fps and now < self._next_s - EARLY / rate_hz:  # between the frames of windows: nothing is lost
@@ -141,7 +141,7 @@ class Session:
         async with service.batcher.admit(path.lane):
             pixels = await service.decode(data, model, deadline)
             seen = await path.look(pixels, arrived - self._start, deadline)
-        if seen is None:  # the next window isn't due
+        if seen is None:  # the next window isn't complete
             return
         latency_s = time.perf_counter() - arrived
         service.metrics.frame_to_event.observe(latency_s)

@@ -103,7 +103,7 @@ def read_input(tensor: InputTensor, binary: bytes, model: ServedModel, most: int
 
 
 def clip_shape(model: ServedModel) -> list[int]:
-    """Return the shape of `frames`, the clips of a model; -1 is any number."""
+    """Return the shape of `frames`, the clips of a model; -1 means any number."""
     side = model.backend.preprocess.image_size_px
     return [-1, model.backend.num_frames or -1, side, side, 3]
 

@@ -1,4 +1,4 @@
-"""Events of an uploaded video, or its prediction as a clip with its segments."""
+"""The actions in an uploaded video: events, or a prediction as a clip with segments."""
 
 import asyncio
 import io
@@ -81,7 +81,7 @@ async def video(
     request: Request,
     choice: ModelQuery,
     options: EventQuery,
-    rate_hz: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False, description="frames looked at")] = 4.0,
+    rate_hz: Annotated[float, Query(gt=0, le=60, allow_inf_nan=False, description="analysed frames per second")] = 4.0,
 ) -> VideoEvents:
     """Return the actions in a video with their start and end."""
     service = service_of(request)
@@ -126,7 +126,7 @@ async def _decode(service: Service, model: ServedModel, data: bytes, rate_hz: fl
 
 
 async def chunks(service: Service, model: ServedModel, lane: Lane, count: int, deadline: float) -> AsyncIterator[slice]:
-    """Yield parts of `count` items, each with room in a lane: others wait for one image, this one for hundreds."""
+    """Yield slices of `count` items, each when its lane has room, so that other requests wait only for one image."""
     for start in range(0, count, model.costs.best):
         await service.batcher.quiet(deadline)
         async with service.batcher.admit(lane, min(model.costs.best, count - start)):
@@ -136,7 +136,7 @@ async def chunks(service: Service, model: ServedModel, lane: Lane, count: int, d
 async def look_through(
     service: Service, model: ServedModel, path: WindowPath, data: bytes, deadline: float
 ) -> FoundSegments:
-    """Return the segments of a video: each frame is encoded once, each window answered once."""
+    """Return the segments of a video: each frame is encoded once, and each window predicted once."""
     times, images, damage = await _decode(service, model, data, path.rate_hz, deadline)
     ring: FrameRing[np.ndarray] = FrameRing(path.windows)
     scored: list[tuple[float, np.ndarray]] = []
@@ -159,7 +159,7 @@ async def look_through(
 
 @router.post("/videos", responses=VIDEO_ERRORS, openapi_extra=VIDEO)
 async def answer_video(request: Request, choice: ModelQuery, options: EventQuery) -> VideoAnswer:
-    """Return the most probable actions in a video as one clip, and what is done when, by windows that slide over it."""
+    """Return the most probable actions in a video as one clip, and the actions with their times, by sliding windows."""
     service = service_of(request)
     model = service.begin(request.state.client, choice)
     model.need_clips()

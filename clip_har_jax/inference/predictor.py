@@ -131,14 +131,14 @@ class Predictor:
         """Return the actions in a video with their times, from windows that slide over it.
 
         >>> predictor = Predictor("model")
-        >>> found = Predictor("model").segments("clip.mp4")
-        >>> [(segment.label, segment.start_s, segment.end_s) for segment in found.segments]
-        [('dancing', 0.0, 2.0)]
+        >>> found = predictor.segments("clip.mp4")
+        >>> [(segment.label, segment.start_s) for segment in found.segments]
+        [('dancing', 0.0)]
 
         Args:
           path: the video.
-          windows: their length and hop; None: as `choose_windows` has them.
-          rules: the thresholds; None: the defaults.
+          windows: the length of windows and their distance; None: those of `choose_windows`.
+          rules: the rules of segments; None: the defaults.
           each: wraps the frames while they are read, e.g. to report progress.
 
         Raises:
