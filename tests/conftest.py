@@ -6,10 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tests.support.xla import cpu_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of the tests' time, and their models are too small for optimised code to win it back.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_flags(devices=8)}".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(tempfile.gettempdir()) / "clip_har_jax_tests_cache"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "clip_har_jax_tests_xla"))

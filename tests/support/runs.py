@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.xla import cpu_flags
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "scripts" / "train.py"
 LABELS = ("cycling", "running", "sleeping")
@@ -33,8 +35,12 @@ def get_config():
 
 
 def environment(devices=1, **more):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in more.items()}}
+    return {
+        **os.environ,
+        "XLA_FLAGS": cpu_flags(devices),
+        "JAX_PLATFORMS": "cpu",
+        **{k: str(v) for k, v in more.items()},
+    }
 
 
 def start_run(config, workdir, *more, script=TRAIN, env=None, before=(), stderr=subprocess.PIPE):

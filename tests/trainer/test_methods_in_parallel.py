@@ -44,9 +44,11 @@ def train(start, workdir, cache, method, processes):
     if processes > 1:
         launcher = str(ROOT / "scripts" / "launch_distributed.py")
         command = [sys.executable, launcher, f"--processes={processes}", "--devices_per_process=2", "--", *command[1:]]
-    devices = 4 // processes
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+    environment = os.environ | {
+        "XLA_FLAGS": cpu_flags(devices=4 // processes),
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(cache),
+    }
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads((workdir / "run.json").read_text())["num_processes"] == processes
