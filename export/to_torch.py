@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.preprocess import Preprocess
 
 
@@ -23,7 +24,7 @@ def write_torchscript(graphs: "TorchGraphs", names: Sequence[str], folder: Path)
       folder: the folder to write into.
 
     Raises:
-      NotImplementedError: a head that isn't implemented here.
+      NotImplementedError: a head or a family of models that isn't implemented here.
     """
     import torch
 
@@ -67,6 +68,11 @@ class TorchGraphs:
         import torch
         from transformers import CLIPModel
 
+        family = read_config(model_folder).family
+        if family != "clip" or not (model_folder / "config.json").is_file():
+            raise NotImplementedError(
+                f"TorchScript is written for CLIPs in the Hugging Face layout, not for {family!r}"
+            )
         clip = CLIPModel.from_pretrained(model_folder, local_files_only=True, attn_implementation="eager").eval()
         self.clip, self.vision, self.size = clip, clip.vision_model, preprocess.image_size_px
         self.mean, self.std = (

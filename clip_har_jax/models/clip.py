@@ -98,6 +98,7 @@ SIZES: dict[str, TwoTowerConfig] = {
     "ViT-L/14@336": CLIPConfig(_LARGE_TEXT, dataclasses.replace(_LARGE_VISION, image_size=336), projection_dim=768),
 }
 HUB_SIZES = {
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "ViT-B/32",
     "openai/clip-vit-base-patch32": "ViT-B/32",
     "openai/clip-vit-base-patch16": "ViT-B/16",
     "openai/clip-vit-large-patch14": "ViT-L/14",

@@ -8,6 +8,7 @@ activations).
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _parse(model: dict[str, Any]) -> TwoTowerConfig:
     if pool is None or (pool == "mean" and not vision.get("final_ln_after_pool")):
         raise UserError("vision_cfg.pool_type: 'tok', or 'avg' with final_ln_after_pool, is needed")
     width = vision["width"]
-    tower = VisionConfig(
+    image_tower = VisionConfig(
         hidden_size=width,
         intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
         num_layers=vision["layers"],
@@ -103,7 +104,7 @@ def _parse(model: dict[str, Any]) -> TwoTowerConfig:
     )
     if text.get("proj_bias") or model.get("init_logit_bias") is not None:
         raise UserError("text_cfg.proj_bias or init_logit_bias beside a plain ViT isn't known here; use another model")
-    return CLIPConfig(_parse_text(text, act), tower, model["embed_dim"])
+    return CLIPConfig(_parse_text(text, act), image_tower, model["embed_dim"])
 
 
 def _parse_text(text: dict[str, Any], act: str) -> TextConfig:
@@ -132,10 +133,12 @@ def _parse_siglip(name: str, model: dict[str, Any], text: TextConfig) -> SiglipC
         raise UserError(f"timm's tower {name!r} isn't known here; use a plain ViT or a SigLIP")
     size, patch_size, image_size = found[1].replace("giantopt", "giant-opt"), int(found[2]), int(found[3])
     published = next(s for key, s in SIZES.items() if re.match(rf"siglip2?-{size}-", key)).vision
-    act = "gelu_pytorch_tanh" if _WITH_TANH.search(name) else "gelu"
-    tower = {"hidden_act": act, "patch_size": patch_size, "image_size": _square(vision.get("image_size", image_size))}
-    sizes = {key: getattr(published, key) for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads")}
-    vision_config = VisionConfig(**sizes, **tower, layer_norm_eps=1e-6, pooling="attention", pre_norm=False)
+    vision_config = replace(
+        published,
+        hidden_act="gelu_pytorch_tanh" if _WITH_TANH.search(name) else "gelu",
+        patch_size=patch_size,
+        image_size=_square(vision.get("image_size", image_size)),
+    )
     if not model["text_cfg"].get("proj_bias") or model.get("init_logit_bias") is None:
         raise UserError(f"timm's tower {name!r} without text_cfg.proj_bias and init_logit_bias isn't a SigLIP")
     return SiglipConfig(text, vision_config, vision_config.hidden_size)

@@ -119,7 +119,9 @@ def _published(sizes: dict[str, Any], patch_size: int, image_size: int, vocab_si
     return SiglipConfig(_text(text, vocab_size=vocab_size), vision, vision.hidden_size)
 
 
-_PUBLISHED = {  # after google/siglip and google/siglip2: the sizes of the towers, patch, images, vocabulary
+_PUBLISHED: dict[
+    str, tuple[tuple[str, dict[str, Any], int, int, int], ...]
+] = {  # after google/siglip and google/siglip2: the sizes of the towers, patch, images, vocabulary
     "": (
         ("base-patch16-224", _BASE, 16, 224, 32000),
         ("base-patch16-256", _BASE, 16, 256, 32000),
@@ -154,5 +156,10 @@ SIZES: dict[str, TwoTowerConfig] = {
     "siglip-tiny": SiglipConfig(
         _text(_TINY, context_length=24), _vision(_TINY, image_size=64, patch_size=16), projection_dim=64
     ),
-} | {f"siglip{version}-{name}": _published(*sizes) for version, rows in _PUBLISHED.items() for name, *sizes in rows}
+    **{
+        f"siglip{version}-{name}": _published(sizes, patch_size, image_size, vocab_size)
+        for version, rows in _PUBLISHED.items()
+        for name, sizes, patch_size, image_size, vocab_size in rows
+    },
+}
 HUB_SIZES = {f"google/{name}": name for name in SIZES if name != "siglip-tiny"}

@@ -27,6 +27,9 @@ HUB_SIZES = {
     "openai/clip-vit-base-patch16": "ViT-B/16",
     "openai/clip-vit-large-patch14": "ViT-L/14",
     "openai/clip-vit-large-patch14-336": "ViT-L/14@336",
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "ViT-B/32",
+    "google/siglip2-base-patch16-224": "siglip2-base-patch16-224",
+    "google/siglip2-so400m-patch14-384": "siglip2-so400m-patch14-384",
 }
 TRAINED_SIZES = {"runs/start/model": "mini", "runs/motion/model": "mini"}  # folders that an earlier config trains
 

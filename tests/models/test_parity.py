@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_har_jax.models.clip import CLIPConfig
+from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.families import NAMED_SIZES, config_from_hf
 from clip_har_jax.models.hf_layout import TABLES, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
@@ -39,7 +39,7 @@ def hf_shapes(name: str) -> dict[str, list[int]]:
 
 
 @cache
-def case_params(name: str) -> tuple[CLIPConfig, Params]:
+def case_params(name: str) -> tuple[TwoTowerConfig, Params]:
     """Return a case's configuration and weights: of the shapes that transformers has, by the rule of the golden
     files.
     """
@@ -53,7 +53,7 @@ def case_inputs(name: str) -> dict[str, jax.Array]:
     return {key: jnp.asarray(value) for key, value in make_inputs(CASES[name]).items()}
 
 
-def run(config: CLIPConfig, params: Params, inputs: dict[str, jax.Array]) -> tuple[TwoTowersOutput, jax.Array]:
+def run(config: TwoTowerConfig, params: Params, inputs: dict[str, jax.Array]) -> tuple[TwoTowersOutput, jax.Array]:
     """Return the model's output and the last patch's hidden values."""
 
     @jax.jit

@@ -167,7 +167,9 @@ def test_patches_alone_and_their_contributions() -> None:
     assert pool is not None
     np.testing.assert_allclose(pool.each(tokens)[:, 3], pool(tokens[:, 3:4]), atol=1e-5)
     attended = pool.attention(tokens, None, False, queries=pool.queries(tokens))[:, 0]
-    attended -= pool.attention.out.bias[...][None]
+    bias = pool.attention.out.bias
+    assert bias is not None
+    attended -= bias[...][None]
     np.testing.assert_allclose(patch_embeds(model, images).sum(axis=1), attended, atol=1e-5)
 
 
