@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/siglip2_so400m.py --workdir=runs/siglip2_so400m
 
-Hardware: meant for one GPU of 80 GB or a TPU v5e-8; not measured. Expected result: not measured.
+Hardware: meant for one GPU of 80 GB or a TPU v5e-16; not measured. Expected result: not measured.
 
 Validation is a tenth of the labelled images, held out by class: the set's own test split carries no labels.
 """
@@ -16,7 +16,5 @@ def get_config() -> ConfigDict:
             "data": {"train": "hf:Bingsu/Human_Action_Recognition?split=train", "num_workers": 4},
             "model": {"name": "google/siglip2-so400m-patch14-384", "compute_dtype": "bfloat16"},
             "method": {"name": "flyp", "loss": "sigmoid"},
-            "train": {"global_batch_size": 64},
-            "eval": {"batch_size": 64},
         }
     )

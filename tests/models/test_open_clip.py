@@ -13,30 +13,20 @@ import pytest
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import load
-from clip_har_jax.models.params import write_tensors
 from clip_har_jax.models.pretrained import load_pretrained, read_config, read_params, write_params
 from clip_har_jax.preprocess import evaluation_transform
-from tests.support.make_golden import GOLDEN, make_images, make_weight
+from tests.support.make_golden import GOLDEN, make_images
 from tests.support.make_open_clip_golden import CASES, FOLDERS, PROMPTS, make_inputs, write_config
 from tests.support.normalization import normalize
+from tests.support.open_clip_folders import WEIGHTS, write_case
 
 TOLERANCE = 1e-5  # largest error over largest value of the reference, in float32
-WEIGHTS = "open_clip_model.safetensors"
 
 
 @cache
 def golden() -> dict[str, np.ndarray]:
     with np.load(GOLDEN / "open_clip.npz") as arrays:
         return dict(arrays)
-
-
-def write_case(folder: Path, name: str) -> Path:
-    """Write the folder that open_clip read, its weights by the rule of the golden files."""
-    folder.mkdir(exist_ok=True)
-    write_config(folder, name)
-    shapes = json.loads((GOLDEN / "open_clip_shapes.json").read_text())[name]
-    write_tensors(folder / WEIGHTS, {key: np.asarray(make_weight(key, shape)) for key, shape in shapes.items()})
-    return folder
 
 
 def errors(folder: Path, name: str) -> dict[str, float]:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_har_jax.models.clip import SIZES
 from clip_har_jax.models.configuration import TwoTowerConfig
-from clip_har_jax.models.families import NAMED_SIZES, config_from_hf
+from clip_har_jax.models.families import config_from_hf
 from clip_har_jax.models.hf_layout import TABLES, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.params import Params, init_params, make_model
@@ -64,9 +65,9 @@ def run(config: TwoTowerConfig, params: Params, inputs: dict[str, jax.Array]) ->
     return forward(params, inputs)
 
 
-@pytest.mark.parametrize("name", sorted(NAMED_SIZES.keys() - {"mini", "tiny"}))  # these two may change freely
+@pytest.mark.parametrize("name", sorted(SIZES.keys() - {"mini", "tiny"}))  # these two may change freely
 def test_cases_are_the_published_sizes(name: str) -> None:
-    size = NAMED_SIZES[name]
+    size = SIZES[name]
     one_layer = {tower: dataclasses.replace(getattr(size, tower), num_layers=1) for tower in ("text", "vision")}
     assert config_from_hf(CASES[name]) == dataclasses.replace(size, **one_layer)
 

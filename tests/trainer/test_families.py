@@ -13,9 +13,9 @@ from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import read_config, write_params
 from clip_har_jax.models.siglip import FlaxSiglipModel
 from export.run import ExportOptions, export_model
-from tests.models.test_open_clip import write_case
 from tests.support.make_golden import GOLDEN
 from tests.support.model_folders import write_images
+from tests.support.open_clip_folders import write_case
 from tests.support.runs import LABELS, write_config
 from tests.support.serving_setup import running
 
