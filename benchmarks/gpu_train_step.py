@@ -4,8 +4,7 @@
 
 Both towers are trained from random weights with 45 prompts of full length. Each model first steps on a batch that stays
 on the GPU, then on batches that the training's input pipeline reads from JPEGs; without --data these are generated,
-with the size of photographs. "ratio" is the images/s of ViT-B/16 with JPEGs divided by the 1,459 that are published for
-an H100; null unless a Hopper GPU measured it. Without a GPU no result is reported.
+with the size of photographs. "ratio": images/s of ViT-B/16 with JPEGs, divided by the 1,459 published for an H100.
 """
 
 import gzip

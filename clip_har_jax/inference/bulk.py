@@ -1,7 +1,8 @@
 """Predictions for any number of files, written as Parquet in parts; a kill loses at most one part.
 
 The inputs are a stream in a fixed order; shard I of N takes every N-th. A part holds the next `part_size` inputs of a
-shard and is written atomically, so the number of parts says where to continue.
+shard and is written atomically, so the number of parts says where to continue. Reading, predicting, writing and
+resuming share these rules, so they stand in one file, over 300 lines.
 """
 
 import json

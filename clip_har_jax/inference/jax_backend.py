@@ -1,4 +1,7 @@
-"""A model folder, or any CLIP in the Hugging Face layout, run by JAX, which is imported when a model is opened."""
+"""A model folder, or any CLIP in the Hugging Face layout, run by JAX, which is imported when a model is opened.
+
+The file is over 300 lines, because all parts share the state of one class, which is loaded piece by piece on demand.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,8 @@
-"""The search for the fastest settings with which a run fits a machine, with few compilations."""
+"""The search for the fastest settings with which a run fits a machine, with few compilations.
+
+The search and the plans that it compares stand in one file, over 300 lines, because each rule of the search is about a
+field of a plan.
+"""
 
 import dataclasses
 import math
