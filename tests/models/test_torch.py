@@ -1,4 +1,4 @@
-"""Folders exchanged with transformers' torch CLIPModel, which runs in an environment of its own."""
+"""Folders exchanged with transformers' torch CLIPModel and SiglipModel, which runs in an environment of its own."""
 
 import site
 import subprocess
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.factory import make_base
 from clip_har_jax.models.families import NAMED_SIZES
 from clip_har_jax.models.params import init_params
-from clip_har_jax.models.pretrained import write_params
+from clip_har_jax.models.pretrained import load_pretrained, write_params
+from clip_har_jax.models.two_towers import TwoTowers
 from clip_har_jax.preprocess import evaluation_transform
 from tests.support.normalization import normalize
 from tests.support.torch_environment import torch_side
@@ -22,19 +22,19 @@ TOLERANCE = 1e-5
 TEXTS = ("a photo of a person riding a bike.", "naïve 😀", "sleeping " * 100)
 
 
-def make_inputs(model: FlaxCLIPModel) -> dict[str, np.ndarray]:
+def make_inputs(model: TwoTowers) -> dict[str, np.ndarray]:
     """Two images and three texts of different lengths."""
     rng, text = np.random.default_rng(1), model.config.text
     size, length = model.config.vision.image_size, text.context_length
     ids = rng.integers(3, text.vocab_size - 2, (3, length), np.int32)
     mask = np.zeros_like(ids)
     for row, end in enumerate((length - 1, length // 2, 3)):
-        ids[row, end:], mask[row, : end + 1] = text.eos_token_id, 1
+        ids[row, end:], mask[row, : end + 1] = min(text.eos_token_id, text.vocab_size - 1), 1
     pixels = rng.standard_normal((2, 3, size, size), np.float32)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
-def assert_same_outputs(folder: Path, model: FlaxCLIPModel, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def assert_same_outputs(folder: Path, model: TwoTowers, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Our outputs against outputs.npz of the folder, which is returned."""
     output = model(**{name: jnp.asarray(value) for name, value in inputs.items()})
     with np.load(folder / "outputs.npz") as arrays:
@@ -48,24 +48,24 @@ def assert_same_outputs(folder: Path, model: FlaxCLIPModel, inputs: dict[str, np
     return expected
 
 
-@pytest.mark.parametrize("size", ["tiny", "ViT-B/32"])
+@pytest.mark.parametrize("size", ["tiny", "ViT-B/32", "siglip-tiny", "siglip-base-patch16-224"])
 def test_theirs_opens_here(torch_python: str, tmp_path: Path, size: str) -> None:
     torch_side(torch_python, "save", str(tmp_path), size)
-    model = FlaxCLIPModel.from_pretrained(str(tmp_path))
+    model = load_pretrained(str(tmp_path))
     inputs = make_inputs(model)
     np.savez(tmp_path / "inputs.npz", allow_pickle=False, **inputs)
     torch_side(torch_python, "run", str(tmp_path))
     assert_same_outputs(tmp_path, model, inputs)
 
 
-@pytest.mark.parametrize("size", ["tiny", "ViT-B/32"])
+@pytest.mark.parametrize("size", ["tiny", "ViT-B/32", "siglip-tiny", "siglip-base-patch16-224"])
 def test_ours_opens_there(torch_python: str, tmp_path: Path, size: str) -> None:
     """A named size with its own tokenizer and preprocessing, as training starts from and saves it."""
     base = make_base(size, TEXTS)
     write_params(tmp_path, base.config, init_params(base.config, seed=0))
     base.tokenizer.save(tmp_path)
     base.preprocess.save(tmp_path)
-    model = FlaxCLIPModel.from_pretrained(str(tmp_path))
+    model = load_pretrained(str(tmp_path))
     assert NAMED_SIZES[size].vision == model.config.vision
     inputs = make_inputs(model)
     images = np.random.default_rng(2).integers(0, 256, (2, 90, 70, 3), np.uint8)

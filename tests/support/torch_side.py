@@ -1,6 +1,6 @@
 """Run by test_torch.py in an environment of torch and transformers alone.
 
-    python torch_side.py save FOLDER tiny|ViT-B/32      a randomly initialised CLIPModel, as transformers saves it
+    python torch_side.py save FOLDER SIZE      a randomly initialised CLIPModel or SiglipModel, as transformers saves it
     python torch_side.py run FOLDER                     inputs.npz of the folder -> outputs.npz
 
 Where the folder has a tokenizer and an image processor, `run` also opens these and keeps what they give.
@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+)
 
 TINY: dict[str, Any] = {
     "text_config": {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -30,11 +38,17 @@ TINY: dict[str, Any] = {
 
 def save(folder: Path, size: str) -> None:
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(**(TINY if size == "tiny" else {}))).save_pretrained(folder)
+    sizes = TINY if "tiny" in size else {}
+    if size.startswith("siglip"):
+        sizes = {key: dict(value) for key, value in sizes.items() if key.endswith("_config")}
+        sizes.get("text_config", {})["projection_size"] = sizes.get("vision_config", {}).get("hidden_size")
+        SiglipModel(SiglipConfig(**sizes)).save_pretrained(folder)
+    else:
+        CLIPModel(CLIPConfig(**sizes)).save_pretrained(folder)
 
 
 def run(folder: Path) -> None:
-    model = CLIPModel.from_pretrained(folder).eval()
+    model = AutoModel.from_pretrained(folder).eval()
     with np.load(folder / "inputs.npz") as arrays:
         inputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     texts, images = inputs.pop("texts", None), inputs.pop("images", None)
