@@ -30,6 +30,8 @@ from clip_har_jax.models.open_clip import (
     write_open_clip,
 )
 from clip_har_jax.models.params import Params, abstract_model, flat_params, make_model, write_tensors
+from clip_har_jax.models.peft_adapters import WEIGHTS as ADAPTER
+from clip_har_jax.models.peft_adapters import is_adapter, merge_adapter, read_settings
 from clip_har_jax.models.pickles import has_torch, read_pickle
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.temporal import split_temporal
@@ -46,6 +48,8 @@ def read_config(folder: Path) -> TwoTowerConfig:
     Raises:
       UserError: missing, not JSON, or not a model of a known family.
     """
+    if is_adapter(folder):
+        return read_config(_base_of(folder))
     if is_open_clip(folder):
         return read_open_clip_config(folder)
     path = folder / "config.json"
@@ -70,11 +74,24 @@ def read_params(folder: Path, config: TwoTowerConfig) -> Params:
     """
     shapes = {name: value.shape for name, value in flat_params(abstract_model(config)).items()}
     own, added = split_temporal(shapes)
-    if is_open_clip(folder):
+    if is_adapter(folder):
+        base = _base_of(folder)
+        if is_open_clip(base):
+            raise UserError(f"{folder}: an adapter of a folder in open_clip's layout; name one in Hugging Face's")
+        tensors = merge_adapter(folder, _read_tensors(base), _read_safetensors(folder / ADAPTER))
+        params = params_from_hf(tensors, own, str(folder), TABLES[config.family])
+    elif is_open_clip(folder):
         params = params_from_hf(_read_open_clip_tensors(folder), own, str(folder), open_clip_table(folder))
     else:
         params = params_from_hf(_read_tensors(folder), own, str(folder), TABLES[config.family])
     return params | _read_temporal(folder, added)
+
+
+def _base_of(adapter: Path) -> Path:
+    """Return the folder of an adapter's base model; a path in its settings may be relative to the adapter."""
+    name = read_settings(adapter)["base_model_name_or_path"]
+    beside = adapter / name
+    return beside if beside.is_dir() else resolve_folder(name)
 
 
 def _read_temporal(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Params:
@@ -222,6 +239,8 @@ def on_device(params: Params) -> Params:
 
 def read_preprocess(folder: Path, image_size_px: int) -> Preprocess:
     """Read how a model folder's images are transformed."""
+    if is_adapter(folder):
+        return read_preprocess(_base_of(folder), image_size_px)
     if is_open_clip(folder) and not (folder / "preprocessor_config.json").is_file():
         return read_open_clip_preprocess(folder, image_size_px)
     return Preprocess.from_folder(folder, image_size_px)
@@ -229,6 +248,8 @@ def read_preprocess(folder: Path, image_size_px: int) -> Preprocess:
 
 def read_folder_tokenizer(folder: Path) -> TextTokenizer:
     """Read the tokenizer of a model folder, in either layout."""
+    if is_adapter(folder):
+        return read_folder_tokenizer(_base_of(folder))
     return read_open_clip_tokenizer(folder) if is_open_clip(folder) else read_tokenizer(folder)
 
 

@@ -139,7 +139,8 @@ def run(folder: Path, name: str) -> tuple[dict[str, np.ndarray], dict[str, list[
 
 
 if __name__ == "__main__":
-    arrays, shapes = {}, {}
+    arrays: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
     for name in CASES:
         with tempfile.TemporaryDirectory() as temporary:
             outputs, shapes[name] = run(Path(temporary), name)

@@ -84,7 +84,7 @@ def processed(folder: Path) -> dict[str, np.ndarray]:
     from transformers import SiglipImageProcessorPil, SiglipTokenizer
     from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
 
-    arrays = {}
+    arrays: dict[str, Any] = {}
     texts = [prompt.lower() for prompt in PROMPTS] + ["a photo of a person", "someone is dancing"]
     pieces, gemma = folder / "siglip_tokenizer", folder / "siglip2_tokenizer"
     pieces.mkdir(exist_ok=True)
@@ -100,7 +100,8 @@ def processed(folder: Path) -> dict[str, np.ndarray]:
     learner.train_from_iterator([text.replace(" ", "▁") for text in texts], trainer)
     learned = json.loads(learner.to_str())["model"]
     vocab = learned["vocab"] | {f"<0x{i:02X}>": len(learned["vocab"]) + i for i in range(256)}
-    tokenizer = Siglip2Tokenizer(vocab, [tuple(pair) for pair in learned["merges"]], padding_side="right")
+    merges: Any = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Siglip2Tokenizer(vocab, merges, padding_side="right")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", vocab["<eos>"])]
     )
