@@ -1,7 +1,7 @@
 """The tokenizers of text towers, read from the files of a model folder.
 
-CLIP's stands in `text.py`. Others are published as tokenizer.json (Gemma's for SigLIP 2, BERT's for CLIPA), or as a
-SentencePiece model, spiece.model (SigLIP).
+CLIP's own tokenizer is in `text.py`. Others are published as tokenizer.json (Gemma's for SigLIP 2, BERT's for CLIPA),
+or as a SentencePiece model, spiece.model (SigLIP).
 """
 
 import html
@@ -39,8 +39,8 @@ def _squeeze(text: str) -> str:
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
-# The cleaning of a text before tokenization, by the names of open_clip's `tokenizer_kwargs.clean`; without its repair
-# of wrongly decoded letters (ftfy).
+# Functions that clean a text before tokenization, by their names in open_clip's `tokenizer_kwargs.clean`. Unlike
+# open_clip, they don't repair wrongly decoded letters (ftfy).
 CLEANING: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
     "whitespace": _squeeze,
@@ -55,9 +55,9 @@ class PublishedTokenizer:
     """A tokenizer of a model folder; it keeps the folder's files and writes them unchanged.
 
     Args:
-      files: their contents by name.
-      encode: from a text to its token ids, and how many special tokens begin and end them.
-      pad_token_id: fills short texts.
+      files: contents of its files, by name.
+      encode: returns the token ids of a text, and the numbers of special tokens at its beginning and end.
+      pad_token_id: id of the token that fills short texts.
       settings: tokenizer_config.json; `padding_side`, and `clean` and `zero_token_id`, which are this project's own.
     """
 
@@ -145,7 +145,7 @@ def _content(token: Any) -> str:
 
 
 def _from_json(files: dict[str, bytes], settings: dict[str, Any]) -> tuple[Any, int]:
-    """Return what encodes by tokenizer.json, and the id of the pad token."""
+    """Return the function that encodes with tokenizer.json, and the id of the pad token."""
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_str(files["tokenizer.json"].decode())
@@ -169,7 +169,7 @@ def _from_json(files: dict[str, bytes], settings: dict[str, Any]) -> tuple[Any, 
 
 
 def _from_pieces(files: dict[str, bytes], settings: dict[str, Any]) -> tuple[Any, int]:
-    """Return what encodes by spiece.model as transformers' SiglipTokenizer does, and the id of the pad token."""
+    """Return the function that encodes with spiece.model like transformers' SiglipTokenizer, and the pad token's id."""
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_proto=files["spiece.model"])

@@ -4,7 +4,7 @@
 
 Hardware: meant for one GPU of 40 GB or a TPU v5e-4; not measured. Expected result: not measured.
 
-Validation is a tenth of the labelled images, held out by class: the set's own test split carries no labels.
+Validation is a tenth of the labelled images of each class, because the set's own test split has no labels.
 """
 
 from ml_collections import ConfigDict

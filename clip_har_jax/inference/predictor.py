@@ -164,7 +164,7 @@ class Predictor:
         return Prediction(name, *top[0], top, abstained=abstained)
 
     def try_load(self, item: ImageLike) -> np.ndarray | str:
-        """Return an input as the model takes it, or the reason why it can't be read."""
+        """Return the model's input, uint8 [size, size, 3], or the reason why `item` can't be read."""
         try:
             return self._load(item)
         except BadImage as error:

@@ -1,8 +1,8 @@
 """Folders in open_clip's layout: open_clip_config.json with open_clip_model.safetensors, read and written.
 
 Plain ViTs are read as CLIPs (OpenAI's, LAION's, DataComp's, DFN's, MetaCLIP's, CLIPA's), and timm's towers of SigLIP as
-SigLIPs. Other towers are refused by name. After open_clip 3.3.0 (model.py, transformer.py) and timm 1.0 (SigLIP's
-activations).
+SigLIPs. Other towers are refused by name. The sources are open_clip 3.3.0 (model.py, transformer.py) and timm 1.0
+(activations of SigLIP).
 """
 
 import json
@@ -23,7 +23,7 @@ from clip_har_jax.text import Tokenizer
 from clip_har_jax.tokenization import PublishedTokenizer, read_tokenizer
 
 CONFIG, WEIGHTS, PICKLE = "open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
-HEAD_WIDTH = 64  # of the image tower, where the configuration doesn't say
+HEAD_WIDTH = 64  # of the image tower, if the configuration has none
 _TIMM = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)")
 _WITH_TANH = re.compile(r"base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt")  # the others' GELU is exact
 # Options that plain ViTs and text transformers don't have; a value other than these is refused.
@@ -35,7 +35,7 @@ _PLAIN: dict[str, Any] = {
 
 
 def is_open_clip(folder: Path) -> bool:
-    """Return whether the folder is in open_clip's layout; where it has Hugging Face's too, that one is read."""
+    """Return whether the folder is in open_clip's layout; False if it has Hugging Face's too, which is preferred."""
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
@@ -43,7 +43,7 @@ def read_open_clip_config(folder: Path) -> TwoTowerConfig:
     """Read the configuration of an open_clip folder.
 
     Raises:
-      UserError: not JSON, another tower than a plain ViT, an option that isn't known here; names the file.
+      UserError: not JSON, another tower than a plain ViT, or an unsupported option; names the file.
     """
     path = folder / CONFIG
     try:
@@ -168,7 +168,7 @@ def read_open_clip_preprocess(folder: Path, image_size_px: int) -> Preprocess:
     """Return the image transform of an open_clip folder.
 
     Raises:
-      UserError: a way of resizing that isn't known here.
+      UserError: an unsupported way of resizing.
     """
     given = _read_json(folder / CONFIG).get("preprocess_cfg") or {}
     mode, names = given.get("resize_mode", "shortest"), {name: number for number, name in RESAMPLING.items()}
@@ -231,7 +231,7 @@ def _write_text(text: TextConfig, act: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
-        "hf_tokenizer_name": "local",  # of a local-dir: its own files are read, whatever the name
+        "hf_tokenizer_name": "local",  # open_clip reads the files of a local-dir, whatever the name
         "width": text.hidden_size,
         "heads": text.num_heads,
         "layers": text.num_layers,

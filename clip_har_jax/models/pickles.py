@@ -9,17 +9,17 @@ from clip_har_jax.errors import UserError
 
 
 def has_torch() -> bool:
-    """Return whether torch is installed, which alone reads pickled weights."""
+    """Return whether torch is installed; pickled weights need it."""
     return find_spec("torch") is not None
 
 
 def read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a file of `torch.save`; anything but tensors in it is refused by torch."""
+    """Return the tensors of a file of `torch.save`; torch refuses anything in it except tensors."""
     import torch
 
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-        values = values.get("state_dict", values)  # of a checkpoint of open_clip's training
+        values = values.get("state_dict", values)  # in a checkpoint of open_clip's training
         return {name.removeprefix("module."): value.float().numpy() for name, value in values.items()}
     except Exception as error:  # torch raises many kinds of exceptions for a damaged or unsafe file
         reason = " ".join(str(error).split())[:200]

@@ -121,7 +121,7 @@ def _published(sizes: dict[str, Any], patch_size: int, image_size: int, vocab_si
 
 _PUBLISHED: dict[
     str, tuple[tuple[str, dict[str, Any], int, int, int], ...]
-] = {  # after google/siglip and google/siglip2: the sizes of the towers, patch, images, vocabulary
+] = {  # the sizes of google/siglip and google/siglip2: towers, patch, images, vocabulary
     "": (
         ("base-patch16-224", _BASE, 16, 224, 32000),
         ("base-patch16-256", _BASE, 16, 256, 32000),

@@ -152,7 +152,7 @@ class SpaceTimeAdapter(nnx.Module):
 
 
 def depthwise_conv(x: jax.Array, taps: jax.Array, dims: tuple[int, ...]) -> jax.Array:
-    """Convolve each channel (the last dim) along `dims` with 3 taps per dim; 0 outside.
+    """Convolve each channel of `x` [..., c] along `dims` with 3 taps per dim; 0 outside.
 
     A sum of shifted copies, which compilers fuse; grouped convolutions of one channel are slow on CPUs.
     """
