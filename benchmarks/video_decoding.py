@@ -41,7 +41,7 @@ def write(source: str, target: Path, keyframe_every: int) -> int:
     import av
 
     with av.open(source) as read, av.open(target, "w") as written:
-        rate = read.streams.video[0].average_rate
+        rate = read.streams.video[0].average_rate or 25
         stream = written.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         stream.codec_context.gop_size = keyframe_every

@@ -2,8 +2,8 @@
 
     python scripts/train.py --config=configs/motion.py --workdir=runs/motion
 
-Hardware: 2 CPU cores. Expected result: top-1 0.802 on the 480 validation clips after 700 of the 1,500 steps (chance
-0.063; the best without the order of frames is 0.5).
+Hardware: 2 CPU cores. Expected result: top-1 0.927 on the 480 validation clips (chance 0.063; the best without the
+order of frames is 0.5, and `--config.model.temporal=mean` reaches 0.490).
 """
 
 from ml_collections import ConfigDict
@@ -20,9 +20,9 @@ def get_config() -> ConfigDict:
             },
             "text": {"templates": ("a video of a person {}.",)},
             "model": {"name": "mini", "temporal": "divided"},
-            "train": {"num_steps": 750, "global_batch_size": 32, "log_every_steps": 50},
-            "optim": {"learning_rate": 2e-3, "weight_decay": 0.05},
-            "eval": {"every_steps": 250},
-            "checkpoint": {"every_steps": 250},
+            "train": {"num_steps": 700, "global_batch_size": 32, "log_every_steps": 50},
+            "optim": {"name": "muon", "learning_rate": 5e-3, "weight_decay": 0.05},
+            "eval": {"every_steps": 100},
+            "checkpoint": {"every_steps": 100},
         }
     )

@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
             },
             "text": {"templates": ("a video of a person {}.",)},
             "model": {"name": "runs/motion/model", "temporal": "divided"},
-            "train": {"num_steps": 800, "global_batch_size": 32, "log_every_steps": 50},
-            "optim": {"learning_rate": 1e-3, "weight_decay": 0.05},
-            "eval": {"every_steps": 200},
-            "checkpoint": {"every_steps": 200},
+            "train": {"num_steps": 250, "global_batch_size": 32, "log_every_steps": 50},
+            "optim": {"name": "muon", "learning_rate": 2e-3, "weight_decay": 0.05},
+            "eval": {"every_steps": 250},
+            "checkpoint": {"every_steps": 250},
         }
     )

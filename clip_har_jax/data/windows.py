@@ -30,9 +30,17 @@ WINDOW_S = 2.0  # 8 frames at 4 a second, the defaults of config.data.video
 class UntrimmedVideo(Protocol):
     """A video with the times of its actions."""
 
-    name: str
-    duration_s: float
-    segments: tuple[Segment, ...]
+    @property
+    def name(self) -> str:
+        """The name by which a person finds it."""
+
+    @property
+    def duration_s(self) -> float:
+        """Its length."""
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Its annotated actions."""
 
     def frames(self, rate_hz: float) -> Iterator[TimedFrame]:
         """Yield its frames at a rate."""
