@@ -16,8 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
-from serving.heads import head_problem, too_large, without_upgrade
 from serving.problems import MEDIA_TYPE, Problem
+from serving.request_heads import head_problem, too_large, without_upgrade
 from serving.security import network_of
 from serving.settings import Settings
 from serving.sockets import bound_unread

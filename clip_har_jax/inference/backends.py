@@ -26,9 +26,18 @@ class Backend(Protocol):
     actions: bundle.Actions
     labels: tuple[str, ...]
     preprocess: Preprocess
-    takes_clips: bool  # images are [b, h, w, 3] and clips [b, t, h, w, 3]; older exports take only images
-    takes_frames: bool  # the frames of a clip can be encoded one by one
-    num_frames: int | None  # number of frames of a clip; None: any
+
+    @property
+    def takes_clips(self) -> bool:
+        """Return whether clips [b, t, h, w, 3] are taken beside images [b, h, w, 3]; older exports take only images."""
+
+    @property
+    def takes_frames(self) -> bool:
+        """Return whether the frames of a clip can be encoded one by one."""
+
+    @property
+    def num_frames(self) -> int | None:
+        """Return the number of frames that a clip must have; None: any."""
 
     def logits(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Return class logits of images or clips, divided by the temperature."""
