@@ -18,7 +18,6 @@ from clip_har_jax.data.manifest import make_manifest, write_split_manifest
 from clip_har_jax.data.sources import SubsetSource, has_clips, make_source
 from clip_har_jax.data.splits import hold_out
 from clip_har_jax.errors import UserError
-from tests.support.model_folders import write_images
 from tests.support.sources import CLASSES, check_source, encoded
 
 
@@ -190,7 +189,6 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
-from tests.support.model_folders import write_images
 from tests.support.sources import CLASSES, check_source, encoded
 
 root = sys.argv[1]
@@ -319,7 +317,9 @@ def test_any_shape_can_be_cropped(shape: tuple[int, int], scale_min: float) -> N
 
 
 def test_contents_are_sampled_once_in_a_start(tmp_path: Path) -> None:
-    write_images(tmp_path / "images", ("a", "b"), per_class=3)
+    for i, label in enumerate("aabb"):
+        (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / label / f"{i}.png").write_bytes(encoded(i))
     before = make_source(f"folder:{tmp_path}/images", "train").fingerprint
     read = sources._sample.cache_info().misses
     assert make_source(f"folder:{tmp_path}/images", "val").fingerprint == before
