@@ -5,7 +5,7 @@
     python scripts/localize.py --model=runs/when/model --train="motion?untrimmed" --data="motion?untrimmed" \\
         --output=runs/when/test
 
-Hardware: 2 CPU cores. Expected result: see docs/video.md.
+Hardware: 2 CPU cores. Expected result: not measured.
 """
 
 from ml_collections import ConfigDict

@@ -117,7 +117,7 @@ def test_reversed_clips_are_the_partners():
 
     forwards, backwards = make_source("motion?split=test", "test"), make_source("motion?split=test&reversed", "test")
     assert len(backwards) == 30 * 14 and backwards.fingerprint != forwards.fingerprint
-    number = backwards.numbers[40]
+    number = backwards[40].data.number
     assert backwards.labels[backwards.label_ids[40]] == motion.PARTNER[forwards.labels[forwards.label_ids[number]]]
 
     def frames(example):

@@ -86,6 +86,7 @@ def test_numbers_of_examples_that_do_not_fit(folders, tmp_path, shots):
 def test_flags_that_do_not_go_together(folders, tmp_path, monkeypatch, flags, said):
     path = ROOT / "scripts" / "compare.py"
     spec = importlib.util.spec_from_file_location("compare_script", path)
+    assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     command = [str(path), f"--config={ROOT / 'configs' / 'compare.py'}", "--methods=zero_shot", f"--output={tmp_path}"]

@@ -73,7 +73,8 @@ def classes_of(program, embeddings):
     if not program.trains_text:
         return ClassInputs(None, None, jnp.asarray(embeddings))
     prompts = PROMPTS[:, : 8 - program.method.context_length]
-    return ClassInputs(*program.place_prompts(prompts, list(range(NUM_CLASSES))), None)
+    ids, class_of_prompt = program.place_prompts(prompts, list(range(NUM_CLASSES)))
+    return ClassInputs(ids, class_of_prompt, None)
 
 
 def trained(program):

@@ -28,6 +28,7 @@ def write(path: Path, kind: str, count: int = 60, times: list[float] | None = No
     picture = rng.integers(0, 256, (16, 24, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=20, options=options)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         stream.codec_context.gop_size = gop
         for i in range(count):
