@@ -50,7 +50,7 @@ def write_clip_folders(folder: Path, heads: dict[str, Path], root: Path) -> dict
             config = dataclasses.replace(plain, temporal=name)
             rng = np.random.default_rng(6)
             added = {
-                key: (0.5 * rng.normal(size=value.shape)).astype(np.float32)
+                key: (0.2 * rng.normal(size=value.shape)).astype(np.float32)
                 for key, value in init_temporal(config, 0).items()
             }
             write_params(folders[name], config, read_params(folder, plain) | added)
