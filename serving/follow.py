@@ -26,7 +26,8 @@ from serving.problems import Problem
 from serving.requests import ModelQuery, Threshold, async_dependency
 from serving.service import Service
 
-Seconds = Annotated[float, Field(gt=0, le=LONGEST_S, allow_inf_nan=False)] | SkipJsonSchema[None]
+SHORTEST_S = 0.05  # of a window or a hop: more would be analysed than any camera sends
+Seconds = Annotated[float, Field(ge=SHORTEST_S, le=LONGEST_S, allow_inf_nan=False)] | SkipJsonSchema[None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import asyncio
 import io
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -93,7 +94,8 @@ async def video(
             raise Problem("empty_body", "no bytes came; send a video")
         deadline = asyncio.get_running_loop().time() + settings.video_timeout_s
         prompts = free_classes(list(options.classes), field, settings)
-        follower = Follower(service, choice, options, prompts)
+        # A delay is for streams: here all is known before the answer.
+        follower = Follower(service, choice, replace(options, max_delay_s=None), prompts)
         return await until_disconnect(request, _events(service, follower, upload.data, rate_hz, deadline))
 
 
@@ -176,6 +178,7 @@ async def answer_video(request: Request, choice: ModelQuery, options: EventQuery
 async def _answer(call: Call, options: EventOptions, prompts: dict[str, Prompts] | None, data: bytes) -> VideoAnswer:
     service, model, deadline = call.service, call.model, call.deadline
     classes = await choose_classes(call, prompts)
+    options = replace(options, max_delay_s=None)  # of streams
     path = WindowPath(model, classes, options, prompts is not None, service.batcher)
     probs, damage = await answer_clip(service, model, classes, data, deadline)
     seen = await look_through(service, model, path, data, deadline)

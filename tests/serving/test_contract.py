@@ -41,7 +41,7 @@ def test_the_document_has_examples_and_errors(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     predict = document["paths"]["/v1/predict"]["post"]
     taken = {one.media_type for one in readable_formats()}
-    assert set(predict["requestBody"]["content"]) == {"multipart/form-data", *taken}
+    assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "video/mp4", *taken}
     assert {"200", "401", "413", "415", "422", "429", "503", "504"} <= set(predict["responses"])
     assert document["components"]["schemas"]["ProblemBody"]["properties"]["code"]["examples"] == ["bad_image"]
     assert "swagger" in client.get("/docs").text

@@ -54,6 +54,9 @@ def map_query(context: Any, query: Any) -> Any:
         query["classes"] = ["juggling", "climbing"]
     if isinstance(end_score, float | int) and 0 <= end_score <= 1:
         query["end_score"] = 0
+    for name, seconds in (("window_s", 1.0), ("hop_s", 0.5), ("max_delay_s", 2.0)):  # which fit together
+        if isinstance((query or {}).get(name), float | int) and 0.05 <= query[name] <= 600:
+            query[name] = seconds
     return query
 
 
