@@ -53,7 +53,7 @@ def run_protos(protos: dict[str, Any], model: OpenedModel, cases: Arrays, precis
         assert isinstance(outputs, list)
         return outputs
 
-    return run_cases(run, cases)
+    return run_cases(run, cases, ())
 
 
 @pytest.mark.parametrize("precision", FLOATS)

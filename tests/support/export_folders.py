@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from clip_har_jax import bundle
-from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.head_file import write_head
 from clip_har_jax.models.heads import HEADS, init_head
 from clip_har_jax.models.params import init_params, init_temporal
@@ -63,7 +62,7 @@ def write_clip_folders(folder: Path, heads: dict[str, Path], root: Path) -> dict
 
 def lively(folder: Path) -> Path:
     """Grow the folder's random weights, so that images differ in what the model sees in them."""
-    config: CLIPConfig = read_config(folder)
+    config = read_config(folder)
     params = init_params(config, seed=1)
     params = {
         name: np.asarray(value) * (1.5 if name.endswith("kernel") else 1)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.support.model_folders import write_images, write_model
+from tests.support.xla import cpu_flags
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -93,9 +93,14 @@ def test_fewer_packets_are_decoded(written, monkeypatch):
 
 
 def test_views_share_one_pass(written, monkeypatch):
-    opened = []
+    opened: list[int] = []
     real = clips.open_video
-    monkeypatch.setattr(clips, "open_video", lambda *rest: opened.append(1) or real(*rest))
+
+    def counted(*rest):
+        opened.append(1)
+        return real(*rest)
+
+    monkeypatch.setattr(clips, "open_video", counted)
     sampling = FrameSampling(3, num_views=3)
     together = read_views(written["h264"], sampling, range(3))
     assert len(opened) == 1
