@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from clip_har_jax.batch import Batch
     from clip_har_jax.data.sources import Source
-    from clip_har_jax.models.clip import CLIPConfig
+    from clip_har_jax.models.configuration import TwoTowerConfig
 
 BATCH_SIZES = {"ViT-B/32": 1024, "ViT-B/16": 256, "ViT-L/14": 128}  # for 80 GB; halved if they don't fit
 PUBLISHED_B16_IMAGES_PER_S = 1459
@@ -84,7 +84,9 @@ class Training:
       num_workers: processes that decode; 0: threads.
     """
 
-    def __init__(self, device: "jax.Device", clip: "CLIPConfig", source: "Source", batch_size: int, num_workers: int):
+    def __init__(
+        self, device: "jax.Device", clip: "TwoTowerConfig", source: "Source", batch_size: int, num_workers: int
+    ):
         from clip_har_jax.config import make_config
         from clip_har_jax.data.pipeline import BadInputs, prefetch_to_mesh, train_batches
         from clip_har_jax.models.params import init_params
@@ -167,7 +169,7 @@ class Training:
 
 
 def measure(
-    device: "jax.Device", clip: "CLIPConfig", source: "Source", batch_size: int, steps: int, num_workers: int
+    device: "jax.Device", clip: "TwoTowerConfig", source: "Source", batch_size: int, steps: int, num_workers: int
 ) -> dict[str, Any]:
     """Return one model's figures on one device."""
     with Training(device, clip, source, batch_size, num_workers) as training:

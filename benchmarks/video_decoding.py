@@ -47,7 +47,7 @@ def write(source: str, target: Path, keyframe_every: int) -> int:
         stream.codec_context.gop_size = keyframe_every
         count = 0
         for frame in read.decode(video=0):
-            if count == round(SECONDS * rate):
+            if count == round(SECONDS * float(rate)):
                 break
             image = frame.reformat(*SIZE, "yuv420p").to_ndarray()
             picture = av.VideoFrame.from_ndarray(image, format="yuv420p")

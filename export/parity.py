@@ -145,7 +145,7 @@ def check_parity(
     failures = _over_bounds(ours, theirs, result, bounds)
     for key, prefix in (("clips", ""), ("clips_by_frame", "streamed_")):
         if f"{prefix}clip_logits" in ours:
-            result[key] = _clip_differences(*(_of_clips(outputs, prefix) for outputs in (ours, theirs)), len(labels))
+            result[key] = _clip_differences(_of_clips(ours, prefix), _of_clips(theirs, prefix), len(labels))
             failures += _clips_over_bounds(key, result[key], bounds)
     if failures:
         result["failures"] = failures

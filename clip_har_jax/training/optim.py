@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 import numpy as np
 import optax
@@ -14,7 +15,7 @@ from clip_har_jax.models.params import Params
 
 Shapes = Mapping[str, tuple[int, ...]]
 Decayed = Mapping[str, bool]  # by parameter, whether weight decay applies
-Part = optax.GradientTransformation
+Part: TypeAlias = optax.GradientTransformation
 # Of the update of a matrix, so that one learning rate suits Muon and AdamW (Liu et al. 2025, section 2.2).
 MUON_RMS = 0.2
 _STACKED = re.compile(r"(vision|text)\.layers\.(.+)")
@@ -129,9 +130,17 @@ def evaluated_weights(config: OptimConfig) -> Callable[[optax.OptState, Params],
     return None if average is None else lambda state, params: average(state[-1], params)
 
 
-def _adamw(config: OptimConfig, schedule: optax.Schedule, decayed: Decayed, scale: Part, b1: float) -> list[Part]:
+def _adamw(
+    config: OptimConfig, schedule: optax.Schedule, decayed: Decayed, scale: Part, b1: float | None = None
+) -> list[Part]:
+    """Return AdamW; `b1` replaces that of the config."""
     adamw = optax.adamw(
-        schedule, b1=b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=dict(decayed)
+        schedule,
+        b1=config.b1 if b1 is None else b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=dict(decayed),
     )
     return [adamw, scale]
 
@@ -174,7 +183,7 @@ def _decay_and_rate(config: OptimConfig, schedule: optax.Schedule, decayed: Deca
 # By the values of `optim.name`; each returns what is chained after clipping.
 OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule, Decayed, Part], list[Part]]] = {
     # Loshchilov and Hutter 2019
-    "adamw": lambda config, *others: _adamw(config, *others, b1=config.b1),
+    "adamw": _adamw,
     # Chen et al. 2023
     "lion": _lion,
     # Jordan et al. 2024; Liu et al. 2025

@@ -114,10 +114,13 @@ def test_a_window_outside_its_video_is_a_bad_input(tmp_path: Path):
 
 def test_reversed_clips_are_the_partners():
     from clip_har_jax.data import motion
+    from clip_har_jax.data.examples import MotionClip
 
     forwards, backwards = make_source("motion?split=test", "test"), make_source("motion?split=test&reversed", "test")
     assert len(backwards) == 30 * 14 and backwards.fingerprint != forwards.fingerprint
-    number = backwards[40].data.number
+    clip = backwards[40].data
+    assert isinstance(clip, MotionClip)
+    number = clip.number
     assert backwards.labels[backwards.label_ids[40]] == motion.PARTNER[forwards.labels[forwards.label_ids[number]]]
 
     def frames(example):

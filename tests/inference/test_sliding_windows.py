@@ -29,9 +29,12 @@ LABELS = ("rising", "still", "falling")
 class Levels:
     """A model of clips of grey frames: rising, still or falling by the level of the last frame against the first."""
 
-    labels, num_frames, takes_clips = LABELS, None, True
+    labels: tuple[str, ...] = LABELS
+    num_frames: int | None = None
+    takes_clips = True
+    digest: str | None = None
     actions = bundle.Actions(LABELS, {label: (label,) for label in LABELS}, video={"num_frames": 4, "rate_hz": 4.0})
-    preprocess, path, digest = Preprocess(8), Path("levels"), None
+    preprocess, path = Preprocess(8), Path("levels")
 
     def __init__(self, takes_frames: bool = True):
         self.takes_frames, self.encoded, self.heads, self.wholes = takes_frames, 0, 0, 0
@@ -53,7 +56,10 @@ class Levels:
     def predict(self, images: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
-    embed = explain = predict  # of the protocol, and not needed here
+    embed = predict  # of the protocol, and not needed here
+
+    def explain(self, images: np.ndarray, class_indices: Sequence[int]) -> np.ndarray:
+        raise NotImplementedError
 
 
 def film(levels: Sequence[float], rate_hz: float = 4.0) -> Iterator[TimedFrame]:

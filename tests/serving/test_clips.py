@@ -26,7 +26,7 @@ from tests.support.serving_setup import running
 from tests.support.videos import write_clip
 
 pytestmark = pytest.mark.filterwarnings("default")  # jax2onnx warns of what it uses itself
-EAGER = {"start_score": 0.25, "end_score": 0.2}
+EAGER: dict[str, Any] = {"start_score": 0.25, "end_score": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_stream_of_a_model_whose_tower_looks_over_the_frames(
 
 
 def test_streams_that_make_no_sense_are_refused(served: tuple[httpx.Client, Service]) -> None:
-    wrong = [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"window_s": 1, "hop_s": 2}, "hop_s is 2"),
         ({"window_s": 0}, "window_s"),
         ({"window_s": 10_000}, "window_s"),
