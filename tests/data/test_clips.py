@@ -286,8 +286,9 @@ def test_exported_models_answer_with_the_mean_over_the_frames(trained: Path, cli
     asked = []
 
     class Exported:
-        """Takes single images, as exported graphs do."""
+        """Takes single images, as older exports do."""
 
+        takes_clips = takes_frames = False
         labels, actions, preprocess = predictor.labels, predictor.backend.actions, predictor.backend.preprocess
 
         def predict(self, images: np.ndarray) -> np.ndarray:

@@ -72,6 +72,7 @@ def test_the_commands_of_the_documentation(served: tuple[httpx.Client, Service],
     shutil.copy(photo, tmp_path / "photo.jpg")
     shutil.copy(photo, tmp_path / "other.jpg")
     write_video(str(tmp_path / "clip.mp4"))
+    shutil.copy(tmp_path / "clip.mp4", tmp_path / "long.mp4")
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "serving.md").read_text(), re.S)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("curl")]
     assert len(commands) >= 10

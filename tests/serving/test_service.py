@@ -308,7 +308,8 @@ ROUTES = {  # every route, by what a key needs for it: a new one must be thought
     None: {"GET /v2/health/live", "GET /v2/health/ready"},
     "metrics": {"GET /metrics"},
     "use": {
-        *("POST /v1/predict", "POST /v1/predict/batch", "POST /v1/embed", "POST /v1/explain", "POST /v1/stream"),
+        *("POST /v1/predict", "POST /v1/predict/batch", "POST /v1/embed", "POST /v1/explain"),
+        *("POST /v1/stream", "POST /v1/videos"),
         *("GET /v1/models", "GET /v2", "GET /v2/models/{name}", "GET /v2/models/{name}/ready"),
         *("GET /v2/models/{name}/versions/{version}", "GET /v2/models/{name}/versions/{version}/ready"),
         *("POST /v2/models/{name}/infer", "POST /v2/models/{name}/versions/{version}/infer"),
@@ -422,7 +423,7 @@ def test_threads_are_shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
     with running(folder, compute_threads=1):
-        assert len(opened) == 4
+        assert len(opened) == 5  # one for each graph, of clips too
     for options in opened:
         assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
