@@ -377,7 +377,7 @@ def test_a_dirty_work_tree_is_recorded_and_warned_of(folders, tmp_path, monkeypa
     warned = []
     for name in ("clean", "dirty"):
         result = train(config_for(folders, (), num_steps=1), tmp_path / name)
-        warned.append("no commit holds" in capsys.readouterr().err)
+        warned.append("uncommitted changes" in capsys.readouterr().err)
         assert result.model is not None
         record = json.loads((result.model / "run.json").read_text())
         assert record["git_dirty"] is (name == "dirty") and len(record["git_sha"]) == 40
