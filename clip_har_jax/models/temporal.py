@@ -144,7 +144,7 @@ class SpaceTimeAdapter(nnx.Module):
         first = tokens - side * side  # class tokens: 1 or 0
         hidden = self.down(difference(x.reshape(-1, num_frames, tokens, dim)))
         width = hidden.shape[-1]
-        taps = self.taps[...].astype(hidden.dtype)
+        taps = jnp.asarray(self.taps[...], hidden.dtype)  # exporters make constants of the weights
         patches = hidden[:, :, first:].reshape(-1, num_frames, side, side, width)
         seen = depthwise_conv(patches, taps, (1, 2, 3)).reshape(-1, num_frames, side * side, width)
         token = depthwise_conv(hidden[:, :, :first], taps[:, 1, 1], (1,))

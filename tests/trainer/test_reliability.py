@@ -240,5 +240,5 @@ def test_a_restart_compiles_nothing(start, tmp_path):
     for number in range(2):
         assert finish(start_run(config, workdir / str(number), script=INSTRUMENTED, env=env))[0] == 0
         counts.append(json.loads((tmp_path / "compiled.0.json").read_text()))
-    assert counts[0] > 10
+    assert counts[0] > 5
     assert counts[1] == 0
