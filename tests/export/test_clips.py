@@ -148,10 +148,11 @@ def test_every_model_passes_in_every_format_and_a_fault_is_caught(
 
 @pytest.mark.slow
 def test_static_scales_of_a_clip_graph(clip_folders: dict[str, Path], tmp_path: Path) -> None:
-    output = export_clips(clip_folders["divided"], tmp_path / "out", "onnx_int8", static_int8=True)
-    ours = JaxBackend(str(clip_folders["divided"])).logits(random_clips(2))
-    theirs = ExportedBackend(output).logits(random_clips(2))
-    assert np.abs(ours - theirs).max() < 0.1 * np.abs(ours).max()
+    """Its figures alone: images of random weights lie at the gate's bound with fixed scales."""
+    options = ExportOptions(num_examples=16, static_int8=True)
+    parity = export_model(str(clip_folders["divided"]), ("onnx_int8",), tmp_path / "out", options)
+    clips = parity["onnx_int8"]["clips"]
+    assert clips["min_cosine"] > 0.99 and clips["num_changed"] == 0
 
 
 def test_a_model_of_images_answers_clips_too(folder: Path, photos: Path, tmp_path: Path) -> None:
