@@ -79,7 +79,7 @@ def choose_formats(names: Sequence[str], static_int8: bool = False, precision: s
 
     Args:
       names: of `FORMATS`.
-      static_int8: fix the scales of int8 activations with the first images, instead of computing them for each input.
+      static_int8: fix the scales of int8 activations with some of the images, instead of computing them for each input.
       precision: number format of TensorRT's engines, a key of `TENSORRT_BOUNDS`.
 
     Raises:

@@ -28,7 +28,6 @@ from clip_har_jax.signing import check_private_key, sign
 from export.formats import Format, check_clips, choose_formats
 from export.model import OpenedModel, open_model, read_images, write_contract
 from export.parity import NUM_HARD, Arrays, check_parity, make_cases, run_cases, run_clips
-from export.to_onnx import NUM_CALIBRATION
 
 EXIT_PARITY = 3
 NUM_GOLDEN, GOLDEN_PX = 3, 96  # golden pictures; not of a model's size, so that resizing is tested too
@@ -44,7 +43,7 @@ class ExportOptions:
       num_examples: number of images, or of frames of clips.
       classes: the actions to recognise; empty: the folder's own.
       overwrite: replace an old export, which stays until the new one is complete.
-      static_int8: fix the scales of int8 activations with the first images, instead of computing them for each input.
+      static_int8: fix the scales of int8 activations with some of the images, instead of computing them for each input.
       signing_key: a private key in PEM that signs the folder.
       precision: number format of TensorRT's engines, a key of `formats.TENSORRT_BOUNDS`.
       clips: also write the graph of whole clips for a model of images.
@@ -178,7 +177,7 @@ def _write_and_prove(model: OpenedModel, name: str, way: Format, folder: Path, p
     start = time.perf_counter()
     (folder / name).mkdir()
     try:
-        way.write(model, folder / name, proof.cases["image"][:NUM_CALIBRATION])
+        way.write(model, folder / name, proof.cases["image"])
     except NotImplementedError as error:
         raise UserError(f"--formats={name}: can't express this model with its {model.head!r} head ({error})") from error
     size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())

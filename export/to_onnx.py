@@ -18,9 +18,11 @@ from export.graphs import Graph
 OPSET = 23
 MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; larger weights are stored in a separate file
 MIN_STREAMED_BYTES = 2**20  # size from which a weight is converted to float16 only while it is written
-NUM_CALIBRATION = 32  # images that set the scales of activations
+NUM_CALIBRATION = 32  # images, or clips of consecutive ones, that set the scales of activations
 CALIBRATION_FRAMES = 8  # frames of each clip made of these images, for a model that takes any number
 QUANTIZED = ["MatMul", "Gemm"]
+# Fixed scales of outputs would limit logits and residual sums to the values seen with the calibration images.
+NO_OUTPUTS = {"OpTypesToExcludeOutputQuantization": QUANTIZED}
 
 
 def convert(graph: Graph, fuse: bool = True) -> Any:
@@ -170,7 +172,10 @@ def write_int8(
             continue
         with tempfile.TemporaryDirectory() as scratch:
             source, target = Path(scratch) / "float32.onnx", Path(scratch) / "int8.onnx"
-            save(convert(graph), source)
+            model = convert(graph)
+            save(model, source)
+            products = products_with_weights(model)
+            del model  # large
             large = source.with_name(f"{source.name}.data").exists()
             if static and graph.name != "text_encoder":
                 quantize_static(
@@ -178,11 +183,12 @@ def write_int8(
                     target,
                     CalibrationFeeds(graph, images),
                     quant_format=QuantFormat.QDQ,
-                    op_types_to_quantize=QUANTIZED,
+                    nodes_to_quantize=products,
                     per_channel=True,
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
                     use_external_data_format=large,
+                    extra_options=NO_OUTPUTS,
                 )
             else:
                 quantize_dynamic(
@@ -196,6 +202,11 @@ def write_int8(
             save(onnx_ir.load(target), folder / f"{graph.name}.onnx")
 
 
+def products_with_weights(model: Any) -> list[str]:
+    """Return the names of the matrix products with weights, in order; `quantize_dynamic` takes the same by itself."""
+    return [node.name for node in model.graph if node.op_type in QUANTIZED and node.inputs[1].is_initializer()]
+
+
 def quiet_quantiser() -> None:
     """Silence the quantiser's advice to prepare the graph, which `convert` has done."""
     logging.getLogger().addFilter(_is_news)
@@ -206,21 +217,25 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class CalibrationFeeds:
-    """The inputs that `quantize_static` reads: one feed after the other, then None."""
+    """The inputs that `quantize_static` reads: one feed after the other, then None.
+
+    The feeds are evenly spaced over all images, as a data set may be ordered by class.
+    """
 
     def __init__(self, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]):
-        self._feeds = iter([self._feed(graph, images, i) for i in range(len(images))])
+        starts = np.unique(np.linspace(0, len(images) - 1, NUM_CALIBRATION).astype(int))
+        self._feeds = (self._feed(graph, images, start, number) for number, start in enumerate(starts))
 
     @staticmethod
-    def _feed(graph: Graph, images: UInt8[np.ndarray, "n h w 3"], i: int) -> dict[str, np.ndarray]:
+    def _feed(graph: Graph, images: UInt8[np.ndarray, "n h w 3"], start: int, number: int) -> dict[str, np.ndarray]:
         feed = {}
         for name, spec in zip(graph.inputs, graph.specs(1, CALIBRATION_FRAMES), strict=True):
             if name == "frames":  # frames of a clip: consecutive images
-                feed[name] = images[(i + np.arange(spec.shape[1])) % len(images)][None]
+                feed[name] = images[(start + np.arange(spec.shape[1])) % len(images)][None]
             elif name == "image":
-                feed[name] = images[i : i + 1]
+                feed[name] = images[start : start + 1]
             else:
-                feed[name] = np.eye(spec.shape[1], dtype=np.float32)[i % spec.shape[1]][None]
+                feed[name] = np.eye(spec.shape[1], dtype=np.float32)[number % spec.shape[1]][None]
         return feed
 
     def get_next(self) -> dict[str, np.ndarray] | None:

@@ -23,7 +23,16 @@ from jaxtyping import UInt8
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 from export.graphs import Graph
-from export.to_onnx import NUM_CALIBRATION, CalibrationFeeds, quiet_quantiser, save, to_float16, to_proto
+from export.to_onnx import (
+    NO_OUTPUTS,
+    NUM_CALIBRATION,
+    CalibrationFeeds,
+    products_with_weights,
+    quiet_quantiser,
+    save,
+    to_float16,
+    to_proto,
+)
 
 MAX_BATCH = 64
 SIZES = ((1, 1), (8, 8), (MAX_BATCH, 64))  # smallest, usual and largest batch, and frames of a clip
@@ -62,7 +71,7 @@ def typed_proto(graph: Graph, precision: str, images: UInt8[np.ndarray, "n h w 3
 
     proto = to_proto(graph, fuse=False)
     if precision == "int8" and {"image", "frames"} & set(graph.inputs):
-        proto = quantize(proto, graph, images[:NUM_CALIBRATION])
+        proto = quantize(proto, graph, images)
     if precision == "bf16":
         return to_bfloat16(proto)
     return proto if precision == "fp32" else onnx_ir.to_proto(to_float16(onnx_ir.from_proto(proto)))
@@ -80,27 +89,21 @@ def quantize(proto: Any, graph: Graph, images: UInt8[np.ndarray, "n h w 3"]) -> 
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     quiet_quantiser()
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    products = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
+    model = onnx_ir.from_proto(proto)
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "float32.onnx", Path(scratch) / "int8.onnx"
-        save(onnx_ir.from_proto(proto), source)
+        save(model, source)
         quantize_static(
             source,
             target,
             CalibrationFeeds(graph, images),
             quant_format=QuantFormat.QDQ,
-            nodes_to_quantize=[node.name for node in products[1:]],
+            nodes_to_quantize=products_with_weights(model)[1:],
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             use_external_data_format=source.with_name(f"{source.name}.data").exists(),
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "QuantizeBias": False,
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-            },
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, **NO_OUTPUTS},
         )
         return onnx.load(target)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from clip_har_jax import Predictor, UserError, bundle
@@ -18,7 +19,7 @@ from clip_har_jax.mlops.model_repository import write_model_repository
 from export.model import open_model, read_images, write_contract
 from export.parity import FLOAT16, FLOAT32, INT8, check_parity, make_cases
 from export.run import ExportOptions, export_model, prove, reference
-from export.to_onnx import write_fp16, write_int8, write_onnx
+from export.to_onnx import NUM_CALIBRATION, QUANTIZED, CalibrationFeeds, write_fp16, write_int8, write_onnx
 from export.to_xla import write_saved_model, write_stablehlo
 from tests.support.export_folders import CLIP_FAULTS, LABELS, NUM_FRAMES
 from tests.support.model_folders import IMAGE_SIZE_PX
@@ -42,7 +43,7 @@ def random_clips(count: int, length: int = NUM_FRAMES) -> np.ndarray:
 
 
 def export_clips(folder: Path, output: Path, *formats: str, **options: Any) -> Path:
-    parity = export_model(str(folder), formats or ("onnx",), output, ExportOptions(num_examples=16, **options))
+    parity = export_model(str(folder), formats or ("onnx",), output, ExportOptions(**{"num_examples": 16, **options}))
     assert all(entry["passed"] for entry in parity.values()), parity
     return output
 
@@ -147,12 +148,40 @@ def test_every_model_passes_in_every_format_and_a_fault_is_caught(
 
 
 @pytest.mark.slow
-def test_static_scales_of_a_clip_graph(clip_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Its figures alone: images of random weights lie at the gate's bound with fixed scales."""
-    options = ExportOptions(num_examples=16, static_int8=True)
-    parity = export_model(str(clip_folders["divided"]), ("onnx_int8",), tmp_path / "out", options)
-    clips = parity["onnx_int8"]["clips"]
-    assert clips["min_cosine"] > 0.99 and clips["num_changed"] == 0
+@pytest.mark.parametrize("num_examples", [16, 64])
+def test_static_scales_of_a_clip_graph(clip_folders: dict[str, Path], tmp_path: Path, num_examples: int) -> None:
+    options = {"static_int8": True, "num_examples": num_examples}
+    output = export_clips(clip_folders["divided"], tmp_path / "out", "onnx_int8", **options)
+    ours = JaxBackend(str(clip_folders["divided"])).logits(random_clips(2))
+    theirs = ExportedBackend(output).logits(random_clips(2))
+    assert np.abs(ours - theirs).max() < 0.1 * np.abs(ours).max()
+
+
+def test_only_inputs_of_products_with_weights_have_fixed_scales(clip_folders: dict[str, Path], tmp_path: Path) -> None:
+    (graph,) = (graph for graph in open_model(str(clip_folders["divided"])).graphs if graph.name == "clip_classifier")
+    write_int8((graph,), tmp_path, random_clips(1)[0], static=True)
+    nodes = onnx.load(tmp_path / "clip_classifier.onnx").graph.node
+    made_by = {output: node for node in nodes for output in node.output}
+    products = [node for node in nodes if node.op_type in QUANTIZED]
+    eight_bit = [node for node in products if made_by[node.input[1]].op_type == "DequantizeLinear"]
+    assert all(made_by[node.input[0]].op_type == "DequantizeLinear" for node in eight_bit)
+    assert len(products) - len(eight_bit) == 2  # queries with keys, and their weights with values, over time
+    outputs = {node.output[0] for node in products}
+    assert not [node for node in nodes if node.op_type == "QuantizeLinear" and node.input[0] in outputs]
+
+
+@pytest.mark.parametrize("count", [3, 100])
+def test_calibration_covers_all_images(clip_folders: dict[str, Path], count: int) -> None:
+    """The images of a folder are ordered by class."""
+    images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 32, 32, 3))
+    graphs = {graph.name: graph for graph in open_model(str(clip_folders["divided"])).graphs}
+    feeds = list(iter(CalibrationFeeds(graphs["classifier"], images).get_next, None))
+    numbers = [int(feed["image"].max()) for feed in feeds]
+    assert len(feeds) == min(count, NUM_CALIBRATION) and (numbers[0], numbers[-1]) == (0, count - 1)
+    assert set(np.diff(numbers)) <= {count // NUM_CALIBRATION, count // NUM_CALIBRATION + 1}
+    clips = list(iter(CalibrationFeeds(graphs["clip_classifier"], images).get_next, None))
+    assert [int(feed["frames"][0, 0].max()) for feed in clips] == numbers
+    assert clips[-1]["frames"][0, :, 0, 0, 0].tolist() == [count - 1, 0, 1, 2], "consecutive, then from the first one"
 
 
 def test_a_model_of_images_answers_clips_too(folder: Path, photos: Path, tmp_path: Path) -> None:
