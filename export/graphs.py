@@ -26,6 +26,10 @@ from clip_har_jax.preprocess import Preprocess
 Shape = tuple[int | str, ...]  # "b" is a variable batch size, "t" a variable number of frames
 
 
+class NotExpressible(Exception):  # noqa: N818
+    """A format has no operation for a part of the model; the message names the part."""
+
+
 @dataclass(frozen=True)
 class Graph:
     """A function of named arrays.

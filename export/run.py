@@ -26,6 +26,7 @@ from clip_har_jax.inference import golden
 from clip_har_jax.inference.runtimes import SIGNATURE
 from clip_har_jax.signing import check_private_key, sign
 from export.formats import Format, check_clips, choose_formats
+from export.graphs import NotExpressible
 from export.model import OpenedModel, open_model, read_images, write_contract
 from export.parity import NUM_HARD, Arrays, check_parity, make_cases, run_cases, run_clips
 
@@ -178,7 +179,7 @@ def _write_and_prove(model: OpenedModel, name: str, way: Format, folder: Path, p
     (folder / name).mkdir()
     try:
         way.write(model, folder / name, proof.cases["image"])
-    except NotImplementedError as error:
+    except NotExpressible as error:
         raise UserError(f"--formats={name}: can't express this model with its {model.head!r} head ({error})") from error
     size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
     print(f"{name}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s; proving", file=sys.stderr, flush=True)

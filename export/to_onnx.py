@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from export.graphs import Graph
+from export.graphs import Graph, NotExpressible
 
 OPSET = 23
 MAX_PROTOBUF_BYTES = 2 * 10**9  # protobuf's own limit is 2 GiB; larger weights are stored in a separate file
@@ -31,6 +31,9 @@ def convert(graph: Graph, fuse: bool = True) -> Any:
     Args:
       graph: the graph to convert.
       fuse: whether attention is ONNX's Attention operator (opset 23), or matrix products and a softmax.
+
+    Raises:
+      NotExpressible: an operation that jax2onnx doesn't convert.
     """
     for name in ("jax2onnx", "onnx_ir"):  # tracebacks of plug-ins that don't load, warnings about untyped values
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -40,9 +43,12 @@ def convert(graph: Graph, fuse: bool = True) -> Any:
     function = functools.partial(graph.function, graph.params)
     names = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
     # As a model object: a proto would hold the weights a second time.
-    model = jax2onnx.to_onnx(
-        function, graph.specs("B", "T"), model_name=graph.name, opset=OPSET, return_mode="ir", **names
-    )
+    try:
+        model = jax2onnx.to_onnx(
+            function, graph.specs("B", "T"), model_name=graph.name, opset=OPSET, return_mode="ir", **names
+        )
+    except NotImplementedError as error:
+        raise NotExpressible(str(error)) from error
     optimizer.optimize(model)
     if fuse:
         rewriter.rewrite(model, attention_rules())

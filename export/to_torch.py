@@ -13,6 +13,7 @@ import numpy as np
 
 from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.preprocess import Preprocess
+from export.graphs import NotExpressible
 
 
 def write_torchscript(graphs: "TorchGraphs", names: Sequence[str], folder: Path) -> None:
@@ -24,7 +25,7 @@ def write_torchscript(graphs: "TorchGraphs", names: Sequence[str], folder: Path)
       folder: the folder to write into.
 
     Raises:
-      NotImplementedError: a head or a family of models that isn't implemented here.
+      NotExpressible: a head that isn't written here.
     """
     import torch
 
@@ -55,6 +56,9 @@ class TorchGraphs:
       head: name of the head, a key of `models.heads.HEADS`.
       head_params: its parameters.
       temperature: the divisor of its logits.
+
+    Raises:
+      NotExpressible: another family of models or another layout of folders.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class TorchGraphs:
 
         family = read_config(model_folder).family
         if family != "clip" or not (model_folder / "config.json").is_file():
-            raise NotImplementedError(
+            raise NotExpressible(
                 f"TorchScript is written for CLIPs in the Hugging Face layout, not for {family!r}"
             )
         clip = CLIPModel.from_pretrained(model_folder, local_files_only=True, attn_implementation="eager").eval()
@@ -173,6 +177,9 @@ def head_logits(head: str, params: Mapping[str, Any], image: Any, patches: Any) 
       params: its parameters.
       image: L2-normalised image embeddings [b, d].
       patches: L2-normalised patch embeddings [b, n, d].
+
+    Raises:
+      NotExpressible: a head that isn't written here.
     """
     from torch import cat
     from torch.nn.functional import gelu
@@ -199,4 +206,4 @@ def head_logits(head: str, params: Mapping[str, Any], image: Any, patches: Any) 
     if head == "tip_adapter":
         affinity = (-params["beta"] * (1 - linear("keys", image))).exp()
         return logits + params["alpha"] * linear("values", affinity)
-    raise NotImplementedError(f"the {head!r} head isn't written in torch")
+    raise NotExpressible(f"the {head!r} head isn't written in torch")

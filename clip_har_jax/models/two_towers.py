@@ -5,6 +5,7 @@ through `configuration.TwoTowerConfig`. A family (`clip.py`) defines how its tow
 `families.py` lists the families.
 """
 
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import jax
@@ -77,17 +78,17 @@ class TwoTowers(nnx.Module):
             self.time_head = FrameTransformer(config.projection_dim, rngs) if config.temporal == "head" else None
             self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
+    @abstractmethod
     def _make_projections(self, rngs: nnx.Rngs) -> None:
         """Make the projections and further parameters of the family."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project_image(self, features: Float[Array, "*b v"]) -> Float[Array, "*b d"]:
         """Return an image tower's features in the shared space, not normalised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project_text(self, features: Float[Array, "*b w"]) -> Float[Array, "*b d"]:
         """Return a text tower's features in the shared space, not normalised."""
-        raise NotImplementedError
 
     def similarity(self, image: Float[Array, "i d"], text: Float[Array, "t d"]) -> Float[Array, "i t"]:
         """Return the logits of all pairs of images and texts, from L2-normalised embeddings."""

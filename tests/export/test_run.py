@@ -24,11 +24,11 @@ from clip_har_jax.models.pretrained import read_config, write_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION
 from clip_har_jax.signing import sign, verify_signature
 from export import formats
-from export.graphs import make_graphs
+from export.graphs import Graph, NotExpressible, make_graphs
 from export.model import OpenedModel, open_model, read_images, write_contract
 from export.parity import FLOAT16, FLOAT32, INT8, check_parity, make_cases
 from export.run import ExportOptions, export_model, prove, reference
-from export.to_onnx import write_fp16, write_int8, write_onnx
+from export.to_onnx import convert, write_fp16, write_int8, write_onnx
 from export.to_xla import write_saved_model, write_stablehlo
 from tests.support.export_folders import HEAD_FAULTS, LABELS
 from tests.support.model_folders import write_image
@@ -288,12 +288,18 @@ def test_a_head_that_a_format_cannot_express_is_one_line(
     folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(model: OpenedModel, target: Path, images: np.ndarray) -> None:
-        raise NotImplementedError("the 'new' head isn't written in torch")
+        raise NotExpressible("the 'new' head isn't written in torch")
 
     monkeypatch.setitem(formats.FORMATS, "onnx", formats.Format(write, FLOAT32, ()))
     with pytest.raises(UserError, match="--formats=onnx: can't express this model with its 'linear' head"):
         export_model(str(folder), ["onnx"], tmp_path / "out", ExportOptions(f"folder:{photos}", num_examples=2))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operation_that_onnx_cannot_express_has_its_own_error() -> None:
+    graph = Graph("lu", lambda _, x: (jax.lax.linalg.lu(x)[0],), {}, {"x": ("float32", ("b", 2, 2))}, ("y",))
+    with pytest.raises(NotExpressible, match="lu currently supports rank-2 inputs only"):
+        convert(graph)
 
 
 FAULTS = {"changed mean": changed_mean, "swapped channel": swapped_channel, "dropped bias": dropped_bias}
