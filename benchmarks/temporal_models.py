@@ -53,7 +53,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for kind in KINDS:
         program = make_program(kind, arguments)
-        flops = clip_flops(program.clip, arguments.num_frames)
+        flops = clip_flops(program.sizes, arguments.num_frames)
         added = sum(math.prod(shape) for name, shape in program.shapes.items() if is_temporal(name))
         trainable = sum(math.prod(shape) for shape in program.trainable.values())
         memory = step_memory(program, NUM_CLASSES)

@@ -74,9 +74,7 @@ class TorchGraphs:
 
         family = read_config(model_folder).family
         if family != "clip" or not (model_folder / "config.json").is_file():
-            raise NotExpressible(
-                f"TorchScript is written for CLIPs in the Hugging Face layout, not for {family!r}"
-            )
+            raise NotExpressible(f"TorchScript is written for CLIPs in the Hugging Face layout, not for {family!r}")
         clip = CLIPModel.from_pretrained(model_folder, local_files_only=True, attn_implementation="eager").eval()
         self.clip, self.vision, self.size = clip, clip.vision_model, preprocess.image_size_px
         self.mean, self.std = (

@@ -29,32 +29,32 @@ def forward_flops(tower: VisionConfig | TextConfig, projection_dim: int) -> int:
     return embedding + tower.num_layers * (linear_layers + attention) + last
 
 
-def temporal_flops(clip: TwoTowerConfig, num_frames: int) -> int:
+def temporal_flops(sizes: TwoTowerConfig, num_frames: int) -> int:
     """Return the model FLOPs that a temporal model adds to the forward pass of one clip.
 
     The depth-wise convolution of `st_adapter` isn't a matrix product; its sums are under 2% of the adapter's for a
     tower of 768 dims.
     """
-    vision, dim = clip.vision, clip.vision.hidden_size
+    vision, dim = sizes.vision, sizes.vision.hidden_size
     tokens = num_frames * vision.num_tokens
-    if clip.temporal == "divided":
+    if sizes.temporal == "divided":
         return vision.num_layers * tokens * (2 * 4 * dim * dim + 2 * 2 * num_frames * dim)
-    if clip.temporal == "st_adapter":
+    if sizes.temporal == "st_adapter":
         return vision.num_layers * tokens * 2 * 2 * dim * max(1, dim // ST_ADAPTER_REDUCTION)
-    if clip.temporal == "head":
-        width = clip.projection_dim
+    if sizes.temporal == "head":
+        width = sizes.projection_dim
         layer = 2 * num_frames * (3 + 8) * width * width + 2 * 2 * num_frames * num_frames * width
         return HEAD_LAYERS * layer + 2 * num_frames * width * width
     return 0
 
 
-def clip_flops(clip: TwoTowerConfig, num_frames: int) -> int:
+def clip_flops(sizes: TwoTowerConfig, num_frames: int) -> int:
     """Return the model FLOPs of the forward pass of one clip."""
-    return num_frames * forward_flops(clip.vision, clip.projection_dim) + temporal_flops(clip, num_frames)
+    return num_frames * forward_flops(sizes.vision, sizes.projection_dim) + temporal_flops(sizes, num_frames)
 
 
 def step_flops(
-    clip: TwoTowerConfig,
+    sizes: TwoTowerConfig,
     num_images: int,
     num_prompts: int,
     *,
@@ -69,7 +69,7 @@ def step_flops(
     as the forward pass where only its other parameters are (2): then there are no products for gradients of kernels.
 
     Args:
-      clip: the sizes of the model.
+      sizes: of the model.
       num_images: of the global batch; or its clips.
       num_prompts: texts that the step encodes.
       image_passes: of the image tower: 1 (forward alone), 2 or 3.
@@ -77,10 +77,10 @@ def step_flops(
       num_frames: of each clip; None: images.
       temporal_passes: of what a temporal model adds.
     """
-    image = (num_frames or 1) * forward_flops(clip.vision, clip.projection_dim) * image_passes
+    image = (num_frames or 1) * forward_flops(sizes.vision, sizes.projection_dim) * image_passes
     if num_frames is not None:
-        image += temporal_flops(clip, num_frames) * temporal_passes
-    return num_images * image + num_prompts * forward_flops(clip.text, clip.projection_dim) * text_passes
+        image += temporal_flops(sizes, num_frames) * temporal_passes
+    return num_images * image + num_prompts * forward_flops(sizes.text, sizes.projection_dim) * text_passes
 
 
 def matmul_flops(jaxpr: Any) -> int:

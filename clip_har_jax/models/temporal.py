@@ -39,9 +39,9 @@ def is_temporal(name: str) -> bool:
 
 
 def split_temporal(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the parameters of CLIP and those of the temporal parts, by dotted name."""
-    clip = {name: value for name, value in params.items() if not is_temporal(name)}
-    return clip, {name: value for name, value in params.items() if is_temporal(name)}
+    """Return the parameters of the model of images and those of the temporal parts, by dotted name."""
+    images = {name: value for name, value in params.items() if not is_temporal(name)}
+    return images, {name: value for name, value in params.items() if is_temporal(name)}
 
 
 def difference(frames: Float[Array, "b t *d"]) -> Float[Array, "b t *d"]:

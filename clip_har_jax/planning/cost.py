@@ -63,7 +63,7 @@ class PlannedStep:
     """The training step that is planned, apart from the settings of a `Variant`."""
 
     config: RunConfig
-    clip: TwoTowerConfig
+    sizes: TwoTowerConfig
     num_classes: int
     num_prompts: int
 
@@ -157,9 +157,9 @@ def make_program(planned_step: PlannedStep, machine: Machine, variant: Variant) 
             raise UserError(f"config.model.attention=cudnn needs an NVIDIA GPU, not {machine.topology}; use auto")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     mesh = make_mesh(config.mesh, None if machine.is_here else machine.devices)
-    preprocess = Preprocess(image_size_px=planned_step.clip.vision.image_size)
+    preprocess = Preprocess(image_size_px=planned_step.sizes.vision.image_size)
     return Program(
-        config, planned_step.clip, preprocess, planned_step.num_classes, config.train.num_steps or 1000, mesh
+        config, planned_step.sizes, preprocess, planned_step.num_classes, config.train.num_steps or 1000, mesh
     )
 
 

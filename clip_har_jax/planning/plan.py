@@ -233,7 +233,7 @@ class Search:
 
     def _meshes(self, remat: str) -> list[MeshConfig]:
         """Return the configured mesh, then the different ones of the strategies."""
-        heads = {tower.num_heads for tower in (self.planned_step.clip.vision, self.planned_step.clip.text)}
+        heads = {tower.num_heads for tower in (self.planned_step.sizes.vision, self.planned_step.sizes.text)}
         own, count = self.planned_step.config.mesh, len(self.machine.devices)
         found = {mesh_shape(own, count): own}
         for strategy in STRATEGIES:

@@ -41,7 +41,7 @@ class Method:
 
     Args:
       config: the `method` section of a config.
-      clip: the sizes of the model.
+      sizes: of the model.
       num_classes: number of actions.
       model: abstract model, into which LoRA's low-rank updates are inserted.
       mesh: the devices over which contrastive losses compare images with texts.
@@ -54,14 +54,14 @@ class Method:
     def __init__(
         self,
         config: MethodConfig,
-        clip: TwoTowerConfig,
+        sizes: TwoTowerConfig,
         num_classes: int,
         model: TwoTowers,
         mesh: Mesh,
         class_weights: Float[np.ndarray, " c"] | None = None,
     ):
         self.recipe, self.head, self.loss = check_method(config)
-        self.config, self.clip, self.num_classes, self.mesh = config, clip, num_classes, mesh
+        self.config, self.sizes, self.num_classes, self.mesh = config, sizes, num_classes, mesh
         self.class_weights = class_weights
         if config.name == "lora":
             names = {"image": ("vision",), "text": ("text",), "both": ("text", "vision")}[self.towers]
@@ -84,12 +84,12 @@ class Method:
         """Return shapes and logical axis names of the parameters that the method adds to CLIP: a head or a context."""
         if self.context_length:
             stack = (self.num_classes,) if self.config.prompt_per_class else ()
-            shape = (*stack, self.context_length, self.clip.text.hidden_size)
+            shape = (*stack, self.context_length, self.sizes.text.hidden_size)
             return {CONTEXT: shape}, {CONTEXT: (None,) * len(shape)}
         if not self.has_head:
             return {}, {}
         hidden = cache_size if self.head == "tip_adapter" else 0
-        shapes, axes = head_shapes(self.head, HeadSize(self.clip.projection_dim, self.num_classes, hidden))
+        shapes, axes = head_shapes(self.head, HeadSize(self.sizes.projection_dim, self.num_classes, hidden))
         return {HEAD + name: shape for name, shape in shapes.items()}, {HEAD + name: axes[name] for name in axes}
 
     def init_extra(
@@ -128,7 +128,7 @@ class Method:
         """Return whether the parameter of this dotted name is updated."""
         if is_temporal(name):
             return self.recipe.learns_from == "steps" and self.towers != "text"
-        if self.clip.temporal == "st_adapter" and name.startswith("vis") and not name.endswith((A, B)):
+        if self.sizes.temporal == "st_adapter" and name.startswith("vis") and not name.endswith((A, B)):
             return False  # the tower is frozen; low-rank updates of it aren't
         if not any(fnmatchcase(name, pattern) for pattern in self.recipe.trains):
             return False
@@ -238,18 +238,18 @@ class Method:
         return params.get("logit_bias", _even_bias(image, text, jnp.exp(params["logit_scale"]), mask))
 
     def export_params(self, params: Mapping[str, Any], class_embeddings: np.ndarray) -> tuple[Params, str, Params]:
-        """Return the contents of a model folder: CLIP's parameters, the name of the head, the head's parameters.
+        """Return the contents of a model folder: the model's parameters, the name of the head, the head's parameters.
 
         Args:
           params: all parameters of the method.
           class_embeddings: of the run's classes under these parameters; learned prompts are saved as them.
         """
-        clip = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
-        clip = merge_lora(clip, self.config.lora_alpha / self.config.lora_rank)
+        own = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
+        own = merge_lora(own, self.config.lora_alpha / self.config.lora_rank)
         if self.context_length:
             head = init_head("linear", np.asarray(class_embeddings), float(np.exp(params["logit_scale"])), 0)
-            return clip, "linear", dict(head)
-        return clip, self.head, {k.removeprefix(HEAD): v for k, v in params.items() if k.startswith(HEAD)}
+            return own, "linear", dict(head)
+        return own, self.head, {k.removeprefix(HEAD): v for k, v in params.items() if k.startswith(HEAD)}
 
 
 def _even_bias(

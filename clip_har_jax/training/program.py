@@ -43,7 +43,7 @@ class Program:
 
     Args:
       config: the run.
-      clip: the model's sizes.
+      sizes: of the model.
       preprocess: mean, deviation and size of its images.
       num_classes: actions.
       num_steps: updates of the whole run.
@@ -59,7 +59,7 @@ class Program:
     def __init__(
         self,
         config: RunConfig,
-        clip: TwoTowerConfig,
+        sizes: TwoTowerConfig,
         preprocess: Preprocess,
         num_classes: int,
         num_steps: int,
@@ -67,7 +67,7 @@ class Program:
         class_counts: Sequence[int] | None = None,
         cache_size: int = 0,
     ):
-        self.config, self.clip, self.preprocess, self.num_steps, self.mesh = config, clip, preprocess, num_steps, mesh
+        self.config, self.sizes, self.preprocess, self.num_steps, self.mesh = config, sizes, preprocess, num_steps, mesh
         self.num_classes = num_classes
         # Frames of a clip in training; None: images.
         self.num_frames = config.data.video.num_frames if has_clips(config.data.train) else None
@@ -76,10 +76,10 @@ class Program:
         _check_accumulation(config, mesh)
         rows = batch_sharding(mesh)
         self.runtime = Runtime(config.model.compute_dtype, config.model.remat, config.model.attention, activations=rows)
-        model = abstract_model(clip, self.runtime)
+        model = abstract_model(sizes, self.runtime)
         balance = config.method.class_balance
         weights = balanced_weights(class_counts, balance) if balance and class_counts is not None else None
-        self.method = Method(config.method, clip, num_classes, model, mesh, weights)
+        self.method = Method(config.method, sizes, num_classes, model, mesh, weights)
         own_shapes, own_axes = self.method.extra_parameters(cache_size)
         self.shapes = {name: value.shape for name, value in flat_params(model).items()} | own_shapes
         self.param_shardings = param_shardings(self.shapes, axis_names(model) | own_axes, mesh)
@@ -185,10 +185,10 @@ class Program:
 
         if self.trains_text:
             count = num_prompts + -num_prompts % num_row_shards(self.mesh)
-            ids = struct((count, self.clip.text.context_length - self.method.context_length), jnp.int32, rows)
+            ids = struct((count, self.sizes.text.context_length - self.method.context_length), jnp.int32, rows)
             classes = ClassInputs(ids, struct((count,), jnp.int32, rows), None)
         else:
-            classes = ClassInputs(None, None, struct((self.num_classes, self.clip.projection_dim), jnp.float32, whole))
+            classes = ClassInputs(None, None, struct((self.num_classes, self.sizes.projection_dim), jnp.float32, whole))
         image = (batch_size, *([self.num_frames] if self.num_frames else []), size, size, 3)
         label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
         return (
@@ -205,7 +205,7 @@ class Program:
         text_passes = 3 if any(name.startswith("text") for name in kernels) else 2
         trains_temporal = any(map(is_temporal, self.trainable))
         return step_flops(
-            self.clip,
+            self.sizes,
             self.config.train.global_batch_size,
             num_prompts,
             image_passes=image_passes if self.trains_image else 1,

@@ -70,7 +70,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if "logit_scale" in params:
-            params["logit_scale"] = jnp.minimum(params["logit_scale"], method.clip.max_logit_scale)
+            params["logit_scale"] = jnp.minimum(params["logit_scale"], method.sizes.max_logit_scale)
         grad_norm = optax.tree.norm(grads)
         # The updates aren't checked: they are finite if gradients and state are. Their norm would take one more pass
         # over the optimiser's memory.

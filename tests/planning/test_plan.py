@@ -69,9 +69,9 @@ def planned(config):
 
 def make_arguments(program):
     """Real ones, as a trainer places them."""
-    state, frozen = program.place({k: np.asarray(v) for k, v in init_params(program.clip, 0).items()})
+    state, frozen = program.place({k: np.asarray(v) for k, v in init_params(program.sizes, 0).items()})
     prompts = program.place_prompts(
-        np.full((NUM_PROMPTS, program.clip.text.context_length), program.clip.text.eos_token_id, np.int32),
+        np.full((NUM_PROMPTS, program.sizes.text.context_length), program.sizes.text.eos_token_id, np.int32),
         [i % NUM_CLASSES for i in range(NUM_PROMPTS)],
     )
     classes, batch = program.abstract_arguments(NUM_PROMPTS)[2:]
@@ -143,14 +143,14 @@ def test_flops_that_rematerialisation_adds(config):
         counted[remat] = matmul_flops(train_step.trace(*program.abstract_arguments(16)).jaxpr)
     # Not counted as the model's: the logits' product, three times. Without rematerialisation the gradient of the pixels
     # is traced too, which nothing reads.
-    vision = planned_step.clip.vision
+    vision = planned_step.sizes.vision
     pixels = 2 * 16 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
-    logits = 3 * 2 * 16 * NUM_CLASSES * planned_step.clip.projection_dim
+    logits = 3 * 2 * 16 * NUM_CLASSES * planned_step.sizes.projection_dim
     step = program.flops_per_step(16) + logits
     assert counted["none"] == step
     towers: list[tuple[VisionConfig | TextConfig, int]] = [
-        (planned_step.clip.vision, planned_step.clip.vision.num_patches + 1),
-        (planned_step.clip.text, planned_step.clip.text.context_length),
+        (planned_step.sizes.vision, planned_step.sizes.vision.num_patches + 1),
+        (planned_step.sizes.text, planned_step.sizes.text.context_length),
     ]
     attention = sum(16 * 4 * tokens**2 * tower.hidden_size * tower.num_layers for tower, tokens in towers)
     assert counted["dots"] == step - pixels + attention

@@ -49,7 +49,7 @@ def make_program(kind, strategy="dp", **sections):
 def start_of(program):
     """Host weights of which nothing that the kind or the method adds is 0, and class embeddings."""
     rng = np.random.default_rng(2)
-    params = {name: np.asarray(value) for name, value in init_params(program.clip, 0).items()}
+    params = {name: np.asarray(value) for name, value in init_params(program.sizes, 0).items()}
     classes = rng.normal(size=(NUM_CLASSES, SIZE.projection_dim)).astype(np.float32)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
     own = program.method.init_extra(params, program.shapes, classes, np.asarray([5, 6], np.int32), 0)
@@ -144,7 +144,7 @@ def test_a_linear_probe_learns_from_the_features_of_clips(kind):
     state, frozen = program.place(params)
     found = program.feature_step({**state.params, **frozen}, batch_of(program))[0]
     model = make_model(
-        program.clip, {name: jnp.asarray(v) for name, v in params.items() if not name.startswith("head.")}
+        program.sizes, {name: jnp.asarray(v) for name, v in params.items() if not name.startswith("head.")}
     )
     clips = np.asarray(batch_of(program).image, np.float32) / 255
     mean, std = (np.asarray(values, np.float32) for values in (program.preprocess.mean, program.preprocess.std))
@@ -176,5 +176,5 @@ def test_flops_of_a_frozen_tower_leave_out_its_kernels():
     program = make_program("st_adapter")
     forward = NUM_FRAMES * forward_flops(SIZE.vision, SIZE.projection_dim)
     text = 3 * NUM_CLASSES * forward_flops(SIZE.text, SIZE.projection_dim)
-    clip = 2 * forward + 3 * temporal_flops(program.clip, NUM_FRAMES)
+    clip = 2 * forward + 3 * temporal_flops(program.sizes, NUM_FRAMES)
     assert program.flops_per_step(NUM_CLASSES) == BATCH_SIZE * clip + text
