@@ -3,13 +3,15 @@
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clip_har_jax.caches import cache_folder
-from clip_har_jax.data.sources import Source
+from clip_har_jax.data.examples import ClipFile, Source
+from clip_har_jax.data.windows import Window
 from clip_har_jax.files import sha256, sha256_file, write_bytes
 from clip_har_jax.models.temporal import HEAD
 from clip_har_jax.parallel import distributed
@@ -18,13 +20,16 @@ from clip_har_jax.training.probe import LabeledFeatures
 
 
 def examples_digest(source: Source) -> str:
-    """Return the SHA-256 of the examples' bytes and labels; for drawn examples, of their seeds."""
+    """Return the SHA-256 of the examples' bytes, times and labels; for drawn examples, of their seeds."""
+    file_digest = cache(sha256_file)  # many windows have one file
 
     def one(i: int) -> str | None:
         try:
             data = source[i].data
-            if path := getattr(data, "path", None):  # of a clip in a file
-                return sha256_file(path)
+            if isinstance(data, Window) and data.path:
+                return sha256(f"{file_digest(data.path)} {data.first_s} {data.last_s} {data.window_s}")
+            if isinstance(data, ClipFile):
+                return file_digest(data.path)
             return sha256(data) if isinstance(data, bytes) else None
         except (OSError, BadImage) as error:  # reported when the example is really read
             return sha256(str(error))

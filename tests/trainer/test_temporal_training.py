@@ -1,18 +1,20 @@
 """A temporal model trained from an image model: WiSE-FT between the two, and the folder that keeps it."""
 
 import json
+from collections import Counter
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clip_har_jax.config import make_config
-from clip_har_jax.data.sources import has_clips
+from clip_har_jax.data.sources import has_clips, make_source
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.params import make_model
 from clip_har_jax.models.pretrained import read_config, read_params
 from clip_har_jax.models.temporal import is_temporal
+from clip_har_jax.trainer import features
 from clip_har_jax.trainer.retention import interpolate
 from clip_har_jax.trainer.train import train
 from tests.support.model_folders import write_model
@@ -72,3 +74,19 @@ def test_data_that_hold_clips(tmp_path):
     (tmp_path / "plain.csv").write_text("filename,label\n")
     assert has_clips(f"csv:{tmp_path / 'timed.csv'}") and has_clips("motion?untrimmed")
     assert not has_clips(f"csv:{tmp_path / 'plain.csv'}") and not has_clips(f"csv:{tmp_path / 'missing.csv'}")
+
+
+def test_stored_features_of_windows_depend_on_their_times(tmp_path, monkeypatch):
+    write_clip(tmp_path / "long.mp4", count=40)
+    read, read_file = Counter[str](), features.sha256_file
+    monkeypatch.setattr(features, "sha256_file", lambda path: read.update([path]) or read_file(path))
+
+    def digest(end_s):
+        table = tmp_path / "times.csv"
+        table.write_text(f"filename,start_s,end_s,label\nlong.mp4,0,{end_s},jump\n")
+        source = make_source(f"csv:{table}?window_s=1", "train")
+        assert [source.labels[i] for i in source.label_ids] == ["jump"] * 4 + ["background"] * 4
+        return features.examples_digest(source)
+
+    assert digest(2.0) == digest(2.0) != digest(2.1)
+    assert list(read.values()) == [3]  # each source reads its video once
