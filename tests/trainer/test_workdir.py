@@ -122,6 +122,7 @@ def test_the_documentation_says_what_may_change_at_resume():
         excluded = part.partition("but not")[2]
         named = set(re.findall(r"`([a-z_0-9.]+\*?)`", part)) - {"run.json"}
         but_not = set(re.findall(r"`([a-z_.]+)`", excluded.partition(")")[0]))
+        assert but_not <= policies.keys()
         keys = {key for key in policies for name in named - but_not if fnmatch(key, name)} - but_not
         assert keys == {key for key, found in policies.items() if found == policy}
 
