@@ -37,8 +37,8 @@ class Initial(NamedTuple):
 def initial_state(run: Run, checkpointer: Checkpointer) -> Initial:
     """Return the state of the checkpoint to resume from, or else the state before the first step.
 
-    A checkpoint is restored into shapes: only the parameters that it doesn't contain are placed on the devices
-      otherwise.
+    A checkpoint is restored into shapes: besides it, only the parameters that it doesn't contain are placed on the
+    devices.
 
     Raises:
       UserError: the checkpoint is from another model, or images for fitting a head can't be read.
