@@ -97,9 +97,10 @@ def another_model(target: Path, graph: str, shape: list[int]) -> None:
     ("graph", "shape", "words"),
     [
         ("classifier", [16, 4], "logits of images in a batch aren't those of the exported model"),
-        ("image_encoder", [32, 16], "logits of clips aren't those"),
+        ("image_encoder", [32, 16], "embeddings of images aren't those"),
         ("text_encoder", [32, 16], "embeddings of texts aren't those"),
         ("explainer", [32, 16], "heat maps aren't those"),
+        ("clip_head", [16, 4], "logits of clips aren't those"),
     ],
 )
 def test_another_model_under_a_good_manifest_is_refused(
