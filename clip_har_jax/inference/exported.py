@@ -19,6 +19,7 @@ from clip_har_jax.inference.backends import (
     mean_by_class,
     pad,
     rows_at_once,
+    softmax,
 )
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.runtimes import Graphs, exported_folder, first_that_runs, providers, read_signature
@@ -135,9 +136,7 @@ class ExportedBackend:
 
     def predict(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Return class probabilities of images or clips."""
-        logits = self.logits(images)
-        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return powers / powers.sum(axis=-1, keepdims=True)
+        return softmax(self.logits(images))
 
     def embed(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b d"]:
         """Return L2-normalised embeddings of images or clips."""

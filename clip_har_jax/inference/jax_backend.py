@@ -132,8 +132,7 @@ class JaxBackend:
         return tensors
 
     def _embed_classes(self) -> Float32[np.ndarray, "c d"]:
-        """Return the class embeddings of the prompts; for many texts, shared by all folders of these weights."""
-
+        """Return the class embeddings of the prompts."""
         prompts = [self.actions.prompts[label] for label in self.labels]
         ids = self.tokenize([text for group in prompts for text in group])
         return mean_by_class(self.embed_texts(ids), [len(group) for group in prompts])

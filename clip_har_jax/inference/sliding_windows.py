@@ -122,11 +122,6 @@ class FrameRing(Generic[F]):
         targets = first_s + (np.arange(count) + 0.5) / count * length_s - 0.5 / self.windows.rate_hz
         return Window(first_s + length_s / 2, first_s + length_s, self._nearest(targets))
 
-    def clear(self) -> None:
-        """Drop all frames, e.g. after a gap."""
-        self._frames.clear()
-        self._due_s = None
-
     def _nearest(self, targets: np.ndarray) -> list[F]:
         self._given = True
         times = np.asarray([time_s for time_s, _ in self._frames])
