@@ -8,14 +8,18 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
+from websockets.sync.client import connect
 
 from clip_har_jax import Predictor
 from clip_har_jax.image_formats import readable_formats
@@ -23,6 +27,7 @@ from serving.security import PUBLIC, needed_scope, new_key
 from serving.service import Service
 from serving.settings import Settings
 from tests.support.serving_setup import LABELS, running
+from tests.support.videos import write_clip
 
 
 @pytest.fixture(scope="module")
@@ -448,8 +453,18 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], environment: dict[str
     assert words in done.stderr
 
 
-def test_needs_neither_jax_nor_tensorflow(folder: Path, photo: Path) -> None:
-    """And, as the service that people start: ready, answers, ends with 0."""
+def loaded_libraries(pid: int) -> set[str]:
+    """Return the heavy libraries that the processes started by a process have mapped."""
+    children = psutil.Process(pid).children(recursive=True)
+    assert children, "images and videos are decoded in processes of their own"
+    paths = [path.path for child in children for path in child.memory_maps()]
+    return {name for name in ("jaxlib", "tensorflow", "torch") if any(f"/{name}/" in path for path in paths)}
+
+
+def test_needs_neither_jax_nor_tensorflow(folder: Path, photo: Path, tmp_path: Path) -> None:
+    """For images, clips and streams; and, as the service that people start: ready, answers, ends with 0."""
+    write_clip(tmp_path / "clip.mp4", count=20)
+    clip = (tmp_path / "clip.mp4").read_bytes()
     code = """
 import runpy, signal, sys, threading, time
 from pathlib import Path
@@ -459,19 +474,27 @@ try:
 finally:
     print(sorted({"jax", "flax", "tensorflow", "torch", "grain", "transformers"} & set(sys.modules)))
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code, f"--model={folder}", "--port=0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    command = [sys.executable, "-c", code, f"--model={folder}", "--port=0"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process, ExitStack() as stack:
+        stack.callback(process.terminate)  # else a failed assertion would wait for its end
         assert process.stderr is not None and process.stdout is not None
         address = json.loads(process.stderr.readline())["address"]
         transport = httpx.HTTPTransport(retries=10)
-        with httpx.Client(base_url=address, transport=transport) as client:
+        with httpx.Client(base_url=address, transport=transport, timeout=60) as client:
             while client.get("/v2/health/ready").status_code != 200:
                 assert process.poll() is None
-            assert client.post("/v1/predict", content=photo.read_bytes()).json()["label"] in LABELS
+            for path, content in (("predict", photo.read_bytes()), ("predict", clip), ("videos?hop_s=0.5", clip)):
+                assert client.post(f"/v1/{path}", content=content).json()["label"] in LABELS
+            assert "events" in client.post("/v1/stream", content=clip).json()
+        stream = f"{address.replace('http', 'ws')}/v1/stream?window_s=0.1&hop_s=0.1"
+        with connect(stream, proxy=None) as socket:
+            for _ in range(5):
+                socket.send(photo.read_bytes())
+                time.sleep(0.05)
+            assert json.loads(socket.recv(timeout=20))["type"] == "frame"
+        if sys.platform == "linux":  # elsewhere the files that a process has mapped can't be listed
+            assert not loaded_libraries(process.pid)
         process.send_signal(signal.SIGTERM)
         logged = [json.loads(line) for line in process.stderr.read().splitlines()]
         assert process.stdout.read().strip() == "[]"
