@@ -35,6 +35,7 @@ OTHER_ARCHIVES = {  # by their first bytes
 EVERY_SERVICE = tuple(f".{suffix}" for kind in Limits().image_formats for suffix in kind.suffixes)
 END = struct.Struct("<4s4H2LH")  # end record of a zip: signature, disks, counts, size and offset of the list, comment
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods can need gigabytes to unpack
+# zipfile raises NotImplementedError for unknown compression methods and for versions of the format it can't read.
 ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError, ValueError)
 
 
