@@ -29,7 +29,7 @@ coverage:
 docs:
     mkdocs build --strict
 
-# A small CLIP trained from random weights on drawn actions, in minutes on two cores
+# A small CLIP trained from random weights on drawn actions, in a minute on two cores
 demo:
     python scripts/train.py --config=configs/demo.py --workdir=runs/demo
 
