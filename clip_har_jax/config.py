@@ -162,7 +162,7 @@ class OptimConfig:
     schedule: str = setting("cosine", one_of(*SCHEDULES), WARNED)  # after the warm-up; wsd: constant, then linear to 0
     decay_fraction: float = setting(0.2, SHARE, WARNED)  # share of the steps after the warm-up in which wsd falls
     learning_rate: float = setting(1e-5, POSITIVE, WARNED)  # peak
-    warmup_fraction: float = setting(0.05, SHARE, WARNED)  # share of the steps of linear warm-up; then cosine to 0
+    warmup_fraction: float = setting(0.05, SHARE, WARNED)  # share of the steps of linear warm-up, before `schedule`
     weight_decay: float = setting(0.1, NOT_NEGATIVE, WARNED)  # of matrices; not biases, norms, embeddings, logit scale
     b1: float = setting(0.9, SHARE, WARNED)
     b2: float = setting(0.98, SHARE, WARNED)
