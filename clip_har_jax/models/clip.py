@@ -14,14 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from clip_har_jax.models.configuration import (
-    TEXT_KEYS,
-    VISION_KEYS,
     TextConfig,
     TwoTowerConfig,
     VisionConfig,
     read_fields,
-    read_tower,
-    write_fields,
+    read_towers,
+    write_towers,
 )
 from clip_har_jax.models.towers import project
 from clip_har_jax.models.two_towers import TwoTowers
@@ -56,18 +54,14 @@ def config_from_hf(values: dict[str, Any]) -> CLIPConfig:
     Raises:
       UserError: a value of a wrong type.
     """
-    keys = {key: key for key in ("projection_dim", "logit_scale_init_value", "temporal")}
-    return CLIPConfig(
-        TextConfig(**read_fields(TextConfig(), read_tower(values, "text_config"), TEXT_KEYS)),
-        VisionConfig(**read_fields(VisionConfig(), read_tower(values, "vision_config"), VISION_KEYS)),
-        **read_fields(CLIPConfig(), values, keys),
-    )
+    default, keys = CLIPConfig(), {key: key for key in ("projection_dim", "logit_scale_init_value", "temporal")}
+    return CLIPConfig(*read_towers(default, values), **read_fields(default, values, keys))
 
 
 def config_to_hf(config: TwoTowerConfig) -> dict[str, Any]:
     """Return the contents of a config.json that `transformers.CLIPModel` reads."""
     shared = {"projection_dim": config.projection_dim}
-    text, vision = write_fields(config.text, TEXT_KEYS), write_fields(config.vision, VISION_KEYS)
+    text, vision = write_towers(config)
     return {
         "architectures": ["CLIPModel"],
         **shared,

@@ -1,7 +1,7 @@
 """The sizes and options of two-tower models, and what reading them from a config.json shares."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from clip_har_jax.errors import UserError, nearest
@@ -96,8 +96,8 @@ _TOWER_KEYS = {
     "hidden_act": "hidden_act",
     "layer_norm_eps": "layer_norm_eps",
 }
-VISION_KEYS = _TOWER_KEYS | {"image_size": "image_size", "patch_size": "patch_size"}
-TEXT_KEYS = _TOWER_KEYS | {
+_VISION_KEYS = _TOWER_KEYS | {"image_size": "image_size", "patch_size": "patch_size"}
+_TEXT_KEYS = _TOWER_KEYS | {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
     "bos_token_id": "bos_token_id",
@@ -140,9 +140,26 @@ def read_fields(defaults: Any, given: dict[str, Any], keys: dict[str, str]) -> d
     }
 
 
-def write_fields(config: Any, keys: dict[str, str]) -> dict[str, Any]:
-    """Return the file's values of a configuration's fields."""
-    return {theirs: getattr(config, ours) for ours, theirs in keys.items()}
+def read_towers(default: TwoTowerConfig, values: dict[str, Any]) -> tuple[TextConfig, VisionConfig]:
+    """Return the towers in a Hugging Face config.json; null and missing keys mean the family's default.
+
+    Raises:
+      UserError: a value of a wrong type.
+    """
+    text, vision = read_tower(values, "text_config"), read_tower(values, "vision_config")
+    return (
+        replace(default.text, **read_fields(default.text, text, _TEXT_KEYS)),
+        replace(default.vision, **read_fields(default.vision, vision, _VISION_KEYS)),
+    )
+
+
+def write_towers(config: TwoTowerConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the text tower and of the image tower for a Hugging Face config.json."""
+    text, vision = config.text, config.vision
+    return (
+        {theirs: getattr(text, ours) for ours, theirs in _TEXT_KEYS.items()},
+        {theirs: getattr(vision, ours) for ours, theirs in _VISION_KEYS.items()},
+    )
 
 
 def check_config(config: TwoTowerConfig) -> None:

@@ -6,7 +6,7 @@ belongs to an image.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -15,14 +15,13 @@ from jaxtyping import Array, Float
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import (
-    TEXT_KEYS,
-    VISION_KEYS,
     TextConfig,
     TwoTowerConfig,
     VisionConfig,
     read_fields,
     read_tower,
-    write_fields,
+    read_towers,
+    write_towers,
 )
 from clip_har_jax.models.towers import project
 from clip_har_jax.models.two_towers import TwoTowers
@@ -87,12 +86,10 @@ def config_from_hf(values: dict[str, Any]) -> SiglipConfig:
       UserError: a value of a wrong type, a tower without its pooling, or texts projected to another width than images.
     """
     default = SiglipConfig()
-    text_values, vision_values = read_tower(values, "text_config"), read_tower(values, "vision_config")
-    text = replace(default.text, **read_fields(default.text, text_values, TEXT_KEYS))
-    vision = replace(default.vision, **read_fields(default.vision, vision_values, VISION_KEYS))
-    if not vision_values.get("vision_use_head", True):
+    text, vision = read_towers(default, values)
+    if not read_tower(values, "vision_config").get("vision_use_head", True):
         raise UserError("vision_config.vision_use_head is false; a tower with its pooling head is needed")
-    width = text_values.get("projection_size") or text.hidden_size
+    width = read_tower(values, "text_config").get("projection_size") or text.hidden_size
     if width != vision.hidden_size:
         raise UserError(f"text_config.projection_size is {width}, but images have {vision.hidden_size} dims")
     return SiglipConfig(text, vision, vision.hidden_size, **read_fields(default, values, {"temporal": "temporal"}))
@@ -100,11 +97,11 @@ def config_from_hf(values: dict[str, Any]) -> SiglipConfig:
 
 def config_to_hf(config: TwoTowerConfig) -> dict[str, Any]:
     """Return the contents of a config.json that `transformers.SiglipModel` reads."""
-    text = write_fields(config.text, TEXT_KEYS) | {"projection_size": config.projection_dim}
+    text, vision = write_towers(config)
     return {
         "architectures": ["SiglipModel"],
-        "text_config": {"model_type": "siglip_text_model", **text},
-        "vision_config": {"model_type": "siglip_vision_model", **write_fields(config.vision, VISION_KEYS)},
+        "text_config": {"model_type": "siglip_text_model", **text, "projection_size": config.projection_dim},
+        "vision_config": {"model_type": "siglip_vision_model", **vision},
     }
 
 
@@ -113,41 +110,33 @@ def preprocess(image_size_px: int) -> Preprocess:
     return Preprocess(image_size_px, mean=HALF, std=HALF, keep_aspect=False)
 
 
-def _published(sizes: dict[str, Any], patch_size: int, image_size: int, vocab_size: int) -> SiglipConfig:
-    text = _SO400M if sizes is _GIANT else sizes
-    vision = _vision(sizes, patch_size=patch_size, image_size=image_size)
-    return SiglipConfig(_text(text, vocab_size=vocab_size), vision, vision.hidden_size)
+def _published(size: str, patch_size: int, image_size: int, vocab_size: int) -> SiglipConfig:
+    text, vision = {
+        "base": (_BASE, _BASE),
+        "large": (_LARGE, _LARGE),
+        "so400m": (_SO400M, _SO400M),
+        "giant-opt": (_SO400M, _GIANT),
+    }[size]
+    tower = _vision(vision, patch_size=patch_size, image_size=image_size)
+    return SiglipConfig(_text(text, vocab_size=vocab_size), tower, tower.hidden_size)
 
 
-_PUBLISHED: dict[
-    str, tuple[tuple[str, dict[str, Any], int, int, int], ...]
-] = {  # the sizes of google/siglip and google/siglip2: towers, patch, images, vocabulary
-    "": (
-        ("base-patch16-224", _BASE, 16, 224, 32000),
-        ("base-patch16-256", _BASE, 16, 256, 32000),
-        ("base-patch16-384", _BASE, 16, 384, 32000),
-        ("base-patch16-512", _BASE, 16, 512, 32000),
-        ("large-patch16-256", _LARGE, 16, 256, 32000),
-        ("large-patch16-384", _LARGE, 16, 384, 32000),
-        ("so400m-patch14-224", _SO400M, 14, 224, 32000),
-        ("so400m-patch14-384", _SO400M, 14, 384, 32000),
+# google/siglip and google/siglip2: the vocabulary, and the image sizes by size of the towers and of the patches
+_PUBLISHED: dict[str, tuple[int, dict[tuple[str, int], tuple[int, ...]]]] = {
+    "siglip": (
+        32000,
+        {("base", 16): (224, 256, 384, 512), ("large", 16): (256, 384), ("so400m", 14): (224, 384)},
     ),
-    "2": (
-        ("base-patch32-256", _BASE, 32, 256, 256000),
-        ("base-patch16-224", _BASE, 16, 224, 256000),
-        ("base-patch16-256", _BASE, 16, 256, 256000),
-        ("base-patch16-384", _BASE, 16, 384, 256000),
-        ("base-patch16-512", _BASE, 16, 512, 256000),
-        ("large-patch16-256", _LARGE, 16, 256, 256000),
-        ("large-patch16-384", _LARGE, 16, 384, 256000),
-        ("large-patch16-512", _LARGE, 16, 512, 256000),
-        ("so400m-patch14-224", _SO400M, 14, 224, 256000),
-        ("so400m-patch14-384", _SO400M, 14, 384, 256000),
-        ("so400m-patch16-256", _SO400M, 16, 256, 256000),
-        ("so400m-patch16-384", _SO400M, 16, 384, 256000),
-        ("so400m-patch16-512", _SO400M, 16, 512, 256000),
-        ("giant-opt-patch16-256", _GIANT, 16, 256, 256000),
-        ("giant-opt-patch16-384", _GIANT, 16, 384, 256000),
+    "siglip2": (
+        256000,
+        {
+            ("base", 32): (256,),
+            ("base", 16): (224, 256, 384, 512),
+            ("large", 16): (256, 384, 512),
+            ("so400m", 14): (224, 384),
+            ("so400m", 16): (256, 384, 512),
+            ("giant-opt", 16): (256, 384),
+        },
     ),
 }
 _TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_layers": 2, "num_heads": 2}
@@ -157,9 +146,10 @@ SIZES: dict[str, TwoTowerConfig] = {
         _text(_TINY, context_length=24), _vision(_TINY, image_size=64, patch_size=16), projection_dim=64
     ),
     **{
-        f"siglip{version}-{name}": _published(sizes, patch_size, image_size, vocab_size)
-        for version, rows in _PUBLISHED.items()
-        for name, sizes, patch_size, image_size, vocab_size in rows
+        f"{family}-{size}-patch{patch_size}-{image_size}": _published(size, patch_size, image_size, vocab_size)
+        for family, (vocab_size, towers) in _PUBLISHED.items()
+        for (size, patch_size), image_sizes in towers.items()
+        for image_size in image_sizes
     },
 }
 HUB_SIZES = {f"google/{name}": name for name in SIZES if name != "siglip-tiny"}
