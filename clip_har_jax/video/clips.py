@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from clip_har_jax.preprocess import MAX_MEGAPIXELS
-from clip_har_jax.video.decoding import BadVideo, Decoding, TooSlow, VideoLike, find_stream, open_video, upright
+from clip_har_jax.video.decoding import BadVideo, Decoding, TooSlow, VideoLike, find_stream, open_video
 from clip_har_jax.video.sampling import FrameSampling, sample_times
 from clip_har_jax.video.selective import ROUNDING_S, Index, decode_selected, index_packets, shown_at
 
@@ -175,7 +175,7 @@ def timed_frames(
         first_s = frame_s if first_s is None else first_s
         time_s = frame_s - first_s
         if rate_hz is None or time_s >= due_s - ROUNDING_S:
-            yield TimedFrame(time_s, upright(frame))
+            yield TimedFrame(time_s, decoding.upright(frame))
         if rate_hz is not None:
             due_s = max(due_s, (np.floor((time_s + ROUNDING_S) * rate_hz) + 1) / rate_hz)
     if first_s is None:
@@ -204,5 +204,5 @@ def _frames_at(
         if shown is None:
             raise BadVideo(f"no frame of it can be decoded{decoding.why()}")
         if made is None:
-            made = each(upright(shown[1]))
+            made = each(decoding.upright(shown[1]))
         yield shown[0], made

@@ -123,7 +123,10 @@ class Decoding:
     """The frames of a stream with their times, in order; damaged ones are counted and skipped."""
 
     def __init__(self, container: Any, stream: Any, max_megapixels: float):
+        from av.video.reformatter import VideoReformatter
+
         self.container, self.stream, self.max_megapixels = container, stream, max_megapixels
+        self._reformatter = VideoReformatter()  # shared: its set-up takes longer than converting a small frame
         self.good, self.bad = 0, 0
         self.reason = ""
         self.last_s = 0.0
@@ -169,6 +172,12 @@ class Decoding:
                 f"frames of {frame.width}x{frame.height} px, over {self.max_megapixels:g} megapixels; make it smaller"
             )
 
+    def upright(self, frame: "av.VideoFrame") -> UInt8[np.ndarray, "h w 3"]:
+        """Return a frame in RGB, rotated by the container's display matrix (PyAV gives degrees counterclockwise)."""
+        image = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        turns = round(frame.rotation / 90) % 4
+        return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
     def why(self) -> str:
         """Return the last reason in brackets, as the end of a message."""
         return f" ({self.reason})" if self.reason else ""
@@ -185,10 +194,3 @@ class Decoding:
         if self.good < MIN_READABLE * (self.good + self.bad):
             raise BadVideo(f"{found}; save it again")
         return found
-
-
-def upright(frame: "av.VideoFrame") -> UInt8[np.ndarray, "h w 3"]:
-    """Return a frame in RGB, rotated by the container's display matrix (PyAV gives degrees counterclockwise)."""
-    image = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image

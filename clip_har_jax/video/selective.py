@@ -3,7 +3,6 @@
 A frame depends on packets between the last keyframe and itself, and only on those that other frames refer to. So whole
 intervals between wanted frames are skipped at keyframes, and frames to which no other refers (about half of x264's
 H.264) are never decoded. The frames are bit-equal to those of full decoding.
-of H.264's, as x264 writes it) are never decoded. The frames are bit-equal to those of decoding all.
 """
 
 from bisect import bisect_right
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_har_jax.video.decoding import BadVideo, Decoding, upright
+from clip_har_jax.video.decoding import BadVideo, Decoding
 
 CODECS = ("h264", "hevc")  # their packets show whether other frames refer to them
 ROUNDING_S = 1e-3  # containers round times, some to milliseconds
@@ -112,15 +111,15 @@ def decode_selected(
     if context.name not in CODECS or not index.is_whole:
         return None
     found: dict[int, np.ndarray] = {}
-    check = Decoding(container, stream, max_megapixels).check_size
+    decoding = Decoding(container, stream, max_megapixels)
 
     def take(frames: Sequence[Any]) -> bool:
         for frame in frames:
-            check(frame)
+            decoding.check_size(frame)
             if frame.is_corrupt:
                 return False
             if frame.pts in wanted:
-                found[frame.pts] = each(upright(frame))
+                found[frame.pts] = each(decoding.upright(frame))
         return True
 
     try:

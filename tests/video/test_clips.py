@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_har_jax.video.clips import TimedFrame, iter_frames, read_clip
-from clip_har_jax.video.decoding import BadVideo
+from clip_har_jax.video.decoding import BadVideo, Decoding, find_stream
 from clip_har_jax.video.sampling import FrameSampling, sample_times
 from tests.support.videos import SIZE, level, write_clip
 
@@ -106,6 +106,17 @@ def test_clips_are_turned_upright(tmp_path: Path, rotation: int, dark: str) -> N
     assert frame.shape[:2] == (SIZE if rotation % 180 else SIZE[::-1])
     halves = np.array_split(frame.astype(float), 2, axis=1 if dark == "right" else 0)
     assert (halves[1].mean() < halves[0].mean()) == (dark in ("bottom", "right"))
+
+
+def test_frames_of_any_size_and_format_are_as_each_converted_alone(clip: Path) -> None:
+    """A stream may change both, and all frames of a pass share one converter."""
+    pixels = np.random.default_rng(0)
+    with av.open(clip) as container:
+        decoding = Decoding(container, find_stream(container), 1.0)
+        for width, height, name in ((64, 48, "yuv420p"), (161, 91, "yuv420p"), (64, 48, "yuvj422p"), (64, 48, "rgb24")):
+            image = pixels.integers(0, 256, (height, width, 3)).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=name)
+            assert np.array_equal(decoding.upright(frame), frame.to_ndarray(format="rgb24"))
 
 
 def test_other_containers_and_open_files(tmp_path: Path) -> None:
