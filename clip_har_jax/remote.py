@@ -20,19 +20,8 @@ REACH_S = 5.0  # a service that doesn't answer the first request within this tim
 RACE_S = 10.0  # a call that loses a race is retried for this long
 STORE_S = 15.0  # as REACH_S, for an object store, whose client looks for credentials first
 MAX_LENGTH = 200
-LATER = (
-    409,
-    412,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # HTTP status: a race between writers, or a busy service
-GCS = (
-    "STORAGE_EMULATOR_HOST",
-    "https://storage.googleapis.com",
-)  # variable, default address
+LATER = (409, 412, 429, 500, 502, 503, 504)  # HTTP status: a race between writers, or a busy service
+GCS = ("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com")  # variable, default address
 STORE_CLIENTS = frozenset("gcsfs s3fs fsspec aiohttp aiobotocore botocore google requests urllib3".split())
 # tensorstore writes the arrays; it raises ValueError with an Abseil status in the message.
 STORE_STATUS = re.compile(

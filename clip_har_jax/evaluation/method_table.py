@@ -51,21 +51,32 @@ def summarize(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 def make_table(rows: Sequence[Mapping[str, Any]], note: str) -> str:
     """Return the table in Markdown, followed by a note on how it was made."""
-
-    def percent(pair: tuple[float, float | None] | None) -> str:
-        if pair is None:
-            return "-"
-        return f"{100 * pair[0]:.1f}" + ("" if pair[1] is None else f" ± {100 * pair[1]:.1f}")
-
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for row in rows:
-        step = "-" if row["step_bytes"] is None else f"{row['step_bytes'] / 2**20:.1f}"
-        lines.append(
-            f"| `{row['method']}` | {percent(row['target'])} | {percent(row['retained'])} | {percent(row['ece'])} | "
-            f"{row['trainable_parameters']:,} | {row['optimizer_bytes'] / 1024:.0f} | {step} | {row['seconds']:.0f} | "
-            f"{_chosen(row)} |"
+    body = [
+        (
+            f"`{row['method']}`",
+            *(percent(row[key]) for key in ("target", "retained", "ece")),
+            f"{row['trainable_parameters']:,}",
+            f"{row['optimizer_bytes'] / 1024:.0f}",
+            "-" if row["step_bytes"] is None else f"{row['step_bytes'] / 2**20:.1f}",
+            f"{row['seconds']:.0f}",
+            _chosen(row),
         )
-    return "\n".join([*lines, "", note, ""])
+        for row in rows
+    ]
+    return markdown_table(COLUMNS, body, note)
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]], note: str) -> str:
+    """Return a table in Markdown, followed by a note."""
+    lines = [f"| {' | '.join(line)} |" for line in (header, *body)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:], "", note, ""])
+
+
+def percent(pair: tuple[float | None, float | None] | None) -> str:
+    """Return a share in %, with the half-width of its interval if it has one; "-" without a share."""
+    if pair is None or pair[0] is None:
+        return "-"
+    return f"{100 * pair[0]:.1f}" + ("" if pair[1] is None else f" ± {100 * pair[1]:.1f}")
 
 
 def _chosen(row: Mapping[str, Any]) -> str:

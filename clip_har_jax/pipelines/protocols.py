@@ -15,7 +15,7 @@ from typing import Any
 
 from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.method_table import interval
+from clip_har_jax.evaluation.method_table import interval, markdown_table, percent
 from clip_har_jax.files import write_json
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.backends import choose_actions
@@ -64,9 +64,9 @@ def few_shot(
                 table[row["method"]][str(count)] = row["target"]
         write_json(output / "few_shot.json", {"test": test, "seeds": list(seeds), "top1": table})
         header = ["method", *(f"{count} shots" for count in shots)]
-        body = [[f"`{method}`", *(_percent(table[method][str(count)]) for count in shots)] for method in methods]
+        body = [[f"`{method}`", *(percent(table[method][str(count)]) for count in shots)] for method in methods]
         note = f"Top-1 in %, means over {len(seeds)} seeds with 95% intervals (Student's t); a seed draws its examples."
-        (output / "few_shot.md").write_text(_markdown(header, body, note))
+        (output / "few_shot.md").write_text(markdown_table(header, body, note))
     return table
 
 
@@ -110,7 +110,7 @@ def base_to_novel(
         facts = {"test": test, "seeds": list(seeds), "shots": shots, "base": base, "novel": novel, "top1": table}
         write_json(output / "base_to_novel.json", facts)
         body = [
-            [f"`{method}`", _percent(one["base"]), _percent(one["novel"]), _percent((one["harmonic"], None))]
+            [f"`{method}`", percent(one["base"]), percent(one["novel"]), percent((one["harmonic"], None))]
             for method, one in table.items()
         ]
         note = (
@@ -118,7 +118,7 @@ def base_to_novel(
             f"base class, means over {len(seeds)} seeds with 95% intervals (Student's t). H: the harmonic mean. -: the "
             "head knows only the classes that it was trained on."
         )
-        (output / "base_to_novel.md").write_text(_markdown(["method", "base", "novel", "H"], body, note))
+        (output / "base_to_novel.md").write_text(markdown_table(["method", "base", "novel", "H"], body, note))
     return table
 
 
@@ -129,14 +129,3 @@ def _novel_top1(config: RunConfig, model: Path, novel: Sequence[str], test: str)
     except UserError:
         return None
     return float(evaluate_on(config, model, test, novel)["top1"])
-
-
-def _percent(pair: tuple[float | None, float | None] | None) -> str:
-    if pair is None or pair[0] is None:
-        return "-"
-    return f"{100 * pair[0]:.1f}" + ("" if pair[1] is None else f" ± {100 * pair[1]:.1f}")
-
-
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]], note: str) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note, ""])
