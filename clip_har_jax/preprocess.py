@@ -2,8 +2,6 @@
 
 All images for a model are read by this file. Increase `PREPROCESS_VERSION` when its result changes.
 It stays one file, over 300 lines, so that the version covers exactly one file.
-
-Over 300 lines: `PREPROCESS_VERSION` covers one file, so that no change of an image's bytes is missed.
 """
 
 import io

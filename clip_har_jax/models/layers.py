@@ -1,4 +1,4 @@
-"""The transformer stack of both CLIP towers: pre-norm blocks, stacked over layers, scanned and rematerialised.
+"""The transformer stack of both towers: pre-norm blocks, stacked over layers, scanned and rematerialised.
 
 Parameters carry logical axis names ('embed', 'heads', 'mlp', 'layers'); `parallel/sharding.py` maps them to a mesh.
 """

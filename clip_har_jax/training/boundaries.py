@@ -139,8 +139,9 @@ def propose(track: Track, marks: Float[np.ndarray, "n 3"], labels: Sequence[str]
       longest_s: maximum length of a segment.
     """
     found: list[Segment] = []
+    ends = _peaks(marks[:, 1])
     for start in _peaks(marks[:, 0]):
-        for end in _peaks(marks[:, 1]):
+        for end in ends:
             start_s, end_s = float(track.times_s[start]), float(track.times_s[end])
             if not start_s < end_s <= start_s + longest_s:
                 continue
