@@ -3,6 +3,7 @@
 Multi-index hashing (Norouzi, Punjani and Fleet 2012) with the thresholds of the general pigeonhole principle (Qin et
 al. 2018): the bits are divided into m bands. Two hashes that differ in at most r bits differ in at most t_k bits of
 some band k, where the t_k sum to r - m + 1. So only hashes that are this similar in some band are compared.
+docs/adr/0008-own-search-of-near-hashes.md says why faiss isn't used.
 """
 
 from collections import deque
