@@ -105,7 +105,7 @@ class Method:
         Heads and LoRA start such that the model predicts as the base model does. A learned context starts from words.
 
         Args:
-          params: CLIP's parameters.
+          params: the model's parameters.
           shapes: of all parameters.
           class_embeddings: of the base model; needed for a head.
           context_ids: tokens whose embeddings initialise a learned context.
