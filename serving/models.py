@@ -249,7 +249,7 @@ class ServedModel:
     @property
     def is_of_clips(self) -> bool:
         """Return whether the model was trained on clips; its streams are then predicted by windows."""
-        return "clip_classifier" in self.backend.graphs.signatures
+        return bool(self.actions.video)
 
     def refusal(self) -> Problem:
         """Return the error for classes in free text."""

@@ -15,6 +15,7 @@ from websockets.sync.client import ClientConnection, connect
 from clip_har_jax import Predictor
 from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.inference.sliding_windows import choose_windows, find_video_segments
+from clip_har_jax.inference.stream import EventRules, find_events
 from clip_har_jax.video.clips import iter_frames
 from clip_har_jax.video.segments import SegmentRules
 from export.run import ExportOptions, export_model
@@ -31,21 +32,22 @@ EAGER: dict[str, Any] = {"start_score": 0.25, "end_score": 0.2}
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return exported folders: a model whose frames are encoded apart, and one whose tower looks over them."""
+    """Return exported folders: a model whose frames are encoded apart, one whose tower looks over them, and
+    one of images, whose head takes the patches of all frames together."""
     root = tmp_path_factory.mktemp("clips")
     folder = lively(write_model(root / "model", LABELS, temperature=1.7))
     models = write_clip_folders(folder, write_heads(folder, root / "heads"), root / "models")
-    for name in ("head", "divided"):
+    models["photos"] = root / "heads" / "cross_attention"
+    for name in ("head", "divided", "photos"):
         parity = export_model(str(models[name]), ["onnx"], root / name, ExportOptions(num_examples=16))
         assert parity["onnx"]["passed"], parity
-    return {name: root / name for name in ("head", "divided")}
+    return {name: root / name for name in ("head", "divided", "photos")}
 
 
 @pytest.fixture(scope="module")
 def served(exports: dict[str, Path]) -> Iterator[tuple[httpx.Client, Service]]:
-    with running(
-        exports["head"], models={"divided": exports["divided"]}, stream_budget_s=20, video_timeout_s=30
-    ) as both:
+    others = {name: exports[name] for name in ("divided", "photos")}
+    with running(exports["head"], models=others, stream_budget_s=20, video_timeout_s=30) as both:
         yield both
 
 
@@ -181,6 +183,16 @@ def test_a_stream_of_a_model_whose_tower_looks_over_the_frames(
             time.sleep(0.1)
         message = json.loads(socket.recv(timeout=20))
     assert message["type"] == "frame" and top_of(message) == pytest.approx(top_of(photo), abs=1e-4), "nothing moves"
+
+
+def test_a_video_is_analysed_frame_by_frame_by_a_model_of_images(
+    served: tuple[httpx.Client, Service], exports: dict[str, Path], clip: Path
+) -> None:
+    ours = find_events(iter_frames(clip, 5.0), ExportedBackend(exports["photos"]), EventRules(**EAGER))
+    query = EAGER | {"model": "photos", "rate_hz": 5}
+    answer = served[0].post("/v1/stream", params=query, content=clip.read_bytes()).raise_for_status().json()
+    spans = [(event.label, event.start_s, event.end_s) for event in ours.events]
+    assert spans and [(one["label"], one["start_s"], one["end_s"]) for one in answer["events"]] == spans
 
 
 def test_streams_that_make_no_sense_are_refused(served: tuple[httpx.Client, Service]) -> None:
