@@ -103,7 +103,6 @@ class Seen(NamedTuple):
       time_s: time of the frame, or of the middle of its window.
       probs: probabilities of the classes `labels`.
       label: the most probable action; None: abstained, or background.
-      events: the messages of new events.
     """
 
     time_s: float
@@ -111,7 +110,6 @@ class Seen(NamedTuple):
     probs: np.ndarray
     label: str | None
     score: float
-    events: list[dict[str, Any]]
 
 
 class FramePath:
@@ -140,12 +138,12 @@ class FramePath:
             return classes.logits(embedding), embedding
         return await batcher.run(model.classify, pixels, deadline), embedding
 
-    async def look(self, pixels: np.ndarray, time_s: float, deadline: float) -> Seen:
-        """Return the prediction for the next frame."""
+    async def look(self, pixels: np.ndarray, time_s: float, deadline: float) -> tuple[Seen, list[dict[str, Any]]]:
+        """Return the prediction for the next frame, and the messages of events."""
         moment = self.detector.update(time_s, *await self.measure(pixels, deadline))
         events = [{"event": "end", **vars(event)} for event in moment.ended]
         events += [{"event": "start", **vars(event)} for event in moment.started]
-        return Seen(moment.time_s, self.detector.labels, moment.probs, moment.label, moment.score, events)
+        return Seen(moment.time_s, self.detector.labels, moment.probs, moment.label, moment.score), events
 
     def finish(self) -> list[dict[str, Any]]:
         """End all events; return their messages."""
@@ -192,21 +190,26 @@ class WindowPath:
         logits = await self._model.window_logits(self._classes, np.stack(features), self._batcher, deadline)
         return softmax(logits)
 
-    async def look(self, pixels: np.ndarray, time_s: float, deadline: float) -> Seen | None:
-        """Take the next frame; return the prediction if a window is complete."""
+    async def look(
+        self, pixels: np.ndarray, time_s: float, deadline: float
+    ) -> tuple[Seen | None, list[dict[str, Any]]]:
+        """Take the next frame; return the prediction if a window is complete, and the messages of events.
+
+        A gap as long as a window ends all events, before the next window is complete.
+        """
         events: list[dict[str, Any]] = []
         if self._last_s is not None and time_s - self._last_s > self.windows.window_s:  # a gap
             events, self._ring = self.finish(), FrameRing(self.windows)
         self._last_s = time_s
         window = self._ring.push(time_s, await self.features(pixels, deadline))
         if window is None:
-            return None
+            return None, events
         probs = await self.window_probs(window.features, deadline)
         events += map(to_message, self._segments.update(window.time_s, probs))
         best = int(np.argmax(probs))
         score, label = float(probs[best]), self.labels[best]
         silent = label == BACKGROUND or score < self.rules.end_score
-        return Seen(window.time_s, self.labels, probs, None if silent else label, score, events)
+        return Seen(window.time_s, self.labels, probs, None if silent else label, score), events
 
     def finish(self) -> list[dict[str, Any]]:
         """End all events; return their final messages."""

@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from serving.calls import deadline_after
-from serving.follow import EventQuery, Follower
+from serving.follow import EventQuery, Follower, Seen
+from serving.models import ServedModel
 from serving.problems import Problem
 from serving.requests import ModelQuery, free_classes
 from serving.schemas import to_scored
@@ -140,12 +141,15 @@ class Session:
         assert model is not None and path is not None
         async with service.batcher.admit(path.lane):
             pixels = await service.decode(data, model, deadline)
-            seen = await path.look(pixels, arrived - self._start, deadline)
-        if seen is None:  # the next window isn't complete
-            return
-        latency_s = time.perf_counter() - arrived
-        service.metrics.frame_to_event.observe(latency_s)
-        service.metrics.stream_frames.labels("answered").inc()
+            seen, events = await path.look(pixels, arrived - self._start, deadline)
+        if seen is not None:
+            await self._send_frame(number, seen, time.perf_counter() - arrived, model)
+        await self._send_events(events)
+
+    async def _send_frame(self, number: int, seen: Seen, latency_s: float, model: ServedModel) -> None:
+        metrics = self._service.metrics
+        metrics.frame_to_event.observe(latency_s)
+        metrics.stream_frames.labels("answered").inc()
         top = to_scored(seen.labels, seen.probs, self._top)
         await self._send(
             "frame",
@@ -158,7 +162,6 @@ class Session:
             skipped=self._skipped,
             model=model.ref.model_dump(),
         )
-        await self._send_events(seen.events)
 
     async def _send_events(self, events: list[dict[str, Any]]) -> None:
         for event in events:

@@ -10,7 +10,11 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -195,6 +199,36 @@ def test_what_the_camera_sees_is_told_as_it_happens(browser: Browser, app: str) 
     expect(frame.locator("#now")).to_have_text("")
     assert not wrong
     page.close()
+
+
+def test_the_camera_follows_several_actions_by_windows(browser: Browser, served_folder: Path, tmp_path: Path) -> None:
+    """A window is answered once for several frames; each action keeps its row until its end."""
+    query = "window_s=1.6&hop_s=0.4&start_score=0&end_score=0&min_duration_s=0"
+    html = (ROOT / "app/camera.html").read_text()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files, ExitStack() as stack:
+        Thread(target=files.serve_forever).start()
+        stack.callback(files.shutdown)
+        origin = f"http://127.0.0.1:{files.server_port}"
+        client, _ = stack.enter_context(running(served_folder, allowed_origins=(origin,)))
+        address = f"ws://127.0.0.1:{client.base_url.port}/v1/stream?{query}"
+        (tmp_path / "camera.html").write_text(html.replace("ADDRESS", json.dumps(address), 1))
+        (tmp_path / "favicon.ico").touch()
+        page, wrong = open_watched(browser, 375)
+        page.goto(f"{origin}/camera.html")
+        page.get_by_role("button", name="Start the camera").click()
+        rows = page.locator("#events li")
+        expect(rows.nth(len(LABELS) - 1)).to_have_text(re.compile(" s to "), timeout=30_000)
+        assert {text.partition(":")[0] for text in rows.all_inner_texts()[: len(LABELS)]} == set(LABELS)
+        page.evaluate("() => { window.canvas = HTMLCanvasElement.prototype; window.take = canvas.toBlob; }")
+        page.evaluate("() => { canvas.toBlob = () => 0; }")
+        page.wait_for_timeout(2500)  # longer than a window: all actions end
+        page.evaluate("() => { canvas.toBlob = take; }")
+        for i in range(len(LABELS)):
+            expect(rows.nth(i)).to_have_text(re.compile(r": [\d.]+ s to [\d.]+ s$"), timeout=30_000)
+        page.get_by_role("button", name="Stop the camera").click()
+        assert not wrong
+        page.close()
 
 
 def test_a_zip_becomes_a_table_that_is_downloaded(browser: Browser, app: str) -> None:

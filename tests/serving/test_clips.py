@@ -172,6 +172,23 @@ def test_a_stream_encodes_each_frame_once_and_answers_at_each_hop(
     assert all(one["event"] == "start" and one["end_s"] is None and not one["final"] for one in starts)
 
 
+def test_a_gap_in_a_stream_ends_all_actions_at_once(served: tuple[httpx.Client, Service], tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png", seed=1).read_bytes()
+    query = {"window_s": 0.4, "hop_s": 0.2, "start_score": 0.0, "end_score": 0.0, "min_duration_s": 0.0}
+    with open_stream(served[0], **query) as socket:
+        for _ in range(12):
+            socket.send(image)
+            time.sleep(0.1)
+        time.sleep(1)  # longer than a window
+        socket.send(image)  # no window is complete
+        final: set[str] = set()
+        while final != set(LABELS):
+            message = json.loads(socket.recv(timeout=20))
+            if message["type"] == "event" and message["final"]:
+                assert message["start_s"] < message["end_s"]
+                final.add(message["label"])
+
+
 def test_a_stream_of_a_model_whose_tower_looks_over_the_frames(
     served: tuple[httpx.Client, Service], tmp_path: Path
 ) -> None:
