@@ -59,7 +59,8 @@ def apply(item, operation):
         item[last] = operation["value"]
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl; what is checked here needs it not")
+# Debian's kubectl (1.20) is too old for these files. The other tests assemble the manifests by `resources`.
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl: `resources` isn't compared with kustomize")
 @pytest.mark.parametrize("folder", RUNNABLE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_kustomize_makes_the_same_of_it(folder):
     """But for names of images and labels, which are its own business."""
