@@ -4,6 +4,7 @@ Training, checkpoints, sharding and weight files all use these dotted paths as n
 """
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ Params = dict[str, Any]  # dotted path -> array
 
 
 def abstract_model(config: TwoTowerConfig, runtime: Runtime = Runtime()) -> TwoTowers:
-    """Return the model with shapes and axis names in place of weights."""
+    """Return the model with shapes and axis names in place of weights. Each call returns a model of its own."""
+    return nnx.clone(_abstract_model(config, runtime))
+
+
+@cache
+def _abstract_model(config: TwoTowerConfig, runtime: Runtime) -> TwoTowers:
+    # Tracing the initialization takes a quarter of a second, and a run needs the model several times.
     return nnx.eval_shape(lambda: family_of(config).model(config, runtime, rngs=nnx.Rngs(0)))
 
 

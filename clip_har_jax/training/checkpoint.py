@@ -25,6 +25,9 @@ from clip_har_jax.training import checkpoint_seals
 from clip_har_jax.training.state import TrainState, abstract_state
 
 BEST_BY = "val/top1"
+# A replicated array is written by all of its replicas together, a slice each. For less than this, cutting it up costs
+# more than it saves: a ViT has hundreds of small arrays.
+MIN_SLICE_BYTES = 2**20
 SAVE_TIMEOUT_S = 600
 
 
@@ -51,6 +54,8 @@ class Checkpointer:
             raise UserError(f"{folder}: checkpoints can't be written there ({error.strerror or error})") from error
 
     def _open(self) -> ocp.CheckpointManager:
+        small_whole = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES)
+        ocp.type_handlers.register_type_handler(jax.Array, small_whole, override=True)
         policies: list[Any] = [checkpoint_managers.LatestN(self._config.keep_latest)]
         if self._config.keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_best_by, n=self._config.keep_best))
