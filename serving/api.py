@@ -95,7 +95,7 @@ async def _probs(call: Call, classes: TextClasses | None, pixels: np.ndarray) ->
 
 
 def make_answer(call: Call, classes: TextClasses | None, probs: np.ndarray, options: AnswerQuery) -> Answer:
-    """Return the answer of class probabilities, and count it."""
+    """Return the answer of class probabilities, [c], and count it."""
     model, metrics = call.model, call.service.metrics
     labels = classes.labels if classes else model.labels
     top = to_scored(labels, probs, options.top)

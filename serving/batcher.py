@@ -51,7 +51,7 @@ class Costs:
 
     @classmethod
     def measure(cls, run: Callable[[np.ndarray], Any], example: np.ndarray) -> "Costs":
-        """Time batches of `example` of growing size, until a larger one has no higher throughput."""
+        """Time batches of `example`, one row of input, of growing size: until a larger one has no higher throughput."""
         measured: dict[int, float] = {}
         for size in SIZES:
             batch = np.repeat(example[None], size, axis=0)

@@ -130,7 +130,7 @@ class FramePath:
         self.lane = model.embed if classes is not None else model.classify
 
     async def measure(self, pixels: np.ndarray, deadline: float) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return a frame's logits, and its embedding if it is needed."""
+        """Return a frame's logits [c], and its embedding [d] if it is needed; `pixels`: uint8 [h, w, 3]."""
         model, batcher, classes = self._model, self._batcher, self._classes
         attends = self.detector.rules.smoothing == "attention"
         embedding = await batcher.run(model.embed, pixels, deadline) if classes or attends else None
@@ -139,7 +139,7 @@ class FramePath:
         return await batcher.run(model.classify, pixels, deadline), embedding
 
     async def look(self, pixels: np.ndarray, time_s: float, deadline: float) -> tuple[Seen, list[dict[str, Any]]]:
-        """Return the prediction for the next frame, and the messages of events."""
+        """Return the prediction for the next frame, uint8 [h, w, 3], and the messages of events."""
         moment = self.detector.update(time_s, *await self.measure(pixels, deadline))
         events = [{"event": "end", **vars(event)} for event in moment.ended]
         events += [{"event": "start", **vars(event)} for event in moment.started]
@@ -182,18 +182,18 @@ class WindowPath:
             raise Problem("invalid_request", str(error)) from error
 
     async def features(self, pixels: np.ndarray, deadline: float) -> np.ndarray:
-        """Return the features of a frame: its embedding, or the frame itself if the model needs all frames together."""
+        """Return a frame's embedding [d], or the frame, uint8 [h, w, 3], if the model needs all frames together."""
         return pixels if self._frame is None else await self._batcher.run(self._frame, pixels, deadline)
 
     async def window_probs(self, features: list[np.ndarray], deadline: float) -> np.ndarray:
-        """Return the class probabilities of a window."""
+        """Return the class probabilities of a window, [c], from the features of its frames."""
         logits = await self._model.window_logits(self._classes, np.stack(features), self._batcher, deadline)
         return softmax(logits)
 
     async def look(
         self, pixels: np.ndarray, time_s: float, deadline: float
     ) -> tuple[Seen | None, list[dict[str, Any]]]:
-        """Take the next frame; return the prediction if a window is complete, and the messages of events.
+        """Take the next frame, uint8 [h, w, 3]; return the prediction if a window is complete, and events' messages.
 
         A gap as long as a window ends all events, before the next window is complete.
         """

@@ -91,7 +91,7 @@ def _warm() -> None:
 
 
 def draw_heat_map(pixels: np.ndarray, heat: np.ndarray) -> bytes:
-    """Return a PNG of the image with the heat map: dark where it is 0, reddish where it is high."""
+    """Return a PNG of an image, uint8 [h, w, 3], with its heat map, [g, g]: dark where it is 0, reddish at 1."""
     buffer = io.BytesIO()
     Image.fromarray(heatmap.overlay(pixels, heat)).save(buffer, "PNG")
     return buffer.getvalue()

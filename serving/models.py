@@ -212,7 +212,7 @@ class ServedModel:
         return ServedModel(self._loaded, self.name, self.version.partition("+")[0])
 
     def changed(self, prompts: Mapping[str, Prompts], embeddings: np.ndarray, version: str) -> "ServedModel":
-        """Return the same model with other classes; their scores are computed like those of its own."""
+        """Return the same model with other classes, of embeddings [c, d]; they are scored like its own."""
         scale = self.backend.logit_scale / self.actions.temperature
         return ServedModel(self._loaded, self.name, version, TextClasses(dict(prompts), embeddings, scale))
 

@@ -145,7 +145,7 @@ class Service:
             self._videos -= 1
 
     async def decode(self, data: bytes, model: ServedModel, deadline: float) -> np.ndarray:
-        """Return an image as the model takes it."""
+        """Return an image as the model takes it: uint8 [h, w, 3]."""
         return await self.decoder.decode(data, model.backend.preprocess, deadline)
 
     async def close(self) -> None:

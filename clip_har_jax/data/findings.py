@@ -12,7 +12,14 @@ def list_duplicates(
     pairs: Sequence[tuple[int, int, float]],
     given: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Return the contents of duplicates.json: each group of more than one copy."""
+    """Return the contents of duplicates.json: each group of more than one copy.
+
+    Args:
+      rows: of the manifest, n of them.
+      copies: [n], the number of each row's group.
+      pairs: two rows and their similarity, 0 to 1.
+      given: the split that each row had before; empty if none.
+    """
     members: dict[int, list[int]] = {}
     for i, number in enumerate(copies.tolist()):
         members.setdefault(number, []).append(i)

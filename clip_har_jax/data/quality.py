@@ -43,7 +43,12 @@ def find_drift(
     labels: Sequence[str],
     reference_labels: Sequence[str],
 ) -> list[Drift]:
-    """Return the distance of each of MEASURES, and of the class shares, between two non-empty sets."""
+    """Return the distance of each of MEASURES, and of the class shares, between two non-empty sets.
+
+    Args:
+      columns, reference: [n] and [m] values of each measure, in the measure's own unit.
+      labels, reference_labels: n and m of them.
+    """
     from scipy.stats import ks_2samp
 
     found = [

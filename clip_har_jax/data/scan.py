@@ -143,6 +143,10 @@ def part_conflicts(
 
     A near duplicate with another label is a wrong label or another picture. It joins the examples only if the
     similarity is so high that it must be the same picture.
+
+    Args:
+      pairs: two examples and their similarity, 0 to 1.
+      label_ids: [n], of the examples.
     """
     joined: list[tuple[int, int, float]] = []
     undecided: list[tuple[int, int, float]] = []
@@ -166,6 +170,14 @@ def find_groups(
     """Return the groups of copies, and the groups that must share a split: copies, and clips of one recording.
 
     Copies with different labels join nothing else, so that only they are left without a split.
+
+    Args:
+      pairs: two examples and their similarity, 0 to 1.
+      label_ids: [n], of the examples.
+      recordings: the recording of each example, if it is a clip of one.
+
+    Returns:
+      The number of each example's group, [n], of either kind.
     """
     copies = group(len(label_ids), [(a, b) for a, b, _ in pairs])
     order = np.lexsort((label_ids, copies))

@@ -151,7 +151,7 @@ def _group_sheet(manifest: Manifest, entry: Mapping[str, Any]) -> str:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """Return the pixels of an image file, or of the middle frame of a clip.
+    """Return the pixels of an image file, or of the middle frame of a clip: uint8 [h, w, 3].
 
     Raises:
       BadImage: it can't be read.

@@ -204,7 +204,7 @@ class _Meter:
         self._before, self._start, self._report = done, time.perf_counter(), report
 
     def watch(self, batches: Iterable[tuple[list[str], list[str | np.ndarray]]]) -> Iterator[Row]:
-        """Yield the rows of the batches of `_predict`."""
+        """Yield the rows of the batches of `_predict`: names, and for each its class probabilities [c] or an error."""
         for names, outcomes in batches:
             self.done += len(names)
             self.failed += sum(isinstance(outcome, str) for outcome in outcomes)

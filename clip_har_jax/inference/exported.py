@@ -105,7 +105,10 @@ class ExportedBackend:
         return mean_by_class(self.run_graph("text_encoder", ids)[0], [len(group) for group in prompts])
 
     def run_graph(self, graph: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        """Return a graph's outputs, about `batch_size` images at a time; padded if a new size needs a compilation."""
+        """Return a graph's outputs, about `batch_size` images at a time; padded if a new size needs a compilation.
+
+        Inputs and outputs have the rows, [b, ...], as their first axis; the graph's signature has the others.
+        """
         parts, length, most = [], len(inputs[0]), rows_at_once(inputs[0], self.batch_size)
         for start in range(0, length, most):
             part = [rows[start : start + most] for rows in inputs]

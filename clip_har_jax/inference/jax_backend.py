@@ -107,7 +107,7 @@ class JaxBackend:
 
     @cached_property
     def head_params(self) -> dict[str, np.ndarray]:
-        """Return the parameters of the head; empty for the cosine, which has only class embeddings and the scale."""
+        """Return the head's parameters in their shapes; empty for the cosine, which has only class embeddings."""
         return {name.removeprefix("head."): self._tensors[name] for name in self._tensors if name.startswith("head.")}
 
     def _make_tensors(self) -> dict[str, np.ndarray]:
@@ -271,7 +271,10 @@ class JaxBackend:
         return np.concatenate(parts)
 
     def outputs(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> tuple[np.ndarray, ...]:
-        """Return logits, probabilities and embeddings; compiled only for one row and for about `batch_size` images."""
+        """Return logits [b, c], probabilities [b, c] and embeddings [b, d].
+
+        Compiled only for one row and for about `batch_size` images.
+        """
         size, parts = 1 if len(images) == 1 else rows_at_once(images, self.batch_size), []
         program = self._program((size, *images.shape[1:]))
         for start in range(0, len(images), size):

@@ -38,14 +38,14 @@ class KeptEntry:
         self.folder = cache_folder("programs") / key
 
     def tensors(self) -> dict[str, np.ndarray] | None:
-        """Return the arrays that `write_tensors` stored; None: missing or damaged."""
+        """Return the arrays that `write_tensors` stored, in their shapes; None: missing or damaged."""
         from safetensors.numpy import load
 
         data = self._read("classes.safetensors")
         return None if data is None else load(data)
 
     def write_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Store small arrays: class embeddings, their scale, a head."""
+        """Store small arrays: class embeddings [c, d], their scale [], the parameters of a head."""
         from safetensors.numpy import save
 
         self._write("classes.safetensors", save({name: np.array(value, order="C") for name, value in tensors.items()}))
@@ -93,7 +93,7 @@ def model_folder_digest(folder: Path, sealed: str | None) -> str:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
-    """Return only these tensors of a safetensors file; None if numpy lacks their type (bfloat16).
+    """Return only these tensors, in the shapes of the file; None if numpy lacks their type (bfloat16).
 
     Raises:
       OSError: the file can't be read.

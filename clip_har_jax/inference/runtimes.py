@@ -133,7 +133,7 @@ class Graphs:
         self._opened: dict[str, Run] = {}
 
     def run(self, graph: str, *inputs: np.ndarray) -> Sequence[np.ndarray]:
-        """Return the outputs of a graph, in the order of its signature.
+        """Return the outputs of a graph, in the order and the shapes of its signature.
 
         Raises:
           UserError: the runtime can't open the file.

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def open_engine(path: Path, signature: dict[str, Any]) -> Callable[..., Sequence[np.ndarray]]:
-    """Return a function of the engine's inputs, in the order of the signature."""
+    """Return a function of the engine's inputs, in the order and the shapes of the signature."""
     import tensorrt as trt
     from cuda.bindings import runtime as cudart
 

@@ -89,7 +89,10 @@ def add_lora(model: TwoTowers, targets: Sequence[str], towers: Sequence[str], ra
 
 
 def init_lora(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Return initial values whose update is 0: random first matrices, second ones 0 (section 4.1 of the paper)."""
+    """Return initial values of these shapes whose update is 0: random first matrices, second ones 0.
+
+    Section 4.1 of the paper.
+    """
     rng = np.random.default_rng(seed)
     params = {}
     for name, shape in sorted(shapes.items()):

@@ -234,7 +234,7 @@ def init_head(
 
     Args:
       name: of the head.
-      classes: L2-normalised class embeddings.
+      classes: L2-normalised class embeddings, [c, d].
       logit_scale: factor of the cosines, exp() of CLIP's parameter of that name.
       seed: of the random layers.
       hidden: see `HeadSize`.

@@ -226,7 +226,7 @@ def _to_hf(value: np.ndarray, weight: Weight) -> np.ndarray:
 
 
 def params_to_hf(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
-    """Return flat parameters as the tensors of a file.
+    """Return flat parameters as the tensors of a file, in the names and shapes of `table`.
 
     Raises:
       UserError: some aren't in the table; names all of them.

@@ -14,7 +14,7 @@ def has_torch() -> bool:
 
 
 def read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a file of `torch.save`; torch refuses anything in it except tensors."""
+    """Return the tensors of a file of `torch.save`, in float32 and their shapes; torch refuses what isn't a tensor."""
     import torch
 
     try:

@@ -96,6 +96,11 @@ class Run:
         """Yield host batches over a source, each example once, with the outputs of `step` in place of the images.
 
         Every process receives all rows.
+
+        Args:
+          step: takes a batch of `eval.batch_size` rows on the mesh; its output has these rows, [b, ...].
+          source: the examples.
+          bad_inputs: counts those that can't be read.
         """
         rows, batch_size = sharding.batch_sharding(self.mesh), self.config.eval.batch_size
         with eval_batches(

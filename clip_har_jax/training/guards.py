@@ -64,6 +64,10 @@ class SkipGuard:
         """Record a step's count of consecutive skipped updates and its batch's index; read those of `LAG` steps
         earlier.
 
+        Args:
+          step: its number.
+          skipped, index: scalars on the device.
+
         Raises:
           TooManySkippedError: more than `max_in_row`.
         """

@@ -190,8 +190,8 @@ class Method:
 
         Args:
           params: all parameters.
-          images: normalised images or clips, channels last.
-          embeddings: of the classes, or of the prompts for a contrastive loss.
+          images: normalised images [b, h, w, 3] or clips [b, t, h, w, 3].
+          embeddings: of the classes, or of the prompts for a contrastive loss, [k, d].
           classes: the classes to which the prompts belong.
           batch: labels and mask.
           key: random key of this step.
@@ -242,7 +242,7 @@ class Method:
 
         Args:
           params: all parameters of the method.
-          class_embeddings: of the run's classes under these parameters; learned prompts are saved as them.
+          class_embeddings: [c, d], of the run's classes under these parameters; learned prompts are saved as them.
         """
         own = {name: value for name, value in params.items() if not name.startswith((HEAD, CONTEXT))}
         own = merge_lora(own, self.config.lora_alpha / self.config.lora_rank)

@@ -17,9 +17,9 @@ def mix(
     """Return the mixed images and targets. If both kinds are on, each row gets one of them at random.
 
     Args:
-      images: normalised images or clips.
-      target: probability of each class.
-      mask: 0 for padding, which is mixed with nothing.
+      images: normalised images [b, h, w, 3] or clips [b, t, h, w, 3].
+      target: probability of each class, [b, c].
+      mask: [b], 0 for padding, which is mixed with nothing.
       key: random key.
       mixup: the share of an image is drawn from Beta(mixup, mixup) (Zhang et al. 2018); 0: off.
       cutmix: the share of an image's area is drawn likewise (Yun et al. 2019); 0: off.

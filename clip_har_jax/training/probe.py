@@ -130,7 +130,7 @@ def _adamw(loss_fn: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax
 
 
 def choose_cache(label: Int32[np.ndarray, " n"], per_class: int, seed: int) -> np.ndarray:
-    """Return the indices of a Tip-Adapter's cache: at most `per_class` random images of each class."""
+    """Return the indices of a Tip-Adapter's cache in order, [k]: at most `per_class` random images of each class."""
     order = np.random.default_rng(seed).permutation(len(label))
     chosen = [order[label[order] == each][:per_class] for each in np.unique(label)]
     return np.sort(np.concatenate(chosen))

@@ -48,7 +48,7 @@ def read_clip(
     Args:
       source: the path of a file, or an open seekable binary file.
       sampling, view, rng: as `sample_times` takes them.
-      each: applied to each frame at once, so that only one frame is held in full size.
+      each: applied to each frame, uint8 [h, w, 3], at once, so that only one frame is held in full size.
       max_megapixels: larger frames are refused.
       num_threads: of the decoder; 0: as many as there are cores.
       span_s: the part of the video that is the clip; times outside the video give its first or last frame. None: all
@@ -70,7 +70,7 @@ def read_views(
     num_threads: int = 1,
     span_s: tuple[float, float] | None = None,
 ) -> list[Clip]:
-    """Read several views of a clip from one pass over its packets; as `read_clip` reads one."""
+    """Read several views of a clip from one pass over its packets; arguments, shapes and errors as in `read_clip`."""
     with open_video(source, num_threads) as container:
         stream = find_stream(container)
         index = index_packets(container, stream)

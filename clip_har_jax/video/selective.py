@@ -66,7 +66,7 @@ def index_packets(container: Any, stream: Any) -> Index:
 
 
 def shown_at(index: Index, times_s: Sequence[float] | np.ndarray) -> list[int]:
-    """Return the stamp of the frame displayed at each time: the last one that began by then, or else the first."""
+    """Return the stamp of the frame displayed at each time, [n] seconds: the last that began by then, or the first."""
     ordered = sorted(index.stamps)
     return [ordered[max(0, bisect_right(ordered, (time_s + ROUNDING_S) / index.unit_s) - 1)] for time_s in times_s]
 
@@ -97,7 +97,7 @@ def decode_selected(
     each: Callable[[np.ndarray], np.ndarray],
     max_megapixels: float,
 ) -> dict[int, np.ndarray] | None:
-    """Return the wanted frames by their stamps, rotated for display and transformed by `each`.
+    """Return the wanted frames, uint8 [h, w, 3], by their stamps: rotated for display and transformed by `each`.
 
     None if it can't be done exactly: another codec, packets without times, or damage. The container is then at its
     start.
