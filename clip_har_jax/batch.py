@@ -1,4 +1,4 @@
-"""Batch: the one contract between data, steps and metrics."""
+"""Batch and PairBatch: the contract between data, steps and metrics."""
 
 from typing import Any, NamedTuple
 
@@ -13,3 +13,12 @@ class Batch(NamedTuple):
     label: Any  # int32 [b]
     mask: Any  # float32 [b]: 1 counts, 0 does not
     index: Any  # int32 [b]: position in the source, -1 for padding
+
+
+class PairBatch(NamedTuple):
+    """A batch of image-text pairs; fields, and rows of mask 0, as in `Batch`."""
+
+    image: Any  # uint8 [b, height, width, 3]
+    input_ids: Any  # int32 [b, tokens]
+    mask: Any  # float32 [b]: 1 counts, 0 does not
+    index: Any  # int32 [b]: row in the global batch; in an evaluation the pair's number, -1 for padding

@@ -81,6 +81,10 @@ class DataConfig:
     prefetch_batches: int = setting(4, POSITIVE, FREE)  # decoded batches kept in host memory; at least two per worker
     # How examples are drawn in an epoch; `weights` are read from a manifest.
     sampling: str = setting("shuffle", one_of("shuffle", "class_balanced", "repeat_factor", "weights"), REFUSED)
+    shuffle_buffer: int = setting(1000, POSITIVE, REFUSED)  # image-text pairs that a stream shuffles together
+    # Streams of pairs in the whole run, each with its own shards and rows of a batch. None: up to 8 for each process.
+    num_streams: int | None = setting(None, POSITIVE, REFUSED)
+    retrieval: str = setting("", ANYTHING, FREE)  # SPEC of pairs; recall on them at the end of a training; empty: none
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
 

@@ -99,12 +99,43 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
     return rows
 
 
+class Captioned(NamedTuple):
+    """A row of a table of image-text pairs."""
+
+    line: int  # in the file, from 1
+    file: Path
+    caption: str  # may be empty
+
+
+def list_captions(spec: Spec) -> list[Captioned]:
+    """Return the rows of a CSV with the columns `filename` and `caption`, or the one that `?caption=COLUMN` names.
+
+    Files are found as by `list_csv`. A file may have several captions.
+
+    Raises:
+      UserError: not a table with these columns, rows that don't match the header, or missing files; names the lines.
+    """
+    path = Path(spec.path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; check the path of {spec}")
+    column = spec.options.get("caption", "caption")
+    rows = [Row(line, cells["filename"], cells[column]) for line, cells in read_table(path, ("filename", column))]
+    files = _find_files(path, spec, rows, Tally())
+    return [Captioned(row.line, file, row.label) for row, file in zip(rows, files, strict=True)]
+
+
 def has_times(path: Path) -> bool:
     """Return whether a table's first line names the column `start_s`."""
+    return has_column(path, "start_s")
+
+
+def has_column(path: str | Path, name: str) -> bool:
+    """Return whether a table's first line names a column, ignoring case and spaces."""
+    path = Path(path).expanduser()
     try:
         with path.open(newline="", encoding=_encoding(path)) as file:
-            reader = csv.reader(file, delimiter=_delimiter(file, ("start_s",)))
-            return name_key("start_s") in map(name_key, _header(reader))
+            reader = csv.reader(file, delimiter=_delimiter(file, (name,)))
+            return name_key(name) in map(name_key, _header(reader))
     except (OSError, UnicodeDecodeError, csv.Error):  # the caller's own reading reports it
         return False
 

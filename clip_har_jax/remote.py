@@ -166,21 +166,28 @@ def hub(name: str, endpoint: str, advice: str) -> RemoteService:
     return RemoteService(f"{name}: the Hub at {endpoint}", advice, is_race)
 
 
-def store(address: str) -> RemoteService:
+CHECK_STORE = "check the network, the bucket's name and your rights there, then start again"
+
+
+def store(address: str, advice: str = f"{CHECK_STORE}; what was saved stays whole") -> RemoteService:
     """Return the service for an object store; `address` as in gs://bucket/run."""
-    advice = "check the network, the bucket's name and your rights there, then start again; what was saved stays whole"
     return RemoteService(address, advice)
 
 
-def check_store(address: str, probe: Callable[[], object]) -> None:
+def check_store(address: str, probe: Callable[[], object], service: RemoteService | None = None) -> None:
     """Check that an object store answers, then call `probe`, both in bounded time.
+
+    Args:
+      address: in the store.
+      probe: a function that uses it.
+      service: of the error messages; None: `store`.
 
     Raises:
       UserError: the store can't be reached, or `probe` failed.
       ImportError: its client isn't installed.
       KeyError: no client for this kind of address.
     """
-    service = store(address)
+    service = service or store(address)
     if address.startswith("gs://"):  # other stores have an address per region and network
         service.check_reachable(os.environ.get(*GCS))
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for each failed request
@@ -193,8 +200,8 @@ def check_store(address: str, probe: Callable[[], object]) -> None:
 
 
 @contextmanager
-def store_faults(address: str) -> Iterator[None]:
-    """Turn the errors of an object store's client into one line.
+def store_faults(address: str, service: RemoteService | None = None) -> Iterator[None]:
+    """Turn the errors of an object store's client into one line; arguments as of `check_store`.
 
     Raises:
       UserError: such an error.
@@ -202,12 +209,13 @@ def store_faults(address: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not _is_of_store(error):
+        if not isinstance(error, OSError) and not is_of_store(error):
             raise
-        raise store(address).failed(error) from error
+        raise (service or store(address)).failed(error) from error
 
 
-def _is_of_store(error: Exception) -> bool:
+def is_of_store(error: Exception) -> bool:
+    """Return whether an exception comes from the client of an object store."""
     return type(error).__module__.partition(".")[0] in STORE_CLIENTS or STORE_STATUS.search(str(error)) is not None
 
 

@@ -13,12 +13,15 @@ KINDS = {
     "synthetic": ("", ("split",)),
     "motion": ("", ("split", "reversed", "untrimmed", "window_s")),
     "folder": ("PATH", ("split",)),
-    "csv": ("FILE", ("images", "videos", "split", "missing", "window_s")),
+    "csv": ("FILE", ("images", "videos", "split", "missing", "window_s", "caption", "weight")),
     "manifest": ("FILE", ("split", "images", "cache")),
     "video": ("PATH", ("split", "fold", "videos", "missing", "window_s")),
     "tfds": ("NAME", ("split", "data_dir")),
     "hf": ("OWNER/NAME", ("split",)),
+    "webdataset": ("PATTERN", ("caption", "weight")),
+    "parquet": ("PATTERN", ("image", "caption", "images", "weight")),
 }
+PAIRS = ("webdataset", "parquet")  # kinds whose examples are image-text pairs, without classes
 FLAGS = ("reversed", "untrimmed")  # options that are said without a value
 CLIPS = ("motion", "video")  # kinds whose examples are video clips
 

@@ -1,13 +1,15 @@
-"""Evaluate a model on labelled images.
+"""Evaluate a model on labelled images, or on image-text pairs.
 
   python scripts/evaluate.py --model=runs/demo/model --data=synthetic --output=runs/demo/test
   python scripts/evaluate.py --model=openai/clip-vit-base-patch32 --data=folder:photos --output=out \\
       --classes="riding a bike,sleeping"
+  python scripts/evaluate.py --model=runs/pairs/model --data=webdataset:val-{000..003}.tar --output=runs/pairs/test
   python scripts/evaluate.py --compare=runs/a/test,runs/b/test --output=runs/comparison
 
 Writes metrics.json, predictions.parquet, confusion_matrix.png and report.html to the output folder, and
-bad_inputs.jsonl if images could not be read; with --compare, comparison.json and comparison.html. Exits 0 when done, 2
-on a mistake.
+bad_inputs.jsonl if images could not be read; with --compare, comparison.json and comparison.html. For pairs:
+metrics.json with the recall at 1, 5 and 10 from image to text and from text to image. Exits 0 when done, 2 on a
+mistake.
 """
 
 import argparse
@@ -30,6 +32,15 @@ def main() -> int:
     if not (arguments.model and arguments.data):
         parser.error("--model and --data are needed, e.g. --model=runs/demo/model --data=synthetic (or --compare)")
 
+    from clip_har_jax.data.pair_sources import has_pairs
+
+    if has_pairs(arguments.data):
+        from clip_har_jax.pipelines import retrieval
+
+        retrieval.check_flags(vars(arguments).pop("classes"), vars(arguments).pop("num_views"))
+        retrieval.print_result(retrieval.evaluate_retrieval(**vars(arguments)), arguments.output)
+        return 0
+
     from clip_har_jax.inference.backends import split_classes
     from clip_har_jax.pipelines.evaluate import evaluate_model, print_result
 
@@ -42,7 +53,8 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     cli.add_model(parser, required=False)
     kinds = "synthetic, folder:PATH, csv:FILE, tfds:NAME or hf:OWNER/NAME"
-    cli.add_data(parser, f"the labelled images: {kinds}, e.g. --data=folder:photos")
+    pairs = "webdataset:PATTERN, parquet:PATTERN or a csv:FILE with captions"
+    cli.add_data(parser, f"the labelled images: {kinds}; or image-text pairs: {pairs}; e.g. --data=folder:photos")
     cli.add_output(parser, "runs/demo/test")
     parser.add_argument(
         "--classes",

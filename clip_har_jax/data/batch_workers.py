@@ -10,11 +10,11 @@ import math
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,34 +26,41 @@ from clip_har_jax.processes import Lifeline, SharedMemory, follow_parent, make_p
 JOIN_LIMIT_S = 5.0  # time for a killed process, or one whose pipe is closed, to end
 
 
-class WorkerBatches:
-    """The batches from `start_step` on, in order. Worker w of W reads every W-th batch and stays a few ahead.
+@runtime_checkable
+class Readable(Protocol):
+    """Batches that a worker reads; it is pickled."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the images of a batch."""
+
+    def read(self, step: int, images: UInt8[np.ndarray, "..."], each: Callable[..., Iterator[Any]] = map) -> HostBatch:
+        """Read batch `step` and write its images into `images`; `each` is `map` or a parallel version of it."""
+
+
+class Workers:
+    """Processes that each read their own batches; the caller takes them in order.
 
     Args:
-      num_workers: processes.
+      parts: the batches of each worker, and the numbers of those that it reads.
       num_threads: threads of each worker that read the rows of a batch, to hide the latency of storage; 1: none.
       ahead: batches in shared memory that wait for the trainer, over all workers; at least two per worker.
     """
 
-    def __init__(self, batches: BatchSource, start_step: int, num_workers: int, num_threads: int, ahead: int):
-        slots = max(2, -(-ahead // num_workers))
-        steps = [range(start_step + worker, len(batches), num_workers) for worker in range(num_workers)]
-        pickled = serialize(batches)
+    def __init__(self, parts: Sequence[tuple[Readable, range]], num_threads: int, ahead: int):
+        slots = max(2, -(-ahead // len(parts)))
         self._lifeline = Lifeline()
-        self._workers = [_Worker(batches.shape, mine, slots, num_threads, self._lifeline) for mine in steps]
+        self._workers = [_Worker(batches.shape, mine, slots, num_threads, self._lifeline) for batches, mine in parts]
         atexit.register(self.close)  # runs before multiprocessing waits for its processes
+        pickled: dict[int, bytes] = {}
         try:
-            for worker in self._workers:
-                worker.begin(pickled)  # after all were started, so that they start in parallel
+            for worker, (batches, _) in zip(self._workers, parts, strict=True):
+                if id(batches) not in pickled:  # several workers may share one object
+                    pickled[id(batches)] = serialize(batches)
+                worker.begin(pickled[id(batches)])  # after all were started, so that they start in parallel
         except BaseException:
             self.close()
             raise
-        self._turn = 0
-
-    def __next__(self) -> HostBatch:
-        worker = self._workers[self._turn % len(self._workers)]
-        self._turn += 1
-        return worker.take()
 
     def close(self) -> None:
         """Stop the processes."""
@@ -62,6 +69,20 @@ class WorkerBatches:
             worker.end()
         self._workers = []
         self._lifeline.close()
+
+
+class WorkerBatches(Workers):
+    """The batches from `start_step` on, in order. Worker w of W reads every W-th batch and stays a few ahead."""
+
+    def __init__(self, batches: BatchSource, start_step: int, num_workers: int, num_threads: int, ahead: int):
+        steps = [range(start_step + worker, len(batches), num_workers) for worker in range(num_workers)]
+        super().__init__([(batches, mine) for mine in steps], num_threads, ahead)
+        self._turn = 0
+
+    def __next__(self) -> HostBatch:
+        worker = self._workers[self._turn % len(self._workers)]
+        self._turn += 1
+        return worker.take()
 
 
 class _Worker:
@@ -95,7 +116,7 @@ class _Worker:
         self._taken += 1
         with suppress(OSError):  # it has read its last batch and has ended
             self._pipe.send_bytes(b"")  # the slot is free
-        return HostBatch(found.batch._replace(image=images), found.errors)
+        return found._replace(batch=found.batch._replace(image=images))
 
     def _died(self) -> UserError:
         self._process.join(JOIN_LIMIT_S)
@@ -130,7 +151,7 @@ def _work(
     """Read this worker's batches in its own process, until the last one or until the trainer closes the pipe."""
     follow_parent(lifeline)
     try:
-        batches: BatchSource = pickle.loads(pipe.recv_bytes())
+        batches: Readable = pickle.loads(pipe.recv_bytes())
         slots = _as_slots(memory, shape)
         if num_threads == 1:
             _read(pipe, batches, slots, steps, map)
@@ -142,15 +163,15 @@ def _work(
 
 
 def _read(
-    pipe: Connection, batches: BatchSource, slots: np.ndarray, steps: range, each: Callable[..., Iterator[Any]]
+    pipe: Connection, batches: Readable, slots: np.ndarray, steps: range, each: Callable[..., Iterator[Any]]
 ) -> None:
     for turn, step in enumerate(steps):
         if turn >= len(slots):
             pipe.recv_bytes()  # wait for a free slot
         try:
-            batch, errors = batches.read(step, slots[turn % len(slots)], each)
+            found = batches.read(step, slots[turn % len(slots)], each)
         except Exception as error:
             pipe.send(error)
             return
-        pipe.send(HostBatch(batch._replace(image=None), errors))
+        pipe.send(found._replace(batch=found.batch._replace(image=None)))
     pipe.send(None)

@@ -20,8 +20,9 @@ BadInput = tuple[int, str, str]  # index, name, reason
 class HostBatch(NamedTuple):
     """A batch in host memory, and the inputs of it that couldn't be read."""
 
-    batch: Batch
+    batch: Any  # a `Batch` or a `PairBatch`
     errors: tuple[BadInput, ...]
+    positions: tuple[Any, ...] = ()  # of the streams that it was read from, after it
 
 
 class BatchSource:

@@ -105,6 +105,11 @@ class Source(ABC):
           BadImage: the file changed since it was listed.
         """
 
+    @property
+    def num_examples(self) -> int | None:
+        """The number of examples; None if it isn't known, as of shards of image-text pairs."""
+        return len(self)
+
     @cached_property
     def tally(self) -> Tally:
         """The kept and left out files of the listing; all are kept if nothing was listed from a disk."""

@@ -17,7 +17,7 @@ from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.cores import usable_cores
 from clip_har_jax.data.batch_workers import WorkerBatches
-from clip_har_jax.data.batches import BadInput, BatchSource
+from clip_har_jax.data.batches import BadInput, BatchSource, HostBatch
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import Preprocess
@@ -52,7 +52,7 @@ class BadInputs:
         """
         new = {index: (name, reason) for index, name, reason in errors if index not in self._seen}
         if new and self._log is not None:
-            _append(self._log, new)
+            append_log(self._log, new)
         self._seen |= {index: f"{name}: {reason}" for index, (name, reason) in new.items()}
         if len(self._seen) > self._limit:
             listed = f", all so far in {self._log}" if self._log is not None else ""
@@ -62,7 +62,7 @@ class BadInputs:
             )
 
 
-def _append(log: epath.Path, entries: dict[int, tuple[str, str]]) -> None:
+def append_log(log: epath.Path, entries: dict[int, tuple[str, str]]) -> None:
     """Append index -> (name, reason) to a log, without names that it contains."""
     text = log.read_text() if log.exists() else ""
     whole = text[: text.rfind("\n") + 1]  # a killed run may have left a partial line
@@ -98,12 +98,12 @@ class BatchIterator:
         if self._iterator is None:
             raise StopIteration
         try:
-            batch, errors = next(self._iterator)
-            self._bad_inputs.record(errors)
+            found: HostBatch = next(self._iterator)
+            self._bad_inputs.record(found.errors)
         except BaseException:  # the end of the data or of the run: stop reading
             self.close()
             raise
-        return batch
+        return found.batch
 
     def __enter__(self) -> "BatchIterator":
         return self

@@ -23,7 +23,7 @@ from clip_har_jax.files import sha256
 from clip_har_jax.listing import Tally, list_folder
 from clip_har_jax.names import label_ids, sort_labels
 from clip_har_jax.preprocess import BadImage
-from clip_har_jax.specs import CLIPS, Spec, parse_spec
+from clip_har_jax.specs import CLIPS, PAIRS, Spec, parse_spec
 from clip_har_jax.video.datasets import list_videos
 
 SAMPLED_FILES = 20_000
@@ -218,6 +218,10 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
         "tfds": tfds_source,
         "hf": hf_source,
     }
+    if spec.kind in PAIRS:
+        raise UserError(
+            f"{spec}: image-text pairs have no classes, which are needed here; name labelled images, e.g. folder:PATH"
+        )
     source = makers[spec.kind](spec, spec.options.get("split", default_split), labels)
     if not len(source):
         raise UserError(f"{spec}: no examples in it; choose another split")
@@ -261,6 +265,8 @@ def _motion(spec: Spec, split: str, labels: Sequence[str]) -> Source:
 def _files(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     if spec.kind == "csv" and has_times(Path(spec.path).expanduser()):
         return window_source(spec, split, labels)
+    if of_pairs := [name for name in ("caption", "weight") if name in spec.options]:
+        raise UserError(f"{spec}: {of_pairs[0]} is for image-text pairs, and classes are needed here; leave it out")
     timed = [name for name in ("videos", "split", "missing", "window_s") if name in spec.options]
     if spec.kind == "csv" and timed:
         raise UserError(f"{spec}: {timed[0]} is for tables with the columns start_s and end_s; leave it out")

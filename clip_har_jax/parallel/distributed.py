@@ -34,6 +34,7 @@ class _Joined:
 
     barrier_timeout_s: float = 600.0
     num_broadcasts: int = 0
+    num_gathers: int = 0
     asked_to_stop: bool = False
 
 
@@ -124,6 +125,30 @@ def broadcast(value: Any) -> Any:
         return json.loads(client.blocking_key_value_get(key, round(1000 * _joined.barrier_timeout_s)))
     except jax.errors.JaxRuntimeError:
         raise RuntimeError(f"process 0 said nothing within {_joined.barrier_timeout_s:g} s; see its log") from None
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes, in their order, on process 0, and only the own value on others: small JSON
+    data. All processes call it, in the same order.
+
+    Raises:
+      RuntimeError: a process doesn't call it within the barrier timeout of `join`.
+    """
+    if (client := coordination_client()) is None:
+        return [value]
+    _joined.num_gathers += 1
+    folder = f"clip_har_jax/gather/{_joined.num_gathers}/"
+    if not is_main():
+        client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
+        return [value]
+    timeout_ms, values = round(1000 * _joined.barrier_timeout_s), [value]
+    for process in range(1, jax.process_count()):
+        try:
+            values.append(json.loads(client.blocking_key_value_get(f"{folder}{process}", timeout_ms)))
+        except jax.errors.JaxRuntimeError:
+            raise RuntimeError(f"process {process} said nothing within {timeout_ms / 1000:g} s; see its log") from None
+    client.key_value_delete(folder)
+    return values
 
 
 def fetch(tree: Any) -> Any:

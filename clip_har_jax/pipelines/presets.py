@@ -71,10 +71,10 @@ def choose_values(start: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     given = {override_key(override) for override in overrides}
     by_hand = {key: value for key, value in leaves(config) if key in given}
     data = load_data(config)
-    name = choose_preset(len(data.train), float(np.median(_class_counts(data))))
+    name = choose_preset(len(data.classified), float(np.median(_class_counts(data))))
     if (share := PRESETS[name]["data"].get("val_fraction")) and "data.val_fraction" not in given:
         data = load_data(replace(config, data=replace(config.data, val_fraction=share)))
-    count, counts = len(data.train), _class_counts(data)
+    count, counts = len(data.classified), _class_counts(data)
     batch_size = 1 << (max(8, min(BATCH_SIZES[name], count // 4)).bit_length() - 1)
     steps_per_epoch = max(1, count // batch_size)
     values = merge_values(
@@ -106,7 +106,7 @@ def choose_values(start: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def _class_counts(data: Data) -> Int[np.ndarray, " c"]:
-    return np.bincount(data.train.label_ids, minlength=len(data.labels))
+    return np.bincount(data.classified.label_ids, minlength=len(data.labels))
 
 
 def _describe(values: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> str:

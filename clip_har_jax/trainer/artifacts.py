@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from clip_har_jax import bundle
+from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.sources import Source
 from clip_har_jax.evaluation.calibration import CalibrationResult
 from clip_har_jax.evaluation.history import read_history
@@ -108,7 +109,9 @@ def _upload_folder(fill: Callable[[Path], None], target: epath.Path) -> None:
             (target / path.name).write_bytes(path.read_bytes())
 
 
-def _name(source: Source, index: int) -> str:
+def _name(source: Source | PairSources, index: int) -> str:
+    if isinstance(source, PairSources):
+        return f"row {index} of the batch"
     try:
         return source[index].name.encode(errors="backslashreplace").decode()  # names may not be UTF-8
     except Exception:  # this example may be the faulty one

@@ -135,7 +135,7 @@ def fit_head(run: Run, base: Mapping[str, Any], embeddings: Float32[np.ndarray, 
         }
         return cached_features(source, tower, depends_on, lambda: embed(run, params, source, run.bad_inputs[name]))
 
-    train, val = features("train", run.data.train), features("val", run.data.val)
+    train, val = features("train", run.data.classified), features("val", run.data.val)
     scale = float(np.exp(jax.device_get(base["logit_scale"])))
     if method.head == "tip_adapter":
         chosen = choose_cache(train.label, config.method.cache_per_class, config.seed)

@@ -12,6 +12,7 @@ from etils import epath
 
 from clip_har_jax import cli
 from clip_har_jax.config import RunConfig
+from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.files import read_json
 from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.tracking import Trackers, check_trackers, read_run_info
@@ -20,6 +21,7 @@ from clip_har_jax.parallel import distributed
 from clip_har_jax.parallel.compile_cache import keep_compiled
 from clip_har_jax.settings import WARNED
 from clip_har_jax.trainer import screen
+from clip_har_jax.trainer.pairs import tokenizer_texts
 from clip_har_jax.trainer.record import RecordSink, continue_account, data_record, update_record, write_record
 from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.retention import Retention
@@ -78,7 +80,8 @@ def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str]
             f"config.data.val={config.data.val} has no validation images, so its test images choose what is kept, and "
             "a figure on them is no test; leave config.data.val empty to hold out a part of data.train"
         )
-    base = make_base(config.model.name, data.texts, config.model.image_size_px, config.model.temporal)
+    texts = [*data.texts, *(tokenizer_texts(config, data.train) if isinstance(data.train, PairSources) else ())]
+    base = make_base(config.model.name, texts, config.model.image_size_px, config.model.temporal)
     folder = make_workdir(workdir)
     stack.enter_context(disk_faults(folder))
     lock = FolderLock(folder)
@@ -128,7 +131,7 @@ def _data_changes(run: Run, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         before = record.get("data", {}).get(name, now)
         if before["fingerprint"] == now["fingerprint"]:
             continue
-        old, new = (f"{data['num_examples']} examples" for data in (before, now))
+        old, new = (f"{data['num_examples'] or 'unknown'} examples" for data in (before, now))
         changes.append({"key": f"data.{name}", "old": old, "new": new, "policy": WARNED})
         if distributed.is_main():
             screen.warn(

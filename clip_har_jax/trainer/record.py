@@ -21,7 +21,7 @@ def data_record(run: Run) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "spec": specs[name],
-            "num_examples": len(source),
+            "num_examples": source.num_examples,
             "fingerprint": source.fingerprint,
             "manifest_sha256": source.manifest_sha256,
             "listing": source.tally.to_json(),

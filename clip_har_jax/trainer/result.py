@@ -8,6 +8,7 @@ from etils import epath
 
 from clip_har_jax import cli
 from clip_har_jax.evaluation.baselines import verdict
+from clip_har_jax.evaluation.retrieval import describe
 from clip_har_jax.training.time_account import describe_seconds
 
 EXIT_RETENTION = 3  # zero-shot accuracy dropped more than the config allows
@@ -53,6 +54,7 @@ def print_result(result: Result) -> None:
         rows += [
             ("result", verdict(result.metrics, result.zero_shot)),
             ("macro F1", f"{result.metrics['macro_f1']:.3f}"),
+            *(describe(result.metrics["retrieval"]) if "retrieval" in result.metrics else []),
             ("model", f"{result.model}{_origin(result.steps)}"),
         ]
     rows += [

@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
+from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.pipeline import BadInputs, ProcessShare, eval_batches
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
@@ -34,9 +35,9 @@ class Run:
       base: the model to fine-tune.
       program: its mesh and steps.
       timetable: the steps of logging, evaluation and saving.
-      first_step: the step of the checkpoint to resume from; 0: none.
+      position: the step and the position in the data of the checkpoint to resume from; empty: none.
       profile_steps: the first and the last step of a trace.
-      bad_inputs: counters of the unreadable examples of "train" and "val".
+      bad_inputs: counters of the unreadable examples of "train" and "val"; image-text pairs have others.
     """
 
     config: RunConfig
@@ -45,13 +46,23 @@ class Run:
     base: BaseModel
     program: Program
     timetable: Timetable
-    first_step: int
+    position: Mapping[str, Any]
     profile_steps: tuple[int, int] | None
     bad_inputs: Mapping[str, BadInputs]
 
     @property
     def mesh(self) -> Mesh:
         return self.program.mesh
+
+    @property
+    def first_step(self) -> int:
+        """The step of the checkpoint to resume from; 0: none."""
+        return self.position.get("step", 0)
+
+    @property
+    def bad_inputs_log(self) -> epath.Path:
+        """The file of this process that lists unreadable examples."""
+        return _bad_inputs_log(self.workdir)
 
     @property
     def num_steps(self) -> int:
@@ -134,9 +145,10 @@ def setup(
     """
     batch_size, first_step = config.train.global_batch_size, position.get("step", 0)
     first_example = position.get("examples_seen", 0) - first_step * batch_size
-    counts = np.bincount(data.train.label_ids, minlength=len(data.labels))
+    of_pairs = isinstance(data.train, PairSources)
+    counts = None if of_pairs else np.bincount(data.classified.label_ids, minlength=len(data.labels))
     timetable = Timetable(
-        config.train.num_steps or _steps_of_epochs(config, len(data.train), first_example),
+        config.train.num_steps or _steps_of_epochs(config, data.train.num_examples, first_example),
         config.train.log_every_steps,
         config.eval.every_steps,
         config.checkpoint.every_steps,
@@ -152,22 +164,32 @@ def setup(
         len(data.labels),
         timetable.num_steps,
         make_mesh(config.mesh),
-        class_counts=counts.tolist(),
-        cache_size=int(np.minimum(counts, config.method.cache_per_class).sum()),
+        class_counts=None if counts is None else counts.tolist(),
+        cache_size=0 if counts is None else int(np.minimum(counts, config.method.cache_per_class).sum()),
     )
-    bad_inputs = {name: _watch(source, config, workdir) for name, source in (("train", data.train), ("val", data.val))}
-    run = Run(config, workdir, data, base, program, timetable, first_step, profile_steps, bad_inputs)
+    sources = {"val": data.val} if isinstance(data.train, PairSources) else {"train": data.train, "val": data.val}
+    bad_inputs = {name: _watch(source, config, workdir) for name, source in sources.items()}
+    run = Run(config, workdir, data, base, program, timetable, position, profile_steps, bad_inputs)
     run.context_ids()  # check it before the work folder is written
     return run
 
 
-def _steps_of_epochs(config: RunConfig, num_examples: int, first_example: int) -> int:
+def _steps_of_epochs(config: RunConfig, num_examples: int | None, first_example: int) -> int:
+    if num_examples is None:
+        raise UserError(
+            "config.train.num_steps: the number of pairs in tar shards isn't known before all are read, so the length "
+            "of an epoch isn't; set the number of steps, e.g. --config.train.num_steps=10000"
+        )
     return max(1, round((config.train.num_epochs * num_examples - first_example) / config.train.global_batch_size))
 
 
 def _watch(source: Source, config: RunConfig, workdir: epath.Path) -> BadInputs:
+    return BadInputs(source, config.data.max_bad_fraction, _bad_inputs_log(workdir))
+
+
+def _bad_inputs_log(workdir: epath.Path) -> epath.Path:
     process = f".{jax.process_index()}" if jax.process_index() else ""
-    return BadInputs(source, config.data.max_bad_fraction, workdir / f"bad_inputs{process}.jsonl")
+    return workdir / f"bad_inputs{process}.jsonl"
 
 
 def _check_profile(steps: tuple[int, int] | None, first_step: int, num_steps: int, workdir: epath.Path) -> None:

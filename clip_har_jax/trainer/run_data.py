@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clip_har_jax.config import RunConfig
+from clip_har_jax.data.pair_sources import PairSources, has_pairs, make_pair_sources
 from clip_har_jax.data.sources import Example, Source, SubsetSource, make_source
 from clip_har_jax.data.splits import hold_out, take_shots
 from clip_har_jax.data.windows import WindowSource
@@ -18,12 +19,25 @@ from clip_har_jax.text import make_prompts
 
 @dataclass(frozen=True)
 class Data:
-    """The training and validation examples of a run, with their classes and prompts."""
+    """The training and validation examples of a run, with the classes and prompts of the validation."""
 
-    train: Source
+    train: Source | PairSources
     val: Source
     labels: tuple[str, ...]
     prompts: dict[str, tuple[str, ...]]
+
+    @property
+    def classified(self) -> Source:
+        """The training examples, where their classes are needed.
+
+        Raises:
+          UserError: they are image-text pairs.
+        """
+        if isinstance(self.train, PairSources):
+            raise UserError(
+                "config.data.train: image-text pairs have no classes, which are needed here; use labelled images"
+            )
+        return self.train
 
     @property
     def texts(self) -> list[str]:
@@ -41,6 +55,9 @@ def load_data(config: RunConfig) -> Data:
     Raises:
       UserError: it can't be found, or leaves no training or validation images, or too few images of a class.
     """
+    _check_retrieval(config)
+    if has_pairs(config.data.train):
+        return _load_pairs(config)
     classes = config.data.classes
     with _named("data.train"):
         train_source = make_source(config.data.train, "train", config.data.labels, several_classes=True)
@@ -73,6 +90,37 @@ def load_data(config: RunConfig) -> Data:
     templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
     prompts = _fill(config, templates, labels)
     return Data(train_source, val_source, labels, prompts)
+
+
+# Keys that divide or weigh training examples by their classes, with the value that doesn't.
+NEEDS_CLASSES = (("data.shots", None), ("data.sampling", "shuffle"), ("method.class_balance", 0.0))
+
+
+def _load_pairs(config: RunConfig) -> Data:
+    """Return image-text pairs to train on, and labelled images for zero-shot evaluation."""
+    for key, unset in NEEDS_CLASSES:
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) != unset:
+            raise UserError(f"config.{key} needs classes, and config.data.train holds image-text pairs; leave it out")
+    if not config.data.val:
+        raise UserError(
+            "config.data.val: image-text pairs have no classes; name labelled images for the zero-shot evaluation, "
+            "which also chooses the checkpoint to keep"
+        )
+    with _named("data.train"):
+        pairs = make_pair_sources(config.data.train)
+    with _named("data.val"):
+        val = make_source(config.data.val, "val", config.data.labels)
+    if config.data.classes:
+        val = select_classes(val, config.data.classes, "data.classes")
+    labels = tuple(val.labels)
+    return Data(pairs, val, labels, _fill(config, config.text.templates, labels))
+
+
+def _check_retrieval(config: RunConfig) -> None:
+    if config.data.retrieval:
+        with _named("data.retrieval"):
+            make_pair_sources(config.data.retrieval)
 
 
 def zero_shot_prompts(config: RunConfig, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -164,6 +212,8 @@ def load_retention(config: RunConfig) -> RetentionData | None:
 
 def unseen_spec(config: RunConfig) -> str | None:
     """Return the SPEC of test images that belong to a config's training data; None if the run used all of them."""
+    if has_pairs(config.data.train):
+        return None
     spec = parse_spec(config.data.train)
     if spec.kind not in ("synthetic", "folder", "video", "manifest"):
         return None

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import jax
 
+from clip_har_jax.data.pair_sources import PairSources
+from clip_har_jax.data.sources import Source
 from clip_har_jax.parallel.mesh import AXES
 from clip_har_jax.trainer.run import Run
 
@@ -22,7 +24,7 @@ def print_overview(run: Run) -> None:
     path.write_text(parameter_overview.get_parameter_overview({**trainable, **frozen}, include_stats=False) + "\n")
     count = sum(value.size for value in trainable.values())
     print(
-        f"data    {len(run.data.train)} training and {len(run.data.val)} validation images, "
+        f"data    {_describe_examples(run.data.train)} and {len(run.data.val)} validation images, "
         f"{len(run.data.labels)} classes"
     )
     print(
@@ -32,6 +34,13 @@ def print_overview(run: Run) -> None:
     print(f"method  {_describe_method(run)}", flush=True)
     if run.program.method.recipe.learns_from == "steps":
         print(f"run     {_describe_steps(run)}", flush=True)
+
+
+def _describe_examples(train: Source | PairSources) -> str:
+    if not isinstance(train, PairSources):
+        return f"{len(train)} training"
+    count = "image-text pairs" if train.num_examples is None else f"{train.num_examples} image-text pairs"
+    return f"{count} in {train.num_shards} shards"
 
 
 def _describe_method(run: Run) -> str:

@@ -12,7 +12,7 @@ from etils import epath
 
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
-from clip_har_jax.data.pipeline import ProcessShare, ResumePoint, prefetch_to_mesh, train_batches
+from clip_har_jax.data.pipeline import prefetch_to_mesh
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import calibrate
 from clip_har_jax.evaluation.result import EvalResult
@@ -23,7 +23,9 @@ from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.parallel.topology import find_chip
 from clip_har_jax.trainer import screen
 from clip_har_jax.trainer.artifacts import write_examples, write_model, write_report
+from clip_har_jax.trainer.batches import open_batches
 from clip_har_jax.trainer.initial_state import initial_state, place_start
+from clip_har_jax.trainer.pairs import measure_recall
 from clip_har_jax.trainer.prepare import Job, TrainOptions, prepare
 from clip_har_jax.trainer.record import update_record
 from clip_har_jax.trainer.result import EXIT_RETENTION, Result
@@ -159,9 +161,12 @@ def choose(job: Job, learned: Learned) -> Chosen:
         if run.base.params is not None and run.config.method.name != "zero_shot":
             classifier = ZeroShot(run, run.data.labels, zero_shot_prompts(run.config, run.data.labels))
             zero_shot = float(classifier.right(place_start(run), run.data.val, run.bad_inputs["val"]).mean())
+        if recall := measure_recall(run, {**weights, **validation.frozen}):
+            result.metrics["retrieval"] = recall
     # With the name of the data: a report on other data must not show this zero-shot accuracy beside its result.
     baselines = {**result.metrics["baselines"], "zero_shot": zero_shot, "data": validation.data_name}
     facts = {"top1": result.metrics["top1"], "top1_interval": result.metrics["top1_interval"], "baselines": baselines}
+    facts |= {"retrieval": recall} if recall else {}
     update_record(run, job.times, **facts)
     return Chosen(weights, result, zero_shot, passed or not run.config.retention.fail)
 
@@ -201,16 +206,7 @@ def _make_steps(job: Job, validation: Validation, state: TrainState) -> tuple[Tr
     classes = validation.prompts if program.trains_text else validation.classes(state.params)
     chip = find_chip(jax.devices()[0])
     peak = chip.peak_flops * jax.device_count() if chip else None
-    with train_batches(
-        run.data.train,
-        config.data,
-        run.base.preprocess,
-        seed=config.seed,
-        global_batch_size=table.global_batch_size,
-        bad_inputs=run.bad_inputs["train"],
-        resume=ResumePoint(run.first_step, table.first_example),
-        share=ProcessShare(*sharding.process_shard(run.mesh, table.global_batch_size)),
-    ) as batches:
+    with open_batches(run) as (batches, position):
         loop = Loop(
             table,
             lambda state, batch: program.train_step(state, frozen, classes, batch),
@@ -223,6 +219,7 @@ def _make_steps(job: Job, validation: Validation, state: TrainState) -> tuple[Tr
             SkipGuard(config.train.max_skipped_steps),
             job.stop,
             Profiler(run.profile_steps if distributed.is_main() else None, os.fspath(run.workdir / "profile")),
+            position,
         )
         try:
             return train_loop(loop, state)

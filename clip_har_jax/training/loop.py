@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from clip_har_jax.batch import Batch
 from clip_har_jax.parallel import distributed
 from clip_har_jax.training.checkpoint import BEST_BY, Checkpointer
 from clip_har_jax.training.guards import SkipGuard, StopSignal
@@ -15,7 +14,7 @@ from clip_har_jax.training.meter import Meter
 from clip_har_jax.training.profiler import Profiler
 from clip_har_jax.training.sinks import Metrics, Sink
 from clip_har_jax.training.state import TrainState
-from clip_har_jax.training.steps import TrainMetrics
+from clip_har_jax.training.steps import PairMetrics, TrainMetrics
 from clip_har_jax.training.time_account import TimeAccount
 
 
@@ -66,12 +65,14 @@ class Loop:
       train_step: donates its state argument.
       batches: endless, placed on the mesh, starting at the state's step.
       evaluate: returns the validation metrics of a state.
+      data_position: returns the position of the data after a step, if the step's number doesn't tell it; all processes
+        call it.
       stop: read between steps.
     """
 
     timetable: Timetable
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics, jax.Array]]
-    batches: Iterator[Batch]
+    train_step: Callable[[TrainState, Any], tuple[TrainState, TrainMetrics | PairMetrics, jax.Array]]
+    batches: Iterator[Any]
     evaluate: Callable[[TrainState], Mapping[str, float]]
     checkpointer: Checkpointer
     sinks: Sequence[Sink]
@@ -80,8 +81,9 @@ class Loop:
     skips: SkipGuard
     stop: StopSignal
     profiler: Profiler
+    data_position: Callable[[int], Mapping[str, Any]] = lambda step: {}
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> Any:
         """Return the next batch and measure the wait for it."""
         begin = time.monotonic()
         with self.times.measure("data_wait"):
@@ -123,6 +125,7 @@ class Loop:
             "global_batch_size": self.timetable.global_batch_size,
             "goodput": self.times.seconds(),
             "best_step": best.step,
+            **self.data_position(step),
         }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 
 from clip_har_jax.training.sinks import Metrics, to_jsonable
-from clip_har_jax.training.steps import TrainMetrics
+from clip_har_jax.training.steps import PairMetrics, TrainMetrics
 
 _PROCESS = psutil.Process()
 
@@ -24,7 +24,7 @@ class Meter:
     flops_per_step: int
     peak_flops: float | None  # of all devices together
     global_batch_size: int
-    metrics: list[TrainMetrics] = field(default_factory=list)
+    metrics: list[TrainMetrics | PairMetrics] = field(default_factory=list)
     data_wait_s: float = 0.0
     begin: float = field(default_factory=time.monotonic)
 

@@ -229,6 +229,36 @@ class Method:
         )
         return losses, logits
 
+    def pair_losses(
+        self,
+        params: Params,
+        images: Float[Array, "b h w 3"],
+        input_ids: Int[Array, "b t"],
+        mask: Float[Array, " b"],
+        key: jax.Array,
+    ) -> Float[Array, " b"]:
+        """Return the contrastive loss of each image-text pair, in nats.
+
+        Args:
+          params: all parameters.
+          images: normalised, channels last.
+          input_ids: tokens of the captions.
+          mask: 0 for rows that don't count.
+          key: random key of this step.
+        """
+        drop = DropPath(key, self.config.drop_path) if self.config.drop_path else None
+        model = self.model(params)
+        image, text = model.encode_image(images, drop), model.encode_text(input_ids)
+        return contrastive_loss(
+            image,
+            text,
+            jnp.exp(params["logit_scale"]),
+            mask,
+            mesh=self.mesh,
+            kind="sigmoid" if self.loss == "sigmoid" else "softmax",
+            logit_bias=self._pair_bias(params, image, text, mask),
+        )
+
     def _pair_bias(
         self, params: Params, image: Float[Array, "b d"], text: Float[Array, "b d"], mask: Float[Array, " b"]
     ) -> Float[Array, ""] | float:

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from clip_har_jax.batch import Batch
+from clip_har_jax.batch import Batch, PairBatch
 from clip_har_jax.config import RunConfig
+from clip_har_jax.data.pair_sources import has_pairs
 from clip_har_jax.data.sources import has_clips
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import TwoTowerConfig
@@ -70,7 +71,9 @@ class Program:
         self.config, self.sizes, self.preprocess, self.num_steps, self.mesh = config, sizes, preprocess, num_steps, mesh
         self.num_classes = num_classes
         # Frames of a clip in training; None: images.
-        self.num_frames = config.data.video.num_frames if has_clips(config.data.train) else None
+        self.of_pairs = has_pairs(config.data.train)
+        with_frames = not self.of_pairs and has_clips(config.data.train)
+        self.num_frames = config.data.video.num_frames if with_frames else None
         check_batch_size(config.train.global_batch_size, mesh, "train.global_batch_size")
         check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
         _check_accumulation(config, mesh)
@@ -102,13 +105,18 @@ class Program:
             with_average=config.optim.ema_decay > 0 or evaluated_weights(config.optim) is not None,
         )
         self.train_step = make_train_step(
-            self.method, self.optimizer, self.schedule, config, preprocess, self.shardings, mesh
+            self.method, self.optimizer, self.schedule, config, preprocess, self.shardings, mesh, self.of_pairs
         )
         self.eval_step = make_eval_step(self.method, preprocess, mesh)
         self.feature_step = make_feature_step(self.method, preprocess, mesh)
         self.class_step = make_class_step(self.method, mesh)
 
     def _check_pairs(self) -> None:
+        if self.of_pairs and self.method.loss not in ("softmax", "sigmoid"):
+            raise UserError(
+                f"config.method.loss: image-text pairs have no classes, so they train with softmax or sigmoid, not "
+                f"{self.method.loss!r}; add --config.method.loss=softmax"
+            )
         if self.method.loss in PAIR_LOSSES and not self.trains_text:
             raise UserError(f"config.method.freeze leaves nothing of the texts that {self.method.loss} learns from")
         if self.method.loss in PAIR_LOSSES and self.config.train.accumulation_steps > 1:
@@ -175,7 +183,7 @@ class Program:
         """Return the shapes, types and shardings of the frozen parameters."""
         return self._abstract({name: self.shapes[name] for name in self.frozen})
 
-    def abstract_arguments(self, num_prompts: int) -> tuple[TrainState, Params, ClassInputs, Batch]:
+    def abstract_arguments(self, num_prompts: int) -> tuple[TrainState, Params, ClassInputs, Any]:
         """Return the shapes, types and shardings of the training step's arguments."""
         rows, whole, size = batch_sharding(self.mesh), replicated(self.mesh), self.preprocess.image_size_px
         batch_size = self.config.train.global_batch_size
@@ -191,12 +199,11 @@ class Program:
             classes = ClassInputs(None, None, struct((self.num_classes, self.sizes.projection_dim), jnp.float32, whole))
         image = (batch_size, *([self.num_frames] if self.num_frames else []), size, size, 3)
         label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
-        return (
-            self.abstract_state(),
-            self.abstract_frozen(),
-            classes,
-            Batch(struct(image, jnp.uint8, rows), label, mask, label),
-        )
+        batch: Any = Batch(struct(image, jnp.uint8, rows), label, mask, label)
+        if self.of_pairs:
+            texts = struct((batch_size, self.sizes.text.context_length), jnp.int32, rows)
+            batch = PairBatch(batch.image, texts, mask, label)
+        return self.abstract_state(), self.abstract_frozen(), classes, batch
 
     def flops_per_step(self, num_prompts: int) -> int:
         """Return the model FLOPs of one training step over all devices, as `step_flops` counts them."""
@@ -207,7 +214,7 @@ class Program:
         return step_flops(
             self.sizes,
             self.config.train.global_batch_size,
-            num_prompts,
+            self.config.train.global_batch_size if self.of_pairs else num_prompts,
             image_passes=image_passes if self.trains_image else 1,
             text_passes=text_passes if self.trains_text else 0,
             num_frames=self.num_frames,

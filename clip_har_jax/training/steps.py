@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from clip_har_jax.batch import Batch
+from clip_har_jax.batch import Batch, PairBatch
 from clip_har_jax.config import RunConfig
 from clip_har_jax.models.params import Params
 from clip_har_jax.models.two_towers import mean_class_embeddings, normalize_images
@@ -28,6 +28,16 @@ from clip_har_jax.training.state import TrainState
 def _per_example(name: str) -> Callable[..., dict[str, jax.Array]]:
     """Return a reader of the output `name` for an average in which rows of mask 0 don't count."""
     return lambda *, example_mask, **outputs: {"values": outputs[name], "mask": example_mask}
+
+
+@struct.dataclass
+class PairMetrics(clu_metrics.Collection):
+    """Metrics of one step on image-text pairs; merging averages them over pairs (loss) or steps (the rest)."""
+
+    loss: clu_metrics.Average.from_fun(_per_example("loss"))  # type: ignore[valid-type]
+    grad_norm: clu_metrics.Average.from_fun(_per_example("grad_norm"))  # type: ignore[valid-type]
+    learning_rate: clu_metrics.LastValue.from_output("learning_rate")  # type: ignore[valid-type]
+    skipped_steps: clu_metrics.LastValue.from_output("skipped_steps")  # type: ignore[valid-type]
 
 
 @struct.dataclass
@@ -49,7 +59,8 @@ def make_train_step(
     preprocess: Preprocess,
     shardings: TrainState,
     mesh: Mesh,
-) -> Callable[[TrainState, Params, ClassInputs, Batch], tuple[TrainState, TrainMetrics, Int[Array, ""]]]:
+    of_pairs: bool = False,
+) -> Callable[[TrainState, Params, ClassInputs, Any], tuple[TrainState, TrainMetrics | PairMetrics, Int[Array, ""]]]:
     """Return the jitted training step; it donates the state, so the caller must use the returned one.
 
     An update that isn't finite is skipped and counted, so the state always stays finite. The third output is the number
@@ -58,13 +69,18 @@ def make_train_step(
     Args:
       schedule: the learning rate by step, the same as the optimiser's; logged as a metric.
       shardings: of the state.
+      of_pairs: the batches are `PairBatch`es, and the classes aren't used.
     """
-    gradients = make_gradients(method, config, preprocess, shardings.params, mesh)
+    if of_pairs:
+        gradients: Callable[..., tuple[Params, jax.Array, jax.Array]] = make_pair_gradients(method, preprocess)
+    else:
+        gradients = make_gradients(method, config, preprocess, shardings.params, mesh)
+    of_step = PairMetrics if of_pairs else TrainMetrics
     evaluated = evaluated_weights(config.optim)
 
     def train_step(
-        state: TrainState, frozen: Params, classes: ClassInputs, batch: Batch
-    ) -> tuple[TrainState, TrainMetrics, jax.Array]:
+        state: TrainState, frozen: Params, classes: ClassInputs, batch: Any
+    ) -> tuple[TrainState, TrainMetrics | PairMetrics, jax.Array]:
         key = jax.random.fold_in(state.key, state.step)
         grads, losses, correct = gradients(state.params, frozen, classes, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -77,7 +93,7 @@ def make_train_step(
         is_finite = jnp.isfinite(masked_mean(losses, batch.mask) + grad_norm)
         params, opt_state = optax.tree.where(is_finite, (params, opt_state), (state.params, state.opt_state))
         skipped_total = state.skipped_total + ~is_finite
-        metrics = TrainMetrics.single_from_model_output(
+        metrics = of_step.single_from_model_output(
             loss=losses,
             top1=correct.astype(jnp.float32),
             example_mask=batch.mask.astype(bool) & is_finite,
@@ -160,6 +176,30 @@ def make_gradients(
     return gradients
 
 
+def make_pair_gradients(
+    method: Method, preprocess: Preprocess
+) -> Callable[
+    [Params, Params, ClassInputs, PairBatch, jax.Array], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]
+]:
+    """Return the same as `make_gradients` for batches of image-text pairs.
+
+    No pair counts as right: that would take the whole similarity matrix, which no device holds.
+    """
+
+    def loss_fn(params: Params, frozen: Params, batch: PairBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        images = normalize_images(batch.image, preprocess.mean, preprocess.std)
+        losses = method.pair_losses(params | frozen, images, batch.input_ids, batch.mask, key)
+        return masked_mean(losses, batch.mask), losses
+
+    def gradients(
+        params: Params, frozen: Params, classes: ClassInputs, batch: PairBatch, key: jax.Array
+    ) -> tuple[Params, Any, Any]:
+        grads, losses = jax.grad(loss_fn, has_aux=True)(params, frozen, batch, key)
+        return grads, losses, jnp.zeros(losses.shape, bool)
+
+    return gradients
+
+
 def split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
     """Return a batch as [parts, rows / parts, ...]; every device keeps its rows, so there is no communication."""
     rows = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
@@ -188,10 +228,12 @@ def make_eval_step(
 
 def make_feature_step(
     method: Method, preprocess: Preprocess, mesh: Mesh
-) -> Callable[[Params, Batch], tuple[Float[Array, "b d"], Batch]]:
-    """Return the same as `make_eval_step`, but with L2-normalised image embeddings instead of logits."""
+) -> Callable[[Params, Any], tuple[Float[Array, "b d"], Any]]:
+    """Return the same as `make_eval_step`, but with L2-normalised image embeddings instead of logits; for a
+    `PairBatch` too.
+    """
 
-    def feature_step(params: Params, batch: Batch) -> tuple[jax.Array, Batch]:
+    def feature_step(params: Params, batch: Any) -> tuple[jax.Array, Any]:
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
         return method.model(params).encode_image(images), batch._replace(image=None)
 
@@ -222,3 +264,12 @@ def make_text_step(
         return method.model(params).encode_classes(input_ids, class_of_prompt, num_classes)
 
     return jax.jit(text_step, out_shardings=replicated(mesh))
+
+
+def make_caption_step(method: Method, mesh: Mesh) -> Callable[[Params, Int[Array, "b t"]], Float[Array, "b d"]]:
+    """Return a jitted function from the tokens of captions to their L2-normalised embeddings."""
+
+    def caption_step(params: Params, input_ids: jax.Array) -> jax.Array:
+        return method.model(params).encode_text(input_ids)
+
+    return jax.jit(caption_step, out_shardings=replicated(mesh))

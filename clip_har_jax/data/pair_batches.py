@@ -1,0 +1,318 @@
+"""Batches of image-text pairs: endless ones for training that can be continued exactly, and one pass to evaluate."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from clip_har_jax.batch import PairBatch
+from clip_har_jax.config import DataConfig
+from clip_har_jax.cores import usable_cores
+from clip_har_jax.data.augment import augment
+from clip_har_jax.data.batch_workers import Workers
+from clip_har_jax.data.batches import BadInput, HostBatch
+from clip_har_jax.data.pair_sources import PairSources
+from clip_har_jax.data.pair_streams import Drawn, PairStream, Position, StreamPlan
+from clip_har_jax.data.pairs import BadPair, Found
+from clip_har_jax.data.pipeline import MIN_FOR_WORKERS, ProcessShare, append_log, default_workers
+from clip_har_jax.errors import UserError
+from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+from clip_har_jax.tokenization import TextTokenizer
+
+FEWEST_ROWS = 1000  # the accepted share of bad pairs is of at least so many
+MOST_LOGGED = 10_000  # bad pairs; later ones are only counted
+KEPT_POSITIONS = 16  # batches; more than those on their way to the devices
+ENDLESS = 2**40
+WHOLE = ProcessShare()
+
+
+class BadPairs:
+    """The pairs that couldn't be read: counted, logged, and an error if there are too many.
+
+    Args:
+      max_fraction: accepted share of the pairs read so far, or of `FEWEST_ROWS` if these are fewer.
+      log: bad_inputs.jsonl, appended to; None: only count.
+    """
+
+    def __init__(self, max_fraction: float, log: epath.PathLike | None = None):
+        self._max_fraction, self._log = max_fraction, None if log is None else epath.Path(log)
+        self._rows = self._bad = 0
+        self._seen: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def record(self, errors: Iterable[BadInput], num_rows: int) -> None:
+        """Count the rows of a batch, and count and log its errors.
+
+        Raises:
+          UserError: more bad pairs than the config allows.
+        """
+        errors = list(errors)
+        self._rows, self._bad = self._rows + num_rows, self._bad + len(errors)
+        new = {name: (index, reason) for index, name, reason in errors if name not in self._seen}
+        if len(self._seen) < MOST_LOGGED:
+            if new and self._log is not None:
+                append_log(self._log, {index: (name, reason) for name, (index, reason) in new.items()})
+            self._seen |= {name: reason for name, (_, reason) in new.items()}
+        if self._bad > self._max_fraction * max(self._rows, FEWEST_ROWS):
+            name, reason = next(iter(self._seen.items()))
+            listed = f", all so far in {self._log}" if self._log is not None else ""
+            raise UserError(
+                f"{self._bad} of the {self._rows} pairs read so far can't be used, first {name}: {reason}{listed}"
+                "; mend or remove them, or raise config.data.max_bad_fraction"
+            )
+
+
+@dataclass(frozen=True)
+class PairTransform:
+    """How a pair becomes a row: pixels and token ids."""
+
+    config: DataConfig
+    preprocess: Preprocess
+    tokenizer: TextTokenizer
+    context_length: int
+
+    @property
+    def size_px(self) -> int:
+        return self.preprocess.image_size_px
+
+    def pixels(self, image: bytes, key: tuple[int, ...]) -> UInt8[np.ndarray, "size size 3"]:
+        """Return an image augmented by its seed; with an empty one transformed as in every evaluation.
+
+        Raises:
+          BadImage: it can't be decoded.
+        """
+        if key:
+            rng = np.random.default_rng(key)
+            return augment(image, self.size_px, self.config.augment, rng, "", self.config.max_megapixels)
+        return evaluation_transform(decode(image, self.config.max_megapixels), self.preprocess)
+
+    def load(self, found: Found | None, key: tuple[int, ...], image: UInt8[np.ndarray, "..."]) -> tuple[str, str, str]:
+        """Write the pixels of a pair into `image`, or zeros if it can't be read.
+
+        Returns:
+          The caption, and the name and the reason of a pair that can't be read; empty otherwise.
+        """
+        if found is None or isinstance(found, BadPair):
+            image.fill(0)
+            return "", *(found or ("", ""))
+        try:
+            image[...] = self.pixels(found.image, key)
+            return found.caption, "", ""
+        except BadImage as error:
+            image.fill(0)
+            return "", found.name, str(error)
+        except Exception as error:  # a bug; the exception may be one that a worker can't send
+            raise RuntimeError(f"{found.name}: {type(error).__name__}: {error}") from error
+
+    def batch(
+        self, images: UInt8[np.ndarray, "..."], loaded: Sequence[tuple[str, str, str]], first: int
+    ) -> tuple[PairBatch, tuple[BadInput, ...]]:
+        """Return the rows that `load` wrote into `images`, numbered from `first`, and their errors."""
+        captions, names, reasons = zip(*loaded, strict=True)
+        ids, _ = self.tokenizer(captions, self.context_length)
+        index = np.arange(first, first + len(loaded), dtype=np.int32)
+        errors = tuple(
+            (int(number), name, reason) for number, name, reason in zip(index, names, reasons, strict=True) if reason
+        )
+        return PairBatch(images, ids, np.asarray([float(bool(text)) for text in captions], np.float32), index), errors
+
+
+class StreamRows:
+    """The rows of some streams in each global batch, read in order. Sent to a worker before it reads.
+
+    Args:
+      plan: of the run's streams.
+      transform: of its pairs.
+      batch_size: global.
+      streams: the numbers of these streams, consecutive.
+      positions: of each; None: from the start.
+    """
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        transform: PairTransform,
+        batch_size: int,
+        streams: Sequence[int],
+        positions: Sequence[Position | None],
+    ):
+        self._plan, self._transform, self._numbers, self._positions = plan, transform, streams, positions
+        self._rows = batch_size // plan.num_streams
+        self._streams: list[PairStream] = []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the images: [rows, h, w, 3]."""
+        return (self._rows * len(self._numbers), self._transform.size_px, self._transform.size_px, 3)
+
+    def read(self, step: int, images: UInt8[np.ndarray, "..."], each: Callable[..., Iterator[Any]] = map) -> HostBatch:
+        """Read the next rows and write their images into `images`; `each` is `map` or a parallel version of it."""
+        if not self._streams:
+            starts = zip(self._numbers, self._positions, strict=True)
+            self._streams = [PairStream(self._plan, number, position) for number, position in starts]
+        drawn = [next(stream) for stream in self._streams for _ in range(self._rows)]
+        loaded = list(each(self._load, drawn, images))
+        batch, errors = self._transform.batch(images, loaded, self._numbers[0] * self._rows)
+        return HostBatch(batch, errors, tuple(stream.position for stream in self._streams))
+
+    def _load(self, drawn: Drawn, image: UInt8[np.ndarray, "..."]) -> tuple[str, str, str]:
+        return self._transform.load(drawn.found, drawn.key, image)
+
+
+class _Threads:
+    """Batches read ahead in one thread, whose rows others decode."""
+
+    def __init__(self, rows: StreamRows, start_step: int, num_threads: int, ahead: int):
+        self._rows, self._step, self._ahead = rows, start_step, ahead
+        self._reader, self._decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(num_threads)
+        self._waiting: deque[Future[HostBatch]] = deque()
+
+    def __next__(self) -> list[HostBatch]:
+        while len(self._waiting) < self._ahead:
+            self._waiting.append(self._reader.submit(self._read, self._step))
+            self._step += 1
+        return [self._waiting.popleft().result()]
+
+    def _read(self, step: int) -> HostBatch:
+        return self._rows.read(step, np.empty(self._rows.shape, np.uint8), self._decoders.map)
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+        self._decoders.shutdown(cancel_futures=True)
+
+
+class _Processes(Workers):
+    """Batches whose rows are read in worker processes, each of which has its own streams."""
+
+    def __next__(self) -> list[HostBatch]:
+        return [worker.take() for worker in self._workers]
+
+
+class PairBatches:
+    """Endless batches of this process, read ahead in threads or worker processes; a context manager that stops them.
+
+    Args:
+      plan: of the run's streams.
+      transform: of its pairs.
+      batch_size: global.
+      bad_pairs: receives the errors.
+      positions: of all streams, after step `start_step`; empty: from the start.
+      start_step: number of batches read before.
+      share: this process's share of the streams.
+    """
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        transform: PairTransform,
+        batch_size: int,
+        bad_pairs: BadPairs,
+        positions: Sequence[Position | None] = (),
+        start_step: int = 0,
+        share: ProcessShare = WHOLE,
+    ):
+        first, last = share.rows(plan.num_streams)
+        self._streams, self._bad_pairs, self._step = range(first, last), bad_pairs, start_step
+        starts: list[Position | None] = list(positions[first:last]) or [None] * len(self._streams)
+        self._positions: dict[int, list[Position | None]] = {start_step: starts}
+        self._iterator: Any = _open(plan, transform, batch_size, self._streams, starts, start_step)
+
+    def __iter__(self) -> "PairBatches":
+        return self
+
+    def __next__(self) -> PairBatch:
+        if self._iterator is None:
+            raise StopIteration
+        try:
+            parts: list[HostBatch] = next(self._iterator)
+            batch = parts[0].batch
+            if len(parts) > 1:
+                batch = PairBatch(*(np.concatenate(rows) for rows in zip(*(part.batch for part in parts), strict=True)))
+            self._bad_pairs.record([error for part in parts for error in part.errors], len(batch.mask))
+        except BaseException:  # the end of the run: stop reading
+            self.close()
+            raise
+        self._step += 1
+        self._positions[self._step] = [position for part in parts for position in part.positions]
+        self._positions.pop(self._step - KEPT_POSITIONS, None)
+        return batch
+
+    def positions(self, step: int) -> dict[str, Position | None]:
+        """Return the position of each of this process's streams after a step, one of the last few, by its number."""
+        return {str(stream): at for stream, at in zip(self._streams, self._positions[step], strict=True)}
+
+    def __enter__(self) -> "PairBatches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads and workers."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def _open(
+    plan: StreamPlan,
+    transform: PairTransform,
+    batch_size: int,
+    streams: range,
+    positions: Sequence[Position | None],
+    start_step: int,
+) -> _Threads | _Processes:
+    config, cores = transform.config, usable_cores()
+    count = plan.sources.num_examples
+    workers = default_workers(cores, MIN_FOR_WORKERS if count is None else count)
+    workers = min(workers if config.num_workers is None else config.num_workers, len(streams))
+    if not workers:
+        rows = StreamRows(plan, transform, batch_size, streams, positions)
+        return _Threads(rows, start_step, config.num_threads or min(cores, 8), config.prefetch_batches)
+    parts = [
+        (
+            StreamRows(plan, transform, batch_size, mine.tolist(), [positions[i - streams[0]] for i in mine]),
+            range(start_step, ENDLESS),
+        )
+        for mine in np.array_split(np.asarray(streams), workers)
+    ]
+    return _Processes(parts, config.num_threads or 1, config.prefetch_batches * workers)
+
+
+def eval_pair_batches(
+    sources: PairSources,
+    transform: PairTransform,
+    batch_size: int,
+    bad_pairs: BadPairs,
+    share: ProcessShare = WHOLE,
+) -> Iterator[tuple[PairBatch, list[Found | None]]]:
+    """Yield each pair once, in order, with the pairs themselves; the last batch is padded with rows of mask 0.
+
+    Every process reads all shards and decodes its share of each batch's rows; the pairs are those of all rows.
+
+    Raises:
+      UserError: no pair at all, too many bad ones, or a batch that doesn't divide over the processes.
+    """
+    first, last = share.rows(batch_size)
+    size = transform.size_px
+    pairs, number = sources.each_once(), 0
+    with ThreadPoolExecutor(transform.config.num_threads or min(usable_cores(), 8)) as pool:
+        while rows := list(islice(pairs, batch_size)):
+            padded: list[Found | None] = [*rows, *[None] * (batch_size - len(rows))]
+            images = np.empty((last - first, size, size, 3), np.uint8)
+            loaded = list(pool.map(transform.load, padded[first:last], [()] * len(images), images))
+            batch, errors = transform.batch(images, loaded, number + first)
+            batch.index[[found is None for found in padded[first:last]]] = -1
+            bad_pairs.record(errors, len(rows))
+            yield batch, padded
+            number += len(rows)
+    if not number:
+        raise UserError("no pairs in the shards; check the pattern")
