@@ -17,6 +17,7 @@ from clip_har_jax.video.segments import (
     find_segments,
     interpolated_precision,
     mean_average_precision,
+    mean_over_classes,
 )
 
 START_SCORES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -46,6 +47,7 @@ class Track:
     embeddings: Float32[np.ndarray, "n d"]
 
 
+Found = Mapping[str, Sequence[Segment]]  # segments by video
 Localiser = Callable[[Track], list[Segment]]  # finds the segments of a video
 
 
@@ -118,13 +120,16 @@ def _going_on(track: Track, label: str) -> np.ndarray:
     return shown
 
 
-def summarize(tracks: Sequence[Track], labels: Sequence[str], localisers: Mapping[str, Localiser]) -> dict[str, Any]:
+def summarize(tracks: Sequence[Track], labels: Sequence[str], found: Mapping[str, Found]) -> dict[str, Any]:
     """Return the metrics for localisation.json, of each localiser and over frames.
 
     Args:
       tracks: of the test videos.
       labels: of the classes.
-      localisers: by name.
+      found: the segments in each video, by the name of the localiser.
+
+    Raises:
+      UserError: the annotations have no segments.
     """
     frames = frame_average_precisions(tracks, labels)
     result: dict[str, Any] = {
@@ -135,14 +140,13 @@ def summarize(tracks: Sequence[Track], labels: Sequence[str], localisers: Mappin
         "frame_average_precision": frames,
         "localisers": {},
     }
-    for name, localise in localisers.items():
-        found = found_in(tracks, localise)
-        maps = mean_average_precision(found, annotated_in(tracks))
-        by_class = average_precisions(found, annotated_in(tracks))
+    for name, segments in found.items():
+        by_class = average_precisions(segments, annotated_in(tracks))
+        maps = mean_over_classes(by_class)
         result["localisers"][name] = {
             "map": {f"{threshold:g}": value for threshold, value in maps.items()},
             "mean_map": float(np.mean(list(maps.values()))),
-            "num_segments": sum(map(len, found.values())),
+            "num_segments": sum(map(len, segments.values())),
             "average_precision": {
                 label: dict(zip(map("{:g}".format, IOU_THRESHOLDS), map(float, values), strict=True))
                 for label, values in by_class.items()

@@ -275,10 +275,14 @@ class JaxBackend:
 
         Compiled only for one row and for about `batch_size` images.
         """
-        size, parts = 1 if len(images) == 1 else rows_at_once(images, self.batch_size), []
-        program = self._program((size, *images.shape[1:]))
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
+        size = 1 if len(images) == 1 else rows_at_once(images, self.batch_size)
+        return self._batched(self._program((size, *images.shape[1:])), images, size)
+
+    def _batched(self, program: Callable[..., Any], rows: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+        """Return the program's logits, probabilities and embeddings for any number of rows, `size` at once."""
+        parts = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
             outputs = program(self._image_params, self._classes, pad(part, size))
             parts.append([np.asarray(output)[: len(part)] for output in outputs])
         logits, probs, embeddings = (np.concatenate(output) for output in zip(*parts, strict=True))
@@ -315,8 +319,10 @@ class JaxBackend:
 
         restore, answer = self._restore, self._answer
 
-        def pool(params: Mapping[str, Any], classes: Any, frames: jax.Array) -> jax.Array:
-            return answer(Features(restore(params).pool_frames(frames), None, frames), classes)
+        def pool(params: Mapping[str, Any], classes: Any, frames: jax.Array) -> tuple[jax.Array, ...]:
+            features = Features(restore(params).pool_frames(frames), None, frames)
+            logits = answer(features, classes)
+            return logits, jax.nn.softmax(logits), features.image
 
         return jax.jit(pool)
 
@@ -324,15 +330,13 @@ class JaxBackend:
         """Return the features of single frames, the input of `frame_logits`; requires `takes_frames`."""
         return self.embed(images)
 
+    def frame_outputs(self, embeds: Float32[np.ndarray, "b t d"]) -> tuple[np.ndarray, ...]:
+        """Return logits, probabilities and embeddings of clips from the features of their frames, as `outputs` does."""
+        return self._batched(self._pool, embeds, 1 if len(embeds) == 1 else self.batch_size)
+
     def frame_logits(self, embeds: Float32[np.ndarray, "b t d"]) -> Float32[np.ndarray, "b c"]:
         """Return class logits of clips from the features of their frames; equal to `logits` of the clips."""
-        size, parts = 1 if len(embeds) == 1 else self.batch_size, []
-        for start in range(0, len(embeds), size):
-            part = embeds[start : start + size]
-            parts.append(np.asarray(self._pool(self._image_params, self._classes, pad(part, size)))[: len(part)])
-        logits = np.concatenate(parts)
-        check_finite(logits, self.path)
-        return logits
+        return self.frame_outputs(embeds)[0]
 
     def explain(
         self, images: UInt8[np.ndarray, "b h w 3"], class_indices: Sequence[int]

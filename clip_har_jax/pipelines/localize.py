@@ -15,6 +15,7 @@ from clip_har_jax.config import VideoConfig
 from clip_har_jax.data.windows import WINDOW_S, UntrimmedVideo, list_untrimmed
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.localization import (
+    Found,
     Localiser,
     Track,
     annotated_in,
@@ -29,7 +30,7 @@ from clip_har_jax.files import write_json
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.listing import Tally
-from clip_har_jax.preprocess import Preprocess, evaluation_transform
+from clip_har_jax.preprocess import evaluation_transform
 from clip_har_jax.specs import parse_spec
 from clip_har_jax.training.boundaries import by_boundaries, fit_boundaries
 from clip_har_jax.video.clips import TimedFrame
@@ -76,7 +77,7 @@ def localize(
     val_maps = {name: mean_map(val_tracks, localise) for name, localise in localisers.items()}
     chosen = max(val_maps, key=lambda name: val_maps[name])
     tracks = list(make_tracks(backend, judged, window_s))
-    found = found_in(tracks, localisers[chosen])
+    found = {name: found_in(tracks, localise) for name, localise in localisers.items()}
     result = {
         "model_digest": backend.digest,
         "data": data,
@@ -84,18 +85,19 @@ def localize(
         "rules": rules_to_json(rules),
         "val_mean_map": val_maps,
         "chosen": chosen,
-        **summarize(tracks, labels, localisers),
+        **summarize(tracks, labels, found),
     }
     with output_folder(output) as folder:
         write_json(folder / "localisation.json", result)
-        write_json(folder / "segments.json", {name: [one._asdict() for one in ones] for name, ones in found.items()})
-        (folder / "timeline.png").write_bytes(_timeline(tracks, found, labels))
+        segments = {video: [one._asdict() for one in ones] for video, ones in found[chosen].items()}
+        write_json(folder / "segments.json", segments)
+        (folder / "timeline.png").write_bytes(_timeline(tracks, found[chosen], labels))
         if head is not None:
             save_file(head.params, folder / "boundaries.safetensors", {"longest_s": str(head.longest_s)})
     return result
 
 
-def _timeline(tracks: Sequence[Track], found: Any, labels: Sequence[str]) -> bytes:
+def _timeline(tracks: Sequence[Track], found: Found, labels: Sequence[str]) -> bytes:
     from clip_har_jax.evaluation.timeline import draw_timelines
 
     return draw_timelines(annotated_in(tracks), found, labels)
@@ -129,40 +131,53 @@ def make_tracks(backend: JaxBackend, videos: Sequence[UntrimmedVideo], window_s:
 def follow(backend: JaxBackend, video: UntrimmedVideo, window_s: float) -> Track:
     """Return a model's output over the time of one video: for each frame, of the window around it.
 
-    Only the frames of one batch of windows are held, so memory grows with the video only by the outputs.
+    Each frame is encoded once, unless the model's tower looks over the frames of a window. Only the frames of one batch
+    of windows are held, so memory grows with the video only by the outputs.
     """
     num_frames = int(backend.actions.video.get("num_frames", VideoConfig.num_frames))
     rate_hz = num_frames / window_s
     times_s, outputs = [], []
-    windows = iter(sliding_windows(video.frames(rate_hz), num_frames, backend.preprocess))
+    answer = backend.frame_outputs if backend.takes_frames else backend.outputs
+    windows = iter(sliding_windows(_encoded(backend, video.frames(rate_hz)), num_frames))
     while chunk := list(islice(windows, backend.batch_size)):
         times_s += [time_s for time_s, _ in chunk]
-        outputs.append(backend.outputs(np.stack([frames for _, frames in chunk]))[1:])
+        outputs.append(answer(np.stack([rows for _, rows in chunk]))[1:])
     probs, embeddings = (np.concatenate(parts).astype(np.float32) for parts in zip(*outputs, strict=True))
     middles_s = np.asarray(times_s) + (0.5 / rate_hz if num_frames % 2 == 0 else 0.0)
     return Track(video.name, video.duration_s, video.segments, middles_s, probs, embeddings)
 
 
-def sliding_windows(
-    frames: Iterable[TimedFrame], num_frames: int, preprocess: Preprocess
-) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield the window around each frame, with the frame's time; the first and last frame repeat outside the video."""
+def _encoded(backend: JaxBackend, frames: Iterable[TimedFrame]) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield each frame's time with its features, or with its pixels if the model can't encode single frames."""
+    timed = iter(frames)
+    while chunk := list(islice(timed, backend.batch_size)):
+        images = np.stack([evaluation_transform(frame.image, backend.preprocess) for frame in chunk])
+        rows = backend.embed_frames(images) if backend.takes_frames else images
+        yield from zip([frame.time_s for frame in chunk], rows, strict=True)
+
+
+def sliding_windows(frames: Iterable[tuple[float, np.ndarray]], num_frames: int) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield the window around each frame, with the frame's time; the first and last frame repeat outside the video.
+
+    Args:
+      frames: times with rows of any shape: pixels or features.
+      num_frames: of a window.
+    """
     before = (num_frames - 1) // 2  # the rest of the window comes after the frame
     held: deque[np.ndarray] = deque(maxlen=num_frames)
-    times_s: deque[float] = deque()
-    for frame in frames:
-        image = evaluation_transform(frame.image, preprocess)
+    times: deque[float] = deque()
+    for time_s, row in frames:
         if not held:
-            held.extend([image] * before)
-        held.append(image)
-        times_s.append(frame.time_s)
+            held.extend([row] * before)
+        held.append(row)
+        times.append(time_s)
         if len(held) == num_frames:
-            yield times_s.popleft(), np.stack(held)
+            yield times.popleft(), np.stack(held)
     last = held[-1] if held else None
-    while times_s and last is not None:
+    while times and last is not None:
         held.append(last)
         if len(held) == num_frames:
-            yield times_s.popleft(), np.stack(held)
+            yield times.popleft(), np.stack(held)
 
 
 def print_result(result: dict[str, Any], output: str | Path) -> None:

@@ -175,7 +175,17 @@ def mean_average_precision(
     >>> mean_average_precision({"v": [Segment(0, 1.2, "a", 0.9)]}, true, (0.5, 0.7))
     {0.5: 1.0, 0.7: 0.0}
     """
-    by_class = average_precisions(found, true, thresholds)
+    return mean_over_classes(average_precisions(found, true, thresholds), thresholds)
+
+
+def mean_over_classes(
+    by_class: Mapping[str, Float64[np.ndarray, " t"]], thresholds: Sequence[float] = IOU_THRESHOLDS
+) -> dict[float, float]:
+    """Return the mAP at each threshold from the result of `average_precisions`.
+
+    Raises:
+      UserError: no class is annotated.
+    """
     if not by_class:
         raise UserError("the annotations hold no segment, so there is nothing to judge by")
     means = np.mean(list(by_class.values()), axis=0)

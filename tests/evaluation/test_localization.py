@@ -83,7 +83,7 @@ def test_frame_map_by_hand():
 def test_the_summary_and_the_picture():
     tracks = [drawn_track(seed) for seed in range(3)]
     localise = by_hysteresis(LABELS, SegmentRules(0.5, 0.5))
-    result = summarize(tracks, LABELS, {"hysteresis": localise})
+    result = summarize(tracks, LABELS, {"hysteresis": found_in(tracks, localise)})
     assert result["num_videos"] == 3 and result["hours"] == pytest.approx(60 / 3600)
     assert list(result["localisers"]["hysteresis"]["map"]) == ["0.3", "0.4", "0.5", "0.6", "0.7"]
     assert result["frame_map"] == pytest.approx(1.0)

@@ -12,8 +12,6 @@ from clip_har_jax.data.windows import VideoFile
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.pipelines.localize import follow, list_videos, localize, sliding_windows
-from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.video.clips import TimedFrame
 from tests.support.model_folders import write_model
 from tests.support.videos import write_clip
 
@@ -34,14 +32,14 @@ def start(tmp_path_factory):
 
 @pytest.mark.parametrize("num_frames", [1, 4, 5])
 def test_the_window_about_a_frame(num_frames):
-    frames = [TimedFrame(i / 2, np.full((8, 8, 3), 10 * i, np.uint8)) for i in range(6)]
-    found = list(sliding_windows(frames, num_frames, Preprocess(8)))
+    frames = [(i / 2, np.array([10 * i])) for i in range(6)]
+    found = list(sliding_windows(frames, num_frames))
     assert [time_s for time_s, _ in found] == [i / 2 for i in range(6)]
     before = (num_frames - 1) // 2
     for i, (_, window) in enumerate(found):
         expected = np.clip(np.arange(i - before, i - before + num_frames), 0, 5) * 10
-        assert window[:, 0, 0, 0].tolist() == expected.tolist()
-    assert list(sliding_windows([], num_frames, Preprocess(8))) == []
+        assert window[:, 0].tolist() == expected.tolist()
+    assert list(sliding_windows([], num_frames)) == []
 
 
 def test_a_video_is_followed_at_its_middles(start):
@@ -51,6 +49,21 @@ def test_a_video_is_followed_at_its_middles(start):
     np.testing.assert_allclose(np.diff(track.times_s), 0.25, atol=0.06)
     assert track.probs.shape == (12, 3) and track.embeddings.shape == (12, 16)
     np.testing.assert_allclose(track.probs.sum(axis=1), 1, atol=1e-5)
+
+
+def test_each_frame_is_encoded_once_and_the_answers_are_those_of_whole_windows(start, monkeypatch):
+    model, root = start
+    backend, video = JaxBackend(model, batch_size=5), VideoFile(str(root / "a.mp4"), 3.0, ())
+    encoded = []
+    embed = backend.embed_frames
+    monkeypatch.setattr(backend, "embed_frames", lambda images: encoded.append(len(images)) or embed(images))
+    ours = follow(backend, video, window_s=2.0)
+    assert sum(encoded) == len(ours.times_s) == 12
+    monkeypatch.setitem(backend.__dict__, "takes_frames", False)  # as a model whose tower looks over the frames
+    whole = follow(backend, video, window_s=2.0)
+    assert sum(encoded) == 12
+    np.testing.assert_allclose(ours.probs, whole.probs, atol=1e-5)
+    np.testing.assert_allclose(ours.embeddings, whole.embeddings, atol=1e-5)
 
 
 def test_localize_writes_what_it_found(start, tmp_path):

@@ -10,7 +10,6 @@ import pytest
 
 from clip_har_jax.data.windows import VideoFile
 from clip_har_jax.pipelines.localize import sliding_windows
-from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.video.clips import iter_frames, read_clip, video_duration
 from clip_har_jax.video.decoding import BadVideo
 from clip_har_jax.video.sampling import FrameSampling
@@ -56,8 +55,8 @@ def test_one_frame_is_a_clip(tmp_path: Path) -> None:
     write_clip(tmp_path / "one.mp4", count=1)
     clip = read_clip(tmp_path / "one.mp4", FrameSampling(8))
     assert len(clip.frames) == 8 and all(np.array_equal(frame, clip.frames[0]) for frame in clip.frames)
-    windows = list(sliding_windows(iter_frames(tmp_path / "one.mp4"), 4, Preprocess(16)))
-    assert len(windows) == 1 and windows[0][1].shape == (4, 16, 16, 3)
+    windows = list(sliding_windows(iter_frames(tmp_path / "one.mp4"), 4))
+    assert len(windows) == 1 and windows[0][1].shape == (4, *clip.frames[0].shape)
 
 
 def test_a_span_of_a_clip_holds_its_frames(tmp_path: Path) -> None:
@@ -85,8 +84,8 @@ def test_ten_hours_are_read_in_bounded_memory(long_video: Path) -> None:
     tracemalloc.start()
     try:
         clip = read_clip(long_video, FrameSampling(8))
-        windows = sliding_windows(VideoFile(str(long_video), 0.0, ()).frames(0.5), 8, Preprocess(16))
-        count = sum(1 for _, window in windows if window.shape == (8, 16, 16, 3))
+        windows = sliding_windows(VideoFile(str(long_video), 0.0, ()).frames(0.5), 8)
+        count = sum(1 for _, window in windows if window.shape == (8, 32, 32, 3))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
