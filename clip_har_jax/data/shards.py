@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from clip_har_jax import remote
 from clip_har_jax.errors import UserError
@@ -126,8 +126,8 @@ def _faults(path: str, where: str) -> Iterator[None]:
         raise UserError(f"{error.filename or where}: can't be listed ({reason}); check its permissions") from error
 
 
-def open_shard(path: str) -> IO[bytes]:
-    """Return a shard opened for reading; from an object store, blocks are read ahead.
+def open_shard(path: str) -> Any:
+    """Return a binary file opened for reading; from an object store, blocks are read ahead.
 
     Raises:
       OSError: it can't be read.

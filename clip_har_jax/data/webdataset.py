@@ -11,7 +11,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from clip_har_jax.data.examples import fingerprint_of
 from clip_har_jax.data.pairs import END, BadPair, Found, PairReader, make_pair
@@ -56,7 +56,7 @@ class WebDataset(PairReader):
             yield BadPair(path, f"it can't be read after byte {at} ({reason}); copy the shard again"), END
 
 
-def _unpacked(file: IO[bytes], path: str) -> Any:
+def _unpacked(file: Any, path: str) -> Any:
     return gzip.GzipFile(fileobj=file) if path.endswith("gz") else file
 
 

@@ -14,7 +14,7 @@ from clip_har_jax.data.pair_sources import PairSources, has_pairs, make_pair_sou
 from clip_har_jax.data.pairs import END, BadPair, Pair
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
-from tests.support.pair_shards import pair_members, write_shards, write_tar
+from tests.support.pair_shards import pair_members, write_parquet, write_shards, write_tar
 from tests.support.sources import encoded
 
 
@@ -207,13 +207,6 @@ def test_cut_between_two_members_or_with_a_damaged_header_a_shard_isn_t_whole(tm
     assert "damaged header" in reasons(read(f"webdataset:{path}"))[0]
     path.write_bytes(b"no tar at all" * 100)
     assert len(reasons(read(f"webdataset:{path}"))) == 1
-
-
-def write_parquet(path: Path, rows: list[tuple[object, object]], kind: pa.DataType, group: int = 2) -> str:
-    images, texts = zip(*rows, strict=True)
-    table = pa.table({"image": pa.array(images, kind), "caption": pa.array(texts, pa.string())})
-    pq.write_table(table, path, row_group_size=group)
-    return f"parquet:{path}"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,10 @@ import io
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tests.support.sources import encoded
 
@@ -38,3 +42,11 @@ def write_shards(folder: Path, sizes: Sequence[int]) -> str:
     return (
         f"webdataset:{folder}/{{000..{len(sizes) - 1:03d}}}.tar" if len(sizes) > 1 else f"webdataset:{folder}/000.tar"
     )
+
+
+def write_parquet(path: Path, rows: Sequence[tuple[Any, str | None]], kind: pa.DataType) -> str:
+    """Write images and captions in row groups of two; return the SPEC."""
+    images, texts = zip(*rows, strict=True)
+    table = pa.table({"image": pa.array(images, kind), "caption": pa.array(texts, pa.string())})
+    pq.write_table(table, path, row_group_size=2)
+    return f"parquet:{path}"
