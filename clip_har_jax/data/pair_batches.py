@@ -207,6 +207,9 @@ class PairBatches:
       positions: of all streams, after step `start_step`; empty: from the start.
       start_step: number of batches read before.
       share: this process's share of the streams.
+
+    Attributes:
+      step: number of the last batch that was given.
     """
 
     def __init__(
@@ -220,7 +223,7 @@ class PairBatches:
         share: ProcessShare = WHOLE,
     ):
         first, last = share.rows(plan.num_streams)
-        self._streams, self._bad_pairs, self._step = range(first, last), bad_pairs, start_step
+        self._streams, self._bad_pairs, self.step = range(first, last), bad_pairs, start_step
         starts: list[Position | None] = list(positions[first:last]) or [None] * len(self._streams)
         self._positions: dict[int, list[Position | None]] = {start_step: starts}
         self._iterator: Any = _open(plan, transform, batch_size, self._streams, starts, start_step)
@@ -240,9 +243,9 @@ class PairBatches:
         except BaseException:  # the end of the run: stop reading
             self.close()
             raise
-        self._step += 1
-        self._positions[self._step] = [position for part in parts for position in part.positions]
-        self._positions.pop(self._step - KEPT_POSITIONS, None)
+        self.step += 1
+        self._positions[self.step] = [position for part in parts for position in part.positions]
+        self._positions.pop(self.step - KEPT_POSITIONS, None)
         return batch
 
     def positions(self, step: int) -> dict[str, Position | None]:

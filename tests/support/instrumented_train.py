@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from clip_har_jax.data.pair_batches import PairBatches
 from clip_har_jax.data.pipeline import BatchIterator
 
 NOTES, SCRIPT = Path(os.environ["NOTES"]), Path(__file__).parents[2] / "scripts" / "train.py"
@@ -48,7 +49,14 @@ def main():
         if batches.seed is not None:  # of training
             note_rows(self, start_step)
 
+    make_pairs = PairBatches.__init__
+
+    def make_pairs_noting(self, *arguments):
+        make_pairs(self, *arguments)
+        note_rows(self, self.step)
+
     setattr(BatchIterator, "__init__", make_noting)  # noqa: B010  (a method, to a type checker)
+    setattr(PairBatches, "__init__", make_pairs_noting)  # noqa: B010
     jax.monitoring.register_event_listener(on_event)
     sys.argv[0] = str(SCRIPT)
     try:
