@@ -36,7 +36,10 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):  # a heading, such as MLflow prints over its failures
         lines[0] = f"{lines[-1]} ({lines[0][:-1]})"
-    text = re.sub(r"^\[Errno -?\d+\] ", "", lines[0]) if lines else type(error).__name__
+    text = lines[0] if lines else type(error).__name__
+    if cause := re.search(r"\(Caused by \w+\((.*)\)\)", text):  # of requests: after a URL that fills the line
+        text = cause[1].rpartition("): ")[2].strip("'\"")
+    text = re.sub(r"(^|: )\[Errno -?\d+\] ", r"\1", text)
     return without_secrets(text)[:MAX_LENGTH]
 
 

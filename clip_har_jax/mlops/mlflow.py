@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from clip_har_jax.mlops.tracking import FAILED, FINISHED, STOPPED, Handle, Metri
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # hides messages on the set-up of its database
 logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry; the failure itself is raised
 EXPERIMENT = "clip_har_jax"
 BATCH = 100  # parameters in one request, MLflow's limit
 LOCK_S = 60.0
@@ -153,8 +154,8 @@ class Mlflow:
             self.client.log_batch(run.info.run_id, params=batch)
         return run.info.run_id
 
-    def write(self, step: int, metrics: Metrics) -> None:
-        self.log(_entities(step, metrics))
+    def write(self, records: Sequence[tuple[int, Metrics]]) -> None:
+        self.log(metric for step, metrics in records for metric in _entities(step, metrics))
 
     def log(self, metrics: Iterable[Metric]) -> None:
         """Log any number of metrics."""

@@ -9,7 +9,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -38,10 +38,11 @@ class TensorBoard:
         self._write_text("config", _table(info.params))
         self.tag(info.tags)
 
-    def write(self, step: int, metrics: Metrics) -> None:
-        self._step = step
-        given = ((name, value) for name, value in metrics.items() if value is not None)
-        self._summarise(*(summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in given))
+    def write(self, records: Sequence[tuple[int, Metrics]]) -> None:
+        for step, metrics in records:
+            self._step = step
+            given = ((name, value) for name, value in metrics.items() if value is not None)
+            self._summarise(*(summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in given))
 
     def tag(self, tags: Mapping[str, str]) -> None:
         self._write_text("run", _table(tags))

@@ -6,11 +6,11 @@ metrics.jsonl is the reference: it contains the records that a tracker missed, a
 import contextlib
 import importlib
 import json
-import queue
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -86,8 +86,8 @@ class Tracker(Protocol):
 
     handle: Handle
 
-    def write(self, step: int, metrics: Metrics) -> None:
-        """Record the metrics of one step."""
+    def write(self, records: Sequence[tuple[int, Metrics]]) -> None:
+        """Record the metrics of steps."""
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Add tags."""
@@ -97,6 +97,17 @@ class Tracker(Protocol):
 
     def close(self, status: str) -> None:
         """End this start of the run with a status: FINISHED, STOPPED or FAILED."""
+
+
+Call = Callable[[Tracker], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The metrics of one step, to be written."""
+
+    step: int
+    metrics: Metrics
 
 
 def open_tracker(name: str, info: RunInfo, handle: Handle | None) -> Tracker:
@@ -139,77 +150,97 @@ class State:
 class BackgroundTracker:
     """A tracker behind a bounded queue and a circuit breaker, on its own thread.
 
-    After `FAILURES` consecutive failures, or the first one if the tracker can't be opened, calls are suspended for
-    `PAUSE_S`; then one call decides. Records that arrive meanwhile, or don't fit the queue, are counted and dropped:
-    metrics.jsonl contains them.
+    Records that wait are passed on together, so that a slow tracker falls behind less. After `FAILURES` consecutive
+    failures, or the first one if the tracker can't be opened, calls are suspended for `PAUSE_S`; then one call decides.
+    Records that arrive meanwhile, or don't fit the queue, are counted and dropped: metrics.jsonl contains them.
     """
 
     QUEUE = 2000
     FAILURES = 3
     PAUSE_S = 60.0
-    CALL_S = 120.0  # at the end of the run, a tracker with a longer call isn't waited for
+    END_S = 120.0  # at the end of the run, a tracker isn't waited for longer
+    FAILED_S = 5.0  # nor for longer than this after a call that failed
     STOPPED_S = 15.0  # nor for longer in total, if a signal ended the run
 
     def __init__(self, name: str, make: Callable[[Handle | None], Tracker], state: State):
         self.name, self.missed, self.error = name, 0, ""
         self._make, self._state = make, state
-        self._queue: queue.Queue[Callable[[Tracker], None] | str] = queue.Queue(self.QUEUE)
+        self._changed = threading.Condition()  # guards the next three
+        self._waiting: deque[Record | Call] = deque()
+        self._in_call = 0  # of the items, those in the current call
+        self._status = ""  # at the end: FINISHED, STOPPED or FAILED
         self._tracker: Tracker | None = None
         self._breaker = CircuitBreaker(self.FAILURES, self.PAUSE_S, throw_new_error_on_trip=False)
-        self._moved, self._abandoned = time.monotonic(), False
+        self._failed_at: float | None = None  # when the last call failed; None: it succeeded
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, call: Callable[[Tracker], None]) -> None:
-        """Queue a call without waiting; count it as missed if the queue is full."""
-        try:
-            self._queue.put_nowait(call)
-        except queue.Full:
-            self.missed += 1
-
-    def _work(self) -> None:
-        while not isinstance(call := self._queue.get(), str):
-            if self._abandoned:
+    def put(self, item: Record | Call) -> None:
+        """Queue a record or a call without waiting for the tracker; count it as missed if the queue is full."""
+        with self._changed:
+            if len(self._waiting) >= self.QUEUE:
                 self.missed += 1
             else:
-                self._try(call)
-            self._moved = time.monotonic()
-        if self._tracker is not None:  # even if the breaker is open: it has files and connections to close
-            status = call
-            self._breaker.close()
-            self._try(lambda tracker: tracker.close(status))
+                self._waiting.append(item)
+                self._changed.notify()
 
-    def _try(self, call: Callable[[Tracker], None]) -> None:
+    def _take(self) -> list[Record | Call]:
+        """Wait for a call, or for records, and return all records up to the next call; empty at the end."""
+        with self._changed:
+            self._in_call = 0
+            self._changed.wait_for(lambda: self._waiting or self._status)
+            taken = [self._waiting.popleft()] if self._waiting else []
+            while taken and isinstance(taken[0], Record) and self._waiting and isinstance(self._waiting[0], Record):
+                taken.append(self._waiting.popleft())
+            self._in_call = len(taken)
+            return taken
+
+    def _work(self) -> None:
+        while taken := self._take():
+            if isinstance(call := taken[0], Record):
+                records = [(item.step, item.metrics) for item in taken if isinstance(item, Record)]
+                self._try(lambda tracker, records=records: tracker.write(records), len(records))  # type: ignore[misc]
+            else:
+                self._try(call, 1)
+        if self._tracker is not None:  # even if the breaker is open: it has files and connections to close
+            self._breaker.close()
+            self._try(lambda tracker: tracker.close(self._status), 1)
+
+    def _try(self, call: Call, items: int) -> None:
         try:
             self._breaker.call(self._call, call)
+            self._failed_at = None
         except CircuitBreakerError:  # open: calls are suspended
-            self.missed += 1
+            self.missed += items
         except (Exception, SystemExit) as error:  # no error of a tracker may end the run
-            self.missed += 1
+            self.missed += items
+            self._failed_at = time.monotonic()
             if self._tracker is None:
                 self._breaker.open()
             if not self.error:
                 self.error = remote.one_line(error)
                 print(f"warning: {self.name}: {self.error}; the run goes on", file=sys.stderr, flush=True)
 
-    def _call(self, call: Callable[[Tracker], None]) -> None:
+    def _call(self, call: Call) -> None:
         if self._tracker is None:
             self._tracker = self._make(self._state.get(self.name).get("handle"))
             self._state.update(self.name, handle=self._tracker.handle)
         call(self._tracker)
 
-    def close(self, status: str) -> None:
-        """Wait for queued calls while they progress, close the tracker, and report the missed records."""
-        deadline = time.monotonic() + (self.STOPPED_S if status == STOPPED else float("inf"))
-        self._moved = time.monotonic()
-        while not self._is_late(deadline):
-            with contextlib.suppress(queue.Full):
-                self._queue.put(status, timeout=0.1)
-                break
-        while self._thread.is_alive() and not self._is_late(deadline):
+    def end(self, status: str) -> None:
+        """Let the thread close the tracker after everything that waits."""
+        with self._changed:
+            self._status = status
+            self._changed.notify()
+
+    def wait(self, begin: float) -> None:
+        """Wait for the thread, within the bounds after `begin` (`time.monotonic`), and report the missed records."""
+        while self._thread.is_alive() and time.monotonic() < self._end_of_wait(begin):
             self._thread.join(timeout=0.1)
-        self._abandoned = True
-        missed = self.missed + (self._queue.qsize() if self._thread.is_alive() else 0)
+        with self._changed:
+            # An abandoned call may still succeed; `sync` finds out what is there.
+            missed = self.missed + (len(self._waiting) + self._in_call if self._thread.is_alive() else 0)
+            self._waiting.clear()
         missed += self._state.get(self.name).get("missed", 0)
         with contextlib.suppress(OSError):  # a full disk, which the run has reported
             self._state.update(self.name, missed=missed)
@@ -219,9 +250,10 @@ class BackgroundTracker:
                 file=sys.stderr,
             )
 
-    def _is_late(self, deadline: float) -> bool:
-        now = time.monotonic()
-        return now > deadline or now - self._moved > self.CALL_S
+    def _end_of_wait(self, begin: float) -> float:
+        end = begin + (self.STOPPED_S if self._status == STOPPED else self.END_S)
+        failed_at = self._failed_at
+        return end if failed_at is None else min(end, max(failed_at, begin) + self.FAILED_S)
 
 
 class Trackers:
@@ -248,8 +280,7 @@ class Trackers:
         ]
 
     def write(self, step: int, metrics: Metrics) -> None:
-        values = dict(metrics)
-        self._put(lambda tracker: tracker.write(step, values))
+        self._put(Record(step, dict(metrics)))
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Add tags that weren't known at the start, such as the model's digest."""
@@ -260,12 +291,16 @@ class Trackers:
         self._put(lambda tracker: tracker.log_folder(name, folder))
 
     def close(self) -> None:
+        """End all trackers, and wait for them together."""
+        begin = time.monotonic()
         for tracker in self._trackers:
-            tracker.close(self.status)
+            tracker.end(self.status)
+        for tracker in self._trackers:
+            tracker.wait(begin)
 
-    def _put(self, call: Callable[[Tracker], None]) -> None:
+    def _put(self, item: Record | Call) -> None:
         for tracker in self._trackers:
-            tracker.put(call)
+            tracker.put(item)
 
 
 def hand_over(trackers: Trackers, model: epath.Path, report: epath.Path) -> None:

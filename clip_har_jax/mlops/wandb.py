@@ -7,7 +7,7 @@ import netrc
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -66,9 +66,10 @@ class Wandb:
             ),
         )
 
-    def write(self, step: int, metrics: Metrics) -> None:
-        # A resumed run may go back some steps, which W&B's own counter would refuse.
-        self._run.log({"step": step} | {name: value for name, value in metrics.items() if value is not None})
+    def write(self, records: Sequence[tuple[int, Metrics]]) -> None:
+        for step, metrics in records:
+            # A resumed run may go back some steps, which W&B's own counter would refuse.
+            self._run.log({"step": step} | {name: value for name, value in metrics.items() if value is not None})
 
     def tag(self, tags: Mapping[str, str]) -> None:
         self._run.summary.update(dict(tags))

@@ -153,6 +153,29 @@ def test_a_race_is_tried_again_and_other_errors_are_not():
     assert calls == ["broken"]
 
 
+@pytest.mark.parametrize(
+    ("cause", "line"),
+    [
+        (
+            "NewConnectionError(\"HTTPConnection(host='h', port=1): Failed to establish a new connection: "
+            '[Errno 111] Connection refused")',
+            "Failed to establish a new connection: Connection refused",
+        ),
+        (
+            "ReadTimeoutError(\"HTTPConnectionPool(host='h', port=1): Read timed out. (read timeout=20)\")",
+            "Read timed out. (read timeout=20)",
+        ),
+    ],
+)
+def test_the_cause_of_a_failed_request_is_told_not_its_address(cause, line):
+    """Such a message holds the whole URL, twice, before its cause: more than a line."""
+    url = "/api/2.0/mlflow/runs/log-batch?" + "x" * 200
+    error = Exception(
+        f"API request failed with exception Pool(host='h'): Max retries exceeded: {url} (Caused by {cause})"
+    )
+    assert remote.one_line(error) == line
+
+
 def test_no_secret_of_an_address_is_told():
     error = RuntimeError("GET https://me:hunter2@host/path?token=abc&x=1 failed\nsecond line")
     assert remote.one_line(error) == "GET https://host/path?token=...&x=1 failed"

@@ -244,8 +244,8 @@ class Recorder:
     def __init__(self, seen):
         self.handle, self.seen = {"id": 1}, seen
 
-    def write(self, step, metrics):
-        self.seen.append(step)
+    def write(self, records):
+        self.seen += [step for step, _ in records]
 
     def tag(self, tags):
         self.seen.append(dict(tags))
@@ -298,7 +298,7 @@ def test_a_tracker_that_hangs_is_never_waited_for(tmp_path, monkeypatch, capsys)
     hang = threading.Event()
 
     class Hanging(Recorder):
-        def write(self, step, metrics):
+        def write(self, records):
             hang.wait()
 
     trackers = Trackers(("mlflow",), facts_of(tmp_path), lambda *_: Hanging([]))
@@ -310,23 +310,74 @@ def test_a_tracker_that_hangs_is_never_waited_for(tmp_path, monkeypatch, capsys)
     hang.set()
 
 
+def test_records_that_wait_for_a_slow_tracker_are_written_together(tmp_path):
+    calls: list[int] = []
+    seen: list[Any] = []
+    first, go = threading.Event(), threading.Event()
+
+    class Slow(Recorder):
+        def write(self, records):
+            calls.append(len(records))
+            first.set()
+            go.wait()
+            super().write(records)
+
+    trackers = Trackers(("mlflow",), facts_of(tmp_path), lambda *_: Slow(seen))
+    trackers.write(0, {})
+    first.wait()
+    for step in range(1, 500):
+        trackers.write(step, {})
+    trackers.tag({"a": "b"})
+    trackers.write(500, {})
+    go.set()
+    trackers.status = FINISHED
+    trackers.close()
+    assert calls == [1, 499, 1]
+    assert seen == [*range(500), {"a": "b"}, 500, FINISHED]
+
+
+@pytest.mark.timeout(60)  # each bound alone would be longer
+@pytest.mark.parametrize("kind", ["answers late", "fails late"])
+def test_the_end_of_a_run_waits_for_all_trackers_within_one_bound(kind, tmp_path, monkeypatch):
+    """Every call makes progress, but the queue would take hours."""
+    monkeypatch.setattr(BackgroundTracker, "END_S", 1.0 if kind == "answers late" else 3600.0)
+    monkeypatch.setattr(BackgroundTracker, "FAILED_S", 0.3)
+    monkeypatch.setattr(BackgroundTracker, "FAILURES", 10**6)
+
+    class Late(Recorder):
+        def log_folder(self, name, folder):
+            time.sleep(0.2)
+            if kind == "fails late":
+                time.sleep(0.4)
+                raise ConnectionError("read timed out")
+
+    trackers = Trackers(("tensorboard", "mlflow", "wandb"), facts_of(tmp_path), lambda *_: Late([]))
+    for _ in range(1000):
+        trackers.log_folder("model", tmp_path)
+    trackers.status = FINISHED
+    trackers.close()
+    assert State(tmp_path).get("wandb")["missed"] > 900
+
+
 def test_the_circuit_opens_after_failures_and_closes_after_the_pause(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(BackgroundTracker, "PAUSE_S", 0.2)
     tried: list[int] = []
     seen: list[Any] = []
 
     class Flaky(Recorder):
-        def write(self, step, metrics):
-            tried.append(step)
-            if step < 100:
+        def write(self, records):
+            tried.append(records[0][0])
+            if records[0][0] < 100:
                 raise ConnectionError("no route to host")
-            super().write(step, metrics)
+            super().write(records)
 
     trackers = Trackers(("mlflow",), facts_of(tmp_path), lambda *_: Flaky(seen))
-    for step in range(20):
+    for step in range(3):
         trackers.write(step, {})
-    while len(tried) < 3:
-        time.sleep(0.01)
+        while len(tried) <= step:
+            time.sleep(0.01)
+    for step in range(3, 20):
+        trackers.write(step, {})
     time.sleep(0.3)
     assert tried == [0, 1, 2]  # the rest came while the circuit was open
     trackers.write(100, {})
