@@ -117,6 +117,28 @@ class PublishedTokenizer:
             (folder / name).write_bytes(content)
 
 
+class NoTokenizer:
+    """Stands for the tokenizer of a model with an image tower alone; it refuses all texts."""
+
+    def __init__(self, where: str):
+        self._where = where
+
+    def __call__(self, texts: Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Refuse the texts."""
+        self.words("")
+        raise AssertionError
+
+    def words(self, text: str) -> list[int]:
+        """Refuse the text."""
+        raise UserError(
+            f"{self._where}: an image tower alone, which knows no texts; train a linear head for its classes "
+            "(method.name=linear_probe), or use a model with a text tower"
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write nothing."""
+
+
 def read_tokenizer(folder: str | Path) -> Tokenizer | PublishedTokenizer:
     """Read the tokenizer of a model folder.
 

@@ -24,7 +24,7 @@ from clip_har_jax.inference.backends import (
     rows_at_once,
 )
 from clip_har_jax.inference.program_cache import KeptEntry, model_folder_digest, read_tensors
-from clip_har_jax.models.hf_layout import TABLES, TEMPORAL_FILE, hf_names, params_from_hf
+from clip_har_jax.models.hf_layout import IMAGE_ALONE, TABLES, TEMPORAL_FILE, hf_names, params_from_hf
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.preprocess import Preprocess
 
@@ -198,7 +198,7 @@ class JaxBackend:
         config = self.path / "config.json"
         if not config.is_file():  # an open_clip folder
             return None
-        table = TABLES[read_object(config).get("model_type", "clip")]
+        table = TABLES[read_object(config).get("model_type", "clip").removesuffix(IMAGE_ALONE)]
         own = {name: aval.shape for name, aval in avals.items() if name in table}
         added = [name for name in avals if name not in table]
         file = self.path / "model.safetensors"

@@ -38,7 +38,8 @@ class FlaxCLIPModel(TwoTowers):
 
     def _make_projections(self, rngs: nnx.Rngs) -> None:
         dim = self.config.projection_dim
-        self.text_projection = project(self.config.text, dim, self.runtime, rngs)
+        if self.config.has_texts:
+            self.text_projection = project(self.config.text, dim, self.runtime, rngs)
         self.visual_projection = project(self.config.vision, dim, self.runtime, rngs)
 
     def project_image(self, features: Float[Array, "*b v"]) -> Float[Array, "*b d"]:

@@ -46,7 +46,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower; the defaults are those of CLIP ViT-B/32.
+    """The text tower; the defaults are those of CLIP ViT-B/32. Without layers there is none, see `NO_TEXTS`.
 
     Attributes:
       pooling: end: at the first end token; last: at the last position.
@@ -64,6 +64,9 @@ class TextConfig(TowerConfig):
     pad_token_id: int = 1
     pooling: str = "end"
     causal: bool = True
+
+
+NO_TEXTS = TextConfig(num_layers=0)  # the text tower of a folder that has the image tower alone
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class TwoTowerConfig:
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592
     temporal: str = "mean"
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there is a text tower; without one, a model needs a head that knows its classes."""
+        return self.text.num_layers > 0
 
 
 # our field -> the key in Hugging Face's config.json
@@ -168,7 +176,8 @@ def check_config(config: TwoTowerConfig) -> None:
     Raises:
       UserError: sizes below 1, heads that don't divide the width, patches larger than the image, an unknown activation.
     """
-    for name, tower in (("text", config.text), ("vision", config.vision)):
+    towers: list[tuple[str, TowerConfig]] = [("vision", config.vision)]
+    for name, tower in [("text", config.text), *towers] if config.has_texts else towers:
         if min(tower.hidden_size, tower.intermediate_size, tower.num_layers, tower.num_heads) < 1:
             raise UserError(f"{name} tower: sizes below 1 ({tower})")
         if tower.hidden_size % tower.num_heads:

@@ -5,12 +5,13 @@ tests/support/make_golden.py; CONTRIBUTING.md has the recipe.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.models import clip, siglip
-from clip_har_jax.models.configuration import TwoTowerConfig, check_config
+from clip_har_jax.models.configuration import NO_TEXTS, TwoTowerConfig, check_config
+from clip_har_jax.models.hf_layout import IMAGE_ALONE
 from clip_har_jax.models.two_towers import TwoTowers
 from clip_har_jax.preprocess import Preprocess
 
@@ -62,18 +63,23 @@ def config_from_hf(values: Any) -> TwoTowerConfig:
       UserError: an unknown family, a value of a wrong type, or one that `check_config` refuses.
     """
     model_type = values.get("model_type", "clip") if isinstance(values, dict) else None
-    if model_type not in FAMILIES:
+    family = str(model_type).removesuffix(IMAGE_ALONE)
+    if family not in FAMILIES:
         raise UserError(f"model_type is {model_type!r}; {nearest(str(model_type), list(FAMILIES))}")
-    config = FAMILIES[model_type].config_from_hf(values)
+    if family == model_type:
+        config = FAMILIES[family].config_from_hf(values)
+    else:  # an image tower alone: its settings stand at the top; no text tower contradicts their width
+        parts = {"vision_config": values, "text_config": {"projection_size": values.get("hidden_size")}}
+        config = replace(FAMILIES[family].config_from_hf(values | parts), text=NO_TEXTS)
     check_config(config)
     return config
 
 
 def config_to_hf(config: TwoTowerConfig) -> dict[str, Any]:
     """Return the contents of a config.json that transformers reads."""
+    values = {"model_type": config.family, **family_of(config).config_to_hf(config)}
     return {
-        "model_type": config.family,
-        **family_of(config).config_to_hf(config),
+        **(values if config.has_texts else values["vision_config"]),
         "torch_dtype": "float32",
         **({"temporal": config.temporal} if config.temporal != "mean" else {}),
     }

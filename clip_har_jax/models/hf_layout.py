@@ -13,6 +13,7 @@ from clip_har_jax.errors import UserError
 
 Params = dict[str, Any]  # dotted path -> array
 TEMPORAL_FILE = "temporal.safetensors"  # what a model of clips adds to CLIP, under our names
+IMAGE_ALONE = "_vision_model"  # end of the `model_type` of an image tower alone, as CLIPVisionModelWithProjection's
 
 
 class Weight(NamedTuple):

@@ -1,6 +1,7 @@
-"""LoRA adapters of PEFT: adapter_config.json with adapter_model.safetensors, merged into their base model when read.
+"""LoRA adapters of PEFT: adapter_config.json with adapter_model.safetensors.
 
-After peft 0.19 (tuners/lora): W + lora_alpha / r * B A, or lora_alpha / sqrt(r) with rsLoRA.
+They are merged into their base model when read, and written after a training with low-rank updates. After peft 0.19
+(tuners/lora): W + lora_alpha / r * B A, or lora_alpha / sqrt(r) with rsLoRA.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.files import read_object
+from clip_har_jax.files import read_object, write_json
+from clip_har_jax.models.adapters import A, B
+from clip_har_jax.models.hf_layout import Table
+from clip_har_jax.models.params import write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -85,3 +89,43 @@ def merge_adapter(folder: Path, tensors: Mapping[str, Any], adapter: Mapping[str
             )
         merged[f"{layer}.weight"] = _Merged(base, update)
     return merged
+
+
+def write_adapter(folder: Path, params: Mapping[str, Any], table: Table, base: str, rank: int, alpha: float) -> None:
+    """Write the low-rank updates among a model's parameters, for `peft.PeftModel.from_pretrained(base_model, folder)`.
+
+    Args:
+      folder: is there.
+      params: updates have names that end in `adapters.A` and `adapters.B`; the others are ignored.
+      table: of the family's weights in Hugging Face's layout.
+      base: the base model's folder or Hub name.
+      rank: of the updates.
+      alpha: they are scaled by alpha / rank.
+
+    Raises:
+      UserError: an update of a layer that is no linear layer of its own in Hugging Face's layout.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(name for name in params if name.endswith(A)):
+        layer = name.removesuffix(A)
+        weight = table[f"{layer}.kernel"]
+        if weight.transform != "transpose" or weight.parts > 1:
+            raise UserError(f"PEFT can't express an update of {layer}, which is no linear layer of its own there")
+        first, second = (np.asarray(params[layer + end], np.float32) for end in (A, B))
+        pairs = enumerate(zip(first, second, strict=True)) if "{i}" in weight.name else [(0, (first, second))]
+        for i, (a, b) in pairs:
+            module = _PREFIX + weight.name.format(i=i).removesuffix(".weight")
+            tensors |= {f"{module}.lora_A.weight": a.T.copy(), f"{module}.lora_B.weight": b.T.copy()}
+    targets = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors})
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "inference_mode": True,
+    }
+    write_json(folder / CONFIG, settings)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})

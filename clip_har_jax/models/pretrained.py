@@ -35,9 +35,9 @@ from clip_har_jax.models.peft_adapters import is_adapter, merge_adapter, read_se
 from clip_har_jax.models.pickles import has_torch, read_pickle
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.temporal import split_temporal
-from clip_har_jax.models.two_towers import TwoTowers
+from clip_har_jax.models.two_towers import IMAGE_TOWER, TwoTowers
 from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.tokenization import TextTokenizer, read_tokenizer
+from clip_har_jax.tokenization import NoTokenizer, TextTokenizer, read_tokenizer
 
 _NUMPY = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors that numpy has
 
@@ -54,13 +54,22 @@ def read_config(folder: Path) -> TwoTowerConfig:
         return read_open_clip_config(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no config.json; a model folder in the Hugging Face layout or open_clip's is needed")
+        raise UserError(f"{folder}: no config.json; {_instead(folder)}")
     try:
         return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); copy it again") from error
+
+
+def _instead(folder: Path) -> str:
+    """Return the advice for a folder without a model; the output of `transformers.Trainer` has its models below it."""
+    below = [path.parent.name for path in folder.glob("checkpoint-*/*config.json")]
+    steps = sorted({name for name in below if name.split("-")[-1].isdecimal()}, key=lambda name: int(name[11:]))
+    if steps:
+        return f"it holds the checkpoints of a training; name one of them, such as {folder / steps[-1]}"
+    return "a model folder in the Hugging Face layout or open_clip's is needed"
 
 
 def read_params(folder: Path, config: TwoTowerConfig) -> Params:
@@ -74,17 +83,28 @@ def read_params(folder: Path, config: TwoTowerConfig) -> Params:
     """
     shapes = {name: value.shape for name, value in flat_params(abstract_model(config)).items()}
     own, added = split_temporal(shapes)
-    if is_adapter(folder):
-        base = _base_of(folder)
-        if is_open_clip(base):
-            raise UserError(f"{folder}: an adapter of a folder in open_clip's layout; name one in Hugging Face's")
-        tensors = merge_adapter(folder, _read_tensors(base), _read_safetensors(folder / ADAPTER))
-        params = params_from_hf(tensors, own, str(folder), TABLES[config.family])
-    elif is_open_clip(folder):
-        params = params_from_hf(_read_open_clip_tensors(folder), own, str(folder), open_clip_table(folder))
-    else:
-        params = params_from_hf(_read_tensors(folder), own, str(folder), TABLES[config.family])
-    return params | _read_temporal(folder, added)
+    stored = own if config.has_texts else _image_tower(own)
+    table = open_clip_table(folder) if is_open_clip(folder) else TABLES[config.family]
+    params = params_from_hf(_read_model_tensors(folder), stored, str(folder), table)
+    # An image tower alone is stored without the scale and the bias of logits.
+    scalars = {name: np.float32(getattr(config, f"{name}_init_value")) for name in own.keys() - stored.keys()}
+    return params | scalars | _read_temporal(folder, added)
+
+
+def _image_tower(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if name.startswith(IMAGE_TOWER)}
+
+
+def _read_model_tensors(folder: Path) -> dict[str, Any]:
+    """Return the tensors of a model folder or an adapter, under the names of its layout."""
+    if is_open_clip(folder):
+        return _read_open_clip_tensors(folder)
+    if not is_adapter(folder):
+        return _read_tensors(folder)
+    base = _base_of(folder)
+    if is_open_clip(base):
+        raise UserError(f"{folder}: an adapter of a folder in open_clip's layout; name one in Hugging Face's")
+    return merge_adapter(folder, _read_tensors(base), _read_safetensors(folder / ADAPTER))
 
 
 def _base_of(adapter: Path) -> Path:
@@ -250,6 +270,8 @@ def read_folder_tokenizer(folder: Path) -> TextTokenizer:
     """Read the tokenizer of a model folder, in either layout."""
     if is_adapter(folder):
         return read_folder_tokenizer(_base_of(folder))
+    if not read_config(folder).has_texts:
+        return NoTokenizer(str(folder))
     return read_open_clip_tokenizer(folder) if is_open_clip(folder) else read_tokenizer(folder)
 
 
@@ -281,6 +303,7 @@ def write_params(folder: str | Path, config: TwoTowerConfig, params: Mapping[str
         return
     folder.mkdir(parents=True, exist_ok=True)
     own, added = split_temporal(params)
+    own = own if config.has_texts else _image_tower(own)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
     write_tensors(folder / "model.safetensors", params_to_hf(own, TABLES[config.family]), {"format": "pt"})
     if added:

@@ -66,7 +66,9 @@ class FlaxSiglipModel(TwoTowers):
     config: SiglipConfig
 
     def _make_projections(self, rngs: nnx.Rngs) -> None:
-        self.text_projection = project(self.config.text, self.config.projection_dim, self.runtime, rngs, use_bias=True)
+        text, dim = self.config.text, self.config.projection_dim
+        if self.config.has_texts:
+            self.text_projection = project(text, dim, self.runtime, rngs, use_bias=True)
         self.logit_bias = nnx.Param(jnp.asarray(self.config.logit_bias_init_value, jnp.float32))
 
     def project_image(self, features: Float[Array, "*b v"]) -> Float[Array, "*b d"]:

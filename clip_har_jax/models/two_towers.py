@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import TwoTowerConfig, check_config
 from clip_har_jax.models.layers import DropPath, Runtime
 from clip_har_jax.models.temporal import IN_BLOCKS, FrameTransformer
@@ -72,7 +73,7 @@ class TwoTowers(nnx.Module):
         check_config(config)
         self.config, self.runtime = config, runtime
         with nnx.use_eager_sharding(False):  # parallel/sharding.py applies the axis names later
-            self.text = TextTransformer(config.text, runtime, rngs)
+            self.text = TextTransformer(config.text, runtime, rngs) if config.has_texts else None
             self.vision = VisionTransformer(config.vision, runtime, rngs, config.temporal)
             self._make_projections(rngs)
             self.time_head = FrameTransformer(config.projection_dim, rngs) if config.temporal == "head" else None
@@ -121,7 +122,13 @@ class TwoTowers(nnx.Module):
         self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b d"]:
         """Return projected text features, not normalised."""
-        return self.project_text(self.text(input_ids, attention_mask))
+        return self.project_text(self._text_tower(input_ids, attention_mask))
+
+    @property
+    def _text_tower(self) -> TextTransformer:
+        if self.text is None:
+            raise UserError("this model has an image tower alone; use a model with a text tower")
+        return self.text
 
     def get_image_features(self, pixel_values: Float[Array, "b 3 h w"]) -> Float[Array, "b d"]:
         """Return projected image features, not normalised."""
@@ -154,7 +161,7 @@ class TwoTowers(nnx.Module):
 
     def encode_prompts(self, input_ids: Int[Array, "p t"], context: Float[Array, "p n w"]) -> Float[Array, "p d"]:
         """Return L2-normalised embeddings of texts with `context` inserted after the begin token."""
-        return l2_normalize(self.project_text(self.text(input_ids, context=context)))
+        return l2_normalize(self.project_text(self._text_tower(input_ids, context=context)))
 
     def encode_tokens(
         self, images: Float[Array, "b h w 3"], drop: DropPath | None = None, num_frames: int | None = None
@@ -192,7 +199,6 @@ class TwoTowers(nnx.Module):
         Raises:
           UserError: as that function, or the model belongs to another family.
         """
-        from clip_har_jax.errors import UserError
         from clip_har_jax.models.pretrained import load_pretrained
 
         model = load_pretrained(name_or_folder, runtime)

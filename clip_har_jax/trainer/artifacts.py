@@ -1,5 +1,6 @@
-"""The output files of a training: the model folder, the report for trackers, the examples of failed updates."""
+"""The output files of a training: model folder, LoRA's adapter, report for trackers, examples of failed updates."""
 
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.sources import Source
+from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import CalibrationResult
 from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import write_result
@@ -19,11 +21,16 @@ from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.files import is_local, write_json
 from clip_har_jax.folders import replace_folder
 from clip_har_jax.models.head_file import write_head
+from clip_har_jax.models.hf_layout import TABLES
+from clip_har_jax.models.open_clip import is_open_clip
 from clip_har_jax.models.params import Params
+from clip_har_jax.models.peft_adapters import is_adapter, write_adapter
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.parallel import distributed
 from clip_har_jax.trainer.run import Run
 from clip_har_jax.trainer.validation import Validation
+
+ADAPTER = "adapter"  # folder of LoRA's updates in PEFT's layout, in the work folder
 
 
 def write_examples(run: Run, examples: Mapping[int, Sequence[int]]) -> str:
@@ -91,11 +98,37 @@ def write_model(validation: Validation, weights: Params, calibration: Calibratio
         (folder / "run.json").write_text((run.workdir / "run.json").read_text())
         bundle.seal(folder)
 
+    if run.config.method.name == "lora":
+        _write_adapter(run, params)
+    _replace(fill, target)
+    return target
+
+
+def _write_adapter(run: Run, params: Params) -> None:
+    """Write the updates of LoRA as an adapter of PEFT beside the model, or say why they can't be."""
+    method, base = run.config.method, Path(run.config.model.name).expanduser()
+    name = str(base.resolve()) if base.is_dir() else run.config.model.name
+    if run.base.params is None:
+        reason = "the base model has random weights"
+    elif base.is_dir() and (is_open_clip(base) or is_adapter(base)):
+        reason = "PEFT needs a base model in the Hugging Face layout"
+    elif run.base.config.temporal != "mean":
+        reason = "PEFT has no parts over time"
+    else:
+        table, rank, alpha = TABLES[run.base.config.family], method.lora_rank, method.lora_alpha
+        try:
+            _replace(lambda folder: write_adapter(folder, params, table, name, rank, alpha), run.workdir / ADAPTER)
+            return
+        except UserError as error:
+            reason = str(error)
+    print(f"no {ADAPTER}/ of PEFT is written: {reason}", file=sys.stderr)
+
+
+def _replace(fill: Callable[[Path], None], target: epath.Path) -> None:
     if is_local(target):
         replace_folder(Path(target), fill)
     else:
         _upload_folder(fill, target)
-    return target
 
 
 def _upload_folder(fill: Callable[[Path], None], target: epath.Path) -> None:

@@ -73,7 +73,14 @@ class Run:
         return _watch(source, self.config, self.workdir)
 
     def place_prompts(self) -> ClassInputs:
-        """Return the prompts of the run's classes on the mesh, shortened by the tokens of learned vectors."""
+        """Return the prompts of the run's classes on the mesh, shortened by the tokens of learned vectors.
+
+        For a model without a text tower, return class embeddings of 0.
+        """
+        if not self.base.config.has_texts:  # a linear head starts at 0
+            dim = self.base.config.projection_dim
+            whole, start = sharding.replicated(self.mesh), np.zeros((len(self.data.labels), dim), np.float32)
+            return ClassInputs(None, None, sharding.put_global(start, whole))
         length = self.base.config.text.context_length - self.program.method.context_length
         ids, _ = self.base.tokenizer(self.data.texts, length)
         return ClassInputs(*self.program.place_prompts(ids, self.data.class_of_prompt), None)

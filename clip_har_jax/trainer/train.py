@@ -22,7 +22,7 @@ from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.parallel.topology import find_chip
 from clip_har_jax.trainer import screen
-from clip_har_jax.trainer.artifacts import write_examples, write_model, write_report
+from clip_har_jax.trainer.artifacts import ADAPTER, write_examples, write_model, write_report
 from clip_har_jax.trainer.batches import open_batches
 from clip_har_jax.trainer.initial_state import initial_state, place_start
 from clip_har_jax.trainer.pairs import measure_recall
@@ -158,7 +158,7 @@ def choose(job: Job, learned: Learned) -> Chosen:
             after = job.retention.top1({**weights, **validation.frozen})
             passed = job.retention.check(learned.retained_before, after)
         zero_shot = None
-        if run.base.params is not None and run.config.method.name != "zero_shot":
+        if run.base.params is not None and run.base.config.has_texts and run.config.method.name != "zero_shot":
             classifier = ZeroShot(run, run.data.labels, zero_shot_prompts(run.config, run.data.labels))
             zero_shot = float(classifier.right(place_start(run), run.data.val, run.bad_inputs["val"]).mean())
         if recall := measure_recall(run, {**weights, **validation.frozen}):
@@ -173,9 +173,9 @@ def choose(job: Job, learned: Learned) -> Chosen:
 
 def refuse(job: Job, learned: Learned, chosen: Chosen) -> Result:
     """End a run whose weights the retention gate refuses: no model folder remains, not even an older one."""
-    model = job.run.workdir / "model"
-    if distributed.is_main() and model.exists():
-        model.rmtree()
+    for folder in (job.run.workdir / "model", job.run.workdir / ADAPTER):
+        if distributed.is_main() and folder.exists():
+            folder.rmtree()
     end = {"last_step": learned.last_step, "metrics": chosen.result.metrics, "zero_shot": chosen.zero_shot}
     return job.end(learned.step, exit_code=EXIT_RETENTION, **end)
 

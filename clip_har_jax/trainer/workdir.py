@@ -83,8 +83,8 @@ def make_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
     return path
 
 
-RUN_FILES = "checkpoints checkpoints_damaged eval model tensorboard wandb config.json run.json metrics.jsonl".split()
-RUN_FILES += "trackers.json curves.csv bad_inputs.jsonl retention.json wise_ft.json wise_ft.png".split()
+RUN_FILES = "checkpoints checkpoints_damaged eval model adapter tensorboard wandb config.json run.json".split()
+RUN_FILES += "metrics.jsonl trackers.json curves.csv bad_inputs.jsonl retention.json wise_ft.json wise_ft.png".split()
 
 
 def clear_other_run(workdir: epath.Path, config: RunConfig, fingerprints: Mapping[str, str]) -> None:

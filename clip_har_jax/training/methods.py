@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import MethodConfig
+from clip_har_jax.errors import UserError
 from clip_har_jax.models.adapters import A, B, add_lora, init_lora, merge_lora
 from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.heads import HEADS, HeadSize, head_shapes, image_features, init_head, make_head
@@ -61,6 +62,11 @@ class Method:
         class_weights: Float[np.ndarray, " c"] | None = None,
     ):
         self.recipe, self.head, self.loss = check_method(config)
+        if self.head != "linear" and not sizes.has_texts:
+            raise UserError(
+                f"config.method.head is {self.head!r}, which starts from texts, but the model has an image tower "
+                "alone; use method.name=linear_probe, or full, lp_ft, lora or bitfit with method.head=linear"
+            )
         self.config, self.sizes, self.num_classes, self.mesh = config, sizes, num_classes, mesh
         self.class_weights = class_weights
         if config.name == "lora":

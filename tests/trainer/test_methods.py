@@ -125,6 +125,9 @@ def test_each_method_beats_zero_shot_and_changes_what_it_says(name, start, zero_
             np.testing.assert_array_equal(value, after[key], err_msg=key)
         elif not key.endswith("attention.key.bias"):  # it shifts all scores of a query alike: its gradient is 0
             assert not np.array_equal(value, after[key]), key
+    if name == "lora":  # its adapter of PEFT, read with the base model, is the merged model
+        for key, value in params_of(tmp_path / "adapter").items():
+            np.testing.assert_allclose(value, after[key], atol=1e-6, err_msg=key)
     assert bundle.read_actions(model_of(result)).head == head
     assert evaluate_on(config_for(start, name), model_of(result), "synthetic?split=val")["top1"] == pytest.approx(
         result.metrics["top1"], abs=0.01
