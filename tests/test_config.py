@@ -143,7 +143,7 @@ AT_RESUME = {
         checkpoint.every_steps checkpoint.keep_latest checkpoint.keep_best checkpoint.allow_new_batch_size
         eval.every_steps eval.batch_size trackers retention.max_drop retention.fail method.wise_ft train.patience
         mesh.strategy mesh.data mesh.fsdp mesh.tensor data.max_bad_fraction data.max_megapixels data.num_threads
-        data.num_workers data.prefetch_batches model.attention model.remat train.log_every_steps
+        data.num_workers data.prefetch_batches data.retrieval model.attention model.remat train.log_every_steps
         train.accumulation_steps train.max_skipped_steps""",
     "warned": """optim.schedule optim.decay_fraction optim.learning_rate optim.warmup_fraction optim.weight_decay
         optim.b1 optim.b2 optim.eps
@@ -153,6 +153,7 @@ AT_RESUME = {
         method.label_smoothing model.compute_dtype""",
     "refused": """
         data.train data.val data.val_fraction data.split_seed data.shots data.labels data.classes data.sampling
+        data.shuffle_buffer data.num_streams
         data.video.num_frames data.video.sampling data.video.rate_hz data.video.num_views text.templates
         text.descriptions text.phrases model.name model.image_size_px model.temporal method.name method.towers
         method.head method.loss
@@ -162,7 +163,8 @@ AT_RESUME = {
         train.global_batch_size optim.name optim.ema_decay seed""",
 }
 RANGES = {
-    "above 0": """data.video.num_frames data.video.rate_hz data.video.num_views data.shots method.lora_rank
+    "above 0": """data.shuffle_buffer data.num_streams
+        data.video.num_frames data.video.rate_hz data.video.num_views data.shots method.lora_rank
         method.lora_alpha method.prompt_length method.cache_per_class data.max_megapixels data.num_threads
         data.prefetch_batches model.image_size_px train.num_epochs train.num_steps train.global_batch_size
         train.accumulation_steps train.max_skipped_steps train.log_every_steps optim.learning_rate optim.eps
@@ -187,7 +189,8 @@ RANGES = {
     "lbfgs, adamw": "method.solver",
     "dp, fsdp, tp, fsdp_tp": "mesh.strategy",
     "tensorboard, mlflow, wandb": "trackers",
-    "": """data.train data.val data.labels data.classes data.augment.flip data.augment.no_flip_labels text.templates
+    "": """data.train data.val data.retrieval data.labels data.classes
+        data.augment.flip data.augment.no_flip_labels text.templates
         text.descriptions text.phrases model.name method.name method.head method.loss method.freeze method.lora_targets
         method.prompt_init method.prompt_per_class retention.data retention.classes retention.fail
         checkpoint.allow_new_batch_size""",
