@@ -28,6 +28,16 @@ class Embedded(NamedTuple):
     pairs: Sequence[Found | None]
 
 
+def check_texts(model: str, has_texts: bool) -> None:
+    """Check that captions can be embedded.
+
+    Raises:
+      UserError: the model is an image tower alone.
+    """
+    if not has_texts:
+        raise UserError(f"{model}: an image tower alone, which can't embed captions; name a model with both towers")
+
+
 def measure_retrieval(batches: Iterable[Embedded]) -> dict[str, Any]:
     """Return the recall over all pairs, in both directions, beside that of random answers.
 

@@ -13,7 +13,7 @@ from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.pair_batches import BadPairs, PairTransform, eval_pair_batches
 from clip_har_jax.data.pair_sources import make_pair_sources
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.retrieval import Embedded, describe, measure_retrieval
+from clip_har_jax.evaluation.retrieval import Embedded, check_texts, describe, measure_retrieval
 from clip_har_jax.files import write_json
 from clip_har_jax.folders import output_folder
 from clip_har_jax.models.factory import load
@@ -44,6 +44,7 @@ def evaluate_retrieval(
     """
     config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
     sources, loaded = make_pair_sources(data), load(model)
+    check_texts(model, loaded.model.config.has_texts)
     towers, mean, std = loaded.model, loaded.preprocess.mean, loaded.preprocess.std
     graphdef, params = nnx.graphdef(towers), flat_params(towers)
 

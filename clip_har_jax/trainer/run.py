@@ -16,6 +16,7 @@ from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.pipeline import BadInputs, ProcessShare, eval_batches
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.retrieval import check_texts
 from clip_har_jax.files import is_local
 from clip_har_jax.models.factory import BaseModel
 from clip_har_jax.parallel import sharding
@@ -177,6 +178,8 @@ def setup(
     sources = {"val": data.val} if isinstance(data.train, PairSources) else {"train": data.train, "val": data.val}
     bad_inputs = {name: _watch(source, config, workdir) for name, source in sources.items()}
     run = Run(config, workdir, data, base, program, timetable, position, profile_steps, bad_inputs)
+    if config.data.retrieval:
+        check_texts(f"config.model.name={config.model.name}", base.config.has_texts)
     run.context_ids()  # check it before the work folder is written
     return run
 

@@ -6,7 +6,7 @@ import pytest
 from clip_har_jax.data.pairs import BadPair, Pair
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation import retrieval
-from clip_har_jax.evaluation.retrieval import RANKS, Embedded, chance, describe, measure_retrieval, recall
+from clip_har_jax.evaluation.retrieval import RANKS, Embedded, chance, check_texts, describe, measure_retrieval, recall
 
 
 def embeddings(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -67,6 +67,12 @@ def test_equal_images_and_equal_captions_count_once() -> None:
     assert found["text_to_image"]["recall@1"] == pytest.approx(2 / 3)  # b is like no image
     assert found["chance"]["image_to_text"]["recall@1"] == pytest.approx((2 + 1 + 1) / 3 / 3)
     assert describe(found)[0][0] == "image to text" and "recall@1 0.667 (chance 0.444)" in describe(found)[0][1]
+
+
+def test_an_image_tower_alone_is_refused() -> None:
+    check_texts("both", True)
+    with pytest.raises(UserError, match="mine: an image tower alone, which can't embed captions"):
+        check_texts("mine", False)
 
 
 def test_no_pairs_and_infinite_embeddings_are_refused() -> None:

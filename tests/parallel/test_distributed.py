@@ -69,15 +69,19 @@ def test_processes_join_talk_and_leave():
     code, stdout, stderr = finish(start_launcher(WORKER, "talk"))
     assert code == 0, stderr
     common = {"processes": 2, "devices": 4, "value": [{"from": 0, "call": 0}, {"from": 0, "call": 1}]}
+    first, second = ([{"from": i, "call": call} for call in range(2)] for i in range(2))
     assert spoken(stdout)["0"] == [
         common
         | {
             "is_main": True,
+            "gathered": [list(both) for both in zip(first, second, strict=True)],
             "fetched": {"rows": [0, 1, 2, 3, 4, 5, 6, 7], "sum": 28},
             "late": "too early: process 1 didn't come within 0.5 s; see its log",
         }
     ]
-    assert spoken(stdout)["1"] == [common | {"is_main": False, "fetched": {"rows": None, "sum": None}}]
+    assert spoken(stdout)["1"] == [
+        common | {"is_main": False, "gathered": [[value] for value in second], "fetched": {"rows": None, "sum": None}}
+    ]
 
 
 def test_a_single_process_joins_nothing_and_touches_no_device():

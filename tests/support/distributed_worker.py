@@ -28,6 +28,7 @@ def talk():
         "devices": jax.device_count(),
         "is_main": distributed.is_main(),
         "value": [distributed.broadcast({"from": jax.process_index(), "call": call}) for call in range(2)],
+        "gathered": [distributed.gather({"from": jax.process_index(), "call": call}) for call in range(2)],
         "fetched": {name: None if leaf is None else leaf.tolist() for name, leaf in fetched.items()},
     }
     distributed.barrier("all here", 10)
