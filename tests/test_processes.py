@@ -111,10 +111,12 @@ def test_a_program_on_standard_input() -> None:
     assert run("-", given=PROGRAM).splitlines() == [EXPECTED]
 
 
+@pytest.mark.slow
 def test_a_debugger(script: str) -> None:
     assert run("-m", "pdb", "-c", "continue", script, given="quit\n").count(EXPECTED) == 1
 
 
+@pytest.mark.slow
 def test_a_module(script: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(script).parent)))}
     command = [sys.executable, "-m", Path(script).stem]
@@ -122,6 +124,7 @@ def test_a_module(script: str) -> None:
     assert done.stdout.splitlines() == [EXPECTED], done.stderr
 
 
+@pytest.mark.slow
 def test_pytest(tmp_path: Path) -> None:
     lines = "".join(f"    {line}\n" for line in PROGRAM.splitlines())
     path = tmp_path / "test_plain.py"
@@ -164,6 +167,7 @@ def _read(controller: int) -> bytes:
         return b""
 
 
+@pytest.mark.slow
 def test_a_notebook() -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PROGRAM)])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

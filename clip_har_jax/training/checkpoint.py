@@ -10,6 +10,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -29,6 +30,17 @@ BEST_BY = "val/top1"
 # more than it saves: a ViT has hundreds of small arrays.
 MIN_SLICE_BYTES = 2**20
 SAVE_TIMEOUT_S = 600
+
+
+@cache
+def _write_small_arrays_whole() -> None:
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES)
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True  # Orbax warns that its handler is replaced, which is meant here
+    try:
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    finally:
+        logger.disabled = before
 
 
 class Checkpointer:
@@ -54,8 +66,7 @@ class Checkpointer:
             raise UserError(f"{folder}: checkpoints can't be written there ({error.strerror or error})") from error
 
     def _open(self) -> ocp.CheckpointManager:
-        small_whole = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES)
-        ocp.type_handlers.register_type_handler(jax.Array, small_whole, override=True)
+        _write_small_arrays_whole()
         policies: list[Any] = [checkpoint_managers.LatestN(self._config.keep_latest)]
         if self._config.keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_best_by, n=self._config.keep_best))

@@ -73,6 +73,7 @@ def test_sources_of_a_run_share_a_log(tmp_path: Path) -> None:
     assert len(log.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_ten_thousand_images_of_which_one_in_a_hundred_is_damaged(tmp_path: Path) -> None:
     source = ArraySource(10_000, damaged=range(0, 10_000, 100))
     for limit, ends in ((0.01, False), (0.0099, True)):

@@ -108,7 +108,7 @@ def test_batches_are_equal_for_every_number_of_workers_and_across_a_resume() -> 
     one = DataConfig(augment=EVERYTHING, num_workers=0, num_threads=1, sampling="class_balanced")
     expected = digest(train(source, 6, one))
     assert len(set(expected)) == 6
-    for workers in (1, 2, 4):
+    for workers in (1, 3):
         config = replace(one, num_workers=workers, num_threads=workers)
         assert digest(train(source, 6, config)) == expected
     resumed = train(source, 3, replace(one, num_workers=2), resume=ResumePoint(3))

@@ -107,7 +107,7 @@ def test_frames_encoded_one_by_one_give_the_same(outputs: Outputs, name: str) ->
 
 def format_cases() -> list[Any]:
     """Each model of clips in each format; the quickest format of some of them in every run."""
-    quick = [("head", "stablehlo"), ("divided", "stablehlo"), ("temporal", "stablehlo"), ("head", "onnx_int8")]
+    quick = [("head", "stablehlo"), ("head", "onnx_int8")]
     return [
         pytest.param(kind, name, marks=() if (kind, name) in quick else pytest.mark.slow)
         for kind in CLIP_FAULTS
@@ -244,6 +244,7 @@ def test_golden_outputs_tell_other_weights_of_a_clip_graph(
         golden.check(ExportedBackend(other))
 
 
+@pytest.mark.slow
 def test_formats_are_proven_on_clips(clip_folders: dict[str, Path], tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     for i, label in enumerate(LABELS[:3]):

@@ -28,6 +28,7 @@ def registry(tmp_path, monkeypatch):
     return registry
 
 
+@pytest.mark.slow
 def test_of_two_equal_challengers_one_is_promoted(registry, tmp_path):
     both = [
         subprocess.Popen(

@@ -70,6 +70,7 @@ def test_two_first_users_of_a_store_both_register(models, tmp_path):
     assert not list(tmp_path.glob(".*.partial*"))
 
 
+@pytest.mark.slow
 def test_two_that_register_the_same_model_make_one_version(models, tmp_path):
     uri = f"sqlite:///{tmp_path / 'new.db'}"
     both = [start_register(models[0], uri, tmp_path) for _ in range(2)]
@@ -77,6 +78,7 @@ def test_two_that_register_the_same_model_make_one_version(models, tmp_path):
     assert said == {"version 1 of har"}
 
 
+@pytest.mark.slow
 def test_a_first_use_that_is_killed_leaves_no_half_store(models, tmp_path):
     uri = f"sqlite:///{tmp_path / 'new.db'}"
     first = start_register(models[0], uri, tmp_path)

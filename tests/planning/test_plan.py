@@ -79,6 +79,7 @@ def make_arguments(program):
     return state, frozen, classes._replace(input_ids=prompts[0], class_of_prompt=prompts[1]), batch
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_executed_program(config, planned):
     planned_step = PlannedStep(config, known_config(config.model.name), NUM_CLASSES, NUM_PROMPTS)
     program = make_program(planned_step, find_machine(LOCAL), planned.configured)

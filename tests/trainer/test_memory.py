@@ -71,7 +71,7 @@ class Scales:
         pass
 
 
-@pytest.mark.parametrize(("strategy", "ema_decay"), [("dp", 0.0), ("fsdp", 0.9)])
+@pytest.mark.parametrize(("strategy", "ema_decay"), [("dp", 0.0), pytest.param("fsdp", 0.9, marks=pytest.mark.slow)])
 def test_a_continued_run_holds_no_more_than_a_fresh_one(images, tmp_path, strategy, ema_decay):
     sections = {"mesh": {"strategy": strategy}, "optim": {"ema_decay": ema_decay}}
     fresh = Scales()

@@ -143,7 +143,7 @@ HEAD_PARAMS = {
 }
 
 
-@pytest.mark.parametrize("head", ["mlp", pytest.param("cross_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("head", [pytest.param(head, marks=pytest.mark.slow) for head in ("mlp", "cross_attention")])
 def test_a_fusion_head_and_the_image_tower_learn_together(head, start, zero_shot, tmp_path):
     result = train(config_for(start, "full", method={"head": head}), tmp_path, quiet=True)
     assert result.metrics["top1"] > zero_shot + 0.05
@@ -404,6 +404,7 @@ def test_mixed_labels_are_the_share_of_the_pixels():
         assert not np.allclose(labels, target)
 
 
+@pytest.mark.slow
 def test_the_retention_gate_and_wise_ft(start, tmp_path, capsys):
     harsh = {"learning_rate": 1e-2}
     retention = {"data": "synthetic?split=test", "classes": KNOWN, "max_drop": 0.0, "fail": True}

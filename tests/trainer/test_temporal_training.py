@@ -43,6 +43,7 @@ def trained(tmp_path_factory):
     return root, result
 
 
+@pytest.mark.slow
 def test_wise_ft_goes_from_the_image_model_to_the_video_model(trained):
     root, result = trained
     curve = json.loads((root / "run" / "wise_ft.json").read_text())["curve"]

@@ -201,6 +201,7 @@ def test_a_checkpoint_is_not_changed_by_the_steps_after_it(folders, tmp_path):
     assert any(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "tp", "fsdp_tp"])
 def test_all_strategies_give_equal_losses(folders, finished, strategy, tmp_path):
     result = train(config_for(folders, mesh={"strategy": strategy}), tmp_path, quiet=True)
