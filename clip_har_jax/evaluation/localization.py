@@ -20,9 +20,9 @@ from clip_har_jax.video.segments import (
     mean_over_classes,
 )
 
-START_SCORES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-END_SHARES = (0.4, 0.6, 0.8, 1.0)  # of the start score
-MIN_DURATIONS_S = (0.0, 0.3, 0.6, 1.0)
+START_SCORES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8)
+END_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the start score
+MIN_DURATIONS_S = (0.0, 0.3, 0.6, 1.0, 1.5)
 MAX_GAPS_S = (0.0, 0.3, 0.6)
 
 

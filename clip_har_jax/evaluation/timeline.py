@@ -3,7 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -33,19 +33,19 @@ def draw_timelines(
     shown = set()
     for row, video in enumerate(videos):
         for offset, segments in ((-0.2, true[video]), (0.2, found.get(video, ()))):
-            for segment in segments:
+            for segment in sorted(segments, key=lambda segment: segment.score):  # the likeliest on top
                 shown.add(segment.label)
                 axes.barh(
                     row + offset,
                     segment.end_s - segment.start_s,
                     0.34,
                     left=segment.start_s,
-                    color=colours[segment.label],
-                    alpha=0.25 + 0.75 * min(1.0, max(0.0, segment.score)),
+                    color=_pale(colours[segment.label], segment.score),
                     edgecolor="black" if offset < 0 else "none",
                     linewidth=0.6,
                 )
     axes.set_yticks(range(len(videos)), [video.rsplit("/", 1)[-1] for video in videos])
+    axes.set_xlim(left=0)
     axes.set_ylim(len(videos) - 0.5, -0.5)
     axes.set_xlabel("s; outlined: annotated, below: found")
     axes.spines[["top", "right"]].set_visible(False)
@@ -55,3 +55,9 @@ def draw_timelines(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _pale(colour: str, score: float) -> str:
+    """Return a colour mixed with white, the more the lower the score; opaque, so that overlaps keep their colours."""
+    share = 0.25 + 0.75 * min(1.0, max(0.0, score))
+    return to_hex([1 - share * (1 - part) for part in to_rgb(colour)])

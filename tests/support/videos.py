@@ -40,6 +40,7 @@ def write_clip(
     rotation: int = 0,
     times: list[float] | None = None,
     format: str | None = None,
+    backwards: bool = False,
 ) -> None:
     """Frames whose grey level tells their number; the left half of each is darker by 30."""
     with av.open(path, "w", format=format) as container:
@@ -51,7 +52,7 @@ def write_clip(
             stream.set_display_rotation(rotation)
         stream.codec_context.time_base = Fraction(1, 1000)
         for i in range(count):
-            image = np.full((SIZE[1], SIZE[0], 3), level(i, count), np.uint8)
+            image = np.full((SIZE[1], SIZE[0], 3), level(count - 1 - i if backwards else i, count), np.uint8)
             image[:, : SIZE[0] // 2] -= 30
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.time_base = Fraction(1, 1000)
