@@ -185,6 +185,7 @@ def rows_of(notes: Path) -> dict[int, list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_processes_continue_the_batches_of_one(folders: Path, tmp_path: Path) -> None:
     """One process is stopped; two continue with its position and read the same global batches, each its own shards."""
     values = config_for(folders, 40, data={"num_streams": 2}).to_dict()
@@ -218,6 +219,7 @@ def test_two_processes_continue_the_batches_of_one(folders: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_pairs_of_the_embedded_set_are_learned_and_a_kill_changes_nothing(tmp_path: Path) -> None:
     """A tiny model from random weights; SIGKILL in the middle, then the same command again."""
     write_pairs("synthetic?split=train", tmp_path / "train", 500, [TEMPLATE], max_pairs=6000)
@@ -232,16 +234,16 @@ def test_pairs_of_the_embedded_set_are_learned_and_a_kill_changes_nothing(tmp_pa
         },
         "text": {"templates": (TEMPLATE,)},
         "method": {"loss": "softmax"},
-        "train": {"num_steps": 200},
+        "train": {"num_steps": 100},
         "optim": {"name": "muon", "learning_rate": 5e-3, "weight_decay": 0.05},
-        "eval": {"every_steps": 100},
+        "eval": {"every_steps": 50},
         "checkpoint": {"every_steps": 20},
     }
     config = write_config(tmp_path / "config.py", values)
     process = start_run(config, tmp_path / "killed")
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step 90/"):
+        if line.startswith("step 50/"):
             break
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
