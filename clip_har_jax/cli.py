@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from clip_har_jax.listing import Tally
 
 EXIT_MISTAKE = 2
+EXIT_S = 10.0  # from the report of an error to the end of the process
 
 
 class _Parser(argparse.ArgumentParser):
@@ -190,13 +192,22 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        sys.exit(report(error))
+        code = report(error)
+        _end_within(EXIT_S, code)
+        sys.exit(code)
     except BrokenPipeError:  # `predict.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:  # the person who pressed Ctrl-C needs no traceback
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """End the process if its threads, such as those of a client that repeats its requests, keep it alive longer."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def report(error: BaseException) -> int:

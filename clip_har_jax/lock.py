@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clip_har_jax import remote
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local, write_json
 
@@ -78,8 +79,11 @@ class FolderLock:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
         self._end.set()
+        remote.leave(self._path, error, self._release)
+
+    def _release(self) -> None:
         if self._thread.is_alive():
             self._thread.join()
         if self.lost_to is None:
@@ -129,7 +133,7 @@ class FolderLock:
                 return
             try:
                 self._write()
-            except OSError:  # a full disk: the writer itself reports it
+            except Exception:  # a full disk, or a store that doesn't answer: the writer itself reports it
                 continue
 
 

@@ -10,7 +10,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from clip_har_jax.errors import UserError
 REACH_S = 5.0  # a service that doesn't answer the first request within this time is down
 RACE_S = 10.0  # a call that loses a race is retried for this long
 STORE_S = 15.0  # as REACH_S, for an object store, whose client looks for credentials first
+OUTAGE_S = 60.0  # a store that doesn't answer for this long, while a call to it lasts, is given up
+ASK_S = 10.0  # between two questions to it
+CLOSE_S = 5.0  # for each call that ends the use of a store after an error
 MAX_LENGTH = 200
 LATER = (409, 412, 429, 500, 502, 503, 504)  # HTTP status: a race between writers, or a busy service
 GCS = ("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com")  # variable, default address
@@ -191,8 +195,8 @@ def check_store(address: str, probe: Callable[[], object], service: RemoteServic
       KeyError: no client for this kind of address.
     """
     service = service or store(address)
-    if address.startswith("gs://"):  # other stores have an address per region and network
-        service.check_reachable(os.environ.get(*GCS))
+    check_answers(address, service)
+    if address.startswith("gs://"):
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for each failed request
     try:
         within(STORE_S, probe)
@@ -200,6 +204,56 @@ def check_store(address: str, probe: Callable[[], object], service: RemoteServic
         raise
     except Exception as error:
         raise service.failed(error) from error
+
+
+def check_answers(address: str, service: RemoteService) -> None:
+    """Check that an object store answers, if its address is known: other stores have one per region and network.
+
+    Raises:
+      UserError: no answer within `REACH_S`.
+    """
+    if address.startswith("gs://"):
+        service.check_reachable(os.environ.get(*GCS))
+
+
+def while_reachable(address: str, function: Callable[[], T]) -> T:
+    """Call a function that uses an object store for a long time; give it up when the store doesn't answer.
+
+    The clients of stores repeat a request for minutes, and wait for a silent store without bound.
+
+    Raises:
+      UserError: the store hasn't answered for `OUTAGE_S`.
+    """
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # raised again in the caller's thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    answered = time.monotonic()
+    while not wait([outcome], ASK_S).done:
+        try:
+            check_answers(address, store(address))
+            answered = time.monotonic()
+        except UserError:
+            if time.monotonic() - answered > OUTAGE_S:
+                raise
+    return outcome.result()
+
+
+def leave(address: str | os.PathLike[str], error: object, function: Callable[[], object]) -> None:
+    """Call a function that ends the use of a folder; after an error of a run in an object store, only for `CLOSE_S`.
+
+    The error can be that the store doesn't answer, and there would be a long wait for each file.
+    """
+    if error is None or "://" not in os.fspath(address):
+        function()
+        return
+    with suppress(Exception):  # the error that ends the run is reported
+        within(CLOSE_S, function)
 
 
 @contextmanager

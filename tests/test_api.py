@@ -77,3 +77,23 @@ def test_a_terminal_that_lacks_a_character_ends_no_command(tmp_path):
     environment = {"PYTHONIOENCODING": "latin-1", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
     assert done.stdout.decode("latin-1") == "läuft \\u8dd1\\u6b65\n"
+
+
+@pytest.mark.timeout(60)  # the thread would keep the process for good
+def test_threads_of_a_library_that_never_end_keep_no_failed_command(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(
+        """import threading
+from clip_har_jax import cli
+from clip_har_jax.errors import UserError
+
+def main():
+    threading.Thread(target=threading.Event().wait).start()
+    raise UserError("the store is gone")
+
+cli.EXIT_S = 0.2
+cli.run(main)
+"""
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: the store is gone\n")

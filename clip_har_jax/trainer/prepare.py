@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from clip_har_jax import cli
+from clip_har_jax import cli, remote
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.files import read_json
@@ -158,5 +158,5 @@ def _open_sinks(
         screen.print_overview(run)
         sinks.append(ConsoleSink(run.num_steps, run.first_step))
     for sink in sinks:
-        stack.callback(sink.close)
+        stack.push(lambda _, error, __, close=sink.close: remote.leave(run.workdir, error, close))
     return sinks

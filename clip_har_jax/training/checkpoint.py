@@ -7,6 +7,7 @@ A checkpoint that differs is moved aside when the folder is opened, and an earli
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from clip_har_jax import remote
 from clip_har_jax.config import CheckpointConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import is_local
@@ -89,7 +91,7 @@ class Checkpointer:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # Report the error that ends the run, not a background save that failed for the same reason.
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():
-            self._manager.close()
+            remote.leave(self._folder, error, self._manager.close)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -118,8 +120,21 @@ class Checkpointer:
             return
         try:
             self._save(step, state, position, metrics)
+        except UserError:
+            raise
         except Exception as error:  # tensorstore, Orbax and the file system have no common exception class
             self._save_again(step, state, position, metrics, error)
+
+    def _wait_until_finished(self) -> None:
+        """Wait for the save in the background; give up an object store that doesn't answer.
+
+        Raises:
+          UserError: the store doesn't answer.
+        """
+        if is_local(self._folder):
+            self._manager.wait_until_finished()
+        else:
+            remote.while_reachable(os.fspath(self._folder), self._manager.wait_until_finished)
 
     def finish(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Wait until the last save, of this state, is complete on disk; save it again if that failed.
@@ -128,13 +143,15 @@ class Checkpointer:
           UserError: as `save`.
         """
         try:
-            self._manager.wait_until_finished()
+            self._wait_until_finished()
             self._seal_late()
+        except UserError:
+            raise
         except Exception as error:
             self._save_again(position["step"], state, position, metrics, error)
 
     def _save(self, step: int, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        self._manager.wait_until_finished()
+        self._wait_until_finished()
         self._seal_late()
         self._saving = step
         self._manager.save(
@@ -153,13 +170,15 @@ class Checkpointer:
         error: Exception,
     ) -> None:
         reason = _reason(error)
+        if not is_local(self._folder):  # else opening the folder again would take minutes
+            remote.check_answers(os.fspath(self._folder), remote.store(os.fspath(self._folder)))
         if jax.process_count() > 1:  # the other processes don't know of it, and can't be asked while they compute
             raise UserError(f"{self._folder}: checkpoint {step} can't be saved ({reason}); start again") from error
         try:
             self._reopen()
             self.free_space()
             self._save(step, state, position, metrics)
-            self._manager.wait_until_finished()
+            self._wait_until_finished()
             self._seal_late()
         except Exception as again:
             self._reopen()

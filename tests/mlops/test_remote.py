@@ -260,3 +260,32 @@ def test_a_hub_that_is_down_gives_what_is_here_or_one_line(kind, tmp_path, monke
         (snapshot.parents[1] / "refs").mkdir()
         (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
         assert resolve_folder("owner/name") == snapshot
+
+
+@pytest.mark.timeout(60)  # its client would go on for minutes, or for good
+def test_a_store_that_answers_no_longer_during_a_call_is_given_up(monkeypatch):
+    monkeypatch.setattr(remote, "OUTAGE_S", 0.3)
+    monkeypatch.setattr(remote, "ASK_S", 0.1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{probe.getsockname()[1]}")
+        hang = threading.Event()
+        with pytest.raises(UserError, match=r"^gs://bucket/run: Connection refused; .*what was saved stays whole$"):
+            remote.while_reachable("gs://bucket/run", hang.wait)
+        hang.set()
+        assert remote.while_reachable("gs://bucket/run", lambda: 7) == 7
+        with pytest.raises(ZeroDivisionError):
+            remote.while_reachable("gs://bucket/run", lambda: 1 // 0)
+
+
+@pytest.mark.timeout(60)  # the wait for the hanging call would never end
+def test_after_an_error_a_store_is_left_in_bounded_time(monkeypatch):
+    monkeypatch.setattr(remote, "CLOSE_S", 0.1)
+    hang, closed = threading.Event(), []
+    remote.leave("gs://bucket/run", OSError("broken"), hang.wait)
+    hang.set()
+    for address, error in (("gs://bucket/run", None), ("runs/mine", OSError("broken"))):
+        with pytest.raises(ZeroDivisionError):  # only a store's closing may be cut short
+            remote.leave(address, error, lambda: 1 // 0)
+    remote.leave("gs://bucket/run", OSError("broken"), lambda: closed.append(1))
+    assert closed == [1]

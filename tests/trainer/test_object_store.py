@@ -1,5 +1,6 @@
 """A run whose work folder is on an object store (gs://), against a server of this machine."""
 
+import contextlib
 import json
 import re
 import signal
@@ -18,9 +19,9 @@ from tests.support.runs import LABELS, environment, finish, start_run, write_con
 WORKDIR = "gs://bucket/run"
 
 
-@pytest.fixture
-def address():
-    """Of the server."""
+@contextlib.contextmanager
+def store_server():
+    """Give the process of a store, and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -28,8 +29,15 @@ def address():
     pipe, none = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(program, text=True, stdin=pipe, stdout=pipe, stderr=none) as server:
         assert server.stdout is not None and server.stdout.readline() == "ready\n"
-        yield f"http://127.0.0.1:{port}"
+        yield server, f"http://127.0.0.1:{port}"
         server.kill()
+
+
+@pytest.fixture
+def address():
+    """Return the address of a running store."""
+    with store_server() as (_, address):
+        yield address
 
 
 class Bucket:
@@ -95,3 +103,22 @@ def test_a_run_on_an_object_store(address, tmp_path):
     assert [line["step"] for line in logged if "train/loss" in line] == list(range(1, newest + 3))
     assert str(bad) in bucket.read("run/bad_inputs.jsonl").decode()
     assert json.loads(bucket.read("run/run.json"))["starts"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "falls silent"])
+def test_a_run_whose_store_ends_first_ends_too_in_one_line(fault, tmp_path):
+    """The clients of a store go on for minutes or for good: of a dead one 390 s, of a silent one over 700 s."""
+    start = write_model(tmp_path / "model"), write_images(tmp_path / "images", LABELS, per_class=8)
+    config = write_config(tmp_path, start, num_steps=400, save_every=4)
+    with store_server() as (server, address), (tmp_path / "stderr").open("w") as stderr:
+        store = environment(STORAGE_EMULATOR_HOST=address, TENSORSTORE_GCS_HTTP_URL=address)
+        run = start_run(config, WORKDIR, env=store, stderr=stderr)
+        for line in run.stdout:
+            if line.startswith("step 9/"):
+                break
+        server.send_signal(fault)
+        code, _, _ = finish(run)
+    said = [line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(said) == 1 and re.fullmatch(r"error: gs://bucket/run.*what was saved stays whole", said[0])
