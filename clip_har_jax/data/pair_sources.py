@@ -48,8 +48,9 @@ class PairSources:
 
     @property
     def order_digest(self) -> str:
-        """SHA-256 over the shards' names: while it stays, a position in them keeps its meaning."""
-        return sha256(repr(([tuple(reader.names) for reader in self.readers], self.weights)))
+        """SHA-256 over the shards' names, without folders: while it stays, a position in them keeps its meaning."""
+        names = [[name.rpartition("/")[2] for name in reader.names] for reader in self.readers]
+        return sha256(repr((names, self.weights)))
 
     @property
     def tally(self) -> Tally:

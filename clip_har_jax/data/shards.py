@@ -3,6 +3,7 @@
 A pattern may have braces (`train-{0000..0331}.tar`, `{cc3m,cc12m}/*.tar`) and stars. `gs://` needs gcsfs, `s3://` s3fs.
 """
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,49 +38,71 @@ def list_shards(pattern: str, suffixes: Sequence[str], where: str) -> list[Shard
     Raises:
       UserError: a file that isn't there, no file at all, or a store that can't be reached.
     """
-    from braceexpand import braceexpand
-
-    try:
-        paths = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(
-            f"{where}: the braces of the pattern don't match; write e.g. train-{{0000..0031}}.tar"
-        ) from error
+    paths = [pattern] if is_local(pattern) and os.path.exists(os.path.expanduser(pattern)) else _expand(pattern, where)
     with _faults(paths[0], where):
-        found = list(_find(paths, suffixes, where))
-    if not found:
-        raise UserError(f"{where}: no files match; check the path (files named {' or '.join(suffixes)} are needed)")
-    return list(dict.fromkeys(found))
-
-
-def _find(paths: Sequence[str], suffixes: Sequence[str], where: str) -> Iterator[Shard]:
-    if not is_local(paths[0]):
-        system, first = _file_system(paths[0])
-        remote.check_store(paths[0], lambda: system.exists(_parent(first)), remote.store(where, remote.CHECK_STORE))
-    listed: dict[str, dict[str, int]] = {}  # sizes by path, by folder: one request for all files of a folder
-    missing = []
-    for text in paths:
-        system, path = _file_system(text)
-        protocol = "" if is_local(text) else text.partition("://")[0] + "://"
-        if "*" in path:
-            yield from _sized(system.glob(path, detail=True), protocol)
-            continue
-        folder = _parent(path)
-        if folder not in listed:
-            listed[folder] = _sizes(system, folder)
-        if path in listed[folder]:
-            yield Shard(protocol + path, listed[folder][path])
-        elif system.isdir(path):
-            inside = {name: size for name, size in _sizes(system, path).items() if name.endswith(tuple(suffixes))}
-            yield from (Shard(protocol + name, size) for name, size in sorted(inside.items()))
+        if is_local(paths[0]):
+            by_path = {path: _find_local(path, suffixes) for path in paths}
         else:
-            missing.append(text)
-    if missing:
+            by_path = _find_remote(paths, suffixes, where)
+    if missing := [path for path, found in by_path.items() if found is None]:
         more = f" and {len(missing) - SHOWN_MISSING} more" if len(missing) > SHOWN_MISSING else ""
         raise UserError(
             f"{where}: {len(missing)} of {len(paths)} files are missing: {', '.join(missing[:SHOWN_MISSING])}{more}; "
             "copy them there, or correct the pattern"
         )
+    if not any(by_path.values()):
+        raise UserError(f"{where}: no files match; check the path (files named {' or '.join(suffixes)} are needed)")
+    return list(dict.fromkeys(shard for found in by_path.values() for shard in found or ()))
+
+
+def _expand(pattern: str, where: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(
+            f"{where}: the braces of the pattern don't match; write e.g. train-{{0000..0031}}.tar"
+        ) from error
+
+
+def _find_local(text: str, suffixes: Sequence[str]) -> list[Shard] | None:
+    """Return the files that a path means; None if there is no such file."""
+    path = os.path.abspath(os.path.expanduser(text))
+    if os.path.isdir(path):
+        names = [os.path.join(path, name) for name in os.listdir(path) if name.endswith(tuple(suffixes))]
+    elif "*" in path:
+        names = glob.glob(path)
+    elif os.path.exists(path):
+        names = [path]
+    else:
+        return None
+    return [Shard(name, os.stat(name).st_size) for name in sorted(names) if os.path.isfile(name)]
+
+
+def _find_remote(paths: Sequence[str], suffixes: Sequence[str], where: str) -> dict[str, list[Shard] | None]:
+    """Return the objects that each address means; None if there is no such object."""
+    system, first = _file_system(paths[0])
+    remote.check_store(paths[0], lambda: system.exists(_parent(first)), remote.store(where, remote.CHECK_STORE))
+    listed: dict[str, dict[str, int]] = {}  # sizes by path, by folder: one request for all files of a folder
+    found: dict[str, list[Shard] | None] = {}
+    for text in paths:
+        system, path = _file_system(text)
+        protocol, folder = text.partition("://")[0] + "://", _parent(path)
+        if "*" in path:
+            sizes = {name: info["size"] for name, info in system.glob(path, detail=True).items() if _is_file(info)}
+        else:
+            if folder not in listed:
+                listed[folder] = _sizes(system, folder)
+            if path in listed[folder]:
+                sizes = {path: listed[folder][path]}
+            elif system.isdir(path):
+                sizes = {name: size for name, size in _sizes(system, path).items() if name.endswith(tuple(suffixes))}
+            else:
+                found[text] = None
+                continue
+        found[text] = [Shard(protocol + name, size) for name, size in sorted(sizes.items())]
+    return found
 
 
 def _file_system(path: str) -> tuple[Any, str]:
@@ -93,15 +116,13 @@ def _parent(path: str) -> str:
     return path.rpartition("/")[0] or "/"
 
 
-def _sized(found: dict[str, dict[str, Any]], protocol: str) -> Iterator[Shard]:
-    for name, info in sorted(found.items()):
-        if info["type"] == "file":
-            yield Shard(protocol + name, info["size"])
+def _is_file(info: dict[str, Any]) -> bool:
+    return info["type"] == "file"
 
 
 def _sizes(system: Any, folder: str) -> dict[str, int]:
     try:
-        return {info["name"]: info["size"] for info in system.ls(folder, detail=True) if info["type"] == "file"}
+        return {info["name"]: info["size"] for info in system.ls(folder, detail=True) if _is_file(info)}
     except FileNotFoundError:
         return {}
 

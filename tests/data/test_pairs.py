@@ -79,6 +79,17 @@ def test_patterns_mean_files_in_their_order(shards: str) -> None:
     assert captions(read(f"webdataset:{folder}/002.tar")) == everything[8:]
 
 
+def test_links_and_paths_with_signs_of_patterns_are_read(shards: str, tmp_path: Path) -> None:
+    folder = Path(shards.removeprefix("webdataset:")).parent
+    (tmp_path / "{a}").mkdir()
+    (tmp_path / "{a}" / "000.tar").symlink_to(folder / "000.tar")
+    (tmp_path / "link").symlink_to(tmp_path / "{a}")
+    for pattern in ("{a}/000.tar", "{a}", "link/000.tar", "link/*.tar", "link/{000,000}.tar"):
+        assert captions(read(f"webdataset:{tmp_path}/{pattern}")) == [f"picture {i}" for i in range(5)]
+    moved, same = (make_pair_sources(f"webdataset:{place}/000.tar") for place in (tmp_path / "link", folder))
+    assert (moved.order_digest, moved.fingerprint) == (same.order_digest, same.fingerprint)
+
+
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [
