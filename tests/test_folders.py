@@ -116,7 +116,10 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seed", range(20))
+# Each writer in every run, and more of them with other delays in the slow ones.
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=() if seed < len(WRITERS) else pytest.mark.slow) for seed in range(20)]
+)
 def test_two_writers_of_one_folder_do_each_other_no_harm(root: Path, seed: int) -> None:
     writer, killed, delays = WRITERS[seed % len(WRITERS)], seed % 2 == 1, random.Random(seed)
     first = start(writer, root, "first")

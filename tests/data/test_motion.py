@@ -70,6 +70,7 @@ def accuracy(drawn, features):
     return model.fit(features(train), train_labels).score(features(test), test_labels)
 
 
+@pytest.mark.slow
 def test_no_classifier_without_the_order_of_frames_gets_far(drawn):
     """Single frames, or sets of frames without their order, tell which pair it is at best: half of the answers."""
     assert accuracy(drawn, lambda clips: clips[:, 4]) < 0.6

@@ -186,6 +186,7 @@ def test_calibration_covers_all_images(clip_folders: dict[str, Path], count: int
     assert clips[-1]["frames"][0, :, 0, 0, 0].tolist() == [count - 1, 0, 1, 2], "consecutive, then from the first one"
 
 
+@pytest.mark.slow
 def test_a_model_of_images_answers_clips_too(folder: Path, photos: Path, tmp_path: Path) -> None:
     """By the mean of its frames' embeddings, as its folder does; the graph of whole clips comes with --clips."""
     ours, clips = JaxBackend(str(folder)).logits(random_clips(2)), random_clips(2)

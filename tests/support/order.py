@@ -1,18 +1,25 @@
 """The order in which the files of tests run."""
 
-# The files that take longest, longest first: with two processes, a long one that begins last keeps one of them waiting.
+# The files that take longest, longest first: a long one that begins last keeps the others waiting.
 LONGEST = (
     "trainer/test_methods.py",
+    "export/test_run.py",
     "trainer/test_train.py",
     "training/test_steps.py",
-    "serving/test_service.py",
-    "export/test_run.py",
-    "planning/test_plan.py",
-    "mlops/test_tracking.py",
-    "data/test_clips.py",
+    "training/test_temporal_steps.py",
+    "export/test_clips.py",
     "app/test_app.py",
-    "app/test_browser.py",
+    "mlops/test_tracking.py",
+    "trainer/test_memory.py",
+    "mlops/test_remote.py",
+    "serving/test_service.py",
     "serving/test_contract.py",
+    "models/test_temporal.py",
+    "models/test_open_clip.py",
+    "data/test_clips.py",
+    "app/test_browser.py",
+    "test_processes.py",
     "parallel/test_distributed.py",
     "pipelines/test_prepare_data.py",
+    "planning/test_plan.py",
 )

@@ -51,7 +51,9 @@ def test_the_names_that_a_config_accepts_are_those_that_exist() -> None:
     assert set(OPTIMIZERS) == set(optim.OPTIMIZERS)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("adamw", "muon") else pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_a_sharded_optimiser_does_the_same_as_one_device(name: str) -> None:
     one, _ = update(make_program(name, 1))
     eight, _ = update(make_program(name, 8))

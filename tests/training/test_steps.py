@@ -172,7 +172,7 @@ def test_rows_pass_by_layers_in_training_alone():
     np.testing.assert_array_equal(*answers)
 
 
-@pytest.mark.parametrize(("strategy", "rows"), [("fsdp", 2), ("fsdp_tp", 4)])
+@pytest.mark.parametrize(("strategy", "rows"), [pytest.param("fsdp", 2, marks=pytest.mark.slow), ("fsdp_tp", 4)])
 def test_activations_stay_with_their_rows(strategy, rows):
     """No device computes with all images of a batch, though the weights are sharded over the same axis."""
     program = make_program(strategy)

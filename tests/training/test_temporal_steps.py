@@ -88,7 +88,9 @@ def trained(program):
     return losses, jax.device_get(state.params), params
 
 
-@pytest.mark.parametrize("kind", ADDING)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "divided" else pytest.mark.slow) for kind in ADDING]
+)
 def test_every_mesh_learns_the_same(kind):
     losses, params, before = trained(make_program(kind))
     assert losses[2] < losses[0]
@@ -113,6 +115,7 @@ def test_fsdp_and_tp_shard_what_is_added():
                 assert sharding.shard_shape(program.shapes[name]) != program.shapes[name], (strategy, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "remat"), [("divided", "full"), ("st_adapter", "dots")])
 def test_rematerialised_steps_learn_the_same(kind, remat):
     losses, params, _ = trained(make_program(kind, "fsdp"))
@@ -123,7 +126,7 @@ def test_rematerialised_steps_learn_the_same(kind, remat):
 
 
 @pytest.mark.parametrize("kind", ["head", "st_adapter", "divided"])
-@pytest.mark.parametrize("method", ["lora", "prompt"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("prompt", marks=pytest.mark.slow)])
 def test_a_method_trains_its_own_and_what_is_added(kind, method):
     settings = {"name": method, "lora_rank": 4, "prompt_length": 2}
     losses, params, before = trained(make_program(kind, method=settings))
