@@ -71,6 +71,16 @@ def contrastive_loss(
     return losses * mask
 
 
+def even_bias(image: Embeddings, text: Embeddings, scale: Scalar, mask: Float[Array, " b"]) -> Scalar:
+    """Return the bias of the sigmoid loss at which an average pair matches with probability 1 / rows.
+
+    SigLIP learns the bias (Zhai et al. 2023, section 3.2). CLIP has none, and fine-tuning is too short to learn one.
+    """
+    count = jnp.maximum(jnp.sum(mask), 2.0)
+    mean_image, mean_text = (jnp.sum(side * mask[:, None], axis=0) / count for side in (image, text))
+    return jax.lax.stop_gradient(-scale * mean_image @ mean_text - jnp.log(count - 1))
+
+
 class _Rows(NamedTuple):
     """Rows of one side of the pairs."""
 

@@ -21,7 +21,7 @@ from clip_har_jax.models.layers import DropPath
 from clip_har_jax.models.params import Params, unflatten
 from clip_har_jax.models.temporal import is_temporal
 from clip_har_jax.models.two_towers import TwoTowers, mean_class_embeddings
-from clip_har_jax.training.contrastive import contrastive_loss
+from clip_har_jax.training.contrastive import contrastive_loss, even_bias
 from clip_har_jax.training.losses import cross_entropy
 from clip_har_jax.training.mixing import mix
 from clip_har_jax.training.recipes import CONTEXT, PAIR_LOSSES, check_method
@@ -271,7 +271,7 @@ class Method:
         """Return the bias of the logits of pairs: the model's own where it has one."""
         if self.loss != "sigmoid":
             return 0.0
-        return params.get("logit_bias", _even_bias(image, text, jnp.exp(params["logit_scale"]), mask))
+        return params.get("logit_bias", even_bias(image, text, jnp.exp(params["logit_scale"]), mask))
 
     def export_params(self, params: Mapping[str, Any], class_embeddings: np.ndarray) -> tuple[Params, str, Params]:
         """Return the contents of a model folder: the model's parameters, the name of the head, the head's parameters.
@@ -286,18 +286,6 @@ class Method:
             head = init_head("linear", np.asarray(class_embeddings), float(np.exp(params["logit_scale"])), 0)
             return own, "linear", dict(head)
         return own, self.head, {k.removeprefix(HEAD): v for k, v in params.items() if k.startswith(HEAD)}
-
-
-def _even_bias(
-    image: Float[Array, "b d"], text: Float[Array, "b d"], scale: Float[Array, ""], mask: Float[Array, " b"]
-) -> Float[Array, ""]:
-    """Return the bias of the sigmoid loss at which an average pair matches with probability 1 / rows.
-
-    SigLIP learns the bias (Zhai et al. 2023, section 3.2). CLIP has none, and fine-tuning is too short to learn one.
-    """
-    count = jnp.maximum(jnp.sum(mask), 2.0)
-    mean_image, mean_text = (jnp.sum(side * mask[:, None], axis=0) / count for side in (image, text))
-    return jax.lax.stop_gradient(-scale * mean_image @ mean_text - jnp.log(count - 1))
 
 
 def _choose_prompts(key: jax.Array, label: Int[Array, " b"], class_of_prompt: Int[Array, " p"]) -> Int[Array, " b"]:

@@ -11,7 +11,8 @@ import pytest
 
 from clip_har_jax.batch import PairBatch
 from clip_har_jax.config import DataConfig
-from clip_har_jax.data.pair_batches import BadPairs, PairBatches, PairTransform, eval_pair_batches
+from clip_har_jax.data.pair_batches import PairBatches, eval_pair_batches
+from clip_har_jax.data.pair_rows import BadPairs, PairTransform
 from clip_har_jax.data.pair_sources import make_pair_sources
 from clip_har_jax.data.pair_streams import Drawn, PairStream, StreamPlan, choose_num_streams
 from clip_har_jax.data.pairs import Pair
