@@ -1,70 +1,68 @@
 """Batches of image-text pairs: endless ones for training that can be continued exactly, and one pass to evaluate."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from etils import epath
 
 from clip_har_jax.batch import PairBatch
 from clip_har_jax.cores import usable_cores
 from clip_har_jax.data.batch_workers import Workers
-from clip_har_jax.data.batches import HostBatch
-from clip_har_jax.data.pair_rows import BadPairs, PairTransform
+from clip_har_jax.data.batches import BadInput, HostBatch
+from clip_har_jax.data.pair_rows import PairTransform, StreamRows
 from clip_har_jax.data.pair_sources import PairSources
-from clip_har_jax.data.pair_streams import Drawn, PairStream, Position, StreamPlan
+from clip_har_jax.data.pair_streams import Position, StreamPlan
 from clip_har_jax.data.pairs import Found
-from clip_har_jax.data.pipeline import MIN_FOR_WORKERS, ProcessShare, default_workers
+from clip_har_jax.data.pipeline import MIN_FOR_WORKERS, ProcessShare, append_log, default_workers
 from clip_har_jax.errors import UserError
 
+FEWEST_ROWS = 1000  # the accepted share of bad pairs is of at least so many
+MOST_LOGGED = 10_000  # bad pairs; later ones are only counted
 KEPT_POSITIONS = 16  # batches; more than those on their way to the devices
 ENDLESS = 2**40
 WHOLE = ProcessShare()
 
 
-class StreamRows:
-    """The rows of some streams in each global batch, read in order. Sent to a worker before it reads.
+class BadPairs:
+    """The pairs that couldn't be read: counted, logged, and an error if there are too many.
 
     Args:
-      plan: of the run's streams.
-      transform: of its pairs.
-      batch_size: global.
-      streams: the numbers of these streams, consecutive.
-      positions: of each; None: from the start.
+      max_fraction: accepted share of the pairs read so far, or of `FEWEST_ROWS` if these are fewer.
+      log: bad_inputs.jsonl, appended to; None: only count.
     """
 
-    def __init__(
-        self,
-        plan: StreamPlan,
-        transform: PairTransform,
-        batch_size: int,
-        streams: Sequence[int],
-        positions: Sequence[Position | None],
-    ):
-        self._plan, self._transform, self._numbers, self._positions = plan, transform, streams, positions
-        self._rows = batch_size // plan.num_streams
-        self._streams: list[PairStream] = []
+    def __init__(self, max_fraction: float, log: epath.PathLike | None = None):
+        self._max_fraction, self._log = max_fraction, None if log is None else epath.Path(log)
+        self._rows = self._bad = 0
+        self._seen: dict[str, str] = {}
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the images: [rows, h, w, 3]."""
-        return (self._rows * len(self._numbers), self._transform.size_px, self._transform.size_px, 3)
+    def __len__(self) -> int:
+        return len(self._seen)
 
-    def read(self, step: int, images: UInt8[np.ndarray, "..."], each: Callable[..., Iterator[Any]] = map) -> HostBatch:
-        """Read the next rows and write their images into `images`; `each` is `map` or a parallel version of it."""
-        if not self._streams:
-            starts = zip(self._numbers, self._positions, strict=True)
-            self._streams = [PairStream(self._plan, number, position) for number, position in starts]
-        drawn = [next(stream) for stream in self._streams for _ in range(self._rows)]
-        loaded = list(each(self._load, drawn, images))
-        batch, errors = self._transform.batch(images, loaded, self._numbers[0] * self._rows)
-        return HostBatch(batch, errors, tuple(stream.position for stream in self._streams))
+    def record(self, errors: Iterable[BadInput], num_rows: int) -> None:
+        """Count the rows of a batch, and count and log its errors.
 
-    def _load(self, drawn: Drawn, image: UInt8[np.ndarray, "..."]) -> tuple[str, str, str]:
-        return self._transform.load(drawn.found, drawn.key, image)
+        Raises:
+          UserError: more bad pairs than the config allows.
+        """
+        errors = list(errors)
+        self._rows, self._bad = self._rows + num_rows, self._bad + len(errors)
+        new = {name: (index, reason) for index, name, reason in errors if name not in self._seen}
+        if len(self._seen) < MOST_LOGGED:
+            if new and self._log is not None:
+                append_log(self._log, {index: (name, reason) for name, (index, reason) in new.items()})
+            self._seen |= {name: reason for name, (_, reason) in new.items()}
+        if self._bad > self._max_fraction * max(self._rows, FEWEST_ROWS):
+            name, reason = next(iter(self._seen.items()))
+            listed = f", all so far in {self._log}" if self._log is not None else ""
+            raise UserError(
+                f"{self._bad} of the {self._rows} pairs read so far can't be used, first {name}: {reason}{listed}"
+                "; mend or remove them, or raise config.data.max_bad_fraction"
+            )
 
 
 class _Threads:

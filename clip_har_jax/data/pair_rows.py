@@ -1,62 +1,20 @@
-"""A pair -> a row of a batch: pixels and token ids; and the count of the pairs that can't be one."""
+"""The rows of batches of pairs: pixels and token ids. A worker process needs this file alone, and no grain or JAX."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 
 from clip_har_jax.batch import PairBatch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
-from clip_har_jax.data.batches import BadInput
+from clip_har_jax.data.batches import BadInput, HostBatch
+from clip_har_jax.data.pair_streams import Drawn, PairStream, Position, StreamPlan
 from clip_har_jax.data.pairs import BadPair, Found
-from clip_har_jax.data.pipeline import append_log
-from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
 from clip_har_jax.tokenization import TextTokenizer
-
-FEWEST_ROWS = 1000  # the accepted share of bad pairs is of at least so many
-MOST_LOGGED = 10_000  # bad pairs; later ones are only counted
-
-
-class BadPairs:
-    """The pairs that couldn't be read: counted, logged, and an error if there are too many.
-
-    Args:
-      max_fraction: accepted share of the pairs read so far, or of `FEWEST_ROWS` if these are fewer.
-      log: bad_inputs.jsonl, appended to; None: only count.
-    """
-
-    def __init__(self, max_fraction: float, log: epath.PathLike | None = None):
-        self._max_fraction, self._log = max_fraction, None if log is None else epath.Path(log)
-        self._rows = self._bad = 0
-        self._seen: dict[str, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def record(self, errors: Iterable[BadInput], num_rows: int) -> None:
-        """Count the rows of a batch, and count and log its errors.
-
-        Raises:
-          UserError: more bad pairs than the config allows.
-        """
-        errors = list(errors)
-        self._rows, self._bad = self._rows + num_rows, self._bad + len(errors)
-        new = {name: (index, reason) for index, name, reason in errors if name not in self._seen}
-        if len(self._seen) < MOST_LOGGED:
-            if new and self._log is not None:
-                append_log(self._log, {index: (name, reason) for name, (index, reason) in new.items()})
-            self._seen |= {name: reason for name, (_, reason) in new.items()}
-        if self._bad > self._max_fraction * max(self._rows, FEWEST_ROWS):
-            name, reason = next(iter(self._seen.items()))
-            listed = f", all so far in {self._log}" if self._log is not None else ""
-            raise UserError(
-                f"{self._bad} of the {self._rows} pairs read so far can't be used, first {name}: {reason}{listed}"
-                "; mend or remove them, or raise config.data.max_bad_fraction"
-            )
 
 
 @dataclass(frozen=True)
@@ -112,3 +70,45 @@ class PairTransform:
             (int(number), name, reason) for number, name, reason in zip(index, names, reasons, strict=True) if reason
         )
         return PairBatch(images, ids, np.asarray([float(bool(text)) for text in captions], np.float32), index), errors
+
+
+class StreamRows:
+    """The rows of some streams in each global batch, read in order. Sent to a worker before it reads.
+
+    Args:
+      plan: of the run's streams.
+      transform: of its pairs.
+      batch_size: global.
+      streams: the numbers of these streams, consecutive.
+      positions: of each; None: from the start.
+    """
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        transform: PairTransform,
+        batch_size: int,
+        streams: Sequence[int],
+        positions: Sequence[Position | None],
+    ):
+        self._plan, self._transform, self._numbers, self._positions = plan, transform, streams, positions
+        self._rows = batch_size // plan.num_streams
+        self._streams: list[PairStream] = []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the images: [rows, h, w, 3]."""
+        return (self._rows * len(self._numbers), self._transform.size_px, self._transform.size_px, 3)
+
+    def read(self, step: int, images: UInt8[np.ndarray, "..."], each: Callable[..., Iterator[Any]] = map) -> HostBatch:
+        """Read the next rows and write their images into `images`; `each` is `map` or a parallel version of it."""
+        if not self._streams:
+            starts = zip(self._numbers, self._positions, strict=True)
+            self._streams = [PairStream(self._plan, number, position) for number, position in starts]
+        drawn = [next(stream) for stream in self._streams for _ in range(self._rows)]
+        loaded = list(each(self._load, drawn, images))
+        batch, errors = self._transform.batch(images, loaded, self._numbers[0] * self._rows)
+        return HostBatch(batch, errors, tuple(stream.position for stream in self._streams))
+
+    def _load(self, drawn: Drawn, image: UInt8[np.ndarray, "..."]) -> tuple[str, str, str]:
+        return self._transform.load(drawn.found, drawn.key, image)

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from clip_har_jax.data.pair_batches import PairBatches
-from clip_har_jax.data.pair_rows import BadPairs
+from clip_har_jax.data.pair_batches import BadPairs, PairBatches
 from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.pair_streams import StreamPlan, choose_num_streams
 from clip_har_jax.data.pipeline import ProcessShare, ResumePoint, train_batches

@@ -1,6 +1,8 @@
 """Streams and batches of pairs: each pair once in an epoch, for any division of the work, and exactly continued."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -11,8 +13,8 @@ import pytest
 
 from clip_har_jax.batch import PairBatch
 from clip_har_jax.config import DataConfig
-from clip_har_jax.data.pair_batches import PairBatches, eval_pair_batches
-from clip_har_jax.data.pair_rows import BadPairs, PairTransform
+from clip_har_jax.data.pair_batches import BadPairs, PairBatches, eval_pair_batches
+from clip_har_jax.data.pair_rows import PairTransform
 from clip_har_jax.data.pair_sources import make_pair_sources
 from clip_har_jax.data.pair_streams import Drawn, PairStream, StreamPlan, choose_num_streams
 from clip_har_jax.data.pairs import Pair
@@ -136,6 +138,12 @@ def test_batches_continue_from_a_position(spec: str, tokenizer: Tokenizer, num_w
     positions = [position[str(stream)] for stream in range(4)]
     again = batches_of(spec, tokenizer, 4, config=config, positions=positions, start_step=3)
     assert_same(again[1:], rest)
+
+
+def test_a_worker_imports_neither_jax_nor_grain() -> None:
+    program = "import sys, clip_har_jax.data.pair_rows; print(sorted({'jax', 'grain'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_images_match_their_captions(spec: str, tokenizer: Tokenizer) -> None:
