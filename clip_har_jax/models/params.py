@@ -22,6 +22,9 @@ from clip_har_jax.models.two_towers import TwoTowers
 
 Params = dict[str, Any]  # dotted path -> array
 
+# XLA's options for a program that runs once: optimising it takes three times as long as compiling it without.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
 
 def abstract_model(config: TwoTowerConfig, runtime: Runtime = Runtime()) -> TwoTowers:
     """Return the model with shapes and axis names in place of weights. Each call returns a model of its own."""
@@ -84,7 +87,8 @@ def init_program(config: TwoTowerConfig, shardings: Mapping[str, NamedSharding])
         params = _make_params(config, key)
         return {name: params[name] for name in shardings}
 
-    return jax.jit(make, out_shardings=dict(shardings))
+    options = QUICK_COMPILE if jax.default_backend() == "cpu" else None
+    return jax.jit(make, out_shardings=dict(shardings), compiler_options=options)
 
 
 def _make_params(config: TwoTowerConfig, key: Any) -> Params:
