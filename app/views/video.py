@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
@@ -13,6 +15,8 @@ from app.client import Trouble, configured
 from app.video_frames import clock, frame_at
 from serving.schemas import EventBody, VideoEvents
 
+MOST_CLICKS = 400  # seconds that a click on the timeline can choose; the player starts at whole seconds
+UNCHANGED = {kind: {"marker": {"opacity": 1}} for kind in ("selected", "unselected")}
 COLORS = ("#3b82d6", "#d97706", "#0f9f8f", "#b4509b", "#7a8b2f", "#7c5cd6", "#c2554d", "#5f7d95")
 
 
@@ -23,7 +27,7 @@ def end_of(event: EventBody) -> float:
 
 
 def timeline(events: list[EventBody], duration_s: float) -> go.Figure:
-    """Return a chart of the actions over time, one row each."""
+    """Return a chart of the actions over time, one row each; its invisible points give the second of a click."""
     labels = list(dict.fromkeys(widgets.words(event.label) for event in events))
     figure = go.Figure()
     for i, label in enumerate(labels):
@@ -34,14 +38,40 @@ def timeline(events: list[EventBody], duration_s: float) -> go.Figure:
             x=[end_of(event) - event.start_s for event in own],
             orientation="h",
             marker_color=COLORS[i % len(COLORS)],
-            hovertext=[f"{clock(event.start_s)} to {clock(end_of(event))}" for event in own],
-            hoverinfo="text+y",
+            hoverinfo="skip",
             showlegend=False,
+            **UNCHANGED,
+        )
+        seconds = np.arange(0, duration_s, math.ceil(duration_s / MOST_CLICKS)).astype(int).tolist()
+        figure.add_scatter(
+            x=seconds,
+            y=[label] * len(seconds),
+            mode="markers",
+            marker={"opacity": 0, "size": 12},
+            hovertext=[clock(second) for second in seconds],
+            hoverinfo="text",
+            showlegend=False,
+            unselected={"marker": {"opacity": 0}},
+            selected={"marker": {"opacity": 0}},
         )
     figure.update_layout(height=110 + 44 * len(labels), margin={"l": 0, "r": 10, "t": 10, "b": 40}, barmode="overlay")
+    figure.update_layout(hovermode="closest", hoverdistance=60, dragmode=False)
     figure.update_xaxes(range=[0, duration_s], title="seconds")
     figure.update_yaxes(autorange="reversed")
     return figure
+
+
+def jump(second: int | None = None) -> None:
+    """Set the player to a second; None: to the clicked one of the timeline.
+
+    Player and timeline are made anew at each jump, so that the same second can be chosen again.
+    """
+    if second is None:
+        points = st.session_state[f"timeline_{st.session_state.jumps}"].selection.points
+        second = points[0]["x"] if points else None
+    if second is not None:
+        st.session_state.video_at_s = second
+        st.session_state.jumps += 1
 
 
 def show_events(content: bytes, answer: VideoEvents) -> None:
@@ -52,7 +82,15 @@ def show_events(content: bytes, answer: VideoEvents) -> None:
         return
     spans = [f"{widgets.words(one.label)} from {clock(one.start_s)} to {clock(end_of(one))}" for one in events]
     told = "; ".join(spans)
-    st.plotly_chart(timeline(events, duration_s), config={"displayModeBar": False}, alt=f"Timeline: {told}")
+    st.plotly_chart(
+        timeline(events, duration_s),
+        config={"displayModeBar": False},
+        alt=f"Timeline: {told}",
+        key=f"timeline_{st.session_state.jumps}",
+        on_select=jump,
+        selection_mode="points",
+    )
+    st.caption("Click the timeline, or a moment below, to jump there in the video.")
     columns = st.columns(min(4, max(2, len(events))))
     for i, event in enumerate(events):
         with columns[i % len(columns)], st.container(border=True):
@@ -62,6 +100,8 @@ def show_events(content: bytes, answer: VideoEvents) -> None:
                 st.image(picture, width="stretch", alt=f"A moment of {label}")
             st.markdown(f"**{label}**")
             st.caption(f"{clock(event.start_s)} to {clock(end_of(event))} · {widgets.percent(event.score)} sure")
+            first = int(event.start_s)
+            st.button(f"Play from {clock(first)}", key=f"jump_{i}", on_click=jump, args=(first,), width="stretch")
     one, two = st.columns(2)
     table = pd.DataFrame([event.model_dump() for event in events])[["label", "start_s", "end_s", "score"]]
     one.download_button("Download as CSV", table.to_csv(index=False), "events.csv", "text/csv", width="stretch")
@@ -111,9 +151,13 @@ try:
     video = choose_video()
     if video:
         name, content = video
-        st.video(content, alt=f"The video: {name}", width=480)
         key = hashlib.sha256(content).hexdigest()
-        if st.session_state.get("video_of") != key:
+        is_new = st.session_state.get("video_of") != key
+        if is_new:
+            st.session_state.video_at_s = st.session_state.jumps = 0
+        with st.container(key=f"player_{st.session_state.jumps}"):
+            st.video(content, start_time=st.session_state.video_at_s, alt=f"The video: {name}", width=480)
+        if is_new:
             with st.spinner("Watching the video ..."):
                 st.session_state.video_answer = widgets.service().events(content)
             st.session_state.video_of = key

@@ -17,11 +17,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import av
 import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, Position, expect, sync_playwright
 
 from clip_har_jax.pipelines.evaluate import evaluate_model
 from tests.support.model_folders import write_image, write_images, write_model
@@ -55,7 +56,9 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with running(write_export(root), allowed_origins=(f"http://127.0.0.1:{port}",)) as (client, _):
+    # A low temperature, so that the random model is sure enough to name actions in a video.
+    export = write_export(root, temperature=0.05)
+    with running(export, allowed_origins=(f"http://127.0.0.1:{port}",)) as (client, _):
         process = subprocess.Popen(
             [sys.executable, "-m", "streamlit", "run", "app/main.py", f"--server.port={port}", *FLAGS],
             cwd=ROOT,
@@ -176,9 +179,32 @@ def test_a_video_has_its_timeline(browser: Browser, app: str) -> None:
     settle(page)
     clip = (ROOT / "app" / "samples" / "actions.mp4").read_bytes()
     page.locator("input[type=file]").set_input_files({"name": "a.mp4", "mimeType": "video/mp4", "buffer": clip})
-    expect(page.get_by_text("Download as CSV").or_(page.get_by_text("No action lasted")).first).to_be_visible(
-        timeout=60_000
-    )
+    expect(page.get_by_text("Download as CSV")).to_be_visible(timeout=60_000)
+    settle(page)
+    player, second = page.locator("video"), "element => element.currentTime"
+    assert player.evaluate(second) == 0
+    area = page.locator(".js-plotly-plot .nsewdrag").first
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    assert box is not None
+    place: Position = {"x": box["width"] * 0.7, "y": box["height"] / 2}
+    area.hover(position=place)
+    area.click(position=place)
+    with av.open(io.BytesIO(clip)) as container:
+        expected = int(0.7 * float(container.duration or 0) / av.time_base)
+    page.wait_for_function("() => document.querySelector('video').currentTime > 0")
+    settle(page)
+    assert abs(player.evaluate(second) - expected) <= 1, "a click on the timeline jumps there in the video"
+    moment = page.get_by_role("button", name=re.compile("Play from")).last
+    told = re.search(r"(\d+):(\d+)", moment.inner_text())
+    assert told is not None
+    for _ in range(2):  # again after the video went on
+        moment.click()
+        page.wait_for_function(
+            "second => document.querySelector('video')?.currentTime === second", arg=60 * int(told[1]) + int(told[2])
+        )
+        settle(page)
+        player.evaluate("element => { element.currentTime = 1 }")
     bad: FilePayload = {"name": "bad.mp4", "mimeType": "video/mp4", "buffer": b"no video"}
     page.locator("input[type=file]").set_input_files(bad)
     expect(page.get_by_text("holds no pictures, or is damaged")).to_be_visible(timeout=30_000)
