@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
-from clip_har_jax.names import name_key
+from clip_har_jax.names import check_text, name_key
 from clip_har_jax.text import make_prompts, phrase
 from serving.problems import Problem
 from serving.telemetry import log
@@ -53,8 +53,13 @@ def checked_prompts(given: Mapping[str, Sequence[str]]) -> dict[str, Prompts]:
     """Return the texts of each label: the given ones, else the default prompts.
 
     Raises:
-      Problem: a label without words.
+      Problem: a label without words, or with a control character.
     """
+    for label in given:
+        try:
+            check_text(label, "classes")
+        except UserError as error:
+            raise Problem("invalid_request", str(error)) from error
     if empty := [label for label in given if not phrase(label).strip()]:
         raise Problem("invalid_request", f"classes: {empty[0]!r} has no words")
     usual = make_prompts(list(given))

@@ -276,7 +276,8 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
 
     def handle_cont(self, event: Frame) -> None:
         if len(self.frames) >= MAX_FRAGMENTS:  # empty fragments aren't limited by size anywhere else
-            self.transport.abort()
+            self.conn.fail(1009, f"over {MAX_FRAGMENTS} fragments in a message")
+            self.handle_parser_exception()
             return
         super().handle_cont(event)
 

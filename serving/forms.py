@@ -50,6 +50,8 @@ async def read_parts(content_type: str, body: AsyncIterator[bytes], most_files: 
             any_bytes = any_bytes or bool(chunk)
             parser.write(chunk)
     except FormParserError as error:
+        if str(error).startswith("Maximum header"):
+            raise Problem("malformed", "a part of the form has too many or too long headers") from error
         raise Problem(
             "malformed", "not a multipart form with the boundary that its Content-Type header names"
         ) from error

@@ -6,6 +6,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.problems import Problem
+
 VERBS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -21,17 +23,23 @@ def allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
 
 
 def _allows(route: BaseRoute, scope: Scope) -> bool:
-    files = isinstance(route, Mount)  # matches any method, and serves files
-    return route.matches(scope)[0] is Match.FULL and (not files or scope["method"] == "GET")
+    files = isinstance(route, Mount)  # matches any method and WebSockets, and serves files
+    return route.matches(scope)[0] is Match.FULL and (not files or scope.get("method") == "GET")
 
 
 class Methods:
-    """Middleware below access control: answers OPTIONS, and HEAD like GET; the server omits the body."""
+    """Middleware below access control: answers OPTIONS, and HEAD like GET; the server omits the body.
+
+    Raises:
+      Problem: no route takes WebSockets at the path.
+    """
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]):
         self._app, self._routes = app, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and not any(_allows(route, scope) for route in self._routes):
+            raise Problem("not_found", "no WebSocket is taken at this path; frames go to /v1/stream")
         method = scope.get("method")
         if method == "OPTIONS" and (allowed := allowed_methods(self._routes, scope)):
             await Response(status_code=204, headers={"Allow": ", ".join(allowed)})(scope, receive, send)

@@ -91,12 +91,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+# uvicorn logs an error for a WebSocket that was refused with an HTTP answer, and a traceback for a client's bad text.
+NO_ERRORS = ("without completing handshake", "Invalid UTF-8 sequence received from client")
+
+
 def configure_logging(level: str) -> None:
     """Write the service's and uvicorn's log records to stderr as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    # For a WebSocket that was refused with an HTTP answer, uvicorn logs an error that it was never opened.
-    handler.addFilter(lambda record: "without completing handshake" not in record.getMessage())
+    handler.addFilter(lambda record: not any(text in record.getMessage() for text in NO_ERRORS))
     for name in ("har", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler] if name != "uvicorn.error" else [], name == "uvicorn.error"

@@ -61,9 +61,9 @@ def parse(body: bytes, json_length: str | None) -> tuple[InferRequest, bytes]:
         return InferRequest.model_validate_json(body[:end]), body[end:]
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = " ".join(filter(None, ("body", ".".join(str(part) for part in first["loc"]))))
         code = "malformed" if first["type"] == "json_invalid" else "invalid_request"
-        raise Problem(code, f"body {where}: {first['msg']}"[:300]) from error
+        raise Problem(code, f"{where}: {first['msg']}"[:300]) from error
 
 
 def read_input(tensor: InputTensor, binary: bytes, model: ServedModel, most: int) -> Sequence[np.ndarray | bytes]:

@@ -86,3 +86,27 @@ def test_workers_without_room_for_their_metrics_are_one_line(folder: Path, monke
     made = Settings(model=folder, port=0, workers=2)
     with listen(made) as listener, pytest.raises(UserError, match=r"no room for the metrics .* set TMPDIR"):
         supervise(made, listener)
+
+
+@pytest.mark.parametrize(
+    ("request_of", "said"),
+    [
+        (lambda data: {"content": data, "params": {"classes": "a\nb,c"}}, "holds a control character"),
+        (
+            lambda data: {"files": {"image": ("a.jpg", data, "image/jpeg", {"X-Long": "y" * 100_000})}},
+            "a part of the form has too many or too long headers",
+        ),
+        (
+            lambda data: {"files": {"image": ("a.jpg", data, "image/jpeg", {f"X-{i}": "y" for i in range(100)})}},
+            "a part of the form has too many or too long headers",
+        ),
+    ],
+)
+def test_the_true_cause_is_told(client: httpx.Client, good: bytes, request_of: Any, said: str) -> None:
+    answer = client.post("/v1/predict", **request_of(good))
+    assert answer.status_code in (400, 422) and said in answer.json()["detail"]
+
+
+def test_a_place_in_a_body_is_named_without_gaps(client: httpx.Client) -> None:
+    answer = client.post("/v2/models/har/infer", content=b"[1]", headers={"Content-Type": "application/json"})
+    assert answer.json()["detail"].startswith("body: ")

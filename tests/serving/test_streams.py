@@ -1,6 +1,7 @@
 """Frames over a WebSocket and videos by POST, to action events."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from clip_har_jax.video.clips import iter_frames
 from clip_har_jax.video.decoding import TooSlow
 from serving.security import new_key
 from serving.service import Service
+from serving.telemetry import configure_logging
 from serving.videos import read_frames
 from tests.support.serving_setup import LABELS, running, wait_for
 from tests.support.videos import write_video
@@ -51,6 +53,11 @@ def open_stream(client: httpx.Client, query: str = EAGER, **options: Any) -> Cli
 
 def receive(socket: ClientConnection) -> dict[str, Any]:
     return json.loads(socket.recv(timeout=10))
+
+
+def exchange(socket: ClientConnection, message: Any, **options: Any) -> str | bytes:
+    socket.send(message, **options)
+    return socket.recv(timeout=10)
 
 
 def test_frames_in_events_out(served: tuple[httpx.Client, Service], frame: bytes) -> None:
@@ -233,3 +240,35 @@ def test_a_stream_ends_with_the_service(served_folder: Path, frame: bytes) -> No
             assert receive(socket)["label"] in LABELS
         with pytest.raises(ConnectionClosed, match=r"1012|1001"):
             socket.recv(timeout=20)
+
+
+def test_a_path_without_a_websocket_is_not_found(served: tuple[httpx.Client, Service]) -> None:
+    for path in ("/v1/predict", "/nothing", "/docs/assets/x"):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(f"ws://127.0.0.1:{served[0].base_url.port}{path}", proxy=None)
+        body = refused.value.response.body
+        assert refused.value.response.status_code == 404 and body is not None
+        assert "/v1/stream" in json.loads(body)["detail"]
+
+
+def test_a_message_of_too_many_fragments_is_refused_with_the_reason(served: tuple[httpx.Client, Service]) -> None:
+    with open_stream(served[0]) as socket, pytest.raises(ConnectionClosed) as closed:
+        exchange(socket, (b"x" for _ in range(2000)))
+    assert closed.value.rcvd is not None
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1009, "over 1000 fragments in a message")
+
+
+def test_bad_text_of_a_client_is_no_traceback_in_the_log(
+    served: tuple[httpx.Client, Service], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("har", "uvicorn", "uvicorn.error"):  # configure_logging sets these
+        logger = logging.getLogger(name)
+        for attribute in ("handlers", "propagate", "level"):
+            monkeypatch.setattr(logger, attribute, getattr(logger, attribute))
+    configure_logging("INFO")
+    with open_stream(served[0]) as socket, pytest.raises(ConnectionClosed) as closed:
+        exchange(socket, b"\xff\xff", text=True)
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1007
+    wait_for(lambda: '"method": "WS"' in capsys.readouterr().err)
+    logging.getLogger("uvicorn.error").error("Invalid UTF-8 sequence received from client.")
+    assert not capsys.readouterr().err
