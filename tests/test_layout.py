@@ -13,6 +13,9 @@ ROOT = TESTS.parent
 # What the tests share, what golden files hold, and what stands at the root: images, manifests, the DVC pipeline.
 OF_NO_PACKAGE = {"support", "golden", "deploy"}
 FILES = sorted(TESTS.rglob("*.py"))
+SOURCES = sorted(
+    path for name in ("clip_har_jax", "serving", "export", "app", "scripts") for path in (ROOT / name).rglob("*.py")
+)
 CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time"}
 
 
@@ -82,3 +85,30 @@ def test_a_bound_on_a_duration_is_found() -> None:
     assert bounded_durations(ast.parse("assert a and 5 > time.time() - start")) == [1]
     for allowed in ("time.monotonic() < deadline", "time.monotonic() - begin >= 1.0", "1 <= time.time() - begin"):
         assert bounded_durations(ast.parse(f"assert {allowed}")) == []
+
+
+def too_long(tree: ast.AST) -> list[str]:
+    """Return the functions of more than 80 lines, and those of more than 8 parameters beside `self`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(argument.arg not in ("self", "cls") for argument in given)
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            if count > 8 or lines > 80:
+                found.append(f"{node.name}: {lines} lines, {count} parameters")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_and_files_are_short_or_say_why(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert too_long(tree) == []
+    assert len(text.splitlines()) <= 300 or "over 300 lines" in (ast.get_docstring(tree) or "")
+
+
+def test_a_long_function_is_found() -> None:
+    assert too_long(ast.parse("def f(a, b, c, d, e, f, g, *, h, i): pass")) == ["f: 1 lines, 9 parameters"]
+    assert too_long(ast.parse("class A:\n def f(self, a, b, c, d, e, f, g, h):\n" + "  pass\n" * 79)) == []
+    assert too_long(ast.parse("def f():\n" + " pass\n" * 80)) == ["f: 81 lines, 0 parameters"]

@@ -1,6 +1,7 @@
 """A run's metrics for TensorBoard, MLflow and Weights & Biases; no tracker can delay or end the run.
 
 metrics.jsonl is the reference: it contains the records that a tracker missed, and `mlops.sync` uploads them later.
+Trackers and the queues before them share how a run ends, so they stand in one file, over 300 lines.
 """
 
 import contextlib

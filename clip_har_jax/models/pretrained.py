@@ -1,6 +1,7 @@
 """Reading and writing model folders, in the Hugging Face layout or open_clip's.
 
 Pickles (`pytorch_model.bin`) are read by torch alone, without running their code, and refused where it isn't installed.
+Reading and writing stand in one file, over 300 lines, so that what is written is read by the same rules.
 """
 
 import json

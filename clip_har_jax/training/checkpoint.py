@@ -3,6 +3,7 @@
 Orbax writes to a temporary folder and renames it, so a kill leaves only complete checkpoints, but it doesn't verify the
 bytes of arrays when it reads them. Beside each checkpoint stands `<step>.manifest.json` with the SHA-256 of its files.
 A checkpoint that differs is moved aside when the folder is opened, and an earlier one is used.
+Saving, sealing and restoring share the state of one manager, so they stand in one file, over 300 lines.
 """
 
 import contextlib
