@@ -6,6 +6,7 @@ It stays one file, over 300 lines, so that the version covers exactly one file.
 
 import io
 import json
+import math
 import threading
 import warnings
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ HALF = (0.5, 0.5, 0.5)  # mean and deviation of SigLIP's
 RESAMPLING = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 MAX_MEGAPIXELS = 50.0
 MIN_SIDE_PX = 2
+GRID_BITS = 12  # of the number of rows and of columns of packed patches
 MAX_ASPECT = 200  # longer side over shorter
 
 
@@ -45,6 +47,8 @@ class Preprocess:
       resample: Pillow's number of the way to resize, of `RESAMPLING`.
       round_crop: an odd rest is halved by rounding to even, as torchvision and so open_clip do; a key of this project's
         own in preprocessor_config.json. False: rounded down, as transformers does.
+      patch_size_px, max_num_patches: of images that keep their aspect (SigLIP 2 NaFlex), see `pack_patches`; 0: images
+        are squares.
     """
 
     image_size_px: int
@@ -54,6 +58,30 @@ class Preprocess:
     keep_aspect: bool = True
     resample: int = int(Image.Resampling.BICUBIC)
     round_crop: bool = False
+    patch_size_px: int = 0
+    max_num_patches: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of the model's input: a square image, or packed patches."""
+        if self.max_num_patches:
+            return 1 + self.max_num_patches, self.patch_size_px**2, 3
+        return self.image_size_px, self.image_size_px, 3
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width to which a part of an image is resized as the model's whole input."""
+        if self.max_num_patches:
+            return patched_size(height, width, self.patch_size_px, self.max_num_patches)
+        return self.image_size_px, self.image_size_px
+
+    def pack(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "a b 3"]:
+        """Return an image of `target_size` in the form of the model's input."""
+        return pack_patches(image, self.patch_size_px, self.max_num_patches) if self.max_num_patches else image
+
+    @staticmethod
+    def is_in(folder: str | Path) -> bool:
+        """Return whether the folder has image settings."""
+        return any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_size_px: int) -> "Preprocess":
@@ -77,6 +105,8 @@ class Preprocess:
     @classmethod
     def _from_settings(cls, values: dict[str, Any], path: Path, image_size_px: int) -> "Preprocess":
         _refuse_other_transforms(values, path)
+        if str(values.get("image_processor_type", "")).startswith("Siglip2"):
+            return cls._of_patches(values, path, image_size_px)
         crop, _ = _side(values.get("crop_size", image_size_px), path)
         resize, keep_aspect = _side(values.get("size", crop), path)
         if not values.get("do_center_crop", True):
@@ -94,8 +124,31 @@ class Preprocess:
         size = None if resize == crop else resize
         return cls(crop, size, mean, std, keep_aspect, resample, bool(values.get("round_crop", False)))
 
+    @classmethod
+    def _of_patches(cls, values: dict[str, Any], path: Path, image_size_px: int) -> "Preprocess":
+        """Read the settings of transformers' Siglip2ImageProcessor."""
+        patch_size, most = values.get("patch_size", 16), values.get("max_num_patches", 256)
+        for key, value in (("patch_size", patch_size), ("max_num_patches", most)):
+            if type(value) is not int or value < 1:
+                raise UserError(f"{path}: {key} {value!r}; a whole number of 1 or more is needed")
+        if not values.get("do_normalize", True):
+            raise UserError(f"{path}: do_normalize false; set it to true, with image_mean and image_std")
+        mean, std = (_triple(values, key, HALF, path) for key in ("image_mean", "image_std"))
+        resample = int(values.get("resample") or Image.Resampling.BILINEAR)
+        return cls(image_size_px, None, mean, std, False, resample, False, patch_size, most)
+
     def to_json(self) -> str:
-        """Return the contents of preprocessor_config.json, readable by `transformers.CLIPImageProcessor`."""
+        """Return the contents of preprocessor_config.json, readable by transformers."""
+        if self.max_num_patches:
+            settings = {
+                "image_processor_type": "Siglip2ImageProcessor",
+                "patch_size": self.patch_size_px,
+                "max_num_patches": self.max_num_patches,
+                "resample": self.resample,
+                "image_mean": list(self.mean),
+                "image_std": list(self.std),
+            }
+            return json.dumps(settings, indent=2) + "\n"
         side, resize = self.image_size_px, self.resize_px or self.image_size_px
         values = {
             "image_processor_type": "CLIPImageProcessor",
@@ -294,9 +347,16 @@ def read_image(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> UInt
     return decode(data, max_megapixels)
 
 
-def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preprocess) -> UInt8[np.ndarray, "size size 3"]:
-    """Resize (PIL's bicubic) and centre crop an image; bit-equal to transformers' CLIP image processor on Pillow."""
+def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preprocess) -> UInt8[np.ndarray, "a b 3"]:
+    """Return the model's input: the image resized by PIL and cropped, or its patches.
+
+    It is bit-equal to the output of transformers' image processors on Pillow, before their normalisation.
+    """
     height, width = image.shape[:2]
+    if preprocess.max_num_patches:
+        height, width = preprocess.target_size(height, width)
+        resampling = Image.Resampling(preprocess.resample)
+        return preprocess.pack(np.asarray(Image.fromarray(image).resize((width, height), resampling)))
     size, resize = preprocess.image_size_px, preprocess.resize_px or preprocess.image_size_px
     long = int(resize * max(height, width) / min(height, width)) if preprocess.keep_aspect else resize
     shape = (resize, long) if width <= height else (long, resize)  # width, height
@@ -315,3 +375,38 @@ def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     row, column = -(-(canvas.shape[0] - height) // 2), -(-(canvas.shape[1] - width) // 2)
     canvas[row : row + height, column : column + width] = image
     return _crop(canvas, max(top + row, 0), max(left + column, 0), size)
+
+
+def patched_size(height: int, width: int, patch_size: int, most: int) -> tuple[int, int]:
+    """Return the largest size of nearly the same aspect that has whole patches, at most `most`, and at least one.
+
+    Both sides are rounded up to patches; the scale is found by bisection, with transformers' limits and precision.
+    """
+
+    def scaled(side: int, scale: float) -> int:
+        return max(1, math.ceil(side * scale / patch_size))
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        if scaled(height, scale) * scaled(width, scale) <= most:
+            low = scale
+        else:
+            high = scale
+    return scaled(height, low) * patch_size, scaled(width, low) * patch_size
+
+
+def pack_patches(image: UInt8[np.ndarray, "h w 3"], patch_size: int, most: int) -> UInt8[np.ndarray, "n p 3"]:
+    """Return the patches of an image of whole patches as one array of a fixed shape, for images of any aspect.
+
+    Row 0 tells the grid: its first pixel is black, and pixel k + 1 is red where bit k of the number of rows is set, and
+    green where bit k of the number of columns is. So normalised pixels tell it too, see `models.naflex.unpack`. Each
+    further row is a patch, row by row of the image; the rest is black.
+    """
+    rows, columns = image.shape[0] // patch_size, image.shape[1] // patch_size
+    packed = np.zeros((1 + most, patch_size**2, 3), np.uint8)
+    for channel, count in enumerate((rows, columns)):
+        packed[0, 1 : 1 + GRID_BITS, channel] = 255 * (count >> np.arange(GRID_BITS) & 1)
+    patches = image.reshape(rows, patch_size, columns, patch_size, 3).swapaxes(1, 2)
+    packed[1 : 1 + rows * columns] = patches.reshape(rows * columns, patch_size**2, 3)
+    return packed

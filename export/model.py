@@ -85,6 +85,8 @@ def open_model(path: str, classes: Sequence[str] = (), clips: bool = False) -> O
       UserError: an incomplete model, a changed file, or no classes.
     """
     backend = JaxBackend(path, classes)
+    if read_config(backend.path).vision.any_aspect:
+        raise UserError(f"{path}: a NaFlex model; exports take square images, so use a SigLIP of fixed resolution")
     if not read_config(backend.path).has_texts:
         raise UserError(f"{path}: an image tower alone; exports have a text encoder, so use a model with a text tower")
     actions = replace(backend.actions, preprocess_version=PREPROCESS_VERSION)

@@ -9,21 +9,22 @@ from jaxtyping import UInt8
 from clip_har_jax.config import AugmentConfig, DataConfig
 from clip_har_jax.data.decode import Box, TrainingImage
 from clip_har_jax.data.randaugment import randaugment
+from clip_har_jax.preprocess import Preprocess
 
 
 def augment(
     image: bytes | UInt8[np.ndarray, "h w 3"],
-    size_px: int,
+    preprocess: Preprocess,
     config: AugmentConfig,
     rng: np.random.Generator,
     label: str = "",
     max_megapixels: float = DataConfig.max_megapixels,
-) -> UInt8[np.ndarray, "size size 3"]:
+) -> UInt8[np.ndarray, "a b 3"]:
     """Return a random resized crop (Szegedy et al. 2015), a flip and the other transforms of the config, in this order.
 
     Args:
       image: encoded bytes, or pixels in RGB.
-      size_px: side of the result.
+      preprocess: gives the size and the form of the result.
       config: the transforms and their strengths.
       rng: the generator of the example in its epoch.
       label: the example's class; the config can exclude classes from mirroring.
@@ -33,9 +34,12 @@ def augment(
       BadImage: as `preprocess.decode`.
     """
     source = TrainingImage(image, max_megapixels)
-    box = _random_box(source.height, source.width, config.crop_scale_min, rng)
+    if config.crop_scale_min == 1 and preprocess.max_num_patches:
+        box = 0, 0, source.width, source.height
+    else:
+        box = _random_box(source.height, source.width, config.crop_scale_min, rng)
     flip = rng.random() < 0.5
-    result = source.take(box, size_px)
+    result = source.take(box, preprocess.target_size(box[3] - box[1], box[2] - box[0]))
     if flip and config.flip and label not in config.no_flip_labels:
         result = cv2.flip(result, 1)
     if config.randaugment_operations:
@@ -44,7 +48,7 @@ def augment(
         result = _jitter(result, config.color_jitter, rng)
     if rng.random() < config.erase_probability:
         result = _erase(result, rng)
-    return np.ascontiguousarray(result)
+    return preprocess.pack(np.ascontiguousarray(result))
 
 
 def _random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:

@@ -94,9 +94,9 @@ class BatchSource:
 
     def _example_shape(self) -> tuple[int, ...]:
         """Return the shape of one example: an image, the frames of one view of a clip, or of several views."""
-        size, video = self.preprocess.image_size_px, self.config.video
+        image, video = self.preprocess.shape, self.config.video
         views = (video.num_views,) if video.num_views > 1 and self.seed is None else ()
-        return (*views, video.num_frames, size, size, 3) if self._clips else (size, size, 3)
+        return (*views, video.num_frames, *image) if self._clips else image
 
     def _read_frames(self, clip: ClipData, label: str, key: tuple[int, ...]) -> np.ndarray:
         """Return the frames of a clip, all transformed in the same way."""
@@ -106,7 +106,7 @@ class BatchSource:
         def each(image: np.ndarray) -> np.ndarray:
             if not key:
                 return evaluation_transform(image, self.preprocess)
-            return augment(image, self.preprocess.image_size_px, config.augment, np.random.default_rng(key), label)
+            return augment(image, self.preprocess, config.augment, np.random.default_rng(key), label)
 
         rng = np.random.default_rng((*key, 1)) if key else None
         views = range(1 if key else video.num_views)
@@ -121,7 +121,7 @@ class BatchSource:
         if key:
             rng = np.random.default_rng(key)
             label = self.source.labels[example.label]
-            return augment(image, self.preprocess.image_size_px, config.augment, rng, label, config.max_megapixels)
+            return augment(image, self.preprocess, config.augment, rng, label, config.max_megapixels)
         if isinstance(image, bytes):
             image = decode(image, config.max_megapixels)
         return evaluation_transform(image, self.preprocess)

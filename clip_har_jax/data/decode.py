@@ -40,12 +40,13 @@ class TrainingImage:
         self._image = array
         self.height, self.width = array.shape[:2]
 
-    def take(self, box: Box, size_px: int) -> UInt8[np.ndarray, "size size 3"]:
-        """Return the part in `box`, resized to a square."""
+    def take(self, box: Box, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+        """Return the part in `box`, resized to `size`, a height and a width."""
         left, top, right, bottom = box
+        height, width = size
         image = self._image
         if isinstance(image, bytes):
-            need = max(size_px / (bottom - top), size_px / (right - left))
+            need = max(height / (bottom - top), width / (right - left))
             pixels = _decode_jpeg(image, math.ceil(self.height * need), math.ceil(self.width * need))
             # None: damaged, or a kind of JPEG that this decoder can't read
             image = decode(image, self._max_megapixels) if pixels is None else pixels
@@ -53,10 +54,11 @@ class TrainingImage:
             top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
             left, right = round(left * across), max(round(right * across), round(left * across) + 1)
         part = image[top:bottom, left:right]
-        if part.shape[:2] == (size_px, size_px):
+        if part.shape[:2] == size:
             return part
-        shrinks = min(part.shape[:2]) > size_px  # cubic interpolation would skip pixels and produce moiré
-        return cv2.resize(part, (size_px, size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+        # Cubic interpolation would skip pixels and produce moiré.
+        shrinks = part.shape[0] > height and part.shape[1] > width
+        return cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -203,12 +203,11 @@ def eval_pair_batches(
       UserError: no pair at all, too many bad ones, or a batch that doesn't divide over the processes.
     """
     first, last = share.rows(batch_size)
-    size = transform.size_px
     pairs, number = sources.each_once(), 0
     with ThreadPoolExecutor(transform.config.num_threads or min(usable_cores(), 8)) as pool:
         while rows := list(islice(pairs, batch_size)):
             padded: list[Found | None] = [*rows, *[None] * (batch_size - len(rows))]
-            images = np.empty((last - first, size, size, 3), np.uint8)
+            images = np.empty((last - first, *transform.preprocess.shape), np.uint8)
             loaded = list(pool.map(transform.load, padded[first:last], [()] * len(images), images))
             batch, errors = transform.batch(images, loaded, number + first)
             batch.index[[found is None for found in padded[first:last]]] = -1

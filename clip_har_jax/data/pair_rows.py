@@ -26,11 +26,7 @@ class PairTransform:
     tokenizer: TextTokenizer
     context_length: int
 
-    @property
-    def size_px(self) -> int:
-        return self.preprocess.image_size_px
-
-    def pixels(self, image: bytes, key: tuple[int, ...]) -> UInt8[np.ndarray, "size size 3"]:
+    def pixels(self, image: bytes, key: tuple[int, ...]) -> UInt8[np.ndarray, "a b 3"]:
         """Return an image augmented by its seed; with an empty one transformed as in every evaluation.
 
         Raises:
@@ -38,7 +34,7 @@ class PairTransform:
         """
         if key:
             rng = np.random.default_rng(key)
-            return augment(image, self.size_px, self.config.augment, rng, "", self.config.max_megapixels)
+            return augment(image, self.preprocess, self.config.augment, rng, "", self.config.max_megapixels)
         return evaluation_transform(decode(image, self.config.max_megapixels), self.preprocess)
 
     def load(self, found: Found | None, key: tuple[int, ...], image: UInt8[np.ndarray, "..."]) -> tuple[str, str, str]:
@@ -98,7 +94,7 @@ class StreamRows:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the images: [rows, h, w, 3]."""
-        return (self._rows * len(self._numbers), self._transform.size_px, self._transform.size_px, 3)
+        return (self._rows * len(self._numbers), *self._transform.preprocess.shape)
 
     def read(self, step: int, images: UInt8[np.ndarray, "..."], each: Callable[..., Iterator[Any]] = map) -> HostBatch:
         """Read the next rows and write their images into `images`; `each` is `map` or a parallel version of it."""

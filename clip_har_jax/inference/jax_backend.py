@@ -89,7 +89,7 @@ class JaxBackend:
         self._programs.clear()
 
     def _read_preprocess(self, image_size_px: int) -> Preprocess:
-        if (self.path / "config.json").is_file():
+        if (self.path / "config.json").is_file() and Preprocess.is_in(self.path):
             return Preprocess.from_folder(self.path, image_size_px)
         from clip_har_jax.models.pretrained import read_preprocess
 

@@ -19,6 +19,8 @@ class VisionConfig(TowerConfig):
       pooling: class: the class token; mean: the mean of the patches, beside a class token (CLIPA); attention: a learned
         query over the patches, without a class token (SigLIP).
       pre_norm: a norm before the first layer.
+      any_aspect: images of any aspect are given as packed patches (SigLIP 2 NaFlex); `image_size` is that of the
+        square whose patches the position embeddings are for.
     """
 
     hidden_size: int = 768
@@ -29,6 +31,7 @@ class VisionConfig(TowerConfig):
     patch_size: int = 32
     pooling: str = "class"
     pre_norm: bool = True
+    any_aspect: bool = False
 
     @property
     def num_patches(self) -> int:

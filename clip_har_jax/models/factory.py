@@ -112,6 +112,11 @@ def _base_head(folder: Path, config: TwoTowerConfig) -> BaseHead | None:
 def _resized(config: TwoTowerConfig, image_size_px: int | None) -> TwoTowerConfig:
     if image_size_px is None:
         return config
+    if config.vision.any_aspect:
+        raise UserError(
+            "config.model.image_size_px: a NaFlex model takes images of any size; set max_num_patches in the model's "
+            "preprocessor_config.json"
+        )
     return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size_px))
 
 

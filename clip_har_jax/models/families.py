@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.models import clip, siglip
+from clip_har_jax.models import clip, naflex, siglip
 from clip_har_jax.models.configuration import NO_TEXTS, TwoTowerConfig, check_config
 from clip_har_jax.models.hf_layout import IMAGE_ALONE
 from clip_har_jax.models.two_towers import TwoTowers
@@ -45,6 +45,14 @@ FAMILIES = {
         siglip.SIZES,
         siglip.HUB_SIZES,
         siglip.preprocess,
+    ),
+    "siglip2": Family(
+        naflex.FlaxSiglip2Model,
+        naflex.config_from_hf,
+        naflex.config_to_hf,
+        naflex.SIZES,
+        naflex.HUB_SIZES,
+        naflex.preprocess,
     ),
 }
 NAMED_SIZES = {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}

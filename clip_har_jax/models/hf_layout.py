@@ -111,6 +111,10 @@ TABLES: dict[str, Table] = {
 }
 
 
+TABLES["siglip2"] = TABLES["siglip"] | {
+    "vision.patch_embedding.kernel": Weight("vision_model.embeddings.patch_embedding.weight", "transpose")
+}
+
 _OPEN_CLIP_LAYER = (
     ("norm1", "ln_1", _NORM),
     ("attention.out", "attn.out_proj", _LINEAR),

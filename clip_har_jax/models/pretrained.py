@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import TwoTowerConfig
-from clip_har_jax.models.families import config_from_hf, config_to_hf
+from clip_har_jax.models.families import config_from_hf, config_to_hf, family_of
 from clip_har_jax.models.hf_layout import TABLES, TEMPORAL_FILE, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.open_clip import (
@@ -259,12 +259,27 @@ def on_device(params: Params) -> Params:
 
 
 def read_preprocess(folder: Path, image_size_px: int) -> Preprocess:
-    """Read how a model folder's images are transformed."""
+    """Read how a model folder's images are transformed; without image settings, as the family's published models do.
+
+    Raises:
+      UserError: settings that can't be read, or that don't fit the model.
+    """
     if is_adapter(folder):
         return read_preprocess(_base_of(folder), image_size_px)
     if is_open_clip(folder) and not (folder / "preprocessor_config.json").is_file():
         return read_open_clip_preprocess(folder, image_size_px)
-    return Preprocess.from_folder(folder, image_size_px)
+    config = read_config(folder)
+    if not Preprocess.is_in(folder):
+        return family_of(config).preprocess(image_size_px)
+    preprocess = Preprocess.from_folder(folder, image_size_px)
+    patch_size = config.vision.patch_size if config.vision.any_aspect else 0
+    if preprocess.patch_size_px != patch_size:
+        kind = f"a NaFlex model with patches of {patch_size} px" if patch_size else "a model of a fixed resolution"
+        raise UserError(
+            f"{folder}: {kind}, but the image settings are for {preprocess.patch_size_px or 'no'} px; copy the model's "
+            "own preprocessor_config.json"
+        )
+    return preprocess
 
 
 def read_folder_tokenizer(folder: Path) -> TextTokenizer:

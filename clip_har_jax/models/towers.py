@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.layers import (
@@ -38,8 +38,11 @@ class AttentionPooling(nnx.Module):
         """Return the learned query, once per image."""
         return jnp.broadcast_to(self.probe[...].astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2]))
 
-    def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-        x = self.attention(tokens, None, False, queries=self.queries(tokens))
+    def __call__(
+        self, tokens: Float[Array, "b n d"], mask: Bool[Array, "b 1 1 n"] | None = None
+    ) -> Float[Array, "b d"]:
+        """Return the pooled tokens; `mask` names those that count, None: all."""
+        x = self.attention(tokens, mask, False, queries=self.queries(tokens))
         return (x + self.mlp(self.norm(x)))[:, 0]
 
     def each(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b n d"]:

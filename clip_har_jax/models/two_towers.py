@@ -6,7 +6,7 @@ through `configuration.TwoTowerConfig`. A family (`clip.py`) defines how its tow
 """
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,12 +69,14 @@ class TwoTowers(nnx.Module):
       rngs: source of the random initial weights.
     """
 
+    image_tower: ClassVar[type[VisionTransformer]] = VisionTransformer
+
     def __init__(self, config: TwoTowerConfig, runtime: Runtime = Runtime(), *, rngs: nnx.Rngs):
         check_config(config)
         self.config, self.runtime = config, runtime
         with nnx.use_eager_sharding(False):  # parallel/sharding.py applies the axis names later
             self.text = TextTransformer(config.text, runtime, rngs) if config.has_texts else None
-            self.vision = VisionTransformer(config.vision, runtime, rngs, config.temporal)
+            self.vision = self.image_tower(config.vision, runtime, rngs, config.temporal)
             self._make_projections(rngs)
             self.time_head = FrameTransformer(config.projection_dim, rngs) if config.temporal == "head" else None
             self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))

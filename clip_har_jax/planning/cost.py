@@ -17,12 +17,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from clip_har_jax.config import MeshConfig, RunConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import TwoTowerConfig
+from clip_har_jax.models.families import family_of
 from clip_har_jax.models.flops import matmul_flops
 from clip_har_jax.parallel.mesh import AXES, make_mesh
 from clip_har_jax.parallel.topology import Chip, find_chip, memory_bytes, tpu_devices
 from clip_har_jax.planning.roofline import Times, estimate
 from clip_har_jax.planning.traffic import Traffic, read_traffic
-from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.program import Program
 
 LOCAL = "local"
@@ -157,7 +157,7 @@ def make_program(planned_step: PlannedStep, machine: Machine, variant: Variant) 
             raise UserError(f"config.model.attention=cudnn needs an NVIDIA GPU, not {machine.topology}; use auto")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     mesh = make_mesh(config.mesh, None if machine.is_here else machine.devices)
-    preprocess = Preprocess(image_size_px=planned_step.sizes.vision.image_size)
+    preprocess = family_of(planned_step.sizes).preprocess(planned_step.sizes.vision.image_size)
     return Program(
         config, planned_step.sizes, preprocess, planned_step.num_classes, config.train.num_steps or 1000, mesh
     )

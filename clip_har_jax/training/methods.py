@@ -67,6 +67,8 @@ class Method:
                 f"config.method.head is {self.head!r}, which starts from texts, but the model has an image tower "
                 "alone; use method.name=linear_probe, or full, lp_ft, lora or bitfit with method.head=linear"
             )
+        if sizes.vision.any_aspect:
+            _check_any_aspect(config, sizes, self.head)
         self.config, self.sizes, self.num_classes, self.mesh = config, sizes, num_classes, mesh
         self.class_weights = class_weights
         if config.name == "lora":
@@ -286,6 +288,21 @@ class Method:
             head = init_head("linear", np.asarray(class_embeddings), float(np.exp(params["logit_scale"])), 0)
             return own, "linear", dict(head)
         return own, self.head, {k.removeprefix(HEAD): v for k, v in params.items() if k.startswith(HEAD)}
+
+
+def _check_any_aspect(config: MethodConfig, sizes: TwoTowerConfig, head: str) -> None:
+    """Refuse what needs the patches of square images; `head` is that of the method."""
+    if head != "cosine" and HEADS[head][0].needs_patches:
+        raise UserError(
+            f"config.method.head={head} needs a fixed grid of patches, which a NaFlex model lacks; use linear"
+        )
+    if key := next((key for key in ("mixup", "cutmix") if getattr(config, key)), None):
+        raise UserError(f"config.method.{key} mixes images of one grid; with a NaFlex model set it to 0")
+    if sizes.temporal not in ("mean", "head"):
+        raise UserError(
+            f"config.model.temporal={sizes.temporal} follows the patches of a fixed grid, which a NaFlex model lacks; "
+            "use mean or head"
+        )
 
 
 def _choose_prompts(key: jax.Array, label: Int[Array, " b"], class_of_prompt: Int[Array, " p"]) -> Int[Array, " b"]:

@@ -185,7 +185,7 @@ class Program:
 
     def abstract_arguments(self, num_prompts: int) -> tuple[TrainState, Params, ClassInputs, Any]:
         """Return the shapes, types and shardings of the training step's arguments."""
-        rows, whole, size = batch_sharding(self.mesh), replicated(self.mesh), self.preprocess.image_size_px
+        rows, whole, shape = batch_sharding(self.mesh), replicated(self.mesh), self.preprocess.shape
         batch_size = self.config.train.global_batch_size
 
         def struct(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -197,7 +197,7 @@ class Program:
             classes = ClassInputs(ids, struct((count,), jnp.int32, rows), None)
         else:
             classes = ClassInputs(None, None, struct((self.num_classes, self.sizes.projection_dim), jnp.float32, whole))
-        image = (batch_size, *([self.num_frames] if self.num_frames else []), size, size, 3)
+        image = (batch_size, *([self.num_frames] if self.num_frames else []), *shape)
         label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
         batch: Any = Batch(struct(image, jnp.uint8, rows), label, mask, label)
         if self.of_pairs:

@@ -13,7 +13,7 @@ from clip_har_jax.data.augment import augment
 from clip_har_jax.data.pipeline import ProcessShare, ResumePoint
 from clip_har_jax.data.sources import Example
 from clip_har_jax.errors import UserError
-from clip_har_jax.preprocess import decode, evaluation_transform
+from clip_har_jax.preprocess import Preprocess, decode, evaluation_transform
 from tests.support.batches import (
     PREPROCESS,
     SIZE_PX,
@@ -59,7 +59,9 @@ def test_augmentation_is_drawn_from_seed_epoch_and_index() -> None:
     for step, batch in enumerate(train(source, 4, config, seed=7, global_batch_size=5)):  # a batch is an epoch
         for image, index in zip(batch.image, batch.index.tolist(), strict=True):
             rng = np.random.default_rng((7, step, index))
-            np.testing.assert_array_equal(image, augment(read_pixels(source, index), SIZE_PX, config.augment, rng))
+            np.testing.assert_array_equal(
+                image, augment(read_pixels(source, index), Preprocess(SIZE_PX), config.augment, rng)
+            )
 
 
 def test_an_example_is_augmented_anew_each_epoch() -> None:

@@ -128,7 +128,7 @@ def take_all(data: bytes | np.ndarray) -> tuple[tuple[int, int], np.ndarray] | s
     """Return the size and the pixels that training takes, or why it doesn't."""
     try:
         image = TrainingImage(data, 50.0)
-        return (image.height, image.width), image.take((0, 0, image.width, image.height), TAKEN_PX)
+        return (image.height, image.width), image.take((0, 0, image.width, image.height), (TAKEN_PX, TAKEN_PX))
     except BadImage as error:
         return str(error)
 

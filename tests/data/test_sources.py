@@ -18,6 +18,7 @@ from clip_har_jax.data.manifest import make_manifest, write_split_manifest
 from clip_har_jax.data.sources import SubsetSource, has_clips, make_source
 from clip_har_jax.data.splits import hold_out
 from clip_har_jax.errors import UserError
+from clip_har_jax.preprocess import Preprocess
 from tests.support.sources import CLASSES, check_source, encoded
 
 
@@ -277,7 +278,7 @@ def seen_box(image: np.ndarray) -> tuple[float, float]:
 
 def test_crops_keep_the_area_and_aspect_asked_for() -> None:
     image, config = gradient(150, 200), AugmentConfig(crop_scale_min=0.3, flip=False)
-    boxes = [seen_box(augment(image, 96, config, np.random.default_rng(seed))) for seed in range(300)]
+    boxes = [seen_box(augment(image, Preprocess(96), config, np.random.default_rng(seed))) for seed in range(300)]
     areas = np.array([width * height for width, height in boxes])
     aspects = np.array([width * 200 / (height * 150) for width, height in boxes])
     assert 0.26 < areas.min() < 0.36
@@ -288,7 +289,7 @@ def test_crops_keep_the_area_and_aspect_asked_for() -> None:
 
 def test_augmentation_is_a_function_of_its_generator() -> None:
     image, config = gradient(40, 60), AugmentConfig(crop_scale_min=0.5)
-    first, again, other = (augment(image, 32, config, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    first, again, other = (augment(image, Preprocess(32), config, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert first.shape == (32, 32, 3)
     assert first.dtype == np.uint8
     np.testing.assert_array_equal(first, again)
@@ -300,8 +301,8 @@ def test_flip_mirrors_half_of_the_images() -> None:
     off, on = AugmentConfig(crop_scale_min=1.0, flip=False), AugmentConfig(crop_scale_min=1.0)
     flipped = 0
     for seed in range(100):
-        np.testing.assert_array_equal(augment(image, 32, off, np.random.default_rng(seed)), image)
-        result = augment(image, 32, on, np.random.default_rng(seed))
+        np.testing.assert_array_equal(augment(image, Preprocess(32), off, np.random.default_rng(seed)), image)
+        result = augment(image, Preprocess(32), on, np.random.default_rng(seed))
         is_flipped = bool((result != image).any())
         np.testing.assert_array_equal(result, image[:, ::-1] if is_flipped else image)
         flipped += is_flipped
@@ -313,7 +314,7 @@ def test_flip_mirrors_half_of_the_images() -> None:
 def test_any_shape_can_be_cropped(shape: tuple[int, int], scale_min: float) -> None:
     for seed in range(10):
         config = AugmentConfig(crop_scale_min=scale_min)
-        assert augment(gradient(*shape), 16, config, np.random.default_rng(seed)).shape == (16, 16, 3)
+        assert augment(gradient(*shape), Preprocess(16), config, np.random.default_rng(seed)).shape == (16, 16, 3)
 
 
 def test_contents_are_sampled_once_in_a_start(tmp_path: Path) -> None:

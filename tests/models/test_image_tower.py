@@ -101,13 +101,13 @@ def test_a_linear_head_is_trained_and_answers(method: str, head: str, folder: Pa
     assert result.model is not None and bundle.read_actions(Path(result.model)).head == "linear"
     assert read_config(Path(result.model)) == read_config(folder)
     photo = str(photos / LABELS[0] / "0.png")
-    again = Predictor(result.model).predict([photo])[0]
+    again = Predictor(str(result.model)).predict([photo])[0]
     assert {label for label, _ in again.top} <= set(LABELS)
-    assert again.top == Predictor(result.model).predict([photo])[0].top  # the second reads the kept program
+    assert again.top == Predictor(str(result.model)).predict([photo])[0].top  # the second reads the kept program
     with pytest.raises(UserError, match="exports have a text encoder"):
-        export_model(result.model, ["stablehlo"], tmp_path / "export")
+        export_model(str(result.model), ["stablehlo"], tmp_path / "export")
     with pytest.raises(UserError, match=r"linear"):
-        Predictor(result.model, classes=("dancing", "eating"))
+        Predictor(str(result.model), classes=("dancing", "eating"))
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "full", "flyp", "prompt", "adapter", "tip_adapter"])

@@ -101,10 +101,20 @@ def make_inputs(config: Any) -> dict[str, np.ndarray]:
     ids = rng.integers(3, text.vocab_size - 1, (3, text.context_length), np.int32)
     for row, end in enumerate((text.context_length - 1, text.context_length // 2, 4)):
         ids[row, end], ids[row, end + 1 :] = text.vocab_size - 1, 0
+    if config.vision.any_aspect:
+        return {"input_ids": ids} | make_patches(config.vision.patch_size, rng)
     return {
         "input_ids": ids,
         "pixel_values": rng.standard_normal((2, 3, config.vision.image_size, config.vision.image_size), np.float32),
     }
+
+
+def make_patches(patch_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return three images of different aspects, as Siglip2ImageProcessor returns images."""
+    shapes = np.asarray([(16, 16), (5, 51), (20, 8)], np.int32)
+    mask = (np.arange(256) < shapes.prod(axis=1)[:, None]).astype(np.int32)
+    pixels = rng.standard_normal((3, 256, 3 * patch_size**2), np.float32) * mask[..., None].astype(np.float32)
+    return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 def errors(folder: Path, inputs: dict[str, np.ndarray]) -> list[float]:
