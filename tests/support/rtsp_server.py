@@ -1,6 +1,7 @@
 """A camera on loopback: an RTSP server (RFC 2326) for one client, H.264 over RTP interleaved with the connection."""
 
 import socket
+import threading
 import time
 from fractions import Fraction
 
@@ -8,6 +9,7 @@ import av
 import numpy as np
 
 RATE_HZ = 10
+LONGEST_S = 60  # of a client that sees nothing
 SDP = "\r\n".join(
     [
         *("v=0", "o=- 0 0 IN IP4 127.0.0.1", "s=camera", "c=IN IP4 0.0.0.0", "t=0 0", "m=video 0 RTP/AVP 96"),
@@ -29,12 +31,18 @@ class _Interleaved:
         return len(packet)
 
 
-def serve_one(listener: socket.socket, seconds: float) -> list[str]:
-    """Take one client, send it a moving square in real time, then drop it; gives the client's requests."""
+def serve_one(listener: socket.socket, seconds: float, seen: threading.Event) -> list[str]:
+    """Send one client a moving square in real time, and drop it; return the client's requests.
+
+    Args:
+      listener: takes the client.
+      seconds: how long to send after the client has seen something, however slow the machine is.
+      seen: set by the caller when it has.
+    """
     connection, _ = listener.accept()
     with connection:
         requests = _until_play(connection)
-        _send(connection, seconds)
+        _send(connection, seconds, seen)
     return requests
 
 
@@ -66,12 +74,17 @@ def _until_play(connection: socket.socket) -> list[str]:
     return requests
 
 
-def _send(connection: socket.socket, seconds: float) -> None:
+def _send(connection: socket.socket, seconds: float, seen: threading.Event) -> None:
     start = time.monotonic()
+    end = None
     with av.open(_Interleaved(connection), "w", format="rtp", options={"packetsize": "1400"}) as container:
         stream = container.add_stream("libx264", rate=RATE_HZ, options={"preset": "ultrafast", "tune": "zerolatency"})
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", RATE_HZ
-        for i in range(int(seconds * RATE_HZ)):
+        for i in range(LONGEST_S * RATE_HZ):
+            if end is None and seen.is_set():
+                end = time.monotonic() + seconds
+            if end is not None and time.monotonic() > end:
+                return
             time.sleep(max(0.0, start + i / RATE_HZ - time.monotonic()))
             pixels = np.zeros((48, 64, 3), np.uint8)
             pixels[10:30, i % 40 : i % 40 + 20] = 200
