@@ -15,14 +15,14 @@ from clip_har_jax.data.batch_workers import Workers
 from clip_har_jax.data.batches import BadInput, HostBatch
 from clip_har_jax.data.pair_rows import PairTransform, StreamRows
 from clip_har_jax.data.pair_sources import PairSources
-from clip_har_jax.data.pair_streams import Position, StreamPlan
+from clip_har_jax.data.pair_streams import PairStream, Position, StreamPlan
 from clip_har_jax.data.pairs import Found
 from clip_har_jax.data.pipeline import MIN_FOR_WORKERS, ProcessShare, append_log, default_workers
 from clip_har_jax.errors import UserError
 
 FEWEST_ROWS = 1000  # the accepted share of bad pairs is of at least so many
 MOST_LOGGED = 10_000  # bad pairs; later ones are only counted
-KEPT_POSITIONS = 16  # batches; more than those on their way to the devices
+KEPT_POSITIONS = 64  # batches; more than are on their way to the devices, or named after failed updates
 ENDLESS = 2**40
 WHOLE = ProcessShare()
 
@@ -121,6 +121,7 @@ class PairBatches:
         share: ProcessShare = WHOLE,
     ):
         first, last = share.rows(plan.num_streams)
+        self._plan, self._rows = plan, batch_size // plan.num_streams
         self._streams, self._bad_pairs, self.step = range(first, last), bad_pairs, start_step
         starts: list[Position | None] = list(positions[first:last]) or [None] * len(self._streams)
         self._positions: dict[int, list[Position | None]] = {start_step: starts}
@@ -149,6 +150,14 @@ class PairBatches:
     def positions(self, step: int) -> dict[str, Position | None]:
         """Return the position of each of this process's streams after a step, one of the last few, by its number."""
         return {str(stream): at for stream, at in zip(self._streams, self._positions[step], strict=True)}
+
+    def names(self, step: int) -> dict[int, str]:
+        """Return the names of this process's pairs in a batch, one of the last few, by row; they are read again."""
+        found: dict[int, str] = {}
+        for stream, position in zip(self._streams, self._positions.get(step - 1, ()), strict=False):
+            pairs, first = PairStream(self._plan, stream, position), stream * self._rows
+            found |= {first + row: next(pairs).found.name for row in range(self._rows)}
+        return found
 
     def __enter__(self) -> "PairBatches":
         return self

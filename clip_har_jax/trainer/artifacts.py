@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,15 +33,31 @@ from clip_har_jax.trainer.validation import Validation
 ADAPTER = "adapter"  # folder of LoRA's updates in PEFT's layout, in the work folder
 
 
-def write_examples(run: Run, examples: Mapping[int, Sequence[int]]) -> str:
-    """Write the names of the examples whose batches gave non-finite updates; return the advice for the person."""
+def write_examples(
+    run: Run, examples: Mapping[int, Sequence[int]], names: Callable[[int], Mapping[int, str]] | None = None
+) -> str:
+    """Write the names of the examples whose batches gave non-finite updates; return the advice for the person.
+
+    Args:
+      run: the run.
+      examples: the indices of each step.
+      names: as of `batches.TrainBatches`.
+    """
     process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
     path = run.workdir / f"nonfinite_examples{process}.json"
     source = run.data.train
+
+    def named(step: int, indices: Sequence[int]) -> Iterator[tuple[int, str]]:
+        if isinstance(source, PairSources):
+            found = names(step) if names is not None else {}
+            yield from ((index, found.get(index, f"row {index} of the batch")) for index in indices)
+        else:
+            yield from ((index, _name(source, index)) for index in indices)
+
     write_json(
         path,
         [
-            {"step": step, "examples": [{"index": index, "input": _name(source, index)} for index in indices]}
+            {"step": step, "examples": [{"index": index, "input": name} for index, name in named(step, indices)]}
             for step, indices in sorted(examples.items())
         ],
     )
@@ -142,9 +158,7 @@ def _upload_folder(fill: Callable[[Path], None], target: epath.Path) -> None:
             (target / path.name).write_bytes(path.read_bytes())
 
 
-def _name(source: Source | PairSources, index: int) -> str:
-    if isinstance(source, PairSources):
-        return f"row {index} of the batch"
+def _name(source: Source, index: int) -> str:
     try:
         return source[index].name.encode(errors="backslashreplace").decode()  # names may not be UTF-8
     except Exception:  # this example may be the faulty one

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from clip_har_jax.data.pair_batches import BadPairs, PairBatches
 from clip_har_jax.data.pair_sources import PairSources
@@ -13,15 +13,26 @@ from clip_har_jax.parallel import distributed, sharding
 from clip_har_jax.trainer.pairs import pair_transform
 from clip_har_jax.trainer.run import Run
 
-PositionAt = Callable[[int], Mapping[str, Any]]
+
+class TrainBatches(NamedTuple):
+    """The open batches of a run.
+
+    Attributes:
+      batches: of this process, on the host, from the run's position on.
+      position: returns the position of the data after a step, one of the last few; empty if it is the step's number.
+        All processes call it.
+      names: returns the names of this process's examples in the batch of a step, one of the last few, by the batch's
+        `index`; None: they follow from the index alone.
+    """
+
+    batches: Iterator[Any]
+    position: Callable[[int], Mapping[str, Any]]
+    names: Callable[[int], Mapping[int, str]] | None
 
 
 @contextmanager
-def open_batches(run: Run) -> Iterator[tuple[Iterator[Any], PositionAt]]:
-    """Give the host batches of this process from the run's position on, and the position of the data after a step.
-
-    For labelled images the number of the step is the position. For image-text pairs all processes call the function,
-    for one of the last few steps.
+def open_batches(run: Run) -> Iterator[TrainBatches]:
+    """Open the batches of a run, and close them at the end.
 
     Raises:
       UserError: other shards than those of the checkpoint, or streams of pairs that don't divide over the processes.
@@ -42,11 +53,11 @@ def open_batches(run: Run) -> Iterator[tuple[Iterator[Any], PositionAt]]:
         resume=ResumePoint(run.first_step, run.timetable.first_example),
         share=share,
     ) as batches:
-        yield batches, lambda step: {}
+        yield TrainBatches(batches, lambda step: {}, None)
 
 
 @contextmanager
-def _open_pairs(run: Run, sources: PairSources, share: ProcessShare) -> Iterator[tuple[Iterator[Any], PositionAt]]:
+def _open_pairs(run: Run, sources: PairSources, share: ProcessShare) -> Iterator[TrainBatches]:
     config, batch_size, saved = run.config, run.timetable.global_batch_size, run.position.get("pairs", {})
     if saved and saved["order"] != sources.order_digest:
         raise UserError(
@@ -72,4 +83,4 @@ def _open_pairs(run: Run, sources: PairSources, share: ProcessShare) -> Iterator
         return {"pairs": {"order": sources.order_digest, "num_streams": count, "positions": positions}}
 
     with batches:
-        yield batches, position
+        yield TrainBatches(batches, position, batches.names)

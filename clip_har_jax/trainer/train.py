@@ -206,7 +206,7 @@ def _make_steps(job: Job, validation: Validation, state: TrainState) -> tuple[Tr
     classes = validation.prompts if program.trains_text else validation.classes(state.params)
     chip = find_chip(jax.devices()[0])
     peak = chip.peak_flops * jax.device_count() if chip else None
-    with open_batches(run) as (batches, position):
+    with open_batches(run) as (batches, position, names):
         loop = Loop(
             table,
             lambda state, batch: program.train_step(state, frozen, classes, batch),
@@ -224,7 +224,7 @@ def _make_steps(job: Job, validation: Validation, state: TrainState) -> tuple[Tr
         try:
             return train_loop(loop, state)
         except TooManySkippedError as error:
-            raise UserError(f"{error}; {write_examples(run, error.examples)}") from error
+            raise UserError(f"{error}; {write_examples(run, error.examples, names)}") from error
 
 
 def _is_whole(model: epath.Path) -> bool:

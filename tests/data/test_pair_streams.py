@@ -134,10 +134,13 @@ def test_batches_continue_from_a_position(spec: str, tokenizer: Tokenizer, num_w
     with PairBatches(plan, transform, 8, BadPairs(1.0)) as batches:
         list(islice(batches, 4))
         position = json.loads(json.dumps(batches.positions(3)))  # read ahead by one batch, as to the devices
+        names = batches.names(4)
         rest = list(islice(batches, 3))
     positions = [position[str(stream)] for stream in range(4)]
     again = batches_of(spec, tokenizer, 4, config=config, positions=positions, start_step=3)
     assert_same(again[1:], rest)
+    shown = [f"{int(image[8, 8, 0]):06d}" for image in again[0].image]  # an image's pixels tell its number
+    assert [names[row].split(": ")[1] for row in range(8)] == shown
 
 
 def test_a_worker_imports_neither_jax_nor_grain() -> None:

@@ -131,6 +131,19 @@ def test_other_shards_can_t_be_continued(folders: Path, tmp_path: Path) -> None:
         train(config, tmp_path / "run", quiet=True)
 
 
+def test_the_pairs_of_failed_updates_are_named(folders: Path, tmp_path: Path) -> None:
+    sections = {"train": {"max_skipped_steps": 1}, "optim": {"learning_rate": 1e30}, "eval": {"every_steps": 100}}
+    config = config_for(folders, 20, **sections)
+    with pytest.raises(UserError, match="wasn't finite 2 times in a row"):
+        train(config, tmp_path, quiet=True)
+    written = json.loads((tmp_path / "nonfinite_examples.json").read_text())
+    assert len(written) == 2
+    for entry in written:
+        assert [example["index"] for example in entry["examples"]] == list(range(8))
+        names = [example["input"] for example in entry["examples"]]
+        assert len(set(names)) == 8 and all(name.startswith(f"{folders}/pairs/0000") for name in names)
+
+
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
