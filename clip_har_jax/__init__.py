@@ -9,8 +9,12 @@
 Importing the package is light: JAX is imported at the first use of a name that needs it.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime reads it when it is imported; else it writes an id of the machine to the disk and sends its usage.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from clip_har_jax.config import RunConfig, load_config, make_config

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.files import lacks_temporary_folder
 
 if TYPE_CHECKING:
     from clip_har_jax.listing import Tally
@@ -198,6 +199,10 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `predict.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError:
+        if not lacks_temporary_folder():
+            raise
+        sys.exit(report(UserError("no folder for temporary files can be written; set TMPDIR to one")))
     except KeyboardInterrupt:  # the person who pressed Ctrl-C needs no traceback
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,15 @@ class TextFile(Protocol):
 
     def read_text(self, encoding: Any = None) -> str:
         """Return the file's text."""
+
+
+def lacks_temporary_folder() -> bool:
+    """Return whether no folder for temporary files can be written, as in a container with a read-only root."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:

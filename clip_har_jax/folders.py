@@ -4,7 +4,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from clip_har_jax.errors import UserError
@@ -76,3 +76,34 @@ def _clear_leftovers(target: Path) -> None:
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Check that nobody changes a folder that is read several times, such as a model of which each format reads parts.
+
+    Raises:
+      UserError: a file was added, removed, replaced or written to.
+    """
+    before = _states(folder)
+    try:
+        yield
+    except Exception as error:
+        if _states(folder) != before:
+            raise _changed(folder) from error
+        raise
+    if _states(folder) != before:
+        raise _changed(folder)
+
+
+def _states(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    states = {}
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            state = path.stat()
+            states[path] = (state.st_size, state.st_mtime_ns, state.st_ino)
+    return states
+
+
+def _changed(folder: Path) -> UserError:
+    return UserError(f"{folder}: its files changed while they were read; wait until its writer ends, then start again")

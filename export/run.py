@@ -20,8 +20,8 @@ from jaxtyping import Int32, UInt8
 from clip_har_jax import bundle
 from clip_har_jax.data import synthetic
 from clip_har_jax.errors import UserError
-from clip_har_jax.files import write_json
-from clip_har_jax.folders import replacing
+from clip_har_jax.files import lacks_temporary_folder, write_json
+from clip_har_jax.folders import replacing, unchanged
 from clip_har_jax.inference import golden
 from clip_har_jax.inference.runtimes import SIGNATURE
 from clip_har_jax.signing import check_private_key, sign
@@ -101,7 +101,7 @@ def export_model(
     except _NothingPassed as nothing:
         return nothing.parity
     except Exception as error:
-        if (reason := _of_the_disk(error)) is None:
+        if (reason := _of_the_disk(error)) is None or lacks_temporary_folder():
             raise
         raise UserError(f"--output={output}: can't be written ({reason}); nothing was left there") from error
 
@@ -122,12 +122,13 @@ def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, opt
     if output == source or output in source.parents or source in output.parents:  # a sealed folder takes no files
         raise UserError(f"--output={output}: the model lies there; name another folder")
     data = options.data or ("motion" if model.of_clips else "synthetic")
-    images, true = read_images(model, data, options.num_examples)
-    pictures = [synthetic.draw("test", i, GOLDEN_PX)[: 3 * GOLDEN_PX // 4] for i in range(NUM_GOLDEN)]
-    golden.write(folder, np.stack(pictures), model.backend, model.clips.num_frames)
-    proof = make_proof(model, images, true)
-    write_contract(model, folder)
-    parity = {name: _write_and_prove(model, name, way, folder, proof) for name, way in formats.items()}
+    with unchanged(source):
+        images, true = read_images(model, data, options.num_examples)
+        pictures = [synthetic.draw("test", i, GOLDEN_PX)[: 3 * GOLDEN_PX // 4] for i in range(NUM_GOLDEN)]
+        golden.write(folder, np.stack(pictures), model.backend, model.clips.num_frames)
+        proof = make_proof(model, images, true)
+        write_contract(model, folder)
+        parity = {name: _write_and_prove(model, name, way, folder, proof) for name, way in formats.items()}
     if not any(entry["passed"] for entry in parity.values()):
         raise _NothingPassed(parity)
     write_json(folder / "parity.json", parity)

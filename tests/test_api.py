@@ -97,3 +97,32 @@ cli.run(main)
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: the store is gone\n")
+
+
+def test_a_system_without_a_temporary_folder_is_one_line_that_says_how_to_name_one(tmp_path):
+    """As in a container with a read-only root; libraries, such as matplotlib, raise an OSError with other advice."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        """import tempfile
+from clip_har_jax import cli
+
+tempfile._candidate_tempdir_list = lambda: ["/nothing"]
+cli.run(lambda: tempfile.mkdtemp() and 0)
+"""
+    )
+    done = run_python(script)
+    assert done.returncode == 2
+    assert done.stderr == "error: no folder for temporary files can be written; set TMPDIR to one\n"
+
+
+def test_onnx_runtime_neither_marks_the_machine_nor_sends_its_usage(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    code = "import onnxruntime; onnxruntime.SessionOptions()"
+    run_python("-c", code)
+    written = [path.name for path in tmp_path.rglob("deviceid")]
+    assert written, "without the package it does; else the setting is needless"
+    for path in tmp_path.rglob("deviceid"):
+        path.unlink()
+    run_python("-c", f"import clip_har_jax; {code}")
+    assert not list(tmp_path.rglob("deviceid"))

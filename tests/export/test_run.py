@@ -525,3 +525,23 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(UserError, match="No space left on device"):
         export_model(str(folder), ["onnx"], tmp_path / "out", ExportOptions(f"folder:{photos}", num_examples=2))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["replaced", pytest.param("removed", marks=pytest.mark.slow)])
+def test_a_model_that_changes_during_its_export_is_refused(
+    kind: str, folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each format reads the weights again, so the formats would be of two models, under the digest of the first."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder, model)
+
+    def write(opened: OpenedModel, target: Path, images: np.ndarray) -> None:
+        model.rename(tmp_path / "old")
+        if kind == "replaced":  # as by a training that is started again: equal contents would do
+            shutil.copytree(folder, model)
+        (target / "classifier.onnx").write_bytes(b"of which model?")
+
+    monkeypatch.setitem(formats.FORMATS, "onnx", formats.Format(write, FLOAT32, ()))
+    with pytest.raises(UserError, match=r"model: its files changed while they were read"):
+        export_model(str(model), ["onnx"], output, ExportOptions(f"folder:{photos}", num_examples=2))
+    assert not output.exists()
