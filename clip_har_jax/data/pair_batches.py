@@ -17,7 +17,7 @@ from clip_har_jax.data.pair_rows import PairTransform, StreamRows
 from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.pair_streams import PairStream, Position, StreamPlan
 from clip_har_jax.data.pairs import Found
-from clip_har_jax.data.pipeline import MIN_FOR_WORKERS, ProcessShare, append_log, default_workers
+from clip_har_jax.data.pipeline import MAX_BAD_FRACTION, MIN_FOR_WORKERS, ProcessShare, append_log, default_workers
 from clip_har_jax.errors import UserError
 
 FEWEST_ROWS = 1000  # the accepted share of bad pairs is of at least so many
@@ -33,9 +33,11 @@ class BadPairs:
     Args:
       max_fraction: accepted share of the pairs read so far, or of `FEWEST_ROWS` if these are fewer.
       log: bad_inputs.jsonl, appended to; None: only count.
+      setting: the name of `max_fraction` to a person.
     """
 
-    def __init__(self, max_fraction: float, log: epath.PathLike | None = None):
+    def __init__(self, max_fraction: float, log: epath.PathLike | None = None, setting: str = MAX_BAD_FRACTION):
+        self._setting = setting
         self._max_fraction, self._log = max_fraction, None if log is None else epath.Path(log)
         self._rows = self._bad = 0
         self._seen: dict[str, str] = {}
@@ -61,7 +63,7 @@ class BadPairs:
             listed = f", all so far in {self._log}" if self._log is not None else ""
             raise UserError(
                 f"{self._bad} of the {self._rows} pairs read so far can't be used, first {name}: {reason}{listed}"
-                "; mend or remove them, or raise config.data.max_bad_fraction"
+                f"; mend or remove them, or raise {self._setting}"
             )
 
 

@@ -22,6 +22,7 @@ from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import Preprocess
 
+MAX_BAD_FRACTION = "config.data.max_bad_fraction"
 MIN_FOR_WORKERS = 10_000  # examples; below it, starting decoding processes costs more than they save
 
 
@@ -33,9 +34,13 @@ class BadInputs:
       max_fraction: accepted share of the source; one image more ends the run.
       log: bad_inputs.jsonl, appended to; None: only count. All sources of a run share one file, also after a resume; an
         input that it contains isn't logged again.
+      setting: the name of `max_fraction` to a person.
     """
 
-    def __init__(self, source: Source, max_fraction: float, log: epath.PathLike | None = None):
+    def __init__(
+        self, source: Source, max_fraction: float, log: epath.PathLike | None = None, setting: str = MAX_BAD_FRACTION
+    ):
+        self._setting = setting
         self._limit, self._size = max_fraction * len(source), len(source)
         self._log = None if log is None else epath.Path(log)
         self._seen: dict[int, str] = {}
@@ -58,7 +63,7 @@ class BadInputs:
             listed = f", all so far in {self._log}" if self._log is not None else ""
             raise UserError(
                 f"{len(self._seen)} of {self._size} {self._noun} can't be read, the first is "
-                f"{next(iter(self._seen.values()))}{listed}; mend or remove them, or raise config.data.max_bad_fraction"
+                f"{next(iter(self._seen.values()))}{listed}; mend or remove them, or raise {self._setting}"
             )
 
 

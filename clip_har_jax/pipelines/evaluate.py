@@ -163,7 +163,7 @@ def run_backend(
     views = {} if num_views is None else {"num_views": num_views}
     config = replace(config, video=replace(config.video, **(backend.actions.video | views)))
     log.unlink(missing_ok=True)  # of an earlier evaluation
-    bad_inputs = BadInputs(source, config.max_bad_fraction, log)
+    bad_inputs = BadInputs(source, config.max_bad_fraction, log, "--max_bad_fraction")
     with eval_batches(source, config, backend.preprocess, batch_size=size, bad_inputs=bad_inputs) as batches:
         shown = _with_progress(batches, -(-len(source) // size))
         return evaluate(lambda batch: _logits(backend, batch.image), shown, backend.labels, num_shown, sinks)

@@ -58,7 +58,7 @@ def evaluate_retrieval(
     with output_folder(output) as folder:
         log = folder / "bad_inputs.jsonl"
         log.unlink(missing_ok=True)  # of an earlier evaluation
-        bad_pairs = BadPairs(max_bad_fraction, log)
+        bad_pairs = BadPairs(max_bad_fraction, log, "--max_bad_fraction")
 
         def embedded() -> Iterator[Embedded]:
             for batch, pairs in eval_pair_batches(sources, transform, batch_size, bad_pairs):

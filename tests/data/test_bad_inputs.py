@@ -50,6 +50,8 @@ def test_too_many_bad_images_end_the_run(tmp_path: Path) -> None:
     assert len(log.read_text().splitlines()) == 3
     with pytest.raises(UserError, match="1 of 8 images"):
         evaluation(source, 2, bad_inputs=BadInputs(source, 0.0))
+    with pytest.raises(UserError, match=r"or raise --max_bad_fraction$"):  # a command without a config
+        evaluation(source, 2, bad_inputs=BadInputs(source, 0.0, setting="--max_bad_fraction"))
 
 
 def test_continued_run_logs_no_input_again(tmp_path: Path) -> None:
