@@ -86,10 +86,9 @@ def _shown(
 
 
 def _picture(image: Any) -> np.ndarray:
-    """Return an image itself, or the middle frame of a clip."""
-    frames = np.asarray(image)
-    frames = frames.reshape(-1, *frames.shape[-3:])
-    return frames[len(frames) // 2]
+    """Return an image itself, or the frames of a clip; of several views, those of the middle one."""
+    pixels = np.asarray(image)
+    return pixels[len(pixels) // 2] if pixels.ndim > 4 else pixels
 
 
 def _lot(example: Shown) -> int:

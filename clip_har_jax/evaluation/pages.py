@@ -44,10 +44,10 @@ def spoken(labels: Sequence[str]) -> tuple[str, ...]:
     return phrases if len(set(phrases)) == len(labels) else tuple(labels)
 
 
-def thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> str:
-    """Return a small JPEG of an image as a data URI."""
+def thumbnail(image: UInt8[np.ndarray, "h w 3"], most_px: int = THUMBNAIL_PX) -> str:
+    """Return a small JPEG of an image as a data URI; neither side is over `most_px`."""
     picture = Image.fromarray(image)
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    picture.thumbnail((most_px, most_px))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)
     return data_uri(buffer.getvalue(), "jpeg")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from markupsafe import Markup
 from scipy.sparse import coo_array
 
@@ -21,6 +21,8 @@ from clip_har_jax.evaluation.training_section import describe_run, draw_tradeoff
 from clip_har_jax.heatmap import SCALE, overlay
 
 NUM_CONFUSIONS = 10
+FRAME_PX = 112  # of a frame in a filmstrip
+LEAST_LOG_ODDS = 0.5  # for a bar of full length
 HEADLINE_METRICS = (
     ("top1", "top-1", "share of images whose most probable action is right"),
     ("top5", "top-5", "share of images with the right action among the 5 most probable"),
@@ -41,12 +43,14 @@ class Details:
 
     Attributes:
       sums: of the evaluation, with the model's temperature and thresholds; None: there are neither.
-      heat_maps: for the predicted class of the shown examples, by their index.
+      heat_maps: for the predicted class of the shown images, by their index.
+      added: what each frame of the shown clips adds to the log-odds of the predicted class, by their index.
       history: of the model's training run.
     """
 
     sums: ReportSums | None = None
     heat_maps: Mapping[int, Float[np.ndarray, "g g"]] = field(default_factory=dict)
+    added: Mapping[int, Float[np.ndarray, " t"]] = field(default_factory=dict)
     history: History = field(default_factory=History)
 
 
@@ -88,6 +92,7 @@ def make_report(
             sets=details.sums and details.sums.conformal(),
             galleries=galleries,
             heat_scale=SCALE if details.heat_maps else None,
+            frames_add=bool(details.added),
             training=draw_training(details.history),
             tradeoffs=draw_tradeoffs(details.history),
             about={**about, **describe_run(record)},
@@ -164,6 +169,7 @@ def _say_abstention(result: EvalResult, sums: ReportSums | None) -> str:
 def _describe(shown: Shown, labels: Sequence[str], name: str, details: Details) -> dict[str, Any]:
     right = shown.label == shown.predicted
     heat = details.heat_maps.get(shown.index)
+    is_clip = shown.image.ndim == 4
     return {
         "label": labels[shown.label],
         "predicted": labels[shown.predicted],
@@ -171,6 +177,20 @@ def _describe(shown: Shown, labels: Sequence[str], name: str, details: Details) 
         "said": "recognised" if right else f"taken for {labels[shown.predicted]}",
         "score": shown.score,
         "name": name,
-        "image": thumbnail(shown.image),
+        "frames": _filmstrip(shown.image, details.added.get(shown.index)) if is_clip else None,
+        "image": None if is_clip else thumbnail(shown.image),
         "heat": None if heat is None else thumbnail(overlay(shown.image, heat)),
     }
+
+
+def _filmstrip(
+    frames: UInt8[np.ndarray, "t h w 3"], added: Float[np.ndarray, " t"] | None
+) -> list[dict[str, str | float | None]]:
+    """Return the pictures of a clip's frames, with what each adds and its share of the most that any frame adds."""
+    if added is None:
+        return [{"image": thumbnail(frame, FRAME_PX), "added": None, "share": 0.0} for frame in frames]
+    most = max(float(np.abs(added).max()), LEAST_LOG_ODDS)
+    return [
+        {"image": thumbnail(frame, FRAME_PX), "added": float(value), "share": abs(float(value)) / most}
+        for frame, value in zip(frames, added, strict=True)
+    ]

@@ -86,13 +86,13 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example to show to a person, with the image as the model saw it."""
+    """An example to show to a person, with the image, or the frames of the clip, as the model saw it."""
 
     index: int
     label: int
     predicted: int
     score: float
-    image: UInt8[np.ndarray, "h w 3"]
+    image: UInt8[np.ndarray, "*t h w 3"]
 
 
 @dataclass(frozen=True)

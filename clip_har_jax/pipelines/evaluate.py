@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 
 from clip_har_jax import cli
 from clip_har_jax.batch import Batch
@@ -20,7 +21,7 @@ from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import predictions_file, write_pages
 from clip_har_jax.evaluation.report import HEADLINE_METRICS, Details
 from clip_har_jax.evaluation.report_sums import ReportSums
-from clip_har_jax.evaluation.result import EvalResult, Predictions
+from clip_har_jax.evaluation.result import EvalResult, Predictions, Shown
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.text import phrase
@@ -124,16 +125,45 @@ def evaluate_model(
             result = run_backend(backend, source, config.data, log, NUM_SHOWN, num_views, (file, sums))
         result.metrics.update(model_digest=backend.digest, data=data, data_fingerprint=source.fingerprint)
         result.metrics["listing"] = source.tally.to_json()
-        details = Details(sums, _heat_maps(backend, result), read_history(backend.path))
+        shown = {one.index: one for one in (*result.mistakes, *result.unsure, *result.sample)}
+        details = Details(sums, *_explain(backend, list(shown.values())), read_history(backend.path))
         write_pages(result, folder, source.find_name, about, details)
     return result
 
 
-def _heat_maps(backend: JaxBackend, result: EvalResult) -> dict[int, np.ndarray]:
-    """Return a heat map for the prediction of each example that is shown."""
-    shown = {one.index: one for one in (*result.mistakes, *result.unsure, *result.sample)}
-    heat = backend.explain(np.stack([one.image for one in shown.values()]), [one.predicted for one in shown.values()])
-    return dict(zip(shown, heat, strict=True))
+def _explain(backend: JaxBackend, shown: Sequence[Shown]) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Return a heat map for each image that is shown, and for each clip what its frames add, by their index."""
+    if not shown:
+        return {}, {}
+    pixels, classes = np.stack([one.image for one in shown]), [one.predicted for one in shown]
+    found = backend.explain(pixels, classes) if pixels.ndim == 4 else frames_add(backend.logits, pixels, classes)
+    explained = {one.index: row for one, row in zip(shown, found, strict=True)}
+    return (explained, {}) if pixels.ndim == 4 else ({}, explained)
+
+
+def frames_add(
+    model: Callable[[np.ndarray], np.ndarray], clips: UInt8[np.ndarray, "b t h w 3"], classes: Sequence[int]
+) -> Float32[np.ndarray, "b t"]:
+    """Return what each frame adds to the log-odds of a class of its clip: by how much they fall without the frame.
+
+    Log-odds instead of probabilities, which hardly change where the model is sure.
+
+    Args:
+      model: gives class logits [b, c] of clips with any number of frames.
+      clips: the clips.
+      classes: for each clip, the position of its class.
+    """
+    if (length := clips.shape[1]) == 1:
+        return np.zeros((len(clips), 1), np.float32)
+    without = [log_odds(model(np.delete(clips, i, axis=1)), classes) for i in range(length)]
+    return log_odds(model(clips), classes)[:, None] - np.stack(without, axis=1)
+
+
+def log_odds(logits: Float32[np.ndarray, "b c"], classes: Sequence[int]) -> Float32[np.ndarray, " b"]:
+    """Return the log of a class's probability divided by that of all others, for each row."""
+    of_class = np.arange(logits.shape[1])[None] == np.asarray(classes)[:, None]
+    others = np.where(of_class, -np.inf, logits)
+    return logits[of_class] - np.logaddexp.reduce(others, axis=1)
 
 
 def run_backend(

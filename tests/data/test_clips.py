@@ -22,7 +22,7 @@ from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.predictor import Predictor, list_inputs
 from clip_har_jax.models.head_file import read_head
 from clip_har_jax.models.heads import Features, head_logits, init_head
-from clip_har_jax.pipelines.evaluate import evaluate_model
+from clip_har_jax.pipelines.evaluate import evaluate_model, frames_add
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.trainer.train import train
 from clip_har_jax.video.clips import read_clip
@@ -279,6 +279,20 @@ def test_evaluating_clips_by_one_and_by_several_views(trained: Path, clips: Path
     assert three != one
     assert three == pytest.approx(one, abs=0.2)
     assert json.loads((tmp_path / "metrics.json").read_text())["num_examples"] == 8
+    strips = (tmp_path / "report.html").read_text().split('<ol class="strip"')[1:]
+    assert strips and all(strip.partition("</ol>")[0].count("<img") == 2 for strip in strips)
+
+
+def test_what_a_frame_adds_is_what_the_clip_loses_without_it() -> None:
+    def logits(clips: np.ndarray) -> np.ndarray:
+        """The log-odds of class 1 are the mean brightness."""
+        bright = clips.mean(axis=(1, 2, 3, 4), dtype=np.float32) / 255
+        return np.stack([np.zeros_like(bright), bright], axis=1)
+
+    levels = np.array([[0, 51, 255], [255, 255, 255]], np.uint8)
+    clips = np.broadcast_to(levels[..., None, None, None], (2, 3, 4, 4, 3))
+    np.testing.assert_allclose(frames_add(logits, clips, [1, 0]), [[-0.2, -0.1, 0.3], [0, 0, 0]], atol=1e-6)
+    np.testing.assert_array_equal(frames_add(logits, clips[:, :1], [1, 0]), np.zeros((2, 1)))
 
 
 def test_exported_models_answer_with_the_mean_over_the_frames(trained: Path, clips: Path) -> None:

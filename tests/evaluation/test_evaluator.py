@@ -182,7 +182,7 @@ def test_the_report_tells_what_is_known_of_the_model(tmp_path: Path) -> None:
     details = Details(
         sums,
         {result.mistakes[0].index: np.eye(2, dtype=np.float32)},
-        write_history(tmp_path),
+        history=write_history(tmp_path),
     )
     text = make_report(result, "images/{}.png".format, {}, details)
     rows = result.predictions
