@@ -60,4 +60,5 @@ def draw_timelines(
 def _pale(colour: str, score: float) -> str:
     """Return a colour mixed with white, the more the lower the score; opaque, so that overlaps keep their colours."""
     share = 0.25 + 0.75 * min(1.0, max(0.0, score))
-    return to_hex([1 - share * (1 - part) for part in to_rgb(colour)])
+    red, green, blue = (1 - share * (1 - part) for part in to_rgb(colour))
+    return to_hex((red, green, blue))

@@ -190,7 +190,7 @@ def test_a_video_has_its_timeline(browser: Browser, app: str) -> None:
     place: Position = {"x": box["width"] * 0.7, "y": box["height"] / 2}
     area.hover(position=place)
     area.click(position=place)
-    with av.open(io.BytesIO(clip)) as container:
+    with av.open(io.BytesIO(clip), "r") as container:
         expected = int(0.7 * float(container.duration or 0) / av.time_base)
     page.wait_for_function("() => document.querySelector('video').currentTime > 0")
     settle(page)

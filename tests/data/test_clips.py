@@ -291,7 +291,7 @@ def test_what_a_frame_adds_is_what_the_clip_loses_without_it() -> None:
 
     levels = np.array([[0, 51, 255], [255, 255, 255]], np.uint8)
     clips = np.broadcast_to(levels[..., None, None, None], (2, 3, 4, 4, 3))
-    np.testing.assert_allclose(frames_add(logits, clips, [1, 0]), [[-0.2, -0.1, 0.3], [0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(frames_add(logits, clips, [1, 0]), np.array([[-0.2, -0.1, 0.3], [0, 0, 0]]), atol=1e-6)
     np.testing.assert_array_equal(frames_add(logits, clips[:, :1], [1, 0]), np.zeros((2, 1)))
 
 

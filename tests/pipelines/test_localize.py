@@ -54,9 +54,14 @@ def test_a_video_is_followed_at_its_middles(start):
 def test_each_frame_is_encoded_once_and_the_answers_are_those_of_whole_windows(start, monkeypatch):
     model, root = start
     backend, video = JaxBackend(model, batch_size=5), VideoFile(str(root / "a.mp4"), 3.0, ())
-    encoded = []
+    encoded: list[int] = []
     embed = backend.embed_frames
-    monkeypatch.setattr(backend, "embed_frames", lambda images: encoded.append(len(images)) or embed(images))
+
+    def counted(images):
+        encoded.append(len(images))
+        return embed(images)
+
+    monkeypatch.setattr(backend, "embed_frames", counted)
     ours = follow(backend, video, window_s=2.0)
     assert sum(encoded) == len(ours.times_s) == 12
     monkeypatch.setitem(backend.__dict__, "takes_frames", False)  # as a model whose tower looks over the frames
