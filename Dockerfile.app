@@ -20,7 +20,6 @@ COPY app/requirements.txt app/
 RUN pip install --no-cache-dir --only-binary=:all: -c constraints.txt -r app/requirements.txt
 COPY app app
 COPY serving/__init__.py serving/client.py serving/problems.py serving/schemas.py serving/
-COPY .streamlit .streamlit
 USER 10001
 EXPOSE 8501
 # The page asks nobody for a key, and says so to whom it is open. Behind a proxy with a login: APP_BEHIND_PROXY=true.

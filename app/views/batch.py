@@ -13,7 +13,7 @@ from app.archive import MAX_PICTURES, unpack
 from app.client import Trouble
 
 AT_ONCE = 16
-MAX_UPLOAD_MB = 100  # per file, as in .streamlit/config.toml
+MAX_UPLOAD_MB = 100  # per file, as in app/.streamlit/config.toml
 ROW_PX = 72
 RowAndPicture = tuple[dict[str, object], bytes]
 

@@ -338,10 +338,11 @@ print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def test_the_app_listens_on_loopback_unless_asked_otherwise(tmp_path: Path) -> None:
-    """By the settings in the repository; the address that it prints is of this machine alone."""
-    command = [sys.executable, "-m", "streamlit", "run", "app/main.py", "--server.port=0", "--server.headless=true"]
+    """By the settings beside it, from any folder; the address that it prints is of this machine alone."""
+    script = str(APP / "main.py")
+    command = [sys.executable, "-m", "streamlit", "run", script, "--server.port=0", "--server.headless=true"]
     environment = {**os.environ, "HAR_URL": "http://127.0.0.1:9", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=APP.parent, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         told = ""
         while "URL" not in told and process.poll() is None:
