@@ -8,7 +8,7 @@ from pathlib import Path
 from jax.sharding import NamedSharding
 
 from clip_har_jax import bundle
-from clip_har_jax.errors import UserError
+from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.families import HUB_SIZES, NAMED_SIZES, family_of
 from clip_har_jax.models.head_file import read_head
@@ -22,12 +22,13 @@ from clip_har_jax.models.pretrained import (
     read_preprocess,
     resize_positions,
 )
-from clip_har_jax.models.resolve import resolve_folder
+from clip_har_jax.models.resolve import is_hub_name, resolve_folder
 from clip_har_jax.models.two_towers import TwoTowers
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer
 from clip_har_jax.tokenization import TextTokenizer
 
+SHOWN_SIZES = ("tiny", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336")  # in error messages, as in the README
 VOCABULARY_SIZE = 1024  # of a tokenizer trained on a run's own prompts
 
 
@@ -84,10 +85,16 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
         )
         config = dataclasses.replace(config, text=text)
         return BaseModel(config, None, tokenizer, family_of(config).preprocess(config.vision.image_size))
+    if not is_hub_name(name) and not Path(name).expanduser().is_dir():
+        hint = nearest(name, [*NAMED_SIZES], "no such folder or size")
+        raise UserError(
+            f"config.model.name={name}: {hint}; name a folder, a model of the Hub (OWNER/NAME), or a size with random "
+            f"weights, such as {', '.join(SHOWN_SIZES)}"
+        )
     try:
         folder = resolve_folder(name)
     except UserError as error:
-        raise UserError(f"model.name: {error}; named sizes: {', '.join(NAMED_SIZES)}") from error
+        raise UserError(f"config.model.name: {error}") from error
     old = read_config(folder)
     if old.temporal not in ("mean", temporal):
         raise UserError(
@@ -136,8 +143,10 @@ def known_config(name: str, image_size_px: int | None = None, temporal: str = "m
     elif Path(name).expanduser().is_dir():
         config = read_config(Path(name).expanduser())
     else:
-        known = ", ".join([*NAMED_SIZES, *HUB_SIZES])
-        raise UserError(f"model.name: the sizes of {name!r} aren't known here; a model folder, or one of {known}")
+        hint = nearest(name, [*NAMED_SIZES, *HUB_SIZES], "its sizes aren't known without a download")
+        raise UserError(
+            f"config.model.name={name}: {hint}; name a model folder, or a known size such as {', '.join(SHOWN_SIZES)}"
+        )
     return dataclasses.replace(_resized(config, image_size_px), temporal=temporal)
 
 

@@ -16,9 +16,14 @@ def resolve_folder(name_or_folder: str) -> Path:
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_folder):
+    if not is_hub_name(name_or_folder):
         raise UserError(f"{name_or_folder}: no such folder, and not a Hub name (OWNER/NAME)")
     return _download(name_or_folder)
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name has the form of a repository on the Hub, OWNER/NAME."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def _download(name: str) -> Path:

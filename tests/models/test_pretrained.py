@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from clip_har_jax.errors import UserError
+from clip_har_jax.models import factory
 from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel
 from clip_har_jax.models.families import config_from_hf, config_to_hf
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions
@@ -264,3 +265,14 @@ def test_weights_are_float32_whatever_the_file(folder: Path) -> None:
     for name in ("float16", "bfloat16", "vocabulary_size_int"):
         params = read_params(GOLDEN / name, read_config(GOLDEN / name))
         assert {value.dtype for value in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("find", [factory.make_base, factory.known_config], ids=["base", "sizes"])
+def test_an_unknown_name_is_told_the_remedy_and_only_sizes_of_the_readme(find: Callable[..., Any]) -> None:
+    arguments = (["a"],) if find is factory.make_base else ()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = ", ".join(f"`{name}`" for name in factory.SHOWN_SIZES)
+    assert shown in readme and set(factory.SHOWN_SIZES) <= set(factory.NAMED_SIZES)
+    with pytest.raises(UserError, match=r"^config\.model\.name=ViT-B32: did you mean 'ViT-B/32'\?; name a ") as told:
+        find("ViT-B32", *arguments)
+    assert "siglip" not in str(told.value)

@@ -493,7 +493,7 @@ def test_without_the_tpu_compiler(monkeypatch):
     [
         ({"train": {"global_batch_size": 12}}, "multiple of 8"),
         ({"mesh": {"data": 3}}, "this run has 8"),
-        ({"model": {"name": "laion/unknown"}}, "'laion/unknown' aren't known here"),
+        ({"model": {"name": "laion/unknown"}}, "laion/unknown: its sizes aren't known without"),
         ({"method": {"freeze": ("*",)}}, "nothing to train"),
     ],
 )
