@@ -1,7 +1,7 @@
-"""The torch side of `benchmarks.train_step`: transformers' CLIPModel, in an environment with torch and transformers.
+"""The torch side of `benchmarks.train_step`: transformers' CLIPModel or SiglipModel.
 
-For each line on standard input, runs one training step and answers with a JSON line, so that only one side runs at a
-time.
+Runs in an environment with torch and transformers. For each line on standard input, it runs one training step and
+answers with a JSON line, so that only one side runs at a time.
 """
 
 import json
@@ -15,7 +15,7 @@ def main(folder: str, inputs_file: str, learning_rate: float, weight_decay: floa
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.CLIPModel.from_pretrained(folder).train()
+    model = transformers.AutoModel.from_pretrained(folder).train()
     # fused: the fastest of torch's implementations, and the default of transformers' Trainer.
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     with np.load(inputs_file) as arrays:

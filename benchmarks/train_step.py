@@ -1,12 +1,13 @@
-"""Our CLIP training step compared with that of transformers' torch CLIPModel: ViT-B/32, both towers, float32, CPU.
+"""Our training step compared with that of transformers' torch model: both towers, float32, CPU.
 
     python -m benchmarks.train_step [--torch_python=.venv-torch/bin/python] [--family=clip] [--rounds=10]
 
-Both sides start with the same weights and use the same images and texts of 77 tokens, the contrastive loss of Radford
-et al. 2021 and AdamW. Each is a separate process; they alternate, step by step, so that other load slows both.
-Alternating isn't enough on a busy machine: torch's threads wait for each other in a busy loop, so a core taken from one
-of them costs torch far more than us (a load of 5 on 2 cores gave a ratio of 0.50, one core gave 1.43). Check that
-"load" is near 0, or measure with --cores=1. torch isn't a requirement of this project:
+The family clip is ViT-B/32 with texts of 77 tokens and the contrastive loss of Radford et al. 2021; siglip is SigLIP
+B/16 at 224 px with texts of 64 tokens and the sigmoid loss of Zhai et al. 2023. Both sides start with the same weights
+and use the same images and texts, and AdamW. Each is a separate process; they alternate, step by step, so that other
+load slows both. Alternating isn't enough on a busy machine: torch's threads wait for each other in a busy loop, so a
+core taken from one of them costs torch far more than us (a load of 5 on 2 cores gave a ratio of 0.50, one core gave
+1.43). Check that "load" is near 0, or measure with --cores=1. torch isn't a requirement of this project:
 
     python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers
 """
@@ -37,11 +38,17 @@ ALLOCATOR = ":".join(
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 1e-2
 
 
-def make_inputs(batch_size: int) -> dict[str, np.ndarray]:
+SIZES = {"clip": "ViT-B/32", "siglip": "siglip-base-patch16-224"}  # family -> named size
+
+
+def make_inputs(family: str, batch_size: int) -> dict[str, np.ndarray]:
     """Return random images and texts of full length, with Hugging Face's names."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 49406, (batch_size, 77))
-    ids[:, 0], ids[:, -1] = 49406, 49407
+    if family == "clip":
+        ids = rng.integers(0, 49406, (batch_size, 77))
+        ids[:, 0], ids[:, -1] = 49406, 49407
+    else:
+        ids = rng.integers(0, 32000, (batch_size, 64))
     return {"input_ids": ids, "pixel_values": rng.standard_normal((batch_size, 3, 224, 224), np.float32)}
 
 
@@ -90,6 +97,9 @@ def ours(folder: str, inputs_file: str) -> None:
 
     def loss_fn(params: Params, inputs: dict[str, jax.Array]) -> jax.Array:
         logits = make_model(config, params)(**inputs).logits_per_image
+        if config.family == "siglip":  # a text of another image's is a negative; summed over texts
+            signs = 2 * jnp.eye(len(logits)) - 1
+            return -jax.nn.log_sigmoid(signs * logits).sum(axis=-1).mean()
         labels = jnp.arange(len(logits))
         losses = (optax.softmax_cross_entropy_with_integer_labels(side, labels).mean() for side in (logits, logits.T))
         return sum(losses) / 2
@@ -118,14 +128,15 @@ def ours(folder: str, inputs_file: str) -> None:
         print(json.dumps({"loss": float(loss), "seconds": seconds, "cpu_seconds": cpu_seconds}), flush=True)
 
 
-def write_start(folder: Path, batch_size: int) -> Path:
+def write_start(folder: Path, family: str, batch_size: int) -> Path:
     """Write random weights in the Hugging Face layout, and the inputs of both sides; return the inputs' file."""
-    from clip_har_jax.models.clip import CLIPConfig
+    from clip_har_jax.models.families import NAMED_SIZES
     from clip_har_jax.models.params import init_params
     from clip_har_jax.models.pretrained import write_params
 
-    write_params(folder, CLIPConfig(), init_params(CLIPConfig(), seed=0))
-    np.savez(folder / "inputs.npz", allow_pickle=False, **make_inputs(batch_size))
+    config = NAMED_SIZES[SIZES[family]]
+    write_params(folder, config, init_params(config, seed=0))
+    np.savez(folder / "inputs.npz", allow_pickle=False, **make_inputs(family, batch_size))
     return folder / "inputs.npz"
 
 
@@ -137,10 +148,12 @@ def has_torch(python: str) -> bool:
         return False
 
 
-def measure(torch_python: str, batch_size: int, rounds: int) -> dict[str, tuple[dict[str, Any], list[Step]]]:
+def measure(
+    torch_python: str, family: str, batch_size: int, rounds: int
+) -> dict[str, tuple[dict[str, Any], list[Step]]]:
     """Return the description of each side, with the loss of its first step, and its timed steps."""
     with tempfile.TemporaryDirectory() as folder:
-        inputs_file = str(write_start(Path(folder), batch_size))
+        inputs_file = str(write_start(Path(folder), family, batch_size))
         sides = {"ours": Side([sys.executable, "-m", "benchmarks.train_step", SIDE_FLAG, folder, inputs_file])}
         if has_torch(torch_python):
             script = str(Path(__file__).with_name("torch_train_step.py"))
@@ -159,7 +172,7 @@ def measure(torch_python: str, batch_size: int, rounds: int) -> dict[str, tuple[
 def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--torch_python", default=sys.executable, help="Python that has torch and transformers")
-    parser.add_argument("--family", choices=("clip",), default="clip", help="of models, e.g. --family=clip")
+    parser.add_argument("--family", choices=tuple(SIZES), default="clip", help="of models, e.g. --family=siglip")
     parser.add_argument("--batch_size", type=int, default=8, help="images, and as many texts, e.g. --batch_size=16")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side, e.g. --rounds=20")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores for each side, e.g. --cores=1")
@@ -172,7 +185,7 @@ def main() -> None:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.cores :])  # the sides inherit it
     load = os.getloadavg()[0]
-    measured = measure(arguments.torch_python, arguments.batch_size, arguments.rounds)
+    measured = measure(arguments.torch_python, arguments.family, arguments.batch_size, arguments.rounds)
     result: dict[str, Any] = {
         "benchmark": "train_step",
         "ratio": None,
