@@ -220,9 +220,23 @@ def _triple(
     given = values.get(key) or default
     try:
         red, green, blue = (float(number) for number in given)
+        return check_triple((red, green, blue), key)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {key} {given!r}; three numbers are needed") from error
-    return red, green, blue
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def check_triple(values: tuple[float, ...], key: str) -> tuple[float, float, float]:
+    """Return the three values of the channels of a mean or a deviation.
+
+    Raises:
+      UserError: another number of them, infinite ones, or a deviation that isn't above 0.
+    """
+    if len(values) != 3 or not np.isfinite(values).all() or (key.endswith("std") and min(values) <= 0):
+        above = " above 0" if key.endswith("std") else ""
+        raise UserError(f"{key} {list(values)}; three finite numbers{above} are needed")
+    return values[0], values[1], values[2]
 
 
 class _QuietPillow:

@@ -117,6 +117,46 @@ class PublishedTokenizer:
             (folder / name).write_bytes(content)
 
 
+class CheckedTokenizer:
+    """A tokenizer whose ids are compared with the vocabulary of its model, which would take larger ones for its last.
+
+    Args:
+      tokenizer: it.
+      vocab_size: of the model.
+      where: the folder of both, for messages.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, where: str):
+        self._tokenizer, self._vocab_size, self._where = tokenizer, vocab_size, where
+
+    def __call__(self, texts: Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids and attention masks, int32 [n, context_length] each.
+
+        Raises:
+          UserError: an id that the model doesn't have.
+        """
+        ids, mask = self._tokenizer(texts, context_length)
+        self._check(ids)
+        return ids, mask
+
+    def words(self, text: str) -> list[int]:
+        """Return the tokens of a text, without special ones; errors as of the call."""
+        tokens = self._tokenizer.words(text)
+        self._check(np.asarray(tokens))
+        return tokens
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files."""
+        self._tokenizer.save(folder)
+
+    def _check(self, ids: np.ndarray) -> None:
+        if ids.size and ids.max() >= self._vocab_size:
+            raise UserError(
+                f"{self._where}: the tokenizer gives the id {ids.max()}, but the model has {self._vocab_size} tokens; "
+                "copy the model's own tokenizer"
+            )
+
+
 class NoTokenizer:
     """Stands for the tokenizer of a model with an image tower alone; it refuses all texts."""
 

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.inference.runtimes import RUNTIMES
+from clip_har_jax.models.pretrained import read_config
 from export.model import OpenedModel
 from export.parity import BFLOAT16, FLOAT16, FLOAT32, INT8, Bounds
 from export.to_onnx import write_fp16, write_int8, write_onnx
@@ -48,13 +49,25 @@ def _torchscript(model: OpenedModel, folder: Path, images: np.ndarray) -> None:
     write_torchscript(graphs, [graph.name for graph in model.graphs], folder)
 
 
-def check_clips(model: OpenedModel, formats: Collection[str]) -> None:
-    """Refuse TorchScript for a model in which the order of a clip's frames counts.
+def check_torchscript(folder: Path, is_temporal: bool, formats: Collection[str]) -> None:
+    """Refuse TorchScript for a model that isn't a CLIP of transformers.
+
+    Args:
+      folder: of the model.
+      is_temporal: the order of a clip's frames counts.
+      formats: names of the formats to write.
 
     Raises:
       UserError: such a model with TorchScript.
     """
-    if model.is_temporal and "torchscript" in formats:
+    if "torchscript" not in formats:
+        return
+    if read_config(folder).family != "clip" or not (folder / "config.json").is_file():
+        raise UserError(
+            "--formats=torchscript: only CLIPs in the Hugging Face layout are written; use onnx, saved_model or "
+            "stablehlo"
+        )
+    if is_temporal:
         raise UserError(
             "--formats=torchscript: transformers has no model in which the order of a clip's frames counts; "
             "use onnx, saved_model or stablehlo"

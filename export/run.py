@@ -25,7 +25,7 @@ from clip_har_jax.folders import replacing, unchanged
 from clip_har_jax.inference import golden
 from clip_har_jax.inference.runtimes import SIGNATURE
 from clip_har_jax.signing import check_private_key, sign
-from export.formats import Format, check_clips, choose_formats
+from export.formats import Format, check_torchscript, choose_formats
 from export.graphs import NotExpressible
 from export.model import OpenedModel, open_model, read_images, write_contract
 from export.parity import NUM_HARD, Arrays, check_parity, make_cases, run_cases, run_clips
@@ -117,7 +117,7 @@ class _NothingPassed(Exception):  # noqa: N818
 def _fill(folder: Path, path: str, formats: dict[str, Format], output: Path, options: ExportOptions) -> dict[str, Any]:
     """Write, compare and seal the formats; `output` is the final place of the folder."""
     model = open_model(path, options.classes, options.clips)
-    check_clips(model, formats)
+    check_torchscript(model.folder, model.is_temporal, formats)
     source = model.folder.resolve()
     if output == source or output in source.parents or source in output.parents:  # a sealed folder takes no files
         raise UserError(f"--output={output}: the model lies there; name another folder")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.preprocess import Preprocess
 from export.graphs import NotExpressible
 
@@ -56,9 +55,6 @@ class TorchGraphs:
       head: name of the head, a key of `models.heads.HEADS`.
       head_params: its parameters.
       temperature: the divisor of its logits.
-
-    Raises:
-      NotExpressible: another family of models or another layout of folders.
     """
 
     def __init__(
@@ -72,9 +68,6 @@ class TorchGraphs:
         import torch
         from transformers import CLIPModel
 
-        family = read_config(model_folder).family
-        if family != "clip" or not (model_folder / "config.json").is_file():
-            raise NotExpressible(f"TorchScript is written for CLIPs in the Hugging Face layout, not for {family!r}")
         clip = CLIPModel.from_pretrained(model_folder, local_files_only=True, attn_implementation="eager").eval()
         self.clip, self.vision, self.size = clip, clip.vision_model, preprocess.image_size_px
         self.mean, self.std = (

@@ -170,13 +170,13 @@ class Predictor:
         except BadImage as error:
             return str(error)
 
-    def _load(self, item: ImageLike) -> UInt8[np.ndarray, "size size 3"]:
+    def _load(self, item: ImageLike) -> UInt8[np.ndarray, "a b 3"]:
         image = _to_array(item)
         if max(image.shape[:2]) > MAX_ASPECT * min(image.shape[:2]):
             raise BadImage(f"{image.shape[1]}x{image.shape[0]} px, one side over {MAX_ASPECT} times the other; crop it")
         return self._transform(image)
 
-    def _transform(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "size size 3"]:
+    def _transform(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "a b 3"]:
         return evaluation_transform(image, self.backend.preprocess)
 
 

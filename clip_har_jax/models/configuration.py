@@ -144,7 +144,8 @@ def read_fields(defaults: Any, given: dict[str, Any], keys: dict[str, str]) -> d
     fields = {ours: given[theirs] for ours, theirs in keys.items() if given.get(theirs) is not None}
     for ours, value in fields.items():
         kind = type(getattr(defaults, ours))
-        if not isinstance(value, int | float if kind is float else kind):
+        accepted = int | float if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"{keys[ours]} is {value!r}; a value of type {kind.__name__} is needed")
     return {
         ours: float(value) if isinstance(getattr(defaults, ours), float) else value for ours, value in fields.items()
@@ -158,6 +159,8 @@ def read_towers(default: TwoTowerConfig, values: dict[str, Any]) -> tuple[TextCo
       UserError: a value of a wrong type.
     """
     text, vision = read_tower(values, "text_config"), read_tower(values, "vision_config")
+    if vision.get("num_channels") not in (None, 3):
+        raise UserError(f"vision_config.num_channels is {vision['num_channels']!r}; images have 3, use another model")
     return (
         replace(default.text, **read_fields(default.text, text, _TEXT_KEYS)),
         replace(default.vision, **read_fields(default.vision, vision, _VISION_KEYS)),
@@ -177,12 +180,15 @@ def check_config(config: TwoTowerConfig) -> None:
     """Check that the sizes fit together.
 
     Raises:
-      UserError: sizes below 1, heads that don't divide the width, patches larger than the image, an unknown activation.
+      UserError: sizes below 1, heads that don't divide the width, patches larger than the image, an unknown activation
+        or an epsilon out of range.
     """
     towers: list[tuple[str, TowerConfig]] = [("vision", config.vision)]
     for name, tower in [("text", config.text), *towers] if config.has_texts else towers:
         if min(tower.hidden_size, tower.intermediate_size, tower.num_layers, tower.num_heads) < 1:
             raise UserError(f"{name} tower: sizes below 1 ({tower})")
+        if not 0 <= tower.layer_norm_eps < 1:  # not NaN either
+            raise UserError(f"{name} tower: layer_norm_eps is {tower.layer_norm_eps}; from 0 to 1 is accepted")
         if tower.hidden_size % tower.num_heads:
             raise UserError(f"{name} tower: {tower.num_heads} heads don't divide a width of {tower.hidden_size}")
         if tower.hidden_act not in ACTIVATIONS:

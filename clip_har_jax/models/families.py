@@ -76,6 +76,8 @@ def config_from_hf(values: Any) -> TwoTowerConfig:
         raise UserError(f"model_type is {model_type!r}; {nearest(str(model_type), list(FAMILIES))}")
     if family == model_type:
         config = FAMILIES[family].config_from_hf(values)
+        if not config.has_texts:
+            raise UserError(f"text_config.num_hidden_layers is {config.text.num_layers}; 1 or more is needed")
     else:  # an image tower alone: its settings stand at the top; no text tower contradicts their width
         parts = {"vision_config": values, "text_config": {"projection_size": values.get("hidden_size")}}
         config = replace(FAMILIES[family].config_from_hf(values | parts), text=NO_TEXTS)

@@ -13,6 +13,7 @@ from clip_har_jax.errors import UserError
 
 Params = dict[str, Any]  # dotted path -> array
 TEMPORAL_FILE = "temporal.safetensors"  # what a model of clips adds to CLIP, under our names
+BUFFER = ".position_ids"  # end of the name of a buffer of older files, which isn't a weight
 IMAGE_ALONE = "_vision_model"  # end of the `model_type` of an image tower alone, as CLIPVisionModelWithProjection's
 
 
@@ -263,7 +264,7 @@ def params_from_hf(
     Raises:
       UserError: missing, unexpected or misshapen weights; names all of them in one message.
     """
-    rest = {name for name in tensors if not name.endswith(".position_ids")}  # a buffer of older files, not a weight
+    rest = {name for name in tensors if not name.endswith(BUFFER)}
     problems: dict[str, None] = {}  # in order, each once: several of our parameters may be pieces of one tensor
     fitting: dict[str, list[str]] = {}
     for ours, shape in shapes.items():

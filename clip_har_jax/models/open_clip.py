@@ -18,7 +18,7 @@ from clip_har_jax.models.configuration import TextConfig, TwoTowerConfig, Vision
 from clip_har_jax.models.hf_layout import TABLES, Table, params_to_hf
 from clip_har_jax.models.params import write_tensors
 from clip_har_jax.models.siglip import SIZES, SiglipConfig
-from clip_har_jax.preprocess import CLIP_MEAN, CLIP_STD, RESAMPLING, Preprocess
+from clip_har_jax.preprocess import CLIP_MEAN, CLIP_STD, RESAMPLING, Preprocess, check_triple
 from clip_har_jax.text import Tokenizer
 from clip_har_jax.tokenization import PublishedTokenizer, read_tokenizer
 
@@ -171,6 +171,8 @@ def read_open_clip_preprocess(folder: Path, image_size_px: int) -> Preprocess:
       UserError: an unsupported way of resizing.
     """
     given = _read_json(folder / CONFIG).get("preprocess_cfg") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{folder / CONFIG}: preprocess_cfg is no object of settings; copy it again")
     mode, names = given.get("resize_mode", "shortest"), {name: number for number, name in RESAMPLING.items()}
     interpolation = given.get("interpolation", "bicubic")
     if mode not in ("shortest", "squash") or interpolation not in names:
@@ -178,7 +180,13 @@ def read_open_clip_preprocess(folder: Path, image_size_px: int) -> Preprocess:
             f"{folder / CONFIG}: preprocess_cfg with resize_mode {mode!r} and interpolation {interpolation!r}; "
             "shortest or squash, and bicubic or bilinear, are known"
         )
-    mean, std = (tuple(given.get(key) or default) for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
+    try:
+        mean, std = (
+            check_triple(tuple(map(float, given.get(key) or default)), key)
+            for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD))
+        )
+    except (TypeError, ValueError, UserError) as error:
+        raise UserError(f"{folder / CONFIG}: preprocess_cfg: {error}") from error
     return Preprocess(
         image_size_px,
         mean=mean,

@@ -42,6 +42,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: bias is {settings['bias']!r}; merge it into its model with PEFT")
     if not isinstance(settings.get("base_model_name_or_path"), str):
         raise UserError(f"{path}: base_model_name_or_path is missing; name the folder of the base model there")
+    if not isinstance(settings.get("lora_alpha", 1), int | float):
+        raise UserError(f"{path}: lora_alpha is {settings['lora_alpha']!r}; a number is needed")
     if type(settings.get("r")) is not int or settings["r"] < 1:
         raise UserError(f"{path}: r is {settings.get('r')!r}; a rank of 1 or more is needed")
     return settings

@@ -18,7 +18,7 @@ from flax import traverse_util
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.families import config_from_hf, config_to_hf, family_of
-from clip_har_jax.models.hf_layout import TABLES, TEMPORAL_FILE, params_from_hf, params_to_hf
+from clip_har_jax.models.hf_layout import BUFFER, TABLES, TEMPORAL_FILE, params_from_hf, params_to_hf
 from clip_har_jax.models.layers import Runtime
 from clip_har_jax.models.open_clip import (
     PICKLE,
@@ -38,9 +38,9 @@ from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.temporal import split_temporal
 from clip_har_jax.models.two_towers import IMAGE_TOWER, TwoTowers
 from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.tokenization import NoTokenizer, TextTokenizer, read_tokenizer
+from clip_har_jax.tokenization import CheckedTokenizer, NoTokenizer, TextTokenizer, read_tokenizer
 
-_NUMPY = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of safetensors that numpy has
+_NUMPY = ("F64", "F32", "F16")  # types of safetensors that numpy has; BF16 needs another library
 
 
 def read_config(folder: Path) -> TwoTowerConfig:
@@ -112,7 +112,10 @@ def _base_of(adapter: Path) -> Path:
     """Return the folder of an adapter's base model; a path in its settings may be relative to the adapter."""
     name = read_settings(adapter)["base_model_name_or_path"]
     beside = adapter / name
-    return beside if beside.is_dir() else resolve_folder(name)
+    base = beside if beside.is_dir() else resolve_folder(name)
+    if is_adapter(base):
+        raise UserError(f"{adapter}: its base model {name} is an adapter too; merge that one with PEFT")
+    return base
 
 
 def _read_temporal(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Params:
@@ -203,6 +206,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not iterable itself
+            for name, one in slices.items():
+                if one.get_dtype() not in (*_NUMPY, "BF16") and not name.endswith(BUFFER):
+                    raise UserError(
+                        f"{path}: {name} is of type {one.get_dtype()}, as quantised weights are; use the model's float "
+                        "weights"
+                    )
             return {
                 name: _StoredTensor(path, name, tuple(one.get_shape()), "np" if one.get_dtype() in _NUMPY else "flax")
                 for name, one in slices.items()
@@ -286,9 +295,11 @@ def read_folder_tokenizer(folder: Path) -> TextTokenizer:
     """Read the tokenizer of a model folder, in either layout."""
     if is_adapter(folder):
         return read_folder_tokenizer(_base_of(folder))
-    if not read_config(folder).has_texts:
+    config = read_config(folder)
+    if not config.has_texts:
         return NoTokenizer(str(folder))
-    return read_open_clip_tokenizer(folder) if is_open_clip(folder) else read_tokenizer(folder)
+    tokenizer = read_open_clip_tokenizer(folder) if is_open_clip(folder) else read_tokenizer(folder)
+    return CheckedTokenizer(tokenizer, config.text.vocab_size, str(folder))
 
 
 def save_pretrained(model: TwoTowers, folder: str | Path, layout: str = "") -> None:

@@ -13,8 +13,10 @@ import pytest
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import load
-from clip_har_jax.models.pretrained import load_pretrained, read_config, read_params, write_params
+from clip_har_jax.models.families import NAMED_SIZES, config_to_hf
+from clip_har_jax.models.pretrained import load_pretrained, read_config, read_params, read_preprocess, write_params
 from clip_har_jax.preprocess import evaluation_transform
+from export.formats import check_torchscript
 from tests.support.make_golden import GOLDEN, make_images
 from tests.support.make_open_clip_golden import CASES, FOLDERS, PROMPTS, make_inputs, write_config
 from tests.support.normalization import normalize
@@ -106,6 +108,27 @@ def test_bad_config_is_refused_in_one_line(values: object, message: str, tmp_pat
         read_config(tmp_path)
     assert message in str(caught.value) and "open_clip_config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [[1], {"mean": [1, 2]}, {"std": [0, 1, 1]}, {"std": "x"}, {"resize_mode": "longest"}]
+)
+def test_bad_image_settings_are_refused_in_one_line(settings: object, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(change_model() | {"preprocess_cfg": settings}))
+    with pytest.raises(UserError, match="preprocess_cfg") as caught:
+        read_preprocess(tmp_path, 32)
+    assert "\n" not in str(caught.value)
+
+
+def test_torchscript_of_other_families_and_layouts_is_refused(tmp_path: Path) -> None:
+    write_config(tmp_path, "gelu")
+    (tmp_path / "siglip").mkdir()
+    (tmp_path / "siglip" / "config.json").write_text(json.dumps(config_to_hf(NAMED_SIZES["siglip-tiny"])))
+    for folder in (tmp_path, tmp_path / "siglip"):
+        check_torchscript(folder, False, ["onnx"])
+        with pytest.raises(UserError, match="only CLIPs in the Hugging Face layout"):
+            check_torchscript(folder, False, ["onnx", "torchscript"])
+    check_torchscript(GOLDEN / "gelu", False, ["torchscript"])
 
 
 def test_missing_pickled_and_contradicting_weights_are_refused(tmp_path: Path) -> None:

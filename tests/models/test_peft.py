@@ -70,6 +70,8 @@ def test_updates_that_peft_cannot_express_are_refused(layer: str, tmp_path: Path
         ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),
         ({"base_model_name_or_path": "/no/where"}, "/no/where: no such folder"),
         ({"r": 0}, "r is 0"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ({"base_model_name_or_path": "."}, "its base model . is an adapter too"),
     ],
 )
 def test_other_adapters_are_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:

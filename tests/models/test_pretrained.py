@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from clip_har_jax.errors import UserError
 from clip_har_jax.models import factory
 from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel
+from clip_har_jax.models.factory import load
 from clip_har_jax.models.families import config_from_hf, config_to_hf
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions
 from clip_har_jax.models.resolve import resolve_folder
@@ -189,6 +190,11 @@ WRONG_CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "patch_size is [8, 8]": lambda config: config["vision_config"].update(patch_size=[8, 8]),
     "no patch of 17 px": lambda config: config["vision_config"].update(patch_size=17),
     "text_config is 'x'": lambda config: config.update(text_config="x"),
+    "hidden_size is True": lambda config: config["vision_config"].update(hidden_size=True),
+    "num_channels is 1": lambda config: config["vision_config"].update(num_channels=1),
+    "layer_norm_eps is -1.0": lambda config: config["text_config"].update(layer_norm_eps=-1.0),
+    "layer_norm_eps is nan": lambda config: config["vision_config"].update(layer_norm_eps=float("nan")),
+    "text_config.num_hidden_layers is 0": lambda config: config["text_config"].update(num_hidden_layers=0),
     "projection_dim is 0.5": lambda config: config.update(projection_dim=0.5),
 }
 
@@ -197,6 +203,32 @@ WRONG_CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_wrong_config_is_refused(folder: Path, words: str) -> None:
     edit_json(folder / "config.json", WRONG_CONFIGS[words])
     assert words in load_fails(folder)
+
+
+def test_quantised_weights_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value.astype(np.int8) for name, value in weights.items()}, folder / "model.safetensors")
+    assert "is of type I8, as quantised weights are" in load_fails(folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    """An id beyond the vocabulary would be read as the last token."""
+    folder = shutil.copytree(GOLDEN / "shortest_edge", tmp_path / "clip")
+    weights, name = load_file(folder / "model.safetensors"), "text_model.embeddings.token_embedding.weight"
+    save_file(weights | {name: weights[name][:300]}, folder / "model.safetensors")
+    edit_json(folder / "config.json", lambda config: config["text_config"].update(vocab_size=300))
+    tokenizer = load(str(folder)).tokenizer
+    with pytest.raises(UserError, match=f"{folder}: the tokenizer gives the id .*, but the model has 300 tokens"):
+        tokenizer(["a person"], 16)
+    with pytest.raises(UserError, match="the model has 300 tokens"):
+        tokenizer.words("a person")
+
+
+@pytest.mark.parametrize("std", [[0, 1, 1], [1, 1, float("inf")], [1, 1]])
+def test_a_deviation_that_divides_by_zero_is_refused(std: list[float], tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_std": std}))
+    with pytest.raises(UserError, match="image_std"):
+        Preprocess.from_folder(tmp_path, 32)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00\xff"], ids=["cut", "list", "bytes"])
