@@ -70,15 +70,21 @@ def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBacken
         image_embeds=image_embeds,
         texts=np.asarray(texts, np.str_),
         text_embeds=model.embed_texts(model.tokenize(texts)),
-        heat_maps=model.explain(images, _explained(len(images), len(model.labels))),
+        heat_maps=model.explain(images, explained := logits.argmax(axis=1).tolist()),
+        explained=explained,
         clips=clips,
         clip_logits=model.logits(images[clips]),
     )
 
 
-def _explained(count: int, num_classes: int) -> list[int]:
-    """Return a class to explain for each picture."""
-    return [i % num_classes for i in range(count)]
+def _explained(golden: dict[str, np.ndarray], num_classes: int) -> list[int]:
+    """Return the class to explain for each picture: the predicted one, whose heat map isn't empty.
+
+    Exports of earlier versions don't name it, and explain one class after the other.
+    """
+    if "explained" in golden:
+        return golden["explained"].tolist()
+    return [i % num_classes for i in range(len(golden["pictures"]))]
 
 
 def check(backend: ExportedBackend) -> bool:
@@ -107,7 +113,7 @@ def _compare_with(path: Path, backend: ExportedBackend) -> None:
         raise UserError(f"{path}: damaged ({error}); export it again") from error
     images = np.stack([evaluation_transform(picture, backend.preprocess) for picture in pictures])
     limit = TOLERANCES.get(backend.graphs.format, FULL)
-    heat = backend.explain(images, _explained(len(images), len(backend.actions.labels)))
+    heat = backend.explain(images, _explained(golden, len(backend.actions.labels)))
     if not np.isfinite(heat).all():
         raise UserError(f"{backend.path}: the model gives NaN or infinity; export it again")
     if "heat_maps" in golden:  # missing in exports of earlier versions

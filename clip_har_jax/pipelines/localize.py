@@ -34,6 +34,7 @@ from clip_har_jax.preprocess import evaluation_transform
 from clip_har_jax.specs import parse_spec
 from clip_har_jax.training.boundaries import by_boundaries, fit_boundaries
 from clip_har_jax.video.clips import TimedFrame
+from clip_har_jax.video.decoding import BadVideo
 
 HYSTERESIS, BOUNDARIES = "hysteresis", "boundaries"
 
@@ -138,13 +139,29 @@ def follow(backend: JaxBackend, video: UntrimmedVideo, window_s: float) -> Track
     rate_hz = num_frames / window_s
     times_s, outputs = [], []
     answer = backend.frame_outputs if backend.takes_frames else backend.outputs
-    windows = iter(sliding_windows(_encoded(backend, video.frames(rate_hz)), num_frames))
+    windows = iter(sliding_windows(_encoded(backend, _readable(video, rate_hz)), num_frames))
     while chunk := list(islice(windows, backend.batch_size)):
         times_s += [time_s for time_s, _ in chunk]
         outputs.append(answer(np.stack([rows for _, rows in chunk]))[1:])
     probs, embeddings = (np.concatenate(parts).astype(np.float32) for parts in zip(*outputs, strict=True))
     middles_s = np.asarray(times_s) + (0.5 / rate_hz if num_frames % 2 == 0 else 0.0)
     return Track(video.name, video.duration_s, video.segments, middles_s, probs, embeddings)
+
+
+def _readable(video: UntrimmedVideo, rate_hz: float) -> Iterator[TimedFrame]:
+    """Yield the frames of a video; damage is printed, and the frames around it count.
+
+    Raises:
+      UserError: no frame of it can be read.
+    """
+    count = 0
+    try:
+        for count, frame in enumerate(video.frames(rate_hz), 1):  # noqa: B007
+            yield frame
+    except BadVideo as error:
+        if not count:
+            raise UserError(f"{video.name}: {error}") from error
+        print(f"{video.name}: {error}; the readable frames count", file=sys.stderr)
 
 
 def _encoded(backend: JaxBackend, frames: Iterable[TimedFrame]) -> Iterator[tuple[float, np.ndarray]]:

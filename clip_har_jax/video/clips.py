@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from clip_har_jax.preprocess import MAX_MEGAPIXELS
-from clip_har_jax.video.decoding import BadVideo, Decoding, TooSlow, VideoLike, find_stream, open_video
+from clip_har_jax.video.decoding import MIN_READABLE, BadVideo, Decoding, TooSlow, VideoLike, find_stream, open_video
 from clip_har_jax.video.sampling import FrameSampling, sample_times
-from clip_har_jax.video.selective import ROUNDING_S, Index, decode_selected, index_packets, shown_at
+from clip_har_jax.video.selective import ROUNDING_S, Index, count_lost, decode_selected, index_packets, shown_at
 
 SEEK_S = 2.0  # for a frame further ahead, seek instead of decoding up to it
 
@@ -85,6 +85,7 @@ def read_views(
             np.clip(from_s + sample_times(to_s - from_s, sampling, view, rng), 0, None) + start_s for view in views
         ]
         shown, damage = _shown_frames(container, stream, index, np.unique(np.concatenate(wanted)), each, max_megapixels)
+        damage = _losses(index) or damage
         told_s = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else duration_s
     if duration_s + max(1.0, 2 * step_s) < told_s:
         damage = f"breaks off at {duration_s:.1f} of {told_s:.1f} s"
@@ -94,6 +95,21 @@ def read_views(
         times_s = tuple(frame_s - start_s for frame_s, _ in taken)
         clips.append(Clip(tuple(image for _, image in taken), times_s, duration_s, damage))
     return clips
+
+
+def _losses(index: Index) -> str | None:
+    """Return a description of the frames that a damaged container has lost; None: it isn't damaged.
+
+    Raises:
+      BadVideo: more than half.
+    """
+    if not (lost := count_lost(index)):
+        return None
+    total = lost + len(index.stamps)
+    found = f"about {lost} of {total} frames are damaged or missing"
+    if len(index.stamps) < MIN_READABLE * total:
+        raise BadVideo(f"{found}; save it again")
+    return found
 
 
 def _shown_frames(

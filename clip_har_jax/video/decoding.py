@@ -140,6 +140,8 @@ class Decoding:
         while True:
             try:
                 packet = next(packets)
+                if packet.is_corrupt:
+                    self.bad, self.reason = self.bad + 1, "damaged packets"
                 frames = packet.decode()
             except StopIteration:
                 return

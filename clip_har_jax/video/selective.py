@@ -27,12 +27,14 @@ class Index:
       is_key: whether decoding can start there.
       unit_s: seconds.
       is_whole: all packets have display times, without duplicates.
+      is_damaged: the container says that a packet is damaged; others may be missing then.
     """
 
     stamps: tuple[int, ...]
     is_key: tuple[bool, ...]
     unit_s: float
     is_whole: bool
+    is_damaged: bool = False
 
     @property
     def times_s(self) -> list[float]:
@@ -52,9 +54,10 @@ def index_packets(container: Any, stream: Any) -> Index:
     Raises:
       BadVideo: no frames in it.
     """
-    stamps, is_key, is_whole = [], [], True
+    stamps, is_key, is_whole, is_damaged = [], [], True, False
     for packet in container.demux(stream):
         stamp = packet.pts if packet.pts is not None else packet.dts
+        is_damaged = is_damaged or packet.is_corrupt
         if stamp is not None and packet.size:
             is_whole = is_whole and packet.pts is not None and not packet.is_discard
             stamps.append(int(stamp))
@@ -62,7 +65,19 @@ def index_packets(container: Any, stream: Any) -> Index:
     if not stamps:
         raise BadVideo("no frames in it")
     container.seek(0)
-    return Index(tuple(stamps), tuple(is_key), float(stream.time_base), is_whole and len(set(stamps)) == len(stamps))
+    is_whole = is_whole and len(set(stamps)) == len(stamps)
+    return Index(tuple(stamps), tuple(is_key), float(stream.time_base), is_whole, is_damaged)
+
+
+def count_lost(index: Index) -> int:
+    """Return about how many frames a damaged stream has lost, by the gaps between its frames; at least 1.
+
+    Without damage there are none: then gaps are those of a varying frame rate.
+    """
+    if not index.is_damaged:
+        return 0
+    steps = np.diff(np.unique(index.stamps))
+    return max(1, round(float(np.maximum(steps / np.median(steps) - 1, 0).sum()))) if len(steps) else 1
 
 
 def shown_at(index: Index, times_s: Sequence[float] | np.ndarray) -> list[int]:

@@ -91,6 +91,15 @@ def test_videos_that_judge_fit_nothing(start, tmp_path):
         localize(str(model), f"video:{root / 'a.csv'}", tmp_path / "out", val=f"csv:{root / 'a.csv'}")
 
 
+def test_a_video_that_cannot_be_read_is_named(start, tmp_path):
+    model, root = start
+    (tmp_path / "bad.mp4").write_text("no video")
+    (tmp_path / "bad.csv").write_text("filename,start_s,end_s,label\nbad.mp4,0,1,jump\n")
+    with pytest.raises(UserError, match=r"bad\.mp4: not a video that FFmpeg can read"):
+        localize(str(model), f"video:{tmp_path / 'bad.csv'}", tmp_path / "out", val=f"csv:{root / 'a.csv'}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("spec", ["synthetic", "motion", "folder:photos"])
 def test_data_without_times_is_refused(spec):
     with pytest.raises(UserError, match="annotations with times are needed"):

@@ -1,5 +1,6 @@
 """Untrimmed and odd videos: one sentence or a documented answer for each, in bounded memory."""
 
+import re
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -75,8 +76,19 @@ def test_damage_in_the_middle_leaves_the_rest(tmp_path: Path, where: tuple[float
     data[first:last] = np.random.default_rng(0).bytes(last - first)
     (tmp_path / "damaged.ts").write_bytes(data)
     clip = read_clip(tmp_path / "damaged.ts", FrameSampling(6))
-    assert len(clip.frames) == 6
+    assert len(clip.frames) == 6 and clip.damage is not None
+    assert re.fullmatch(r"(about )?\d+ of \d+ frames are damaged.*", clip.damage)
     assert np.abs(clip.frames[0].astype(int) - read_clip(tmp_path / "whole.ts", FrameSampling(6)).frames[0]).max() < 3
+
+
+def test_damage_of_more_than_half_is_refused(tmp_path: Path) -> None:
+    write_clip(tmp_path / "whole.ts", count=60, format="mpegts")
+    data = bytearray((tmp_path / "whole.ts").read_bytes())
+    first, last = (int(len(data) * share) // 188 * 188 for share in (0.2, 0.95))
+    data[first:last] = np.random.default_rng(0).bytes(last - first)
+    (tmp_path / "damaged.ts").write_bytes(data)
+    with pytest.raises(BadVideo, match=r"frames are damaged or missing; save it again"):
+        read_clip(tmp_path / "damaged.ts", FrameSampling(6))
 
 
 def test_ten_hours_are_read_in_bounded_memory(long_video: Path) -> None:
