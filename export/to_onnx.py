@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from clip_har_jax.models.temporal import HEAD as TIME_HEAD
 from export.graphs import Graph, NotExpressible
 
 OPSET = 23
@@ -21,6 +22,7 @@ MIN_STREAMED_BYTES = 2**20  # size from which a weight is converted to float16 o
 NUM_CALIBRATION = 32  # images, or clips of consecutive ones, that set the scales of activations
 CALIBRATION_FRAMES = 8  # frames of each clip made of these images, for a model that takes any number
 QUANTIZED = ["MatMul", "Gemm"]
+HEADS = (TIME_HEAD, "head.")  # prefixes of the parameters after the image tower
 # Fixed scales of outputs would limit logits and residual sums to the values seen with the calibration images.
 NO_OUTPUTS = {"OpTypesToExcludeOutputQuantization": QUANTIZED}
 
@@ -165,8 +167,9 @@ def write_int8(
 ) -> None:
     """Write each graph with 8-bit matrix products; activation scales are dynamic, or (`static`) set by `images`.
 
-    The text encoder is always quantised dynamically: images can't calibrate it. The clip head stays in float32, because
-    it is small and runs at each hop of a stream.
+    The text encoder is always quantised dynamically: images can't calibrate it. The head of clips stays in float32, in
+    the graph of whole clips too: it is small, and it works on the differences between frames, which are much smaller
+    than the features that set an 8-bit scale.
     """
     import onnx_ir
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -181,6 +184,7 @@ def write_int8(
             model = convert(graph)
             save(model, source)
             products = products_with_weights(model)
+            floating = head_products(model, graph) if graph.name == "clip_classifier" else []
             del model  # large
             large = source.with_name(f"{source.name}.data").exists()
             if static and graph.name != "text_encoder":
@@ -189,7 +193,7 @@ def write_int8(
                     target,
                     CalibrationFeeds(graph, images),
                     quant_format=QuantFormat.QDQ,
-                    nodes_to_quantize=products,
+                    nodes_to_quantize=[name for name in products if name not in floating],
                     per_channel=True,
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
@@ -203,6 +207,7 @@ def write_int8(
                     QUANTIZED,
                     per_channel=True,
                     weight_type=QuantType.QInt8,
+                    nodes_to_exclude=floating,
                     use_external_data_format=large,
                 )
             save(onnx_ir.load(target), folder / f"{graph.name}.onnx")
@@ -211,6 +216,17 @@ def write_int8(
 def products_with_weights(model: Any) -> list[str]:
     """Return the names of the matrix products with weights, in order; `quantize_dynamic` takes the same by itself."""
     return [node.name for node in model.graph if node.op_type in QUANTIZED and node.inputs[1].is_initializer()]
+
+
+def head_products(model: Any, graph: Graph) -> list[str]:
+    """Return the names of the matrix products with weights of the head, which pools frames and gives class logits."""
+    own = [np.asarray(value) for name, value in graph.params.items() if name.startswith(HEADS)]
+    products = set(products_with_weights(model))
+    return [
+        node.name
+        for node in model.graph
+        if node.name in products and any(np.array_equal(node.inputs[1].const_value.numpy(), value) for value in own)
+    ]
 
 
 def quiet_quantiser() -> None:
