@@ -16,7 +16,15 @@ from clip_har_jax.models.pretrained import read_config
 from clip_har_jax.pipelines import tuning
 from clip_har_jax.pipelines.method_comparison import compare_methods, default_test
 from clip_har_jax.pipelines.presets import choose_preset
-from clip_har_jax.pipelines.tuning import Needs, Space, search, training_needs, with_method
+from clip_har_jax.pipelines.tuning import (
+    Needs,
+    Space,
+    finished,
+    fingerprints,
+    search,
+    training_needs,
+    with_method,
+)
 from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.run_data import validates_on_test
 from clip_har_jax.trainer.train import train
@@ -196,6 +204,19 @@ def test_a_step_of_fewer_trained_parameters_takes_less_memory(folders):
     assert full is not None and prompt is not None and full > prompt > 0
     assert [needs[name].has_decay for name in needs] == [True, False, False]
     assert needs["zero_shot"].step_bytes is None
+
+
+def test_a_finished_run_over_images_that_changed_is_refused(folders, tmp_path):
+    images, done = write_images(tmp_path / "images", LABELS, per_class=4), tmp_path / "cell.json"
+    config, test = config_for((folders[0], images)), f"folder:{images}"
+    before = fingerprints(config, test)
+    done.write_text(json.dumps({"config_hash": config.digest, "data": before, "test": test, "top1": 0.5}))
+    cell = finished(done, config, fingerprints(config, test), test=test)
+    assert cell is not None and cell["top1"] == 0.5
+    path = next(images.rglob("*.png"))
+    write_image(path, seed=99)
+    with pytest.raises(UserError, match="data.train, test changed since it was made; use another --output"):
+        finished(done, config, fingerprints(config, test), test=test)
 
 
 def test_presets_go_by_size():

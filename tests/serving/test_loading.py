@@ -6,15 +6,17 @@ import shutil
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 from clip_har_jax.signing import SIGNATURE_FILE, sign
+from serving.batcher import Costs
 from serving.service import Service
 from tests.support.serving_setup import reseal, running, wait_for
 
@@ -236,6 +238,27 @@ def test_versions_side_by_side(served: tuple[httpx.Client, Service], folder: Pat
     assert client.delete(f"/v1/models/har/versions/{before}").json()["code"] == "conflict"
     assert client.delete(f"/v1/models/har/versions/{version}").status_code == 204
     assert client.post("/v1/predict", content=good, params={"version": version}).status_code == 404
+
+
+def test_each_export_is_measured_once_and_beside_another(
+    client: httpx.Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[int, ...]] = []
+
+    def measure(run: Callable[[np.ndarray], Any], example: np.ndarray) -> Costs:
+        measured.append(example.shape)
+        return real(run, example)
+
+    real = Costs.measure
+    monkeypatch.setattr(Costs, "measure", measure)
+    other = folder.parent / "measured"
+    shutil.copytree(folder, other)
+    (other / "note.txt").write_text("a digest of its own")
+    version = reseal(other)[:12]
+    for _ in range(2):
+        client.post("/v1/models/har/load", json={"folder": other.name, "activate": False}).raise_for_status()
+        assert len(measured) == 1
+    client.delete(f"/v1/models/har/versions/{version}").raise_for_status()
 
 
 def test_a_signature_is_asked_for(folder: Path, tmp_path: Path, good: bytes) -> None:
