@@ -19,8 +19,8 @@ from clip_har_jax.pipelines.presets import choose_preset
 from clip_har_jax.pipelines.tuning import (
     Needs,
     Space,
-    finished,
     fingerprints,
+    finished,
     search,
     training_needs,
     with_method,
@@ -215,7 +215,7 @@ def test_a_finished_run_over_images_that_changed_is_refused(folders, tmp_path):
     assert cell is not None and cell["top1"] == 0.5
     path = next(images.rglob("*.png"))
     write_image(path, seed=99)
-    with pytest.raises(UserError, match="data.train, test changed since it was made; use another --output"):
+    with pytest.raises(UserError, match="test changed since it was made; use another"):
         finished(done, config, fingerprints(config, test), test=test)
 
 
