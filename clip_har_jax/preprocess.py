@@ -424,3 +424,12 @@ def pack_patches(image: UInt8[np.ndarray, "h w 3"], patch_size: int, most: int) 
     patches = image.reshape(rows, patch_size, columns, patch_size, 3).swapaxes(1, 2)
     packed[1 : 1 + rows * columns] = patches.reshape(rows * columns, patch_size**2, 3)
     return packed
+
+
+def unpack_patches(packed: UInt8[np.ndarray, "n p 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Return the image that `pack_patches` packed, for people to look at."""
+    bits = packed[0, 1 : 1 + GRID_BITS, :2] > 0
+    rows, columns = (int(count) for count in (bits * 2 ** np.arange(GRID_BITS)[:, None]).sum(axis=0))
+    side = math.isqrt(packed.shape[1])
+    patches = packed[1 : 1 + rows * columns].reshape(rows, columns, side, side, 3)
+    return np.ascontiguousarray(patches.swapaxes(1, 2).reshape(rows * side, columns * side, 3))

@@ -24,6 +24,7 @@ from clip_har_jax.evaluation.report_sums import ReportSums
 from clip_har_jax.evaluation.result import EvalResult, Predictions, Shown
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.jax_backend import JaxBackend
+from clip_har_jax.preprocess import unpack_patches
 from clip_har_jax.text import phrase
 
 NUM_SHOWN = 8  # examples of each kind in the report
@@ -127,14 +128,29 @@ def evaluate_model(
         result.metrics["listing"] = source.tally.to_json()
         shown = {one.index: one for one in (*result.mistakes, *result.unsure, *result.sample)}
         details = Details(sums, *_explain(backend, list(shown.values())), read_history(backend.path))
+        if backend.preprocess.max_num_patches:
+            result = _unpacked(result)
         write_pages(result, folder, source.find_name, about, details)
     return result
 
 
+def _unpacked(result: EvalResult) -> EvalResult:
+    """Return a result whose shown images are pictures again, not packed patches."""
+
+    def unpack(packed: np.ndarray) -> np.ndarray:
+        return unpack_patches(packed) if packed.ndim == 3 else np.stack([unpack_patches(frame) for frame in packed])
+
+    galleries = {
+        name: tuple(replace(one, image=unpack(one.image)) for one in getattr(result, name))
+        for name in ("mistakes", "unsure", "sample")
+    }
+    return replace(result, **galleries)
+
+
 def _explain(backend: JaxBackend, shown: Sequence[Shown]) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
     """Return a heat map for each image that is shown, and for each clip what its frames add, by their index."""
-    if not shown:
-        return {}, {}
+    if not shown or (backend.preprocess.max_num_patches and shown[0].image.ndim == 3):
+        return {}, {}  # heat maps need a fixed grid of patches
     pixels, classes = np.stack([one.image for one in shown]), [one.predicted for one in shown]
     found = backend.explain(pixels, classes) if pixels.ndim == 4 else frames_add(backend.logits, pixels, classes)
     explained = {one.index: row for one, row in zip(shown, found, strict=True)}

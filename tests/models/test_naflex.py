@@ -21,8 +21,15 @@ from clip_har_jax.models.naflex import FlaxSiglip2Model, Siglip2Config, grid_mas
 from clip_har_jax.models.params import Params, abstract_model, flat_params, init_params, make_model
 from clip_har_jax.models.pretrained import load_pretrained, read_preprocess, write_params
 from clip_har_jax.models.two_towers import normalize_images
-from clip_har_jax.pipelines.method_comparison import evaluate_on
-from clip_har_jax.preprocess import Preprocess, evaluation_transform, pack_patches, patched_size, read_image
+from clip_har_jax.pipelines.evaluate import evaluate_model
+from clip_har_jax.preprocess import (
+    Preprocess,
+    evaluation_transform,
+    pack_patches,
+    patched_size,
+    read_image,
+    unpack_patches,
+)
 from clip_har_jax.trainer.train import train
 from export.run import export_model
 from tests.support.make_golden import GOLDEN, make_images, make_weight
@@ -115,8 +122,9 @@ def test_sizes_are_whole_patches_of_nearly_the_aspect(height: int, width: int) -
 
 
 def test_packed_images_are_told_apart_from_missing_ones() -> None:
-    image = np.full((32, 16, 3), 9, np.uint8)
+    image = np.arange(32 * 16 * 3).reshape(32, 16, 3).astype(np.uint8)
     packed = np.stack([pack_patches(image, 8, 20), np.zeros((21, 64, 3), np.uint8)])
+    np.testing.assert_array_equal(unpack_patches(packed[0]), image)
     patches, grid = unpack(normalize_images(jnp.asarray(packed), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
     np.testing.assert_array_equal(grid, [[4, 2], [1, 1]])
     assert patches.shape == (2, 20, 192)
@@ -189,8 +197,10 @@ def test_a_folder_is_trained_evaluated_and_predicts(
     before, after = (flat_params(load(str(path)).model) for path in (folder, result.model))
     moved = [name for name in before if not np.array_equal(before[name], after[name])]
     assert any(name.startswith("vision.") for name in moved)
-    metrics = evaluate_on(config, Path(result.model), f"folder:{photos}")
-    assert 0 <= metrics["top1"] <= 1
+    found_on = evaluate_model(str(result.model), f"folder:{photos}", tmp_path / "report")
+    assert 0 <= found_on.metrics["top1"] <= 1 and (tmp_path / "report" / "report.html").is_file()
+    shown = {one.image.shape[:2] for one in (*found_on.sample, *found_on.mistakes)}
+    assert len(shown) > 1 and all(height % 16 == width % 16 == 0 for height, width in shown)  # pictures of many aspects
     photo = photos / LABELS[0] / "3.png"
     loaded = load(str(result.model))
     assert isinstance(loaded.model, FlaxSiglip2Model)
