@@ -140,11 +140,11 @@ def _unpacked(result: EvalResult) -> EvalResult:
     def unpack(packed: np.ndarray) -> np.ndarray:
         return unpack_patches(packed) if packed.ndim == 3 else np.stack([unpack_patches(frame) for frame in packed])
 
-    galleries = {
-        name: tuple(replace(one, image=unpack(one.image)) for one in getattr(result, name))
-        for name in ("mistakes", "unsure", "sample")
-    }
-    return replace(result, **galleries)
+    def pictures(gallery: Sequence[Shown]) -> tuple[Shown, ...]:
+        return tuple(replace(one, image=unpack(one.image)) for one in gallery)
+
+    mistakes, unsure, sample = map(pictures, (result.mistakes, result.unsure, result.sample))
+    return replace(result, mistakes=mistakes, unsure=unsure, sample=sample)
 
 
 def _explain(backend: JaxBackend, shown: Sequence[Shown]) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
