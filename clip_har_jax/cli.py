@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clip_har_jax.errors import UserError, nearest
@@ -194,7 +196,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except UserError as error:
         code = report(error)
-        _end_within(EXIT_S, code)
+        _end_soon(EXIT_S, code)
         sys.exit(code)
     except BrokenPipeError:  # `predict.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -208,11 +210,19 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def _end_within(seconds: float, code: int) -> None:
-    """End the process if its threads, such as those of a client that repeats its requests, keep it alive longer."""
-    timer = threading.Timer(seconds, os._exit, [code])
-    timer.daemon = True
-    timer.start()
+@cache
+def _end_soon(seconds: float, code: int) -> None:
+    """End the process if its threads, such as those of a client that repeats its requests, outlive the main one.
+
+    A program that calls `run` itself goes on: only its own end starts the clock.
+    """
+
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def report(error: BaseException) -> int:

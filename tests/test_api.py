@@ -99,6 +99,28 @@ cli.run(main)
     assert (done.returncode, done.stderr) == (2, "error: the store is gone\n")
 
 
+def test_a_program_that_runs_a_command_goes_on_after_its_error(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        """import time
+from clip_har_jax import cli
+from clip_har_jax.errors import UserError
+
+def main():
+    raise UserError("a mistake")
+
+cli.EXIT_S = 0.1
+try:
+    cli.run(main)
+except SystemExit:
+    time.sleep(1)
+    print("went on")
+"""
+    )
+    done = run_python(script)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
 def test_a_system_without_a_temporary_folder_is_one_line_that_says_how_to_name_one(tmp_path):
     """As in a container with a read-only root; libraries, such as matplotlib, raise an OSError with other advice."""
     script = tmp_path / "command.py"
