@@ -16,7 +16,7 @@ test *arguments:
 
 # The tests that take minutes, and more examples of those that draw theirs
 slow *arguments:
-    HYPOTHESIS_PROFILE=thorough python -m pytest -m "slow or hypothesis" --timeout=1200 {{ arguments }}
+    HYPOTHESIS_PROFILE=thorough python -m pytest -m "slow or hypothesis" -n 2 --timeout=1200 {{ arguments }}
 
 # The share of lines that the quick tests run, in the processes that they start too
 coverage:

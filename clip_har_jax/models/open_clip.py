@@ -2,7 +2,7 @@
 
 Plain ViTs are read as CLIPs (OpenAI's, LAION's, DataComp's, DFN's, MetaCLIP's, CLIPA's), and timm's towers of SigLIP as
 SigLIPs. Other towers are refused by name. The sources are open_clip 3.3.0 (model.py, transformer.py) and timm 1.0
-(activations of SigLIP).
+(activations of SigLIP). Reading and writing stand in one file, over 300 lines, as they share its tables.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""A fine-tuning method applied to a model: its parameters, class embeddings, logits, losses and saved head."""
+"""A fine-tuning method applied to a model: its parameters, class embeddings, logits, losses and saved head.
+
+The file is over 300 lines, because these parts share the state of one class.
+"""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
