@@ -1,7 +1,7 @@
 """The tables between our parameters and the tensors of published files, strict both ways; numpy only.
 
-Layers are stacked on the first dim here and numbered there. The tables and what reads them stand in one file, over 300
-lines, so that a family's names are found in one place.
+Layers are stacked on the first dim here and numbered there.
+The tables and what reads them stand in one file, over 300 lines, so that a family's names are found in one place.
 """
 
 from collections.abc import Mapping
