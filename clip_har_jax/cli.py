@@ -217,12 +217,16 @@ def _end_soon(seconds: float, code: int) -> None:
     A program that calls `run` itself goes on: only its own end starts the clock.
     """
 
+    began = threading.Event()
+
     def end() -> None:
-        threading.main_thread().join()
+        began.wait()
         time.sleep(seconds)
         os._exit(code)
 
     threading.Thread(target=end, daemon=True).start()
+    # The interpreter calls these before it waits for threads and executors; those of `atexit` would come too late.
+    threading._register_atexit(began.set)  # type: ignore[attr-defined]
 
 
 def report(error: BaseException) -> int:

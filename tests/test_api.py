@@ -84,11 +84,13 @@ def test_threads_of_a_library_that_never_end_keep_no_failed_command(tmp_path):
     script = tmp_path / "command.py"
     script.write_text(
         """import threading
+from concurrent.futures import ThreadPoolExecutor
 from clip_har_jax import cli
 from clip_har_jax.errors import UserError
 
 def main():
     threading.Thread(target=threading.Event().wait).start()
+    ThreadPoolExecutor().submit(threading.Event().wait)
     raise UserError("the store is gone")
 
 cli.EXIT_S = 0.2
