@@ -29,8 +29,10 @@ def store_server():
     pipe, none = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(program, text=True, stdin=pipe, stdout=pipe, stderr=none) as server:
         assert server.stdout is not None and server.stdout.readline() == "ready\n"
-        yield server, f"http://127.0.0.1:{port}"
-        server.kill()
+        try:
+            yield server, f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()  # one that was stopped ends by nothing else
 
 
 @pytest.fixture
