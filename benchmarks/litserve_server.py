@@ -11,8 +11,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from clip_har_jax.cores import usable_cores
+from clip_har_jax.image_files import decode
 from clip_har_jax.inference.exported import ExportedBackend
-from clip_har_jax.preprocess import decode, evaluation_transform
+from clip_har_jax.preprocess import evaluation_transform
 
 
 class Actions(litserve.LitAPI):

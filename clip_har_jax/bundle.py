@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 HEADS = ("cosine", "linear", "mlp", "cross_attention", "adapter", "tip_adapter", "frame_attention", "temporal")
 THRESHOLDS = ("abstain", "coverage", "split_conformal", "aps")
 VIDEO = ("num_frames", "sampling", "rate_hz", "num_views")  # the keys of config.data.video
-PREPROCESS = "clip_har_jax.preprocess"  # the file that decodes and resizes images for an exported model
+PREPROCESS = "clip_har_jax.preprocess"  # which prepares images for an exported model
 
 
 @dataclass(frozen=True)

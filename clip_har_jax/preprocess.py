@@ -1,38 +1,26 @@
-"""Bytes -> uint8 image, and the exact CLIP evaluation transform. numpy and PIL only, so that servers stay small.
+"""The settings and the exact evaluation transform from an image to a model's input. numpy and PIL only.
 
-All images for a model are read by this file. Increase `PREPROCESS_VERSION` when its result changes.
-It stays one file, over 300 lines, so that the version covers exactly one file.
+All images for a model come from `image_files.py`, this file and `patches.py`. Increase `PREPROCESS_VERSION` when the
+result of one of them changes.
 """
 
-import io
 import json
-import math
-import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.image_formats import format_of, format_titles, is_arithmetic_jpeg, missing_decoder, readable_formats
+from clip_har_jax.patches import pack_patches, patched_size
 
 PREPROCESS_VERSION = 1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of openai/CLIP's clip.py, in RGB, of values 0 to 1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of SigLIP's
 RESAMPLING = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
-MAX_MEGAPIXELS = 50.0
-MIN_SIDE_PX = 2
-GRID_BITS = 12  # of the number of rows and of columns of packed patches
-MAX_ASPECT = 200  # longer side over shorter
-
-
-class BadImage(ValueError):  # noqa: N818  the image is bad, the program is right
-    """An image that can't be used. The message is only the reason: the caller knows the file's name."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class Preprocess:
       resample: Pillow's number of the way to resize, of `RESAMPLING`.
       round_crop: an odd rest is halved by rounding to even, as torchvision and so open_clip do; a key of this project's
         own in preprocessor_config.json. False: rounded down, as transformers does.
-      patch_size_px, max_num_patches: of images that keep their aspect (SigLIP 2 NaFlex), see `pack_patches`; 0: images
+      patch_size_px, max_num_patches: of images that keep their aspect (SigLIP 2 NaFlex), see `patches.py`; 0: images
         are squares.
     """
 
@@ -239,128 +227,6 @@ def check_triple(values: tuple[float, ...], key: str) -> tuple[float, float, flo
     return values[0], values[1], values[2]
 
 
-class _QuietPillow:
-    """Hide Pillow's warnings while any thread decodes.
-
-    `warnings.catch_warnings` isn't safe in threads: the last thread to leave would restore the filters that another one
-    had set.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._threads, self._filters = threading.Lock(), 0, warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._threads == 0:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._threads += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._threads -= 1
-            if self._threads == 0:
-                self._filters.__exit__(None, None, None)
-
-
-quiet_pillow = _QuietPillow()
-
-
-def decode(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode an image to RGB and apply its EXIF orientation, as transformers' own loader does.
-
-    The header is checked before any pixel is decoded, because a small file can hold a huge image. Thread-safe.
-
-    Args:
-      data: the bytes of an image file.
-      max_megapixels: larger images are refused; Pillow itself refuses above 178.
-
-    Raises:
-      BadImage: not an image, truncated, several frames or pages, too large, too small or too elongated.
-    """
-    if not data:
-        raise BadImage("empty file")
-    formats = [one.name for one in readable_formats() if one.name != "MPO"]  # Pillow opens MPO as JPEG
-    with quiet_pillow:
-        try:
-            with Image.open(io.BytesIO(data), formats=formats) as image:
-                _check_header(image, max_megapixels)
-                if image.format in ("JPEG", "MPO") and is_arithmetic_jpeg(data):
-                    raise BadImage("a JPEG with arithmetic coding, which few programs read; save it again")
-                image.load()
-                return np.asarray(_to_rgb(_upright(image)))
-        except BadImage:
-            raise
-        except Image.DecompressionBombError as error:
-            raise BadImage(f"over {max_megapixels:g} megapixels; make it smaller") from error
-        except Image.UnidentifiedImageError as error:
-            if install := missing_decoder(data):
-                raise BadImage(f"its decoder isn't installed; {install}, or convert it") from error
-            raise BadImage(f"not an image that can be read ({format_titles()}); convert or remove it") from error
-        except Exception as error:  # Pillow's decoders raise many kinds of exceptions for damaged files
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise BadImage(f"damaged ({reason}); save it again") from error
-
-
-def _check_header(image: Image.Image, max_megapixels: float) -> None:
-    check_size(*image.size, max_megapixels)
-    kind = format_of(image.format)
-    count = getattr(image, "n_frames", 1)
-    if kind is None or not kind.further or count == 1:
-        return
-    if kind.further == "pages":
-        raise BadImage(f"a file of {count} pages; save each page as an image")
-    raise BadImage(f"animated ({count} {kind.further}); save one frame as an image")
-
-
-def check_size(width: int, height: int, max_megapixels: float) -> None:
-    """Refuse an image by the size in its header.
-
-    Raises:
-      BadImage: too large, too small or too elongated.
-    """
-    if width * height > max_megapixels * 1e6:
-        raise BadImage(f"{width}x{height} px, over {max_megapixels:g} megapixels; make it smaller")
-    if min(width, height) < MIN_SIDE_PX:
-        raise BadImage(f"{width}x{height} px is too small to show anything; remove it")
-    if max(width, height) > MAX_ASPECT * min(width, height):  # resizing by the shorter side would fill the memory
-        raise BadImage(f"{width}x{height} px, one side over {MAX_ASPECT} times the other; crop it")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata; the pixels are decoded already
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB. Pillow's own conversion clips 16-bit, 32-bit and float values to white or black."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-        # These modes don't say their range: 0 to 1 (floats only), 0 to 255, or 16 bits.
-        scales = (255, 1, 1 / 257) if image.mode == "F" else (1, 1 / 257)
-        scale = next((scale for scale in scales if values.max() * scale <= 255), scales[-1])
-        image = Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_image(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode an image file.
-
-    Raises:
-      BadImage: as `decode`, or the file can't be read.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise BadImage(f"can't be read ({error.strerror})") from error
-    return decode(data, max_megapixels)
-
-
 def evaluation_transform(image: UInt8[np.ndarray, "h w 3"], preprocess: Preprocess) -> UInt8[np.ndarray, "a b 3"]:
     """Return the model's input: the image resized by PIL and cropped, or its patches.
 
@@ -389,47 +255,3 @@ def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     row, column = -(-(canvas.shape[0] - height) // 2), -(-(canvas.shape[1] - width) // 2)
     canvas[row : row + height, column : column + width] = image
     return _crop(canvas, max(top + row, 0), max(left + column, 0), size)
-
-
-def patched_size(height: int, width: int, patch_size: int, most: int) -> tuple[int, int]:
-    """Return the largest size of nearly the same aspect that has whole patches, at most `most`, and at least one.
-
-    Both sides are rounded up to patches; the scale is found by bisection, with transformers' limits and precision.
-    """
-
-    def scaled(side: int, scale: float) -> int:
-        return max(1, math.ceil(side * scale / patch_size))
-
-    low, high = 1e-6, 100.0
-    while high - low >= 1e-5:
-        scale = (low + high) / 2
-        if scaled(height, scale) * scaled(width, scale) <= most:
-            low = scale
-        else:
-            high = scale
-    return scaled(height, low) * patch_size, scaled(width, low) * patch_size
-
-
-def pack_patches(image: UInt8[np.ndarray, "h w 3"], patch_size: int, most: int) -> UInt8[np.ndarray, "n p 3"]:
-    """Return the patches of an image of whole patches as one array of a fixed shape, for images of any aspect.
-
-    Row 0 tells the grid: its first pixel is black, and pixel k + 1 is red where bit k of the number of rows is set, and
-    green where bit k of the number of columns is. So normalised pixels tell it too, see `models.naflex.unpack`. Each
-    further row is a patch, row by row of the image; the rest is black.
-    """
-    rows, columns = image.shape[0] // patch_size, image.shape[1] // patch_size
-    packed = np.zeros((1 + most, patch_size**2, 3), np.uint8)
-    for channel, count in enumerate((rows, columns)):
-        packed[0, 1 : 1 + GRID_BITS, channel] = 255 * (count >> np.arange(GRID_BITS) & 1)
-    patches = image.reshape(rows, patch_size, columns, patch_size, 3).swapaxes(1, 2)
-    packed[1 : 1 + rows * columns] = patches.reshape(rows * columns, patch_size**2, 3)
-    return packed
-
-
-def unpack_patches(packed: UInt8[np.ndarray, "n p 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Return the image that `pack_patches` packed, for people to look at."""
-    bits = packed[0, 1 : 1 + GRID_BITS, :2] > 0
-    rows, columns = (int(count) for count in (bits * 2 ** np.arange(GRID_BITS)[:, None]).sum(axis=0))
-    side = math.isqrt(packed.shape[1])
-    patches = packed[1 : 1 + rows * columns].reshape(rows, columns, side, side, 3)
-    return np.ascontiguousarray(patches.swapaxes(1, 2).reshape(rows * side, columns * side, 3))

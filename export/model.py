@@ -17,13 +17,14 @@ from clip_har_jax.data.examples import ClipData, ClipViews, Source
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import read_object, write_json
+from clip_har_jax.image_files import MAX_MEGAPIXELS, BadImage, decode
 from clip_har_jax.inference.backends import clip_sampling
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.runtimes import ORIGIN, SIGNATURE
 from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.models.params import make_model
 from clip_har_jax.models.pretrained import read_config, read_folder_tokenizer, read_params
-from clip_har_jax.preprocess import MAX_MEGAPIXELS, PREPROCESS_VERSION, BadImage, decode, evaluation_transform
+from clip_har_jax.preprocess import PREPROCESS_VERSION, evaluation_transform
 from clip_har_jax.video.sampling import FrameSampling
 from export.graphs import ClipShape, Graph, make_graphs
 

@@ -13,8 +13,9 @@ from loky import ProcessPoolExecutor
 from PIL import Image
 
 from clip_har_jax import heatmap
+from clip_har_jax.image_files import BadImage, decode
 from clip_har_jax.image_formats import format_titles, readable_formats, sniff
-from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.processes import Lifeline, follow_parent, make_pool
 from clip_har_jax.video.decoding import is_video
 from serving.problems import Problem

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from clip_har_jax import image_formats
+from clip_har_jax.image_files import BadImage, decode
 from clip_har_jax.image_formats import IMAGE_FORMATS, IMAGE_SUFFIXES, format_titles, readable_formats, sniff
-from clip_har_jax.preprocess import BadImage, decode
 
 PICTURE = Image.fromarray(np.kron(np.array([[250, 10], [90, 160]], np.uint8), np.ones((32, 48), np.uint8)))
 
@@ -40,7 +40,7 @@ def test_a_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded("HEIF")
     rest = tuple(one for one in IMAGE_FORMATS if one.name != "HEIF")
     monkeypatch.setattr(image_formats, "readable_formats", lambda: rest)
-    monkeypatch.setattr("clip_har_jax.preprocess.readable_formats", lambda: rest)
+    monkeypatch.setattr("clip_har_jax.image_files.readable_formats", lambda: rest)
     with pytest.raises(BadImage, match=r"decoder isn't installed; pip install 'clip-har-jax\[heif\]'"):
         decode(data)
 

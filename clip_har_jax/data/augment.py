@@ -31,7 +31,7 @@ def augment(
       max_megapixels: larger encoded images are refused.
 
     Raises:
-      BadImage: as `preprocess.decode`.
+      BadImage: as `image_files.decode`.
     """
     source = TrainingImage(image, max_megapixels)
     if config.crop_scale_min == 1 and preprocess.max_num_patches:

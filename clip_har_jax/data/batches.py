@@ -11,7 +11,8 @@ from clip_har_jax.config import DataConfig
 from clip_har_jax.data.augment import augment
 from clip_har_jax.data.examples import ClipData, ClipViews, Example, Source
 from clip_har_jax.data.sampling import Order
-from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+from clip_har_jax.image_files import BadImage, decode
+from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.video.sampling import FrameSampling
 
 BadInput = tuple[int, str, str]  # index, name, reason

@@ -11,7 +11,7 @@ from PIL import Image
 from clip_har_jax.data.manifest import Manifest
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
-from clip_har_jax.preprocess import decode
+from clip_har_jax.image_files import decode
 
 JPEG_QUALITY = 95
 SHARD_BYTES = 256 * 2**20

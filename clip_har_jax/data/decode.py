@@ -12,8 +12,8 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
+from clip_har_jax.image_files import check_size, decode, quiet_pillow
 from clip_har_jax.image_formats import is_arithmetic_jpeg
-from clip_har_jax.preprocess import check_size, decode, quiet_pillow
 
 ORIENTATION = 0x0112  # of Exif; 1: upright
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the whole image
@@ -25,7 +25,7 @@ class TrainingImage:
     """An image from which a part will be taken; encoded data is decoded when the part is known.
 
     Raises:
-      BadImage: as `preprocess.decode`, here or in `take`.
+      BadImage: as `image_files.decode`, here or in `take`.
     """
 
     def __init__(self, image: bytes | UInt8[np.ndarray, "h w 3"], max_megapixels: float):

@@ -13,7 +13,8 @@ from clip_har_jax.data.augment import augment
 from clip_har_jax.data.batches import BadInput, HostBatch
 from clip_har_jax.data.pair_streams import Drawn, PairStream, Position, StreamPlan
 from clip_har_jax.data.pairs import BadPair, Found
-from clip_har_jax.preprocess import BadImage, Preprocess, decode, evaluation_transform
+from clip_har_jax.image_files import BadImage, decode
+from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.tokenization import TextTokenizer
 
 

@@ -23,8 +23,8 @@ from clip_har_jax.data.examples import ClipFile, Source
 from clip_har_jax.data.quality import Facts, measure
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import sha256, sha256_file
+from clip_har_jax.image_files import BadImage, decode
 from clip_har_jax.names import label_ids, sort_labels
-from clip_har_jax.preprocess import BadImage, decode
 from clip_har_jax.video.clips import read_clip
 from clip_har_jax.video.sampling import FrameSampling
 

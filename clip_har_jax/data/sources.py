@@ -20,9 +20,9 @@ from clip_har_jax.data.tables import hf_source, tfds_source
 from clip_har_jax.data.windows import window_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import sha256
+from clip_har_jax.image_files import BadImage
 from clip_har_jax.listing import Tally, list_folder
 from clip_har_jax.names import label_ids, sort_labels
-from clip_har_jax.preprocess import BadImage
 from clip_har_jax.specs import CLIPS, PAIRS, Spec, parse_spec
 from clip_har_jax.video.datasets import list_videos
 

@@ -10,8 +10,8 @@ import numpy as np
 from clip_har_jax.data.manifest import Manifest
 from clip_har_jax.data.quality import MEASURES, Drift, contact_sheet, find_drift
 from clip_har_jax.evaluation.pages import templates
+from clip_har_jax.image_files import BadImage, read_image
 from clip_har_jax.listing import VIDEO_SUFFIXES
-from clip_har_jax.preprocess import BadImage, read_image
 from clip_har_jax.video.clips import read_clip
 from clip_har_jax.video.sampling import FrameSampling
 

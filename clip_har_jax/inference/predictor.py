@@ -12,12 +12,13 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from clip_har_jax.errors import UserError
+from clip_har_jax.image_files import MAX_ASPECT, BadImage, decode, read_image
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
 from clip_har_jax.inference.backends import clip_sampling
 from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.inference.sliding_windows import FoundSegments, Windows, choose_windows, find_video_segments
 from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files, read_path_lines
-from clip_har_jax.preprocess import MAX_ASPECT, BadImage, decode, evaluation_transform, read_image
+from clip_har_jax.preprocess import evaluation_transform
 from clip_har_jax.video.clips import TimedFrame, iter_frames, read_clip
 from clip_har_jax.video.segments import SegmentRules
 

@@ -19,7 +19,8 @@ from clip_har_jax.models.layers import DropPath, apply_layers
 from clip_har_jax.models.siglip import FlaxSiglipModel, SiglipConfig
 from clip_har_jax.models.towers import VisionTransformer
 from clip_har_jax.models.two_towers import TwoTowersOutput, l2_normalize
-from clip_har_jax.preprocess import GRID_BITS, HALF, Preprocess
+from clip_har_jax.patches import GRID_BITS
+from clip_har_jax.preprocess import HALF, Preprocess
 
 PATCH_SIZE_PX, NUM_PATCHES = 16, 256  # Hugging Face's defaults, which are those of all published models
 
@@ -37,7 +38,7 @@ def unpack(
     """Return the patches of packed images and the grid of each, its rows and columns.
 
     Args:
-      images: from `preprocess.pack_patches`, normalised: brighter pixels of the first row are set bits.
+      images: from `patches.pack_patches`, normalised: brighter pixels of the first row are set bits.
     """
     header = images[:, 0]
     bits = header[:, 1 : 1 + GRID_BITS, :2] > header[:, :1, :2]

@@ -24,7 +24,7 @@ from clip_har_jax.evaluation.report_sums import ReportSums
 from clip_har_jax.evaluation.result import EvalResult, Predictions, Shown
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.jax_backend import JaxBackend
-from clip_har_jax.preprocess import unpack_patches
+from clip_har_jax.patches import unpack_patches
 from clip_har_jax.text import phrase
 
 NUM_SHOWN = 8  # examples of each kind in the report

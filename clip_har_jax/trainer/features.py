@@ -13,9 +13,10 @@ from clip_har_jax.caches import cache_folder
 from clip_har_jax.data.examples import ClipFile, Source
 from clip_har_jax.data.windows import Window
 from clip_har_jax.files import sha256, sha256_file, write_bytes
+from clip_har_jax.image_files import BadImage
 from clip_har_jax.models.temporal import HEAD
 from clip_har_jax.parallel import distributed
-from clip_har_jax.preprocess import PREPROCESS_VERSION, BadImage
+from clip_har_jax.preprocess import PREPROCESS_VERSION
 from clip_har_jax.training.probe import LabeledFeatures
 
 

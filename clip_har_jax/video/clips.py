@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from clip_har_jax.preprocess import MAX_MEGAPIXELS
+from clip_har_jax.image_files import MAX_MEGAPIXELS
 from clip_har_jax.video.decoding import MIN_READABLE, BadVideo, Decoding, TooSlow, VideoLike, find_stream, open_video
 from clip_har_jax.video.sampling import FrameSampling, sample_times
 from clip_har_jax.video.selective import ROUNDING_S, Index, count_lost, decode_selected, index_packets, shown_at

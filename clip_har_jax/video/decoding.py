@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.preprocess import BadImage
+from clip_har_jax.image_files import BadImage
 
 if TYPE_CHECKING:
     import av

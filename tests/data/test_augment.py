@@ -11,7 +11,8 @@ from clip_har_jax.config import AugmentConfig, make_config
 from clip_har_jax.data.augment import augment
 from clip_har_jax.data.randaugment import OPERATIONS
 from clip_har_jax.errors import UserError
-from clip_har_jax.preprocess import BadImage, Preprocess, decode
+from clip_har_jax.image_files import BadImage, decode
+from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.trainer.run_data import load_data
 from tests.support.batches import (
     jpeg,

@@ -13,7 +13,8 @@ from clip_har_jax.data.augment import augment
 from clip_har_jax.data.pipeline import ProcessShare, ResumePoint
 from clip_har_jax.data.sources import Example
 from clip_har_jax.errors import UserError
-from clip_har_jax.preprocess import Preprocess, decode, evaluation_transform
+from clip_har_jax.image_files import decode
+from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from tests.support.batches import (
     PREPROCESS,
     SIZE_PX,

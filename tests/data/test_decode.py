@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from clip_har_jax.data.decode import TrainingImage
+from clip_har_jax.image_files import BadImage, decode
 from clip_har_jax.image_formats import is_arithmetic_jpeg
-from clip_har_jax.preprocess import BadImage, decode
 
 RNG = np.random.default_rng(0)
 TAKEN_PX = 96

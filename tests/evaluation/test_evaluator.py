@@ -35,10 +35,11 @@ from clip_har_jax.evaluation.report_sums import ReportSums
 from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.evaluation.significance import bootstrap_intervals
 from clip_har_jax.files import write_json
+from clip_har_jax.image_files import read_image
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.factory import load
 from clip_har_jax.pipelines.evaluate import evaluate_model
-from clip_har_jax.preprocess import evaluation_transform, read_image
+from clip_har_jax.preprocess import evaluation_transform
 from clip_har_jax.text import make_prompts
 from tests.support.model_folders import write_image, write_images, write_model
 from tests.support.normalization import normalize

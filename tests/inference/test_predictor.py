@@ -15,10 +15,10 @@ from PIL import Image
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
+from clip_har_jax.image_files import BadImage
 from clip_har_jax.inference.backends import Backend, split_classes
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.predictor import ImageLike, Prediction, Predictor, list_inputs
-from clip_har_jax.preprocess import BadImage
 from tests.support.model_folders import IMAGE_SIZE_PX, write_image, write_model
 
 ROOT = Path(__file__).parents[2]

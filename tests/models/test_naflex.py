@@ -14,6 +14,7 @@ from clip_har_jax import Predictor
 from clip_har_jax.config import make_config
 from clip_har_jax.data.augment import augment
 from clip_har_jax.errors import UserError
+from clip_har_jax.image_files import read_image
 from clip_har_jax.models.factory import load, make_base
 from clip_har_jax.models.families import NAMED_SIZES, config_from_hf, config_to_hf
 from clip_har_jax.models.hf_layout import TABLES, params_from_hf, params_to_hf
@@ -21,15 +22,9 @@ from clip_har_jax.models.naflex import FlaxSiglip2Model, Siglip2Config, grid_mas
 from clip_har_jax.models.params import Params, abstract_model, flat_params, init_params, make_model
 from clip_har_jax.models.pretrained import load_pretrained, read_preprocess, write_params
 from clip_har_jax.models.two_towers import normalize_images
+from clip_har_jax.patches import pack_patches, patched_size, unpack_patches
 from clip_har_jax.pipelines.evaluate import evaluate_model
-from clip_har_jax.preprocess import (
-    Preprocess,
-    evaluation_transform,
-    pack_patches,
-    patched_size,
-    read_image,
-    unpack_patches,
-)
+from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.trainer.train import train
 from export.run import export_model
 from tests.support.make_golden import GOLDEN, make_images, make_weight
