@@ -94,10 +94,9 @@ def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = Non
     try:
         folder = resolve_folder(name)
     except UserError as error:
-        alike = nearest(
-            name, [size for size in NAMED_SIZES if "/" in size], ""
-        )  # ViT-B/33 has the form of a name on the Hub
-        raise UserError(f"config.model.name: {f'{alike} ' if alike else ''}{error}") from error
+        # ViT-B/33, a mistyped size, has the form of a name on the Hub.
+        hint = nearest(name, [size for size in NAMED_SIZES if "/" in size], "")
+        raise UserError(f"config.model.name: {f'{hint} ' if hint else ''}{error}") from error
     old = read_config(folder)
     if old.temporal not in ("mean", temporal):
         raise UserError(

@@ -31,19 +31,20 @@ class _Interleaved:
         return len(packet)
 
 
-def serve_one(listener: socket.socket, seconds: float, seen: threading.Event) -> list[str]:
-    """Send one client a moving square in real time, and drop it; return the client's requests.
+def serve_one(listener: socket.socket, seconds: float, seen: threading.Event) -> tuple[list[str], float]:
+    """Send one client a moving square in real time, and drop it.
 
     Args:
       listener: takes the client.
       seconds: how long to send after the client has seen something, however slow the machine is.
       seen: set by the caller when it has.
+
+    Returns:
+      The client's requests, and the length of what was sent in seconds.
     """
     connection, _ = listener.accept()
     with connection:
-        requests = _until_play(connection)
-        _send(connection, seconds, seen)
-    return requests
+        return _until_play(connection), _send(connection, seconds, seen)
 
 
 def _until_play(connection: socket.socket) -> list[str]:
@@ -74,7 +75,7 @@ def _until_play(connection: socket.socket) -> list[str]:
     return requests
 
 
-def _send(connection: socket.socket, seconds: float, seen: threading.Event) -> None:
+def _send(connection: socket.socket, seconds: float, seen: threading.Event) -> float:
     start = time.monotonic()
     end = None
     with av.open(_Interleaved(connection), "w", format="rtp", options={"packetsize": "1400"}) as container:
@@ -84,7 +85,7 @@ def _send(connection: socket.socket, seconds: float, seen: threading.Event) -> N
             if end is None and seen.is_set():
                 end = time.monotonic() + seconds
             if end is not None and time.monotonic() > end:
-                return
+                return i / RATE_HZ
             time.sleep(max(0.0, start + i / RATE_HZ - time.monotonic()))
             pixels = np.zeros((48, 64, 3), np.uint8)
             pixels[10:30, i % 40 : i % 40 + 20] = 200
@@ -92,3 +93,4 @@ def _send(connection: socket.socket, seconds: float, seen: threading.Event) -> N
             frame.pts, frame.time_base = i, Fraction(1, RATE_HZ)
             for packet in stream.encode(frame):
                 container.mux(packet)
+    return float(LONGEST_S)
