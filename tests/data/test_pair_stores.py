@@ -1,9 +1,6 @@
 """Shards of pairs in object stores, read from servers of this machine: S3 by moto, Google Cloud Storage."""
 
 import socket
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from clip_har_jax.data.pairs import BadPair, Found, Pair
 from clip_har_jax.errors import UserError
 from clip_har_jax.text import Tokenizer
 from tests.support.batches import PREPROCESS
+from tests.support.object_store import Bucket, store_server
 from tests.support.pair_shards import write_parquet, write_shards
 from tests.support.sources import encoded
 
@@ -119,23 +117,14 @@ def test_a_store_that_doesn_t_answer_is_one_line(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_shards_are_read_from_google_cloud_storage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = [sys.executable, str(Path(__file__).parents[1] / "support" / "gcs_server.py"), str(port)]
-    pipe, none = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(program, text=True, stdin=pipe, stdout=pipe, stderr=none) as server:
-        assert server.stdout is not None and server.stdout.readline() == "ready\n"
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        write_shards(tmp_path, SIZES)
-        upload = f"http://127.0.0.1:{port}/upload/storage/v1/b/bucket/o?uploadType=media&name=train/"
+    write_shards(tmp_path, SIZES)
+    with store_server() as (_, address):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
         for path in tmp_path.iterdir():
-            request = urllib.request.Request(upload + path.name, path.read_bytes())
-            urllib.request.urlopen(request, timeout=30).close()
+            Bucket(address).write(f"train/{path.name}", path.read_bytes())
         sources = make_pair_sources("webdataset:gs://bucket/train/{000..002}.tar")
         assert captions(list(sources.each_once())) == [f"picture {i}" for i in range(12)]
         whole = list(sources.readers[0].read(0, 0))
         assert list(sources.readers[0].read(0, whole[2][1])) == whole[3:]
         with pytest.raises(UserError, match="1 of 4 files are missing"):
             make_pair_sources("webdataset:gs://bucket/train/{000..003}.tar")
-        server.kill()

@@ -21,6 +21,7 @@ from clip_har_jax.trainer.train import train
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.program import Program
 from tests.support.model_folders import write_images
+from tests.support.runs import config_with
 
 LABELS = ("cycling", "running", "sleeping")
 
@@ -38,7 +39,7 @@ def config_for(images, num_steps, **sections):
         "eval": {"every_steps": 1000, "batch_size": 8},
         "checkpoint": {"every_steps": 3},
     }
-    return make_config({name: {**values.get(name, {}), **sections.get(name, {})} for name in {*values, *sections}})
+    return config_with(values, sections)
 
 
 def live_bytes():

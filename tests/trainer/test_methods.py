@@ -17,14 +17,11 @@ from safetensors.numpy import load_file
 from scipy.special import softmax
 
 from clip_har_jax import bundle
-from clip_har_jax.config import make_config
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.adapters import merge_lora
-from clip_har_jax.models.factory import load
 from clip_har_jax.models.head_file import HEAD_FILE
 from clip_har_jax.models.heads import Features, HeadSize, head_logits, head_shapes, init_head
-from clip_har_jax.models.params import flat_params
 from clip_har_jax.pipelines.method_comparison import evaluate_on
 from clip_har_jax.text import make_prompts
 from clip_har_jax.trainer.result import EXIT_RETENTION, Result
@@ -36,6 +33,7 @@ from clip_har_jax.training.mixing import mix
 from clip_har_jax.training.probe import LabeledFeatures, fit_linear_probe, make_tip_adapter
 from tests.support.batches import read_pixels
 from tests.support.model_folders import write_image, write_images
+from tests.support.runs import config_with, params_of
 
 KNOWN = ("cycling", "sitting", "sleeping", "using_laptop", "fighting", "running")  # what the start was trained on
 NEW = ("dancing", "clapping", "eating", "hugging")
@@ -63,9 +61,7 @@ def config_for(start, name, steps=40, **sections):
         "eval": {"every_steps": steps, "batch_size": 160},
         "checkpoint": {"every_steps": steps},
     }
-    for section, given in sections.items():
-        values[section] = {**values.get(section, {}), **given}
-    return make_config(values)
+    return config_with(values, sections)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +81,6 @@ def model_of(result: Result) -> Path:
     """Return the model folder that a finished run wrote."""
     assert result.model is not None
     return Path(result.model)
-
-
-def params_of(folder):
-    return {name: np.asarray(value) for name, value in flat_params(load(str(folder)).model).items()}
 
 
 # Which parameters of model.safetensors differ afterwards, and the head that is saved.

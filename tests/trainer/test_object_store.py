@@ -1,38 +1,16 @@
 """A run whose work folder is on an object store (gs://), against a server of this machine."""
 
-import contextlib
 import json
 import re
 import signal
-import socket
-import subprocess
-import sys
-import urllib.parse
-import urllib.request
-from pathlib import Path
 
 import pytest
 
 from tests.support.model_folders import write_images, write_model
+from tests.support.object_store import Bucket, store_server
 from tests.support.runs import LABELS, environment, finish, start_run, write_config
 
 WORKDIR = "gs://bucket/run"
-
-
-@contextlib.contextmanager
-def store_server():
-    """Give the process of a store, and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = [sys.executable, str(Path(__file__).parents[1] / "support" / "gcs_server.py"), str(port)]
-    pipe, none = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(program, text=True, stdin=pipe, stdout=pipe, stderr=none) as server:
-        assert server.stdout is not None and server.stdout.readline() == "ready\n"
-        try:
-            yield server, f"http://127.0.0.1:{port}"
-        finally:
-            server.kill()  # one that was stopped ends by nothing else
 
 
 @pytest.fixture
@@ -42,30 +20,10 @@ def address():
         yield address
 
 
-class Bucket:
-    """What is in the store, by its plain REST interface: not by the code that is tested."""
-
-    def __init__(self, address):
-        self.address = address
-
-    def _call(self, path, data=None, **query):
-        url = f"{self.address}{path}?{urllib.parse.urlencode(query)}"
-        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=30) as answer:
-            return answer.read()
-
-    def names(self, prefix):
-        return [item["name"] for item in json.loads(self._call("/storage/v1/b/bucket/o", prefix=prefix))["items"]]
-
-    def read(self, name):
-        return self._call(f"/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}", alt="media")
-
-    def write(self, name, data):
-        self._call("/upload/storage/v1/b/bucket/o", data, uploadType="media", name=name)
-
-    def steps(self):
-        """Return the checkpoints that are whole."""
-        found = (re.fullmatch(r"run/checkpoints/(\d+)/commit_success.txt", name) for name in self.names("run/"))
-        return sorted(int(match[1]) for match in found if match)
+def steps(bucket):
+    """Return the checkpoints that are whole."""
+    found = (re.fullmatch(r"run/checkpoints/(\d+)/commit_success.txt", name) for name in bucket.names("run/"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 @pytest.mark.slow
@@ -89,7 +47,7 @@ def test_a_run_on_an_object_store(address, tmp_path):
     assert code == 128 + signal.SIGTERM, (tmp_path / "stderr").read_text()
     assert "run/lock.json" not in bucket.names("run/")
 
-    before, newest = bucket.steps()[-2:]
+    before, newest = steps(bucket)[-2:]
     name = next(name for name in bucket.names(f"run/checkpoints/{newest}/") if "/d/" in name)
     data = bucket.read(name)
     bucket.write(name, data[:-1] + bytes([data[-1] ^ 1]))

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_har_jax.models.factory import load
-from clip_har_jax.models.params import flat_params
 from tests.support.model_folders import write_images, write_model
-from tests.support.runs import LABELS, ROOT, TRAIN, environment, finish, start_run, write_config
+from tests.support.runs import LABELS, ROOT, TRAIN, environment, finish, params_of, start_run, write_config
 
 INSTRUMENTED = ROOT / "tests" / "support" / "instrumented_train.py"
 
@@ -61,10 +59,6 @@ def losses(workdir):
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
-def params_of(workdir):
-    return {name: np.asarray(value) for name, value in flat_params(load(str(workdir / "model")).model).items()}
-
-
 def error_lines(stderr):
     """What a person sees, less what XLA says of its cache."""
     return [
@@ -100,7 +94,7 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_save(start, tmp_
     assert not saving(workdir)
     whole = tmp_path / "whole"
     assert finish(start_run(config, whole, rarely))[0] == 0
-    ours, theirs = params_of(workdir), params_of(whole)
+    ours, theirs = params_of(workdir / "model"), params_of(whole / "model")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert losses(workdir) == losses(whole)
     record = json.loads((workdir / "run.json").read_text())

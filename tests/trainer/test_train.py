@@ -25,6 +25,7 @@ from clip_har_jax.trainer.train import train
 from clip_har_jax.training import checkpoint
 from clip_har_jax.training.time_account import CATEGORIES
 from tests.support.model_folders import write_image, write_images, write_model
+from tests.support.runs import StopAt, config_with, params_of
 
 LABELS = ("cycling", "running", "sleeping")
 
@@ -44,9 +45,7 @@ def config_for(folders, num_steps=6, **sections):
         "eval": {"every_steps": 3, "batch_size": 8},
         "checkpoint": {"every_steps": 2},
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return make_config(values)
+    return config_with(values, sections)
 
 
 def read_lines(path):
@@ -118,22 +117,9 @@ def test_the_best_checkpoint_becomes_the_model(finished):
     assert top1[best] == max(top1.values())
 
 
-def params_of(folder):
-    return {name: np.asarray(value) for name, value in flat_params(load(str(folder)).model).items()}
-
-
 def stop_at(step, workdir, config):
-    """Trains until the metrics of `step` are known, then stops as SIGTERM does."""
-
-    class StopAt:
-        def write(self, at, metrics):
-            if at == step and "train/loss" in metrics:
-                signal.raise_signal(signal.SIGTERM)
-
-        def close(self):
-            pass
-
-    return train(config, workdir, sinks=[StopAt()], quiet=True)
+    """Train until the metrics of `step` are known, then stop as SIGTERM does."""
+    return train(config, workdir, sinks=[StopAt(step)], quiet=True)
 
 
 def test_stopped_and_continued_is_bit_equal(folders, finished, tmp_path):
