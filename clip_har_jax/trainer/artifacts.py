@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from clip_har_jax import bundle
-from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import CalibrationResult
@@ -34,7 +33,7 @@ ADAPTER = "adapter"  # folder of LoRA's updates in PEFT's layout, in the work fo
 
 
 def write_examples(
-    run: Run, examples: Mapping[int, Sequence[int]], names: Callable[[int], Mapping[int, str]] | None = None
+    run: Run, examples: Mapping[int, Sequence[int]], names: Callable[[int, Sequence[int]], Sequence[str]]
 ) -> str:
     """Write the names of the examples whose batches gave non-finite updates; return the advice for the person.
 
@@ -45,19 +44,15 @@ def write_examples(
     """
     process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
     path = run.workdir / f"nonfinite_examples{process}.json"
-    source = run.data.train
-
-    def named(step: int, indices: Sequence[int]) -> Iterator[tuple[int, str]]:
-        if isinstance(source, PairSources):
-            found = names(step) if names is not None else {}
-            yield from ((index, found.get(index, f"row {index} of the batch")) for index in indices)
-        else:
-            yield from ((index, _name(source, index)) for index in indices)
-
     write_json(
         path,
         [
-            {"step": step, "examples": [{"index": index, "input": name} for index, name in named(step, indices)]}
+            {
+                "step": step,
+                "examples": [
+                    {"index": index, "input": name} for index, name in zip(indices, names(step, indices), strict=True)
+                ],
+            }
             for step, indices in sorted(examples.items())
         ],
     )
@@ -70,7 +65,7 @@ def write_report(validation: Validation, step: int, result: EvalResult) -> epath
     folder = run.workdir / "eval" / str(step)
     if distributed.is_main():
         about = {"run": str(run.workdir), "step": str(step), "data": validation.data_name}
-        names = [_name(run.data.val, int(i)) for i in result.scores.index]
+        names = [find_name(run.data.val, int(i)) for i in result.scores.index]
         if is_local(folder):
             from clip_har_jax.evaluation.report import Details  # draws: its imports take a second on the way to a step
 
@@ -158,7 +153,8 @@ def _upload_folder(fill: Callable[[Path], None], target: epath.Path) -> None:
             (target / path.name).write_bytes(path.read_bytes())
 
 
-def _name(source: Source, index: int) -> str:
+def find_name(source: Source, index: int) -> str:
+    """Return the name of an example by reading it."""
     try:
         return source[index].name.encode(errors="backslashreplace").decode()  # names may not be UTF-8
     except Exception:  # this example may be the faulty one

@@ -1,6 +1,6 @@
 """The training batches of a run, and the position in the data that its checkpoints hold."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from clip_har_jax.data.pair_streams import StreamPlan, choose_num_streams
 from clip_har_jax.data.pipeline import ProcessShare, ResumePoint, train_batches
 from clip_har_jax.errors import UserError
 from clip_har_jax.parallel import distributed, sharding
+from clip_har_jax.trainer.artifacts import find_name
 from clip_har_jax.trainer.pairs import pair_transform
 from clip_har_jax.trainer.run import Run
 
@@ -21,13 +22,13 @@ class TrainBatches(NamedTuple):
       batches: of this process, on the host, from the run's position on.
       position: returns the position of the data after a step, one of the last few; empty if it is the step's number.
         All processes call it.
-      names: returns the names of this process's examples in the batch of a step, one of the last few, by the batch's
-        `index`; None: they follow from the index alone.
+      names: returns the names of examples of a step, one of the last few, whose numbers in the batch's `index` are
+        given.
     """
 
     batches: Iterator[Any]
     position: Callable[[int], Mapping[str, Any]]
-    names: Callable[[int], Mapping[int, str]] | None
+    names: Callable[[int, Sequence[int]], Sequence[str]]
 
 
 @contextmanager
@@ -39,12 +40,13 @@ def open_batches(run: Run) -> Iterator[TrainBatches]:
     """
     batch_size = run.timetable.global_batch_size
     share = ProcessShare(*sharding.process_shard(run.mesh, batch_size))
-    if isinstance(run.data.train, PairSources):
-        with _open_pairs(run, run.data.train, share) as found:
+    source = run.data.train
+    if isinstance(source, PairSources):
+        with _open_pairs(run, source, share) as found:
             yield found
         return
     with train_batches(
-        run.data.train,
+        source,
         run.config.data,
         run.base.preprocess,
         seed=run.config.seed,
@@ -53,7 +55,7 @@ def open_batches(run: Run) -> Iterator[TrainBatches]:
         resume=ResumePoint(run.first_step, run.timetable.first_example),
         share=share,
     ) as batches:
-        yield TrainBatches(batches, lambda step: {}, None)
+        yield TrainBatches(batches, lambda step: {}, lambda step, indices: [find_name(source, i) for i in indices])
 
 
 @contextmanager
@@ -82,5 +84,9 @@ def _open_pairs(run: Run, sources: PairSources, share: ProcessShare) -> Iterator
         positions = [found[number] for number in sorted(found)]
         return {"pairs": {"order": sources.order_digest, "num_streams": count, "positions": positions}}
 
+    def names(step: int, rows: Sequence[int]) -> Sequence[str]:
+        found = batches.names(step)
+        return [found.get(row, f"row {row} of the batch") for row in rows]
+
     with batches:
-        yield TrainBatches(batches, position, batches.names)
+        yield TrainBatches(batches, position, names)

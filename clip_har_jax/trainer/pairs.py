@@ -10,7 +10,7 @@ import numpy as np
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pair_batches import BadPairs, eval_pair_batches
 from clip_har_jax.data.pair_rows import PairTransform
-from clip_har_jax.data.pair_sources import PairSources, make_pair_sources
+from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.pairs import Pair
 from clip_har_jax.data.pipeline import ProcessShare
 from clip_har_jax.evaluation.retrieval import Embedded, measure_retrieval
@@ -40,11 +40,12 @@ def measure_recall(run: Run, params: Params) -> dict[str, Any] | None:
     """Return the recall on the pairs of `config.data.retrieval`; None if there are none. All processes call it.
 
     Args:
+      run: the run.
       params: all of the model's parameters, on the mesh.
     """
-    if not run.config.data.retrieval:
+    if (sources := run.data.retrieval) is None:
         return None
-    sources, size = make_pair_sources(run.config.data.retrieval), run.config.eval.batch_size
+    size = run.config.eval.batch_size
     share = ProcessShare(*sharding.process_shard(run.mesh, size))
     bad_pairs = BadPairs(run.config.data.max_bad_fraction, run.bad_inputs_log)
     rows, caption_step = sharding.batch_sharding(run.mesh), make_caption_step(run.program.method, run.mesh)

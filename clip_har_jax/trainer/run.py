@@ -153,8 +153,8 @@ def setup(
     """
     batch_size, first_step = config.train.global_batch_size, position.get("step", 0)
     first_example = position.get("examples_seen", 0) - first_step * batch_size
-    of_pairs = isinstance(data.train, PairSources)
-    counts = None if of_pairs else np.bincount(data.classified.label_ids, minlength=len(data.labels))
+    labelled = {} if isinstance(data.train, PairSources) else {"train": data.train}
+    counts = np.bincount(data.classified.label_ids, minlength=len(data.labels)) if labelled else None
     timetable = Timetable(
         config.train.num_steps or _steps_of_epochs(config, data.train.num_examples, first_example),
         config.train.log_every_steps,
@@ -175,10 +175,9 @@ def setup(
         class_counts=None if counts is None else counts.tolist(),
         cache_size=0 if counts is None else int(np.minimum(counts, config.method.cache_per_class).sum()),
     )
-    sources = {"val": data.val} if isinstance(data.train, PairSources) else {"train": data.train, "val": data.val}
-    bad_inputs = {name: _watch(source, config, workdir) for name, source in sources.items()}
+    bad_inputs = {name: _watch(source, config, workdir) for name, source in {**labelled, "val": data.val}.items()}
     run = Run(config, workdir, data, base, program, timetable, position, profile_steps, bad_inputs)
-    if config.data.retrieval:
+    if data.retrieval is not None:
         check_texts(f"config.model.name={config.model.name}", base.config.has_texts)
     run.context_ids()  # check it before the work folder is written
     return run

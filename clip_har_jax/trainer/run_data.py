@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
@@ -19,12 +20,16 @@ from clip_har_jax.text import make_prompts
 
 @dataclass(frozen=True)
 class Data:
-    """The training and validation examples of a run, with the classes and prompts of the validation."""
+    """The training and validation examples of a run, with the classes and prompts of the validation.
+
+    `retrieval`: the pairs of `config.data.retrieval`, for the recall at the end; None: there are none.
+    """
 
     train: Source | PairSources
     val: Source
     labels: tuple[str, ...]
     prompts: dict[str, tuple[str, ...]]
+    retrieval: PairSources | None = None
 
     @property
     def classified(self) -> Source:
@@ -55,9 +60,9 @@ def load_data(config: RunConfig) -> Data:
     Raises:
       UserError: it can't be found, or leaves no training or validation images, or too few images of a class.
     """
-    _check_retrieval(config)
+    retrieval = _load_retrieval(config)
     if has_pairs(config.data.train):
-        return _load_pairs(config)
+        return replace(_load_pairs(config), retrieval=retrieval)
     classes = config.data.classes
     with _named("data.train"):
         train_source = make_source(config.data.train, "train", config.data.labels, several_classes=True)
@@ -89,18 +94,22 @@ def load_data(config: RunConfig) -> Data:
     # A learned context replaces the template's words.
     templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
     prompts = _fill(config, templates, labels)
-    return Data(train_source, val_source, labels, prompts)
+    return Data(train_source, val_source, labels, prompts, retrieval)
 
 
-# Keys that divide or weigh training examples by their classes, with the value that doesn't.
-NEEDS_CLASSES = (("data.shots", None), ("data.sampling", "shuffle"), ("method.class_balance", 0.0))
+# Keys that treat training examples by their classes, with the value that doesn't.
+NEEDS_CLASSES = (
+    ("data.shots", None),
+    ("data.sampling", "shuffle"),
+    ("data.augment.no_flip_labels", ()),
+    ("method.class_balance", 0.0),
+)
 
 
 def _load_pairs(config: RunConfig) -> Data:
     """Return image-text pairs to train on, and labelled images for zero-shot evaluation."""
     for key, unset in NEEDS_CLASSES:
-        section, name = key.split(".")
-        if getattr(getattr(config, section), name) != unset:
+        if attrgetter(key)(config) != unset:
             raise UserError(f"config.{key} needs classes, and config.data.train holds image-text pairs; leave it out")
     if not config.data.val:
         raise UserError(
@@ -117,10 +126,11 @@ def _load_pairs(config: RunConfig) -> Data:
     return Data(pairs, val, labels, _fill(config, config.text.templates, labels))
 
 
-def _check_retrieval(config: RunConfig) -> None:
-    if config.data.retrieval:
-        with _named("data.retrieval"):
-            make_pair_sources(config.data.retrieval)
+def _load_retrieval(config: RunConfig) -> PairSources | None:
+    if not config.data.retrieval:
+        return None
+    with _named("data.retrieval"):
+        return make_pair_sources(config.data.retrieval)
 
 
 def zero_shot_prompts(config: RunConfig, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
