@@ -97,7 +97,7 @@ def ours(folder: str, inputs_file: str) -> None:
 
     def loss_fn(params: Params, inputs: dict[str, jax.Array]) -> jax.Array:
         logits = make_model(config, params)(**inputs).logits_per_image
-        if config.family == "siglip":  # a text of another image's is a negative; summed over texts
+        if config.family == "siglip":  # the text of another image is a negative; the sum is over the texts
             signs = 2 * jnp.eye(len(logits)) - 1
             return -jax.nn.log_sigmoid(signs * logits).sum(axis=-1).mean()
         labels = jnp.arange(len(logits))

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
 from clip_har_jax import cli
-from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.pipeline import BadInputs, eval_batches
 from clip_har_jax.data.sources import Example, Source, make_source
@@ -27,6 +27,7 @@ from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.patches import unpack_patches
 from clip_har_jax.text import phrase
 
+T = TypeVar("T")
 NUM_SHOWN = 8  # examples of each kind in the report
 
 
@@ -151,10 +152,11 @@ def _explain(backend: JaxBackend, shown: Sequence[Shown]) -> tuple[dict[int, np.
     """Return a heat map for each image that is shown, and for each clip what its frames add, by their index."""
     if not shown or (backend.preprocess.max_num_patches and shown[0].image.ndim == 3):
         return {}, {}  # heat maps need a fixed grid of patches
-    pixels, classes = np.stack([one.image for one in shown]), [one.predicted for one in shown]
-    found = backend.explain(pixels, classes) if pixels.ndim == 4 else frames_add(backend.logits, pixels, classes)
-    explained = {one.index: row for one, row in zip(shown, found, strict=True)}
-    return (explained, {}) if pixels.ndim == 4 else ({}, explained)
+    indices, classes = [one.index for one in shown], [one.predicted for one in shown]
+    pixels = np.stack([one.image for one in shown])
+    if pixels.ndim == 4:
+        return dict(zip(indices, backend.explain(pixels, classes), strict=True)), {}
+    return {}, dict(zip(indices, frames_add(backend.logits, pixels, classes), strict=True))
 
 
 def frames_add(
@@ -211,7 +213,7 @@ def run_backend(
     log.unlink(missing_ok=True)  # of an earlier evaluation
     bad_inputs = BadInputs(source, config.max_bad_fraction, log, "--max_bad_fraction")
     with eval_batches(source, config, backend.preprocess, batch_size=size, bad_inputs=bad_inputs) as batches:
-        shown = _with_progress(batches, -(-len(source) // size))
+        shown = with_progress(batches, -(-len(source) // size))
         return evaluate(lambda batch: _logits(backend, batch.image), shown, backend.labels, num_shown, sinks)
 
 
@@ -240,8 +242,8 @@ def _command(
     return shlex.join(["python", "scripts/evaluate.py", *flags])
 
 
-def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-    """Yield the batches, with a progress bar on a terminal."""
+def with_progress(batches: Iterable[T], total: int | None) -> Iterator[T]:
+    """Yield the batches, with a progress bar on a terminal; `total` None: their number isn't known."""
     from rich.console import Console
     from rich.progress import track
 

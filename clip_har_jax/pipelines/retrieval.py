@@ -19,7 +19,10 @@ from clip_har_jax.files import write_json
 from clip_har_jax.folders import output_folder
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.params import flat_params, unflatten
+from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.two_towers import normalize_images
+from clip_har_jax.parallel.compile_cache import keep_compiled
+from clip_har_jax.pipelines.evaluate import with_progress
 
 
 def evaluate_retrieval(
@@ -44,8 +47,10 @@ def evaluate_retrieval(
       UserError: a mistake in the arguments, the model or the data.
     """
     config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
-    sources, loaded = make_pair_sources(data), load(model)
+    sources, model_folder = make_pair_sources(data), resolve_folder(model)
+    digest, loaded = bundle.verify(model_folder), load(str(model_folder))
     check_texts(model, loaded.model.config.has_texts)
+    keep_compiled()
     towers, mean, std = loaded.model, loaded.preprocess.mean, loaded.preprocess.std
     graphdef, params = nnx.graphdef(towers), flat_params(towers)
 
@@ -61,12 +66,14 @@ def evaluate_retrieval(
         bad_pairs = BadPairs(max_bad_fraction, log, "--max_bad_fraction")
 
         def embedded() -> Iterator[Embedded]:
-            for batch, pairs in eval_pair_batches(sources, transform, batch_size, bad_pairs):
+            batches = eval_pair_batches(sources, transform, batch_size, bad_pairs)
+            total = None if sources.num_examples is None else -(-sources.num_examples // batch_size)
+            for batch, pairs in with_progress(batches, total):
                 image, text = jax.device_get(embed(params, batch.image, batch.input_ids))
                 yield Embedded(np.asarray(image), np.asarray(text), batch.mask > 0, pairs)
 
         metrics = measure_retrieval(embedded())
-        metrics |= {"data": data, "data_fingerprint": sources.fingerprint, "model_digest": bundle.verify(loaded.path)}
+        metrics |= {"data": data, "data_fingerprint": sources.fingerprint, "model_digest": digest}
         write_json(folder / "metrics.json", metrics)
     return metrics
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,16 @@ import numpy as np
 import pytest
 
 from clip_har_jax import bundle
-from clip_har_jax.config import RunConfig, make_config
+from clip_har_jax.config import RunConfig
 from clip_har_jax.errors import UserError
-from clip_har_jax.models.factory import load
-from clip_har_jax.models.params import flat_params
 from clip_har_jax.pipelines.retrieval import evaluate_retrieval
 from clip_har_jax.pipelines.write_pairs import write_pairs
 from clip_har_jax.trainer.result import Result, print_result
 from clip_har_jax.trainer.run_data import load_data
 from clip_har_jax.trainer.train import train
 from tests.support.model_folders import write_images, write_model
-from tests.support.runs import LABELS, ROOT, environment, finish, start_run
+from tests.support.pair_shards import write_tar
+from tests.support.runs import LABELS, ROOT, StopAt, config_with, environment, finish, params_of, start_run
 
 TEMPLATE = "a photo of a person {}."
 
@@ -54,32 +54,12 @@ def config_for(root: Path, num_steps: int = 4, **sections: Any) -> RunConfig:
         "eval": {"every_steps": 4, "batch_size": 8},
         "checkpoint": {"every_steps": 2},
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return make_config(values)
+    return config_with(values, sections)
 
 
 @pytest.fixture(scope="module")
 def finished(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return train(config_for(folders), tmp_path_factory.mktemp("finished"), quiet=True)
-
-
-def params_of(model: Any) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in flat_params(load(str(model)).model).items()}
-
-
-class StopAt:
-    """A sink that asks the run to stop when a step is logged."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def write(self, step: int, metrics: Any) -> None:
-        if step == self.step:
-            signal.raise_signal(signal.SIGTERM)
-
-    def close(self) -> None:
-        pass
 
 
 def test_a_run_on_pairs_leaves_a_model_of_the_validation_s_classes(
@@ -103,6 +83,15 @@ def test_the_recall_of_a_training_is_that_of_the_model_folder(folders: Path, fin
     found = evaluate_retrieval(str(finished.model), spec, tmp_path, batch_size=4)
     assert found == json.loads((tmp_path / "metrics.json").read_text())
     assert {name: found[name] for name in finished.metrics["retrieval"]} == finished.metrics["retrieval"]
+
+
+def test_a_changed_model_is_refused_before_any_pair_is_read(finished: Result, tmp_path: Path) -> None:
+    model = shutil.copytree(str(finished.model), tmp_path / "model")
+    with (model / "actions.json").open("a") as file:
+        file.write(" ")
+    write_tar(tmp_path / "0.tar", [("a.txt", b"no image")])
+    with pytest.raises(UserError, match=r"actions\.json: changed since the model was sealed"):
+        evaluate_retrieval(str(model), f"webdataset:{tmp_path}/0.tar", tmp_path / "out", batch_size=4)
 
 
 def test_stopped_and_continued_is_bit_equal(folders: Path, finished: Result, tmp_path: Path) -> None:
@@ -151,6 +140,7 @@ def test_the_pairs_of_failed_updates_are_named(folders: Path, tmp_path: Path) ->
         ({"data": {"val": ""}}, r"config\.data\.val: image-text pairs have no classes; name labelled images"),
         ({"data": {"shots": 2}}, r"config\.data\.shots needs classes"),
         ({"data": {"sampling": "class_balanced"}}, r"config\.data\.sampling needs classes"),
+        ({"data": {"augment": {"no_flip_labels": ("left",)}}}, r"config\.data\.augment\.no_flip_labels needs classes"),
         ({"data": {"retrieval": "synthetic"}}, r"config\.data\.retrieval: synthetic: not image-text pairs"),
         ({"data": {"train": "webdataset:none/{0..1}.tar"}}, r"config\.data\.train: .* 2 of 2 files are missing"),
         ({"data": {"val": "webdataset:a.tar"}}, r"config\.data\.val: .* image-text pairs have no classes"),
