@@ -85,7 +85,8 @@ def test_the_folder_says_what_it_is(folder: Path, output: Path) -> None:
 @pytest.mark.parametrize("name", SLOW_FORMATS)
 def test_predicts_as_the_model(folder: Path, output: Path, photos: Path, tmp_path: Path, name: str) -> None:
     if name not in FORMATS:
-        output = export_all(folder, photos, tmp_path / "out", (name,))
+        output = export_all(folder, photos, tmp_path / "out", (*FORMATS, name))
+        assert runtimes.formats_in(output) == ["onnx", "onnx_int8", "onnx_fp16", "stablehlo", name]
         assert json.loads((output / "parity.json").read_text())[name]["max_abs_error"] < 1e-4
     images = sorted(photos.rglob("*.png"))
     ours, theirs = Predictor(folder), Predictor(output / name)
