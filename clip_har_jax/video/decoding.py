@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -115,6 +115,13 @@ def find_stream(container: Any) -> Any:
     return streams[0]
 
 
+def read_packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the packets of a stream, at last an empty one that flushes the decoder."""
+    # Where damage looks like the start of another stream, PyAV fails at the end, as it tries to flush that one too.
+    with suppress(IndexError):
+        yield from container.demux(stream)
+
+
 def _is_cover(stream: Any) -> bool:
     return bool(stream.disposition & type(stream.disposition).attached_pic)
 
@@ -136,7 +143,7 @@ class Decoding:
 
         last_s: float | None = None
         rate = self.stream.average_rate or self.stream.guessed_rate or 25
-        packets = self.container.demux(self.stream)
+        packets = read_packets(self.container, self.stream)
         while True:
             try:
                 packet = next(packets)

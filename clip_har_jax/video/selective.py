@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_har_jax.video.decoding import BadVideo, Decoding
+from clip_har_jax.video.decoding import BadVideo, Decoding, read_packets
 
 CODECS = ("h264", "hevc")  # their packets show whether other frames refer to them
 ROUNDING_S = 1e-3  # containers round times, some to milliseconds
@@ -55,7 +55,7 @@ def index_packets(container: Any, stream: Any) -> Index:
       BadVideo: no frames in it.
     """
     stamps, is_key, is_whole, is_damaged = [], [], True, False
-    for packet in container.demux(stream):
+    for packet in read_packets(container, stream):
         stamp = packet.pts if packet.pts is not None else packet.dts
         is_damaged = is_damaged or packet.is_corrupt
         if stamp is not None and packet.size:
@@ -156,7 +156,7 @@ def _decode(
     """Decode the needed packets; return whether the frames given to `take` were undamaged."""
     context, left = stream.codec_context, sum(needed)
     is_behind_gap, position = False, 0
-    for packet in container.demux(stream):
+    for packet in read_packets(container, stream):
         if packet.pts is None or not packet.size:
             continue
         if not needed[position]:

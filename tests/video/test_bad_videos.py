@@ -91,6 +91,20 @@ def test_damage_of_more_than_half_is_refused(tmp_path: Path) -> None:
         read_clip(tmp_path / "damaged.ts", FrameSampling(6))
 
 
+def test_damage_that_looks_like_another_stream_leaves_the_rest(tmp_path: Path) -> None:
+    """PyAV fails at the end of such a file, in each pass over its packets."""
+    write_clip(tmp_path / "whole.ts", count=60, format="mpegts")
+    data = bytearray((tmp_path / "whole.ts").read_bytes())
+    rng, num_packets = np.random.default_rng(0), len(data) // 188
+    for packet in range(int(0.2 * num_packets), int(0.95 * num_packets), 6):
+        data[188 * packet : 188 * (packet + 1)] = rng.bytes(188)
+    (tmp_path / "damaged.ts").write_bytes(data)
+    clip = read_clip(tmp_path / "damaged.ts", FrameSampling(6))
+    assert len(clip.frames) == 6 and clip.damage is not None and "frames are damaged or missing" in clip.damage
+    with pytest.raises(BadVideo, match=r"^\d+ of \d+ frames are damaged"):  # at the end, after the frames
+        list(iter_frames(tmp_path / "damaged.ts"))
+
+
 def test_ten_hours_are_read_in_bounded_memory(long_video: Path) -> None:
     assert video_duration(long_video) == pytest.approx(HOURS * 3600, rel=0.01)
     tracemalloc.start()
