@@ -61,23 +61,24 @@ def within(timeout_s: float, function: Callable[[], T]) -> T:
     Raises:
       TimeoutError: it took longer.
     """
-    outcome: list[tuple[bool, Any]] = []
+    outcome = _start(function)
+    if not wait([outcome], timeout_s).done:
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    return outcome.result()
+
+
+def _start(function: Callable[[], T]) -> Future[T]:
+    """Call a function on a thread that the process doesn't wait for at its end, as it does for those of executors."""
+    outcome: Future[T] = Future()
 
     def work() -> None:
         try:
-            outcome.append((True, function()))
+            outcome.set_result(function())
         except BaseException as error:  # raised again in the caller's thread
-            outcome.append((False, error))
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not outcome:
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
-    succeeded, value = outcome[0]
-    if not succeeded:
-        raise value
-    return value
+    threading.Thread(target=work, daemon=True).start()
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -224,15 +225,7 @@ def while_reachable(address: str, function: Callable[[], T]) -> T:
     Raises:
       UserError: the store hasn't answered for `OUTAGE_S`.
     """
-    outcome: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:  # raised again in the caller's thread
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
+    outcome = _start(function)
     answered = time.monotonic()
     while not wait([outcome], ASK_S).done:
         try:
