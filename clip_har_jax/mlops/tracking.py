@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from etils import epath
 from pybreaker import CircuitBreaker, CircuitBreakerError
@@ -103,8 +103,7 @@ class Tracker(Protocol):
 Call = Callable[[Tracker], None]
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """The metrics of one step, to be written."""
 
     step: int
@@ -185,24 +184,27 @@ class BackgroundTracker:
                 self._waiting.append(item)
                 self._changed.notify()
 
-    def _take(self) -> list[Record | Call]:
-        """Wait for a call, or for records, and return all records up to the next call; empty at the end."""
+    def _take(self) -> Call | None:
+        """Wait for an item; return its call, one for all records up to the next call. None: the run has ended."""
         with self._changed:
             self._in_call = 0
             self._changed.wait_for(lambda: self._waiting or self._status)
-            taken = [self._waiting.popleft()] if self._waiting else []
-            while taken and isinstance(taken[0], Record) and self._waiting and isinstance(self._waiting[0], Record):
-                taken.append(self._waiting.popleft())
-            self._in_call = len(taken)
-            return taken
+            if not self._waiting:
+                return None
+            self._in_call = 1
+            first = self._waiting.popleft()
+            if not isinstance(first, Record):
+                return first
+            records = [first]
+            while self._waiting and isinstance(item := self._waiting[0], Record):
+                records.append(item)
+                self._waiting.popleft()
+            self._in_call = len(records)
+            return lambda tracker: tracker.write(records)
 
     def _work(self) -> None:
-        while taken := self._take():
-            if isinstance(call := taken[0], Record):
-                records = [(item.step, item.metrics) for item in taken if isinstance(item, Record)]
-                self._try(lambda tracker, records=records: tracker.write(records), len(records))  # type: ignore[misc]
-            else:
-                self._try(call, 1)
+        while call := self._take():
+            self._try(call, self._in_call)
         if self._tracker is not None:  # even if the breaker is open: it has files and connections to close
             self._breaker.close()
             self._try(lambda tracker: tracker.close(self._status), 1)
