@@ -216,7 +216,6 @@ def _end_soon(seconds: float, code: int) -> None:
 
     A program that calls `run` itself goes on: only its own end starts the clock.
     """
-
     began = threading.Event()
 
     def end() -> None:
@@ -225,7 +224,8 @@ def _end_soon(seconds: float, code: int) -> None:
         os._exit(code)
 
     threading.Thread(target=end, daemon=True).start()
-    # The interpreter calls these before it waits for threads and executors; those of `atexit` would come too late.
+    # Private, as nothing public is early enough: executors wait for their threads in functions registered before this
+    # one, and only after them do functions of `atexit` run and does `main_thread().join()` return.
     threading._register_atexit(began.set)  # type: ignore[attr-defined]
 
 
