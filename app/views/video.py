@@ -5,7 +5,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
@@ -29,6 +28,7 @@ def end_of(event: EventBody) -> float:
 def timeline(events: list[EventBody], duration_s: float) -> go.Figure:
     """Return a chart of the actions over time, one row each; its invisible points give the second of a click."""
     labels = list(dict.fromkeys(widgets.words(event.label) for event in events))
+    seconds = list(range(0, math.ceil(duration_s), math.ceil(duration_s / MOST_CLICKS)))
     figure = go.Figure()
     for i, label in enumerate(labels):
         own = [event for event in events if widgets.words(event.label) == label]
@@ -42,7 +42,6 @@ def timeline(events: list[EventBody], duration_s: float) -> go.Figure:
             showlegend=False,
             **UNCHANGED,
         )
-        seconds = np.arange(0, duration_s, math.ceil(duration_s / MOST_CLICKS)).astype(int).tolist()
         figure.add_scatter(
             x=seconds,
             y=[label] * len(seconds),
