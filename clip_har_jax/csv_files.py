@@ -1,4 +1,4 @@
-"""`csv:FILE`: a table of labelled files, checked as a whole before any file is read."""
+"""`csv:FILE`: a table of files with labels or captions, checked as a whole before any file is read."""
 
 import codecs
 import csv

@@ -1,4 +1,4 @@
-"""Folders written by one process at a time: in place, or as a new folder that replaces the old one."""
+"""Folders written by one process at a time, in place or as a new one that replaces the old; unchanged while read."""
 
 import re
 import secrets
