@@ -88,7 +88,8 @@ class Training:
         self, device: "jax.Device", clip: "TwoTowerConfig", source: "Source", batch_size: int, num_workers: int
     ):
         from clip_har_jax.config import make_config
-        from clip_har_jax.data.pipeline import BadInputs, prefetch_to_mesh, train_batches
+        from clip_har_jax.data.bad_inputs import BadInputs
+        from clip_har_jax.data.pipeline import prefetch_to_mesh, train_batches
         from clip_har_jax.models.params import init_params
         from clip_har_jax.parallel.mesh import make_mesh
         from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows

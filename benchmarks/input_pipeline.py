@@ -40,7 +40,8 @@ def ours(files: str, workers: str, threads: str, cores: str, cache: str) -> None
     """Run our child process: read batches for each line of standard input and answer with the seconds."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
     from clip_har_jax.config import AugmentConfig, DataConfig
-    from clip_har_jax.data.pipeline import BadInputs, train_batches
+    from clip_har_jax.data.bad_inputs import BadInputs
+    from clip_har_jax.data.pipeline import train_batches
     from clip_har_jax.data.sources import make_source
     from clip_har_jax.preprocess import Preprocess
 

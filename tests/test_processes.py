@@ -29,7 +29,8 @@ from itertools import islice
 import numpy as np
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data.examples import Example, Source
-from clip_har_jax.data.pipeline import BadInputs, train_batches
+from clip_har_jax.data.bad_inputs import BadInputs
+from clip_har_jax.data.pipeline import train_batches
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.preprocess import Preprocess
 

@@ -1,70 +1,27 @@
 """Batches of image-text pairs: endless ones for training that can be continued exactly, and one pass to evaluate."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
 
 import numpy as np
-from etils import epath
 
 from clip_har_jax.batch import PairBatch
 from clip_har_jax.cores import usable_cores
+from clip_har_jax.data.bad_inputs import BadPairs
 from clip_har_jax.data.batch_workers import Workers
-from clip_har_jax.data.batches import BadInput, HostBatch
+from clip_har_jax.data.batches import HostBatch
 from clip_har_jax.data.pair_rows import PairTransform, StreamRows
 from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.pair_streams import PairStream, Position, StreamPlan
 from clip_har_jax.data.pairs import Found
-from clip_har_jax.data.pipeline import MAX_BAD_FRACTION, MIN_FOR_WORKERS, ProcessShare, append_log, default_workers
+from clip_har_jax.data.pipeline import MIN_FOR_WORKERS, ProcessShare, ReadAhead, count_threads, default_workers
 from clip_har_jax.errors import UserError
 
-FEWEST_ROWS = 1000  # the accepted share of bad pairs is of at least so many
-MOST_LOGGED = 10_000  # bad pairs; later ones are only counted
 KEPT_POSITIONS = 64  # batches; more than are on their way to the devices, or named after failed updates
 ENDLESS = 2**40
 WHOLE = ProcessShare()
-
-
-class BadPairs:
-    """The pairs that couldn't be read: counted, logged, and an error if there are too many.
-
-    Args:
-      max_fraction: accepted share of the pairs read so far, or of `FEWEST_ROWS` if these are fewer.
-      log: bad_inputs.jsonl, appended to; None: only count.
-      setting: the name of `max_fraction` to a person.
-    """
-
-    def __init__(self, max_fraction: float, log: epath.PathLike | None = None, setting: str = MAX_BAD_FRACTION):
-        self._setting = setting
-        self._max_fraction, self._log = max_fraction, None if log is None else epath.Path(log)
-        self._rows = self._bad = 0
-        self._seen: dict[str, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def record(self, errors: Iterable[BadInput], num_rows: int) -> None:
-        """Count the rows of a batch, and count and log its errors.
-
-        Raises:
-          UserError: more bad pairs than the config allows.
-        """
-        errors = list(errors)
-        self._rows, self._bad = self._rows + num_rows, self._bad + len(errors)
-        new = {name: (index, reason) for index, name, reason in errors if name not in self._seen}
-        if len(self._seen) < MOST_LOGGED:
-            if new and self._log is not None:
-                append_log(self._log, {index: (name, reason) for name, (index, reason) in new.items()})
-            self._seen |= {name: reason for name, (_, reason) in new.items()}
-        if self._bad > self._max_fraction * max(self._rows, FEWEST_ROWS):
-            name, reason = next(iter(self._seen.items()))
-            listed = f", all so far in {self._log}" if self._log is not None else ""
-            raise UserError(
-                f"{self._bad} of the {self._rows} pairs read so far can't be used, first {name}: {reason}{listed}"
-                f"; mend or remove them, or raise {self._setting}"
-            )
 
 
 class _Threads:
@@ -96,8 +53,8 @@ class _Processes(Workers):
         return [worker.take() for worker in self._workers]
 
 
-class PairBatches:
-    """Endless batches of this process, read ahead in threads or worker processes; a context manager that stops them.
+class PairBatches(ReadAhead[PairBatch]):
+    """Endless batches of this process's streams.
 
     Args:
       plan: of the run's streams.
@@ -127,25 +84,15 @@ class PairBatches:
         self._streams, self._bad_pairs, self.step = range(first, last), bad_pairs, start_step
         starts: list[Position | None] = list(positions[first:last]) or [None] * len(self._streams)
         self._positions: dict[int, list[Position | None]] = {start_step: starts}
-        self._iterator: Any = _open(plan, transform, batch_size, self._streams, starts, start_step)
+        self._reader = _open(plan, transform, batch_size, self._streams, starts, start_step)
 
-    def __iter__(self) -> "PairBatches":
-        return self
-
-    def __next__(self) -> PairBatch:
-        if self._iterator is None:
-            raise StopIteration
-        try:
-            parts: list[HostBatch] = next(self._iterator)
-            batch = parts[0].batch
-            if len(parts) > 1:
-                batch = PairBatch(*(np.concatenate(rows) for rows in zip(*(part.batch for part in parts), strict=True)))
-            self._bad_pairs.record([error for part in parts for error in part.errors], len(batch.mask))
-        except BaseException:  # the end of the run: stop reading
-            self.close()
-            raise
+    def _take(self, found: list[HostBatch]) -> PairBatch:
+        batch: PairBatch = found[0].batch
+        if len(found) > 1:
+            batch = PairBatch(*(np.concatenate(rows) for rows in zip(*(part.batch for part in found), strict=True)))
+        self._bad_pairs.record([error for part in found for error in part.errors], len(batch.mask))
         self.step += 1
-        self._positions[self.step] = [position for part in parts for position in part.positions]
+        self._positions[self.step] = [position for part in found for position in part.positions]
         self._positions.pop(self.step - KEPT_POSITIONS, None)
         return batch
 
@@ -161,18 +108,6 @@ class PairBatches:
             found |= {first + row: next(pairs).found.name for row in range(self._rows)}
         return found
 
-    def __enter__(self) -> "PairBatches":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the threads and workers."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
-
 
 def _open(
     plan: StreamPlan,
@@ -182,13 +117,13 @@ def _open(
     positions: Sequence[Position | None],
     start_step: int,
 ) -> _Threads | _Processes:
-    config, cores = transform.config, usable_cores()
-    count = plan.sources.num_examples
-    workers = default_workers(cores, MIN_FOR_WORKERS if count is None else count)
-    workers = min(workers if config.num_workers is None else config.num_workers, len(streams))
+    config, count, workers = transform.config, plan.sources.num_examples, transform.config.num_workers
+    if workers is None:
+        workers = default_workers(usable_cores(), MIN_FOR_WORKERS if count is None else count)
+    workers = min(workers, len(streams))
     if not workers:
         rows = StreamRows(plan, transform, batch_size, streams, positions)
-        return _Threads(rows, start_step, config.num_threads or min(cores, 8), config.prefetch_batches)
+        return _Threads(rows, start_step, count_threads(config), config.prefetch_batches)
     parts = [
         (
             StreamRows(plan, transform, batch_size, mine.tolist(), [positions[i - streams[0]] for i in mine]),
@@ -215,7 +150,7 @@ def eval_pair_batches(
     """
     first, last = share.rows(batch_size)
     pairs, number = sources.each_once(), 0
-    with ThreadPoolExecutor(transform.config.num_threads or min(usable_cores(), 8)) as pool:
+    with ThreadPoolExecutor(count_threads(transform.config)) as pool:
         while rows := list(islice(pairs, batch_size)):
             padded: list[Found | None] = [*rows, *[None] * (batch_size - len(rows))]
             images = np.empty((last - first, *transform.preprocess.shape), np.uint8)

@@ -13,7 +13,12 @@ from clip_har_jax.files import sha256
 from clip_har_jax.listing import Tally
 from clip_har_jax.specs import PAIRS, Spec, parse_spec
 
-BOUNDARY = re.compile(r"::(?=(?:webdataset|parquet|csv):)")  # between several SPECs, as in webdataset's own lists
+READERS: dict[str, Callable[[Spec], PairReader]] = {
+    "webdataset": WebDataset,
+    "parquet": ParquetPairs,
+    "csv": CsvPairs,
+}
+BOUNDARY = re.compile(rf"::(?=(?:{'|'.join(READERS)}):)")  # between several SPECs, as in webdataset's own lists
 
 
 @dataclass(frozen=True)
@@ -80,17 +85,12 @@ def make_pair_sources(text: str) -> PairSources:
     Raises:
       UserError: a SPEC that holds no pairs or can't be used; says what to do.
     """
-    makers: dict[str, Callable[[Spec], PairReader]] = {
-        "webdataset": WebDataset,
-        "parquet": ParquetPairs,
-        "csv": CsvPairs,
-    }
     specs = [parse_spec(part) for part in BOUNDARY.split(text)]
     for spec in specs:
-        if spec.kind not in makers:
+        if spec.kind not in READERS:
             raise UserError(f"{spec}: not image-text pairs; use webdataset:PATTERN, parquet:PATTERN or csv:FILE")
     weights = [_weight(spec) for spec in specs]
-    readers = tuple(makers[spec.kind](spec) for spec in specs)
+    readers = tuple(READERS[spec.kind](spec) for spec in specs)
     return PairSources(readers, tuple(weight / sum(weights) for weight in weights))
 
 

@@ -4,113 +4,48 @@ So the order doesn't depend on the number of threads, workers or processes, and 
 alone.
 """
 
-import json
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
-from etils import epath
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig
 from clip_har_jax.cores import usable_cores
+from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.batch_workers import WorkerBatches
-from clip_har_jax.data.batches import BadInput, BatchSource, HostBatch
+from clip_har_jax.data.batches import BatchSource, HostBatch
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.preprocess import Preprocess
 
-MAX_BAD_FRACTION = "config.data.max_bad_fraction"
+T = TypeVar("T")
+Opened = TypeVar("Opened", bound="ReadAhead[Any]")
 MIN_FOR_WORKERS = 10_000  # examples; below it, starting decoding processes costs more than they save
 
 
-class BadInputs:
-    """The unreadable images of a source: counted once each, logged, and an error if there are too many.
-
-    Args:
-      source: the source of the examples.
-      max_fraction: accepted share of the source; one image more ends the run.
-      log: bad_inputs.jsonl, appended to; None: only count. All sources of a run share one file, also after a resume; an
-        input that it contains isn't logged again.
-      setting: the name of `max_fraction` to a person.
-    """
-
-    def __init__(
-        self, source: Source, max_fraction: float, log: epath.PathLike | None = None, setting: str = MAX_BAD_FRACTION
-    ):
-        self._setting = setting
-        self._limit, self._size = max_fraction * len(source), len(source)
-        self._log = None if log is None else epath.Path(log)
-        self._seen: dict[int, str] = {}
-        self._noun = "clips" if source.clips else "images"
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def record(self, errors: Iterable[BadInput]) -> None:
-        """Count and log the errors of a batch.
-
-        Raises:
-          UserError: more bad images than the config allows.
-        """
-        new = {index: (name, reason) for index, name, reason in errors if index not in self._seen}
-        if new and self._log is not None:
-            append_log(self._log, new)
-        self._seen |= {index: f"{name}: {reason}" for index, (name, reason) in new.items()}
-        if len(self._seen) > self._limit:
-            listed = f", all so far in {self._log}" if self._log is not None else ""
-            raise UserError(
-                f"{len(self._seen)} of {self._size} {self._noun} can't be read, the first is "
-                f"{next(iter(self._seen.values()))}{listed}; mend or remove them, or raise {self._setting}"
-            )
-
-
-def append_log(log: epath.Path, entries: dict[int, tuple[str, str]]) -> None:
-    """Append index -> (name, reason) to a log, without names that it contains."""
-    text = log.read_text() if log.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a killed run may have left a partial line
-    logged = {json.loads(line)["input"] for line in whole.splitlines()}
-    new = [
-        json.dumps({"input": name, "index": index, "error": reason}) + "\n"
-        for index, (name, reason) in entries.items()
-        if name not in logged
-    ]
-    log.write_text(whole + "".join(new))  # rewritten as a whole, since object stores can't append
-
-
-class BatchIterator:
+class ReadAhead(Iterator[T]):
     """Batches of this process, read ahead in threads or worker processes; a context manager that stops them."""
 
-    def __init__(self, batches: BatchSource, bad_inputs: BadInputs, start_step: int = 0):
-        config, cores = batches.config, usable_cores()
-        ahead = config.prefetch_batches
-        workers = default_workers(cores, len(batches.source)) if config.num_workers is None else config.num_workers
-        self._bad_inputs = bad_inputs
-        self._iterator: Any
-        if workers:
-            self._iterator = WorkerBatches(batches, start_step, workers, config.num_threads or 1, ahead)
-        else:
-            threads = min(config.num_threads or min(cores, 8), ahead)  # each thread reads a whole batch
-            options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-            self._iterator = iter(grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options))
+    _reader: Any  # gives what was read, and has `close`; None: closed
 
-    def __iter__(self) -> "BatchIterator":
-        return self
-
-    def __next__(self) -> Batch:
-        if self._iterator is None:
+    def __next__(self) -> T:
+        if self._reader is None:
             raise StopIteration
         try:
-            found: HostBatch = next(self._iterator)
-            self._bad_inputs.record(found.errors)
+            return self._take(next(self._reader))
         except BaseException:  # the end of the data or of the run: stop reading
             self.close()
             raise
-        return found.batch
 
-    def __enter__(self) -> "BatchIterator":
+    @abstractmethod
+    def _take(self, found: Any) -> T:
+        """Return the batch of what the reader gave, and record its errors."""
+
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,9 +53,35 @@ class BatchIterator:
 
     def close(self) -> None:
         """Stop the threads and workers."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None  # collected only at interpreter exit, it would print errors
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None  # collected only at interpreter exit, it would print errors
+
+
+class BatchIterator(ReadAhead[Batch]):
+    """The batches of a `BatchSource`, from `start_step` on."""
+
+    def __init__(self, batches: BatchSource, bad_inputs: BadInputs, start_step: int = 0):
+        config = batches.config
+        ahead, workers = config.prefetch_batches, config.num_workers
+        if workers is None:
+            workers = default_workers(usable_cores(), len(batches.source))
+        self._bad_inputs = bad_inputs
+        if workers:
+            self._reader = WorkerBatches(batches, start_step, workers, config.num_threads or 1, ahead)
+        else:
+            threads = min(count_threads(config), ahead)  # each thread reads a whole batch
+            options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+            self._reader = iter(grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options))
+
+    def _take(self, found: HostBatch) -> Batch:
+        self._bad_inputs.record(found.errors)
+        return found.batch
+
+
+def count_threads(config: DataConfig) -> int:
+    """Return the number of decoding threads without worker processes: by default one per core, at most 8."""
+    return config.num_threads or min(usable_cores(), 8)
 
 
 def default_workers(cores: int, num_examples: int) -> int:

@@ -12,7 +12,8 @@ from jaxtyping import Float32, UInt8
 
 from clip_har_jax import cli
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
-from clip_har_jax.data.pipeline import BadInputs, eval_batches
+from clip_har_jax.data.bad_inputs import BadInputs
+from clip_har_jax.data.pipeline import eval_batches
 from clip_har_jax.data.sources import Example, Source, make_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.baselines import verdict

@@ -11,7 +11,8 @@ import numpy as np
 
 from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
-from clip_har_jax.data.pipeline import BadInputs, eval_batches
+from clip_har_jax.data.bad_inputs import BadInputs
+from clip_har_jax.data.pipeline import eval_batches
 from clip_har_jax.data.sources import Source, make_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.evaluation.evaluator import evaluate

@@ -10,7 +10,8 @@ from flax import nnx
 
 from clip_har_jax import bundle, cli
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
-from clip_har_jax.data.pair_batches import BadPairs, eval_pair_batches
+from clip_har_jax.data.bad_inputs import BadPairs
+from clip_har_jax.data.pair_batches import eval_pair_batches
 from clip_har_jax.data.pair_rows import PairTransform
 from clip_har_jax.data.pair_sources import make_pair_sources
 from clip_har_jax.errors import UserError

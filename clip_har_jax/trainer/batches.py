@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from clip_har_jax.data.pair_batches import BadPairs, PairBatches
+from clip_har_jax.data.bad_inputs import BadPairs
+from clip_har_jax.data.pair_batches import PairBatches
 from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.pair_streams import StreamPlan, choose_num_streams
 from clip_har_jax.data.pipeline import ProcessShare, ResumePoint, train_batches

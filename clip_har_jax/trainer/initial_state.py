@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from clip_har_jax.batch import Batch
-from clip_har_jax.data.pipeline import BadInputs
+from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.sources import Source
 from clip_har_jax.models.adapters import A as LORA_A
 from clip_har_jax.models.adapters import B as LORA_B

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from clip_har_jax.config import RunConfig
-from clip_har_jax.data.pair_batches import BadPairs, eval_pair_batches
+from clip_har_jax.data.bad_inputs import BadPairs
+from clip_har_jax.data.pair_batches import eval_pair_batches
 from clip_har_jax.data.pair_rows import PairTransform
 from clip_har_jax.data.pair_sources import PairSources
 from clip_har_jax.data.pairs import Pair

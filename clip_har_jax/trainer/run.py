@@ -12,8 +12,9 @@ from jaxtyping import Int
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import RunConfig
+from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.pair_sources import PairSources
-from clip_har_jax.data.pipeline import BadInputs, ProcessShare, eval_batches
+from clip_har_jax.data.pipeline import ProcessShare, eval_batches
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.retrieval import check_texts

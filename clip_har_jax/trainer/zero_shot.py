@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from clip_har_jax.batch import Batch
-from clip_har_jax.data.pipeline import BadInputs
+from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.sources import Source
 from clip_har_jax.models.params import Params
 from clip_har_jax.trainer.run import Run

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from clip_har_jax.config import DataConfig
-from clip_har_jax.data.pipeline import BadInputs
+from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from tests.support.batches import (

@@ -15,7 +15,8 @@ from clip_har_jax import bundle
 from clip_har_jax.batch import Batch
 from clip_har_jax.caches import cache_folder
 from clip_har_jax.config import DataConfig, VideoConfig, make_config
-from clip_har_jax.data.pipeline import BadInputs, eval_batches, train_batches
+from clip_har_jax.data.bad_inputs import BadInputs
+from clip_har_jax.data.pipeline import eval_batches, train_batches
 from clip_har_jax.data.sources import ClipFile, Source, SubsetSource, make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.jax_backend import JaxBackend

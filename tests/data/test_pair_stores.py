@@ -10,7 +10,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from clip_har_jax.config import DataConfig
-from clip_har_jax.data.pair_batches import BadPairs, PairBatches
+from clip_har_jax.data.bad_inputs import BadPairs
+from clip_har_jax.data.pair_batches import PairBatches
 from clip_har_jax.data.pair_rows import PairTransform
 from clip_har_jax.data.pair_sources import make_pair_sources
 from clip_har_jax.data.pair_streams import StreamPlan

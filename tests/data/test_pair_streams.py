@@ -13,7 +13,8 @@ import pytest
 
 from clip_har_jax.batch import PairBatch
 from clip_har_jax.config import DataConfig
-from clip_har_jax.data.pair_batches import BadPairs, PairBatches, eval_pair_batches
+from clip_har_jax.data.bad_inputs import BadPairs
+from clip_har_jax.data.pair_batches import PairBatches, eval_pair_batches
 from clip_har_jax.data.pair_rows import PairTransform
 from clip_har_jax.data.pair_sources import make_pair_sources
 from clip_har_jax.data.pair_streams import Drawn, PairStream, StreamPlan, choose_num_streams

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from clip_har_jax.config import DataConfig, VideoConfig
+from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.examples import ClipViews
-from clip_har_jax.data.pipeline import BadInputs, eval_batches
+from clip_har_jax.data.pipeline import eval_batches
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.data.untrimmed import LABELS, SPLITS, DrawnVideo
 from clip_har_jax.data.windows import DrawnFile, Window, WindowSource, list_windows

@@ -12,8 +12,9 @@ import pytest
 
 from clip_har_jax.config import DataConfig
 from clip_har_jax.data import synthetic
+from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.duplicates import FRAMES, find_clip_pairs, make_signature
-from clip_har_jax.data.pipeline import BadInputs, eval_batches
+from clip_har_jax.data.pipeline import eval_batches
 from clip_har_jax.data.scan import find_groups, recording_of
 from clip_har_jax.data.sources import ClipFile, make_source
 from clip_har_jax.data.splits import Shares

@@ -12,7 +12,8 @@ from PIL import Image
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.config import AugmentConfig, DataConfig
-from clip_har_jax.data.pipeline import BadInputs, eval_batches, train_batches
+from clip_har_jax.data.bad_inputs import BadInputs
+from clip_har_jax.data.pipeline import eval_batches, train_batches
 from clip_har_jax.data.sources import Example, Source
 from clip_har_jax.preprocess import Preprocess
 
