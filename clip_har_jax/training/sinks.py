@@ -1,6 +1,7 @@
 """Receivers of metrics: the Sink protocol, the JSONL file with all of them, and the screen."""
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from clip_har_jax import remote
 from clip_har_jax.files import is_local
 
 Metrics = Mapping[str, float | None]
@@ -59,8 +61,9 @@ class JsonlSink:
             self._upload(self._remote)
             self._local.parent.rmtree()
 
-    def _upload(self, remote: epath.Path) -> None:
-        remote.write_text(self._local.read_text())
+    def _upload(self, target: epath.Path) -> None:
+        text = self._local.read_text()
+        remote.while_reachable(os.fspath(target), lambda: target.write_text(text))
         self._uploaded = time.monotonic()
 
 
