@@ -4,6 +4,7 @@ import codecs
 import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -40,18 +41,25 @@ def list_csv(spec: Spec, tally: Tally | None = None) -> list[tuple[Path, str]]:
         labels; names the lines.
     """
     tally = Tally() if tally is None else tally
-    path = Path(spec.path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; check the path of {spec}")
-    try:
+    with _table(spec) as path:
         rows = _read_rows(path)
         found = _find_files(path, spec, rows, tally)
-    except OSError as error:
-        raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
     files = _once_each(path, rows, found, tally)
     tally.kept = len(files)
     note_labels(tally, [label for _, label in files])
     return files
+
+
+@contextmanager
+def _table(spec: Spec) -> Iterator[Path]:
+    """Give the path of a table, and turn errors of reading it and finding its files into one line."""
+    path = Path(spec.path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; check the path of {spec}")
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -113,14 +121,13 @@ def list_captions(spec: Spec) -> list[Captioned]:
     Files are found as by `list_csv`. A file may have several captions.
 
     Raises:
-      UserError: not a table with these columns, rows that don't match the header, or missing files; names the lines.
+      UserError: not a table with these columns, rows that don't match the header, or files that are missing or can't be
+        read; names the lines.
     """
-    path = Path(spec.path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; check the path of {spec}")
     column = spec.options.get("caption", "caption")
-    rows = [Row(line, cells["filename"], cells[column]) for line, cells in read_table(path, ("filename", column))]
-    files = _find_files(path, spec, rows, Tally())
+    with _table(spec) as path:
+        rows = [Row(line, cells["filename"], cells[column]) for line, cells in read_table(path, ("filename", column))]
+        files = _find_files(path, spec, rows, Tally())
     return [Captioned(row.line, file, row.label) for row, file in zip(rows, files, strict=True)]
 
 

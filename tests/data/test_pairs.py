@@ -289,6 +289,8 @@ def test_a_csv_with_captions(tmp_path: Path) -> None:
     read_again(sources)
     with pytest.raises(UserError, match=r"1 of 1 files are missing, the first is 'x\.png' \(line 2\)"):
         make_pair_sources(write_csv(tmp_path / "b.csv", [("filename", "caption"), ("x.png", "a")]))
+    with pytest.raises(UserError, match=r"x\.png: can't be read \(File name too long\)"):
+        make_pair_sources(write_csv(tmp_path / "c.csv", [("filename", "caption"), ("x" * 300 + ".png", "a")]))
 
 
 def test_a_csv_is_of_pairs_if_it_has_captions_and_no_labels(tmp_path: Path) -> None:
