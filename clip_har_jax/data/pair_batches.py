@@ -156,8 +156,9 @@ def eval_pair_batches(
             images = np.empty((last - first, *transform.preprocess.shape), np.uint8)
             loaded = list(pool.map(transform.load, padded[first:last], [()] * len(images), images))
             batch, errors = transform.batch(images, loaded, number + first)
-            batch.index[[found is None for found in padded[first:last]]] = -1
-            bad_pairs.record(errors, len(rows))
+            is_padding = np.array([found is None for found in padded[first:last]])
+            batch.index[is_padding] = -1
+            bad_pairs.record(errors, int((~is_padding).sum()))
             yield batch, padded
             number += len(rows)
     if not number:

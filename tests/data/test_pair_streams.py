@@ -175,6 +175,14 @@ def test_a_bad_pair_is_a_row_that_doesn_t_count_and_is_logged_once(tmp_path: Pat
         batches_of(f"webdataset:{tmp_path}/000.tar", tokenizer, 8, num_streams=1, bad_pairs=BadPairs(0.0))
 
 
+def test_an_evaluation_counts_the_rows_of_its_own_process(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    spec = f"webdataset:{write_tar(tmp_path / '0.tar', [(f'{i}.png', b'x') for i in range(5)])}"
+    transform = PairTransform(DataConfig(), PREPROCESS, tokenizer, 8)
+    for index, own in enumerate((4, 1)):  # of 5 pairs and 3 rows of padding
+        with pytest.raises(UserError, match=f"^{own} of the {own} pairs read so far"):
+            list(eval_pair_batches(make_pair_sources(spec), transform, 8, BadPairs(0.0), ProcessShare(index, 2)))
+
+
 def test_an_evaluation_gives_each_pair_once(spec: str, tokenizer: Tokenizer) -> None:
     transform = PairTransform(DataConfig(), PREPROCESS, tokenizer, 8)
     found = list(eval_pair_batches(make_pair_sources(spec), transform, 8, BadPairs(0.0)))
