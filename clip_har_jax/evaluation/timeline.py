@@ -7,6 +7,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from clip_har_jax.evaluation.pages import spoken
 from clip_har_jax.video.segments import Segment
 
 MOST_VIDEOS = 12
@@ -47,9 +48,11 @@ def draw_timelines(
     axes.set_yticks(range(len(videos)), [video.rsplit("/", 1)[-1] for video in videos])
     axes.set_xlim(left=0)
     axes.set_ylim(len(videos) - 0.5, -0.5)
-    axes.set_xlabel("s; outlined: annotated, below: found")
+    axes.set_xlabel("seconds (outlined bars: annotated; bars below them: found)")
+    axes.set_ylabel("video")
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [Patch(color=colours[label], label=label) for label in labels if label in shown]
+    said = zip(labels, spoken(labels), strict=True)
+    handles = [Patch(color=colours[label], label=name) for label, name in said if label in shown]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     buffer = io.BytesIO()
