@@ -23,8 +23,7 @@ class TrainBatches(NamedTuple):
       batches: of this process, on the host, from the run's position on.
       position: returns the position of the data after a step, one of the last few; empty if it is the step's number.
         All processes call it.
-      names: returns the names of examples of a step, one of the last few, whose numbers in the batch's `index` are
-        given.
+      names: returns the names of examples in the batch of a step, one of the last few, by their numbers in its `index`.
     """
 
     batches: Iterator[Any]
