@@ -1,10 +1,7 @@
-"""A model folder, or any CLIP in the Hugging Face layout, run by JAX, which is imported when a model is opened.
-
-The file is over 300 lines, because all parts share the state of one class, which is loaded piece by piece on demand.
-"""
+"""A model folder, or any CLIP in the Hugging Face layout, run by JAX, which is imported when a model is opened."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +12,7 @@ from jaxtyping import Float32, Int32, UInt8
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import read_object
+from clip_har_jax.inference import jax_programs
 from clip_har_jax.inference.backends import (
     check_finite,
     check_indices,
@@ -30,7 +28,6 @@ from clip_har_jax.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from clip_har_jax.models.factory import LoadedModel
-    from clip_har_jax.models.heads import Features
 
 PROMPTS_AT_ONCE = 64  # bounds the text tower's memory for long lists of classes
 
@@ -150,14 +147,8 @@ class JaxBackend:
         return flat_params(self._loaded.model)
 
     @cached_property
-    def _restore(self) -> Callable[[Mapping[str, Any]], Any]:
-        """Return the function from flat parameters to a model; missing parameters must not be used."""
-        from flax import nnx
-
-        from clip_har_jax.models.params import unflatten
-
-        graphdef, names = nnx.graphdef(self._loaded.model), tuple(self._params)
-        return lambda given: nnx.merge(graphdef, unflatten({name: given.get(name, np.float32(0)) for name in names}))
+    def _restore(self) -> jax_programs.Restore:
+        return jax_programs.make_restore(self._loaded.model)
 
     @cached_property
     def _image_params(self) -> dict[str, Any]:
@@ -208,55 +199,25 @@ class JaxBackend:
             return None
         return jax.device_put(params_from_hf(tensors, own, str(self.path), table) | over_time)
 
-    def _answer(self, features: "Features", classes: Any) -> Any:
-        """Return the logits of features, divided by the temperature; `classes` as `_classes` returns them."""
-        from clip_har_jax.models.heads import make_head
-
-        if self.actions.head == "cosine":
-            embeddings, scale = classes
-            return scale * features.image @ embeddings.T
-        return make_head(self.actions.head, classes)(features) / self.actions.temperature
-
     def _trace(self, shape: tuple[int, ...]) -> Any:
         import jax
         from jax import export
 
-        from clip_har_jax.models.heads import HEADS, image_features
-        from clip_har_jax.models.two_towers import normalize_images
-
-        restore, answer, head = self._restore, self._answer, self.actions.head
-        mean, std = self.preprocess.mean, self.preprocess.std
-        needs_patches = head in HEADS and HEADS[head][0].needs_patches
-
-        def forward(params: Mapping[str, Any], classes: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-            features = image_features(restore(params), normalize_images(images, mean, std), needs_patches)
-            logits = answer(features, classes)
-            return logits, jax.nn.softmax(logits), features.image
-
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._image_params, self._classes))
-        return export.export(jax.jit(forward))(*shapes, jax.ShapeDtypeStruct(shape, np.uint8))
+        forward = jax_programs.make_forward(self._restore, self.actions, self.preprocess)
+        return export.export(forward)(*shapes, jax.ShapeDtypeStruct(shape, np.uint8))
 
     @cached_property
     def _explain(self) -> Callable[..., Any]:
-        import jax
-
-        from clip_har_jax.models.explain import heat_map, patch_embeds
-        from clip_har_jax.models.two_towers import normalize_images
-
-        restore, mean, std = self._restore, self.preprocess.mean, self.preprocess.std
-
-        def explain(params: Mapping[str, Any], classes: jax.Array, images: jax.Array) -> jax.Array:
-            model, pixels = restore(params), normalize_images(images, mean, std)
-            return heat_map(patch_embeds(model, pixels), classes)
-
-        return jax.jit(explain)
+        return jax_programs.make_explain(self._restore, self.preprocess)
 
     @cached_property
     def _encode_text(self) -> Callable[..., Any]:
-        import jax
+        return jax_programs.make_encode_text(self._restore)
 
-        restore = self._restore
-        return jax.jit(lambda params, ids: restore(params).encode_text(ids))
+    @cached_property
+    def _pool(self) -> Callable[..., Any]:
+        return jax_programs.make_pool(self._restore, self.actions)
 
     def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "p t"]:
         """Return token ids, padded to the model's context length."""
@@ -304,27 +265,10 @@ class JaxBackend:
     @cached_property
     def takes_frames(self) -> bool:
         """Return whether the frames of a clip can be encoded one by one."""
-        from clip_har_jax.models.heads import HEADS
         from clip_har_jax.models.pretrained import read_config
         from clip_har_jax.models.temporal import IN_BLOCKS
 
-        needs_patches = self.actions.head in HEADS and HEADS[self.actions.head][0].needs_patches
-        return read_config(self.path).temporal not in IN_BLOCKS and not needs_patches
-
-    @cached_property
-    def _pool(self) -> Callable[..., Any]:
-        import jax
-
-        from clip_har_jax.models.heads import Features
-
-        restore, answer = self._restore, self._answer
-
-        def pool(params: Mapping[str, Any], classes: Any, frames: jax.Array) -> tuple[jax.Array, ...]:
-            features = Features(restore(params).pool_frames(frames), None, frames)
-            logits = answer(features, classes)
-            return logits, jax.nn.softmax(logits), features.image
-
-        return jax.jit(pool)
+        return read_config(self.path).temporal not in IN_BLOCKS and not jax_programs.needs_patches(self.actions.head)
 
     def embed_frames(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n d"]:
         """Return the features of single frames, the input of `frame_logits`; requires `takes_frames`."""

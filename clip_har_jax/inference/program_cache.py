@@ -19,13 +19,9 @@ from clip_har_jax.files import sha256, sha256_file, write_bytes
 
 MAX_ENTRIES = 100
 _DIGEST_BYTES = 64  # of hex digits before a program
-_CODE = (
-    "inference/jax_backend.py",
-    "inference/program_cache.py",
-    "models/*.py",
-    "text.py",
-    "preprocess.py",
-    "patches.py",
+_CODE = (  # files that set what a program computes, or the tokens of a text
+    *("inference/jax_*.py", "inference/program_cache.py", "models/*.py"),
+    *("patches.py", "preprocess.py", "text.py", "tokenization.py"),
 )
 
 
