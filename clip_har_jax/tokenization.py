@@ -10,7 +10,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -121,7 +121,7 @@ class CheckedTokenizer:
     """A tokenizer whose ids are compared with the vocabulary of its model, which would take larger ones for its last.
 
     Args:
-      tokenizer: it.
+      tokenizer: gives the ids.
       vocab_size: of the model.
       where: the folder of both, for messages.
     """
@@ -163,12 +163,11 @@ class NoTokenizer:
     def __init__(self, where: str):
         self._where = where
 
-    def __call__(self, texts: Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, texts: Sequence[str], context_length: int) -> NoReturn:
         """Refuse the texts."""
         self.words("")
-        raise AssertionError
 
-    def words(self, text: str) -> list[int]:
+    def words(self, text: str) -> NoReturn:
         """Refuse the text."""
         raise UserError(
             f"{self._where}: an image tower alone, which knows no texts; train a linear head for its classes "

@@ -86,9 +86,10 @@ def open_model(path: str, classes: Sequence[str] = (), clips: bool = False) -> O
       UserError: an incomplete model, a changed file, or no classes.
     """
     backend = JaxBackend(path, classes)
-    if read_config(backend.path).vision.any_aspect:
+    config = read_config(backend.path)
+    if config.vision.any_aspect:
         raise UserError(f"{path}: a NaFlex model; exports take square images, so use a SigLIP of fixed resolution")
-    if not read_config(backend.path).has_texts:
+    if not config.has_texts:
         raise UserError(f"{path}: an image tower alone; exports have a text encoder, so use a model with a text tower")
     actions = replace(backend.actions, preprocess_version=PREPROCESS_VERSION)
     logit_scale = backend.scale * actions.temperature
@@ -97,7 +98,7 @@ def open_model(path: str, classes: Sequence[str] = (), clips: bool = False) -> O
     else:
         head, params = "linear", init_head("linear", backend.class_embeddings, logit_scale, seed=0)
     sampling = clip_sampling(actions)
-    is_temporal = HEADS[head][0].of_clips or read_config(backend.path).temporal != "mean"
+    is_temporal = HEADS[head][0].of_clips or config.temporal != "mean"
     of_clips = is_temporal or bool(actions.video)
     shape = ClipShape(sampling.num_frames, of_clips or clips)
     return OpenedModel(

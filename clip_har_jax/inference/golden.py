@@ -60,6 +60,7 @@ def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBacken
     images = np.stack([evaluation_transform(picture, model.preprocess) for picture in pictures])
     texts = [text for label in model.labels for text in model.actions.prompts[label]][:TEXTS]
     logits, _, image_embeds = model.outputs(images)
+    explained = logits.argmax(axis=1).tolist()
     # Each picture is repeated for some frames, so that the clip moves and differs from its reverse.
     forwards = np.arange(num_frames) * len(images) // num_frames
     clips = np.stack([forwards, forwards[::-1]])
@@ -70,7 +71,7 @@ def write(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"], model: JaxBacken
         image_embeds=image_embeds,
         texts=np.asarray(texts, np.str_),
         text_embeds=model.embed_texts(model.tokenize(texts)),
-        heat_maps=model.explain(images, explained := logits.argmax(axis=1).tolist()),
+        heat_maps=model.explain(images, explained),
         explained=explained,
         clips=clips,
         clip_logits=model.logits(images[clips]),

@@ -23,6 +23,7 @@ _CODE = (  # files that set what a program computes, or the tokens of a text
     *("inference/jax_*.py", "inference/program_cache.py", "models/*.py"),
     *("patches.py", "preprocess.py", "text.py", "tokenization.py"),
 )
+_CONTENTS = ("safetensors", "msgpack", "bin", "json", "txt", "model")  # endings of weights, settings and tokenizers
 
 
 class KeptEntry:
@@ -88,10 +89,10 @@ def _make_room(folder: Path) -> None:
 
 
 def model_folder_digest(folder: Path, sealed: str | None) -> str:
-    """Return the digest of a model folder: that of its seal, else one over its model files."""
+    """Return the digest of a model folder: that of its seal, else one over its files of weights and settings."""
     if sealed is not None:
         return sealed
-    files = [path for ending in ("safetensors", "json", "txt", "msgpack") for path in folder.glob(f"*.{ending}")]
+    files = [path for ending in _CONTENTS for path in folder.glob(f"*.{ending}")]
     return sha256(f"{path.name} {sha256_file(path)}\n" for path in sorted(files))
 
 

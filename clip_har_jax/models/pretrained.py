@@ -66,10 +66,11 @@ def read_config(folder: Path) -> TwoTowerConfig:
 
 def _instead(folder: Path) -> str:
     """Return the advice for a folder without a model; the output of `transformers.Trainer` has its models below it."""
-    below = [path.parent.name for path in folder.glob("checkpoint-*/*config.json")]
-    steps = sorted({name for name in below if name.split("-")[-1].isdecimal()}, key=lambda name: int(name[11:]))
+    below = (path.parent.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*/*config.json"))
+    steps = [int(step) for step in below if step.isdecimal()]
     if steps:
-        return f"it holds the checkpoints of a training; name one of them, such as {folder / steps[-1]}"
+        last = folder / f"checkpoint-{max(steps)}"
+        return f"it holds the checkpoints of a training; name one of them, such as {last}"
     return "a model folder in the Hugging Face layout or open_clip's is needed"
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class _Joined:
     num_broadcasts: int = 0
     num_gathers: int = 0
     asked_to_stop: bool = False
+    last_step: int = 0
+    stopped: bool = False
 
 
 _joined = _Joined()
@@ -128,8 +131,9 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the values of all processes, in their order, on process 0, and only the own value on others: small JSON
-    data. All processes call it, in the same order.
+    """Return the values of all processes, in their order, on process 0; on the others, only their own.
+
+    They are small JSON data. All processes call it, in the same order.
 
     Raises:
       RuntimeError: a process doesn't call it within the barrier timeout of `join`.
@@ -223,7 +227,9 @@ def agree_to_stop(step: int, requested: bool) -> bool:
         _joined.asked_to_stop = True
         now = datetime.now(UTC).isoformat()
         client.key_value_set(_PREEMPTION_NOTICE, now, allow_overwrite=True)
-    return multihost_utils.reached_preemption_sync_point(step)
+    _joined.last_step = step
+    _joined.stopped = multihost_utils.reached_preemption_sync_point(step)
+    return _joined.stopped
 
 
 def _check_count(group: rendezvous.Group) -> None:
@@ -242,14 +248,35 @@ def _check_count(group: rendezvous.Group) -> None:
 def _leave_together(where: str, timeout_s: float) -> None:
     """Wait for all processes, then shut JAX's coordination service down.
 
-    Without the barrier, a process that is asked to stop in its last step would wait for the agreement of processes
-    whose preemption service is already down.
-
     Raises:
       RuntimeError: not all processes arrived in time.
     """
     barrier(where, timeout_s)
+    _finish_agreement(timeout_s)
+    barrier(f"{where}, agreed", timeout_s)
     jax.distributed.shutdown()
+
+
+def _finish_agreement(timeout_s: float) -> None:
+    """Take part in the agreement on a stop that was requested in the last steps, until it ends.
+
+    JAX agrees in a thread of each process, which needs all of them. Its shutdown waits for that thread: a process that
+    shut down during the agreement would wait for the others, and they for it.
+
+    Raises:
+      RuntimeError: there is no agreement in time.
+    """
+    client, deadline = coordination_client(), time.monotonic() + timeout_s
+    assert client is not None
+    try:
+        client.key_value_try_get(_PREEMPTION_NOTICE)
+    except jax.errors.JaxRuntimeError:  # not found: nobody requested a stop
+        return
+    while not _joined.stopped:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the processes didn't agree where to stop within {timeout_s:g} s; see their logs")
+        time.sleep(0.01)
+        agree_to_stop(_joined.last_step + 1, False)
 
 
 def _leave_at_once(exit_code: int) -> None:

@@ -87,6 +87,15 @@ def test_other_weights_are_another_entry(folder: Path, sealed: bool) -> None:
     assert loaded and second != first
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "open_clip_pytorch_model.bin", "spiece.model"])
+def test_other_pickles_and_pieces_are_another_entry(name: str, tmp_path: Path) -> None:
+    digests = []
+    for content in (b"first", b"second"):
+        (tmp_path / name).write_bytes(content)
+        digests.append(program_cache.model_folder_digest(tmp_path, None))
+    assert digests[0] != digests[1]
+
+
 @pytest.mark.parametrize("head", ["mlp", "cross_attention"])
 def test_heads_are_kept_too(folder: Path, tmp_path: Path, head: str) -> None:
     model = write_heads(folder, tmp_path / "heads")[head]

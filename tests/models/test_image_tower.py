@@ -119,6 +119,8 @@ def test_methods_that_start_from_texts_are_refused(method: str, folder: Path, tm
 
 def test_a_folder_of_checkpoints_names_one(tmp_path: Path) -> None:
     """The output folder of `transformers.Trainer`: the models are in its folders, beside the optimiser's files."""
+    (tmp_path / "checkpoint-of-1").mkdir()  # a person's own
+    (tmp_path / "checkpoint-of-1" / "config.json").write_text("{}")
     for step in (500, 1500, 1000):
         shutil.copytree(GOLDEN / "quick_gelu", tmp_path / f"checkpoint-{step}")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"):

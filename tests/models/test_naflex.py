@@ -68,7 +68,7 @@ def test_outputs_equal_hugging_face(name: str) -> None:
     output = model(**inputs)
     for key in OUTPUTS:
         assert_close(getattr(output, key), golden()[f"{name}|{key}"])
-    if name == "tiny":  # packed patches are the same images
+    if name == "tiny":  # the mask follows from the shapes
         without_mask = inputs | {"pixel_attention_mask": None}
         assert_close(model(**without_mask).image_embeds, golden()[f"{name}|image_embeds"])
         with pytest.raises(UserError, match="needs spatial_shapes"):

@@ -41,7 +41,12 @@ def start_launcher(*command, flags=("--processes=2", "--devices_per_process=2"))
 
 
 def finish(process, timeout_s=60):
-    stdout, stderr = process.communicate(timeout=timeout_s)
+    with process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher ends its processes
+            raise
     return process.returncode, stdout, stderr
 
 
