@@ -10,7 +10,7 @@ class Batch(NamedTuple):
     """
 
     image: Any  # uint8 [b, height, width, 3]; of clips [b, frames, ...], of several views of clips [b, views, ...]
-    label: Any  # int32 [b]
+    label: Any  # int32 [b]; of multi-label data uint8 [b, classes], 1 for each label of the image
     mask: Any  # float32 [b]: 1 counts, 0 does not
     index: Any  # int32 [b]: position in the source, -1 for padding
 

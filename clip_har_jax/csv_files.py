@@ -10,12 +10,13 @@ from typing import NamedTuple, TextIO
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.listing import Tally, note_labels, spellings
-from clip_har_jax.names import check_text, clean_name, name_key
+from clip_har_jax.names import SEPARATOR, check_text, clean_name, name_key, sort_labels, split_labels
 from clip_har_jax.specs import Spec
 
 COLUMNS = ("filename", "label")
 DELIMITERS = (",", ";", "\t")  # spreadsheets write semicolons where a comma is the decimal point
 SHOWN_LINES = 3
+MULTI_LABEL = "--multi_label of prepare_data.py"  # which allows several labels of an image
 
 
 class Row(NamedTuple):
@@ -47,6 +48,35 @@ def list_csv(spec: Spec, tally: Tally | None = None) -> list[tuple[Path, str]]:
     files = _once_each(path, rows, found, tally)
     tally.kept = len(files)
     note_labels(tally, [label for _, label in files])
+    if joined := sorted({label for _, label in files if SEPARATOR in label}):
+        tally.notes.append(
+            f"label {joined[0]!r} counts as one class; if {SEPARATOR!r} divides the labels of an image, use "
+            f"{MULTI_LABEL}"
+        )
+    return files
+
+
+def list_csv_sets(spec: Spec, tally: Tally) -> list[tuple[Path, tuple[str, ...]]]:
+    """Return the (file, labels) pairs of a CSV whose labels are joined by `|`, in the order of the files' first rows.
+
+    An empty cell means no label. Rows of one file add up. Otherwise as `list_csv`.
+
+    Raises:
+      UserError: not a table with these columns, rows that don't match the header, no filename, an empty label between
+        two `|`, or missing files; names the lines.
+    """
+    with _table(spec) as path:
+        rows = [Row(line, cells["filename"], cells["label"]) for line, cells in read_table(path, COLUMNS)]
+        if blank := [row.line for row in rows if not row.filename]:
+            raise UserError(f"{path}: line {blank[0]} has no filename ({len(blank)} such lines); fill it in")
+        found = _find_files(path, spec, rows, tally)
+    sets: dict[str, tuple[Path, list[str]]] = {}  # by resolved path: one file can be written in two ways
+    for row, file in zip(rows, found, strict=True):
+        own = split_labels(row.label, f"{path}, line {row.line}")
+        sets.setdefault(os.path.realpath(file), (file, []))[1].extend(own)
+    files = [(file, sort_labels(own)) for file, own in sets.values()]
+    tally.kept = len(files)
+    note_labels(tally, [label for _, own in files for label in own])
     return files
 
 
@@ -223,7 +253,7 @@ def _once_each(path: Path, rows: Sequence[Row], found: Sequence[Path], tally: Ta
         if earlier.label != row.label:
             raise UserError(
                 f"{path}: {row.filename!r} is {earlier.label!r} in line {earlier.line} and {row.label!r} in line "
-                f"{row.line}; an image has one label, so keep one of the lines"
+                f"{row.line}; an image has one label, so keep one of the lines, or use {MULTI_LABEL}"
             )
         if earlier is not row:
             repeated.append(row.line)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from clip_har_jax.errors import UserError, nearest
 
+SEPARATOR = "|"  # between the labels of one image
 NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?(?:e([+-]?[0-9]{1,3}))?")
 # Dashes and apostrophes that look the same, and those that word processors write instead
@@ -146,3 +147,26 @@ def label_ids(names: Sequence[str], labels: Sequence[str], where: str) -> list[i
             f"{nearest(unknown[0], list(labels))}"
         )
     return [ids[name] for name in names]
+
+
+def split_labels(text: str, where: str) -> tuple[str, ...]:
+    """Return the labels of an image from a text such as `run|wave`, in natural order; none for a blank text.
+
+    Args:
+      text: labels joined by `|`.
+      where: the file and line that an error names.
+
+    Raises:
+      UserError: nothing between two `|`, or a label that `clean_name` refuses.
+    """
+    if not text.strip():
+        return ()
+    parts = text.split(SEPARATOR)
+    if not all(part.strip() for part in parts):
+        raise UserError(f"{where}: the labels {text!r} hold an empty one; write e.g. run{SEPARATOR}wave")
+    return sort_labels(clean_name(part, where) for part in parts)
+
+
+def join_labels(labels: Iterable[str]) -> str:
+    """Return the labels of an image as one text, in natural order; equal sets give equal texts."""
+    return SEPARATOR.join(sort_labels(labels))

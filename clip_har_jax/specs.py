@@ -19,9 +19,9 @@ KINDS = {
     "tfds": ("NAME", ("split", "data_dir")),
     "hf": ("OWNER/NAME", ("split",)),
     "webdataset": ("PATTERN", ("caption", "weight")),
-    "parquet": ("PATTERN", ("image", "caption", "images", "weight")),
+    "parquet": ("PATTERN", ("image", "caption", "label", "images", "weight")),
 }
-PAIRS = ("webdataset", "parquet")  # kinds whose examples are image-text pairs, without classes
+PAIRS = ("webdataset", "parquet")  # kinds whose examples are image-text pairs, unless an option names a label
 FLAGS = ("reversed", "untrimmed")  # options that are said without a value
 CLIPS = ("motion", "video")  # kinds whose examples are video clips
 

@@ -25,7 +25,9 @@ def main() -> None:
 
     names = ("test", "seed", "cache_px", "model", "reference", "tfds_dir", "max_bad_fraction", "num_workers")
     shares = Shares(arguments.val_fraction, arguments.test_fraction)
-    options = PrepareOptions(shares=shares, **{name: getattr(arguments, name) for name in names})
+    options = PrepareOptions(
+        shares=shares, multi_label=arguments.multi_label, **{name: getattr(arguments, name) for name in names}
+    )
     prepared = prepare_data(arguments.data, arguments.output, options)
     print_prepared(prepared, arguments.output)
 
@@ -78,6 +80,12 @@ def _parse() -> argparse.Namespace:
     )
     cli.add_max_bad_fraction(parser, 0.01)
     add("--num_workers", type=int, metavar="N", help="processes, by default one per core, e.g. --num_workers=4")
+    add(
+        "--multi_label",
+        action="store_true",
+        help="images with any number of labels: joined by | in a csv, lists in parquet:FILE?label=COLUMN, or one "
+        "file in several class folders; e.g. --data=csv:train.csv --multi_label",
+    )
     return parser.parse_args()
 
 

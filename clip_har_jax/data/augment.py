@@ -1,6 +1,7 @@
 """Training transforms of uint8 images; each is a pure function of its image and generator."""
 
 import math
+from collections.abc import Collection
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ def augment(
     preprocess: Preprocess,
     config: AugmentConfig,
     rng: np.random.Generator,
-    label: str = "",
+    labels: Collection[str] = (),
     max_megapixels: float = DataConfig.max_megapixels,
 ) -> UInt8[np.ndarray, "a b 3"]:
     """Return a random resized crop (Szegedy et al. 2015), a flip and the other transforms of the config, in this order.
@@ -27,7 +28,7 @@ def augment(
       preprocess: gives the size and the form of the result.
       config: the transforms and their strengths.
       rng: the generator of the example in its epoch.
-      label: the example's class; the config can exclude classes from mirroring.
+      labels: of the example; the config can exclude classes from mirroring.
       max_megapixels: larger encoded images are refused.
 
     Raises:
@@ -40,7 +41,7 @@ def augment(
         box = _random_box(source.height, source.width, config.crop_scale_min, rng)
     flip = rng.random() < 0.5
     result = source.take(box, preprocess.target_size(box[3] - box[1], box[2] - box[0]))
-    if flip and config.flip and label not in config.no_flip_labels:
+    if flip and config.flip and set(config.no_flip_labels).isdisjoint(labels):
         result = cv2.flip(result, 1)
     if config.randaugment_operations:
         result = randaugment(result, config.randaugment_operations, config.randaugment_magnitude, rng)

@@ -48,6 +48,7 @@ class BatchSource:
         self.source, self.config, self.preprocess, self.seed = source, config, preprocess, seed
         self.global_batch_size, self.rows, self.first_example = global_batch_size, rows, first_example
         self._clips = source.clips
+        self._no_label: int | np.ndarray = 0 if source.targets is None else np.zeros(len(source.labels), bool)
         self._order = None if seed is None else Order(source, config.sampling, seed)
 
     def __len__(self) -> int:
@@ -68,20 +69,23 @@ class BatchSource:
         first, last = (self.first_example + step * self.global_batch_size + row for row in self.rows)
         loaded = each(self._load, range(first, last), images)
         labels, mask, index, errors = zip(*loaded, strict=True)
-        batch = Batch(images, np.asarray(labels, np.int32), np.asarray(mask, np.float32), np.asarray(index, np.int32))
+        kind = np.int32 if self.source.targets is None else np.uint8
+        batch = Batch(images, np.asarray(labels, kind), np.asarray(mask, np.float32), np.asarray(index, np.int32))
         return HostBatch(batch, tuple(error for error in errors if error is not None))
 
-    def _load(self, position: int, image: UInt8[np.ndarray, "..."]) -> tuple[int, float, int, BadInput | None]:
+    def _load(
+        self, position: int, image: UInt8[np.ndarray, "..."]
+    ) -> tuple[int | np.ndarray, float, int, BadInput | None]:
         """Write an example into `image`, or zeros if there is none; return its label, mask, index and error."""
         if self._order is None and position >= len(self.source):
             image.fill(0)
-            return 0, 0.0, -1, None
+            return self._no_label, 0.0, -1, None
         index, key = (position, ()) if self._order is None else self._order[position]
-        label, name = int(self.source.label_ids[index]), ""
+        label, name = self.source.label_of(index), ""
         try:
             example = self.source[index]
             name = example.name
-            image[...] = self._transform(example, key)
+            image[...] = self._transform(example, index, key)
             return label, 1.0, index, None
         except BadImage as error:
             name, reason = name or self.source.name(index), str(error)
@@ -99,7 +103,7 @@ class BatchSource:
         views = (video.num_views,) if video.num_views > 1 and self.seed is None else ()
         return (*views, video.num_frames, *image) if self._clips else image
 
-    def _read_frames(self, clip: ClipData, label: str, key: tuple[int, ...]) -> np.ndarray:
+    def _read_frames(self, clip: ClipData, labels: tuple[str, ...], key: tuple[int, ...]) -> np.ndarray:
         """Return the frames of a clip, all transformed in the same way."""
         config, video = self.config, self.config.video
         sampling = FrameSampling(video.num_frames, video.sampling, video.rate_hz, video.num_views)
@@ -107,7 +111,7 @@ class BatchSource:
         def each(image: np.ndarray) -> np.ndarray:
             if not key:
                 return evaluation_transform(image, self.preprocess)
-            return augment(image, self.preprocess, config.augment, np.random.default_rng(key), label)
+            return augment(image, self.preprocess, config.augment, np.random.default_rng(key), labels)
 
         rng = np.random.default_rng((*key, 1)) if key else None
         views = range(1 if key else video.num_views)
@@ -115,14 +119,13 @@ class BatchSource:
         frames = np.stack([np.stack(view.frames) for view in read])
         return frames.reshape(self._example_shape())
 
-    def _transform(self, example: Example, key: tuple[int, ...]) -> np.ndarray:
-        image, config = example.data, self.config
+    def _transform(self, example: Example, index: int, key: tuple[int, ...]) -> np.ndarray:
+        image, config, labels = example.data, self.config, self.source.names_of(index)
         if isinstance(image, ClipData):
-            return self._read_frames(image, self.source.labels[example.label], key)
+            return self._read_frames(image, labels, key)
         if key:
             rng = np.random.default_rng(key)
-            label = self.source.labels[example.label]
-            return augment(image, self.preprocess, config.augment, rng, label, config.max_megapixels)
+            return augment(image, self.preprocess, config.augment, rng, labels, config.max_megapixels)
         if isinstance(image, bytes):
             image = decode(image, config.max_megapixels)
         return evaluation_transform(image, self.preprocess)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import atomic, sha256
-from clip_har_jax.names import sort_labels
+from clip_har_jax.names import sort_labels, split_labels
 from clip_har_jax.specs import Spec, find_split
 
 FORMAT = 1
@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
     {
         "path": pa.string(),  # relative to the root, with forward slashes
         "sha256": pa.string(),
-        "label": pa.string(),
+        "label": pa.string(),  # of multi-label data, the labels joined by |; "" for none
         "group": pa.int32(),  # near duplicates have the same number
         "split": pa.string(),  # train, val, test, or excluded
         "weight": pa.float32(),  # weight in weighted sampling; may be edited
@@ -63,8 +63,17 @@ class Manifest:
         """Return whether the files are videos."""
         return bool(self.about.get("clips", False))
 
+    @property
+    def multi_label(self) -> bool:
+        """Return whether an image has any number of labels."""
+        return bool(self.about.get("multi_label", False))
+
     def column(self, name: str) -> list[Any]:
         return self.table.column(name).to_pylist()
+
+    def label_sets(self) -> list[tuple[str, ...]]:
+        """Return the labels of each row: one, or any number in multi-label data."""
+        return label_sets(_shared(self.table.column("label")), self.multi_label)
 
 
 def _promises(table: pa.Table) -> Iterator[str]:
@@ -140,11 +149,12 @@ class SplitRows:
     split: str
     labels: tuple[str, ...]  # over the whole manifest
     paths: list[str]
-    names: list[str]  # label of each
+    sets: list[tuple[str, ...]]  # labels of each: one, or any number in multi-label data
     sha256: list[str]
     weights: np.ndarray  # float32
     digest: str  # of the manifest
     clips: bool  # whether the files are videos
+    multi_label: bool
 
 
 def read_split(spec: Spec, split: str) -> SplitRows:
@@ -163,16 +173,24 @@ def read_split(spec: Spec, split: str) -> SplitRows:
     paths = [os.path.join(manifest.root, name) for name in rows.column("path").to_pylist()]
     if "cache" not in spec.options:  # the records were made when the files existed
         _check_files(path, paths, rows.column("bytes").to_pylist(), manifest.root)
+    texts = pc.unique(manifest.table.column("label")).to_pylist()
     return SplitRows(
         found,
-        sort_labels(pc.unique(manifest.table.column("label")).to_pylist()),
+        sort_labels(name for own in label_sets(texts, manifest.multi_label) for name in own),
         paths,
-        _shared(rows.column("label")),
+        label_sets(_shared(rows.column("label")), manifest.multi_label),
         rows.column("sha256").to_pylist(),
         rows.column("weight").to_numpy(),
         manifest.digest,
         manifest.clips,
+        manifest.multi_label,
     )
+
+
+def label_sets(texts: Sequence[str], multi_label: bool) -> list[tuple[str, ...]]:
+    """Return the labels that each text of a manifest's column `label` means; equal texts share one tuple."""
+    meant = {text: split_labels(text, "manifest") if multi_label else (text,) for text in set(texts)}
+    return [meant[text] for text in texts]
 
 
 def _shared(column: pa.ChunkedArray) -> list[str]:

@@ -35,7 +35,7 @@ class PairTransform:
         """
         if key:
             rng = np.random.default_rng(key)
-            return augment(image, self.preprocess, self.config.augment, rng, "", self.config.max_megapixels)
+            return augment(image, self.preprocess, self.config.augment, rng, (), self.config.max_megapixels)
         return evaluation_transform(decode(image, self.config.max_megapixels), self.preprocess)
 
     def load(self, found: Found | None, key: tuple[int, ...], image: UInt8[np.ndarray, "..."]) -> tuple[str, str, str]:

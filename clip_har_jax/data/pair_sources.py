@@ -75,7 +75,7 @@ def has_pairs(text: str) -> bool:
     """
     spec = parse_spec(BOUNDARY.split(text)[0])
     if spec.kind != "csv":
-        return spec.kind in PAIRS
+        return spec.kind in PAIRS and "label" not in spec.options
     return "caption" in spec.options or (has_column(spec.path, "caption") and not has_column(spec.path, "label"))
 
 

@@ -1,6 +1,7 @@
-"""One pass over a data set: checksum, measurements and signatures of each image or clip; groups of copies."""
+"""One pass over a data set: checksums, measurements, signatures and groups of copies; the files of its manifest."""
 
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,13 @@ from clip_har_jax.data.duplicates import (
     group,
     make_signature,
 )
-from clip_har_jax.data.examples import ClipFile, Source
+from clip_har_jax.data.examples import ClipFile, Source, make_targets
 from clip_har_jax.data.quality import Facts, measure
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import sha256, sha256_file
 from clip_har_jax.image_files import BadImage, decode
-from clip_har_jax.names import label_ids, sort_labels
+from clip_har_jax.image_formats import sniff
+from clip_har_jax.names import join_labels, label_ids, sort_labels
 from clip_har_jax.video.clips import read_clip
 from clip_har_jax.video.sampling import FrameSampling
 
@@ -47,6 +49,11 @@ class Scanned(NamedTuple):
 class Pooled:
     """Several sources, one after the other, with the union of their labels.
 
+    Attributes:
+      labels: the classes; in multi-label data the sets of labels that occur, each as one text.
+      label_ids: [n], the position in `labels` of each example, so that it says whether two examples are labelled alike.
+      targets: [n, c], the labels of each example in multi-label data; None: one label each.
+
     Raises:
       UserError: images mixed with clips, or drawn clips.
     """
@@ -59,7 +66,11 @@ class Pooled:
         self.clips = kinds.pop()
         for source in sources:
             refuse_drawn_clips(source)
-        names = [source.labels[i] for source in sources for i in source.label_ids]
+        sets = [source.names_of(i) for source in sources for i in range(len(source))]
+        self.targets = None
+        if sources[0].targets is not None:
+            self.targets = make_targets(sets, sort_labels(name for own in sets for name in own), "--data")
+        names = list(map(join_labels, sets))
         self.labels = sort_labels(names)
         self.label_ids = np.asarray(label_ids(names, self.labels, "--data"), np.int32)
         self.given = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
@@ -188,3 +199,25 @@ def find_groups(
         (first.setdefault(name, i), i) for i, name in enumerate(recordings) if name is not None and not conflicting[i]
     ]
     return copies, group(len(label_ids), [*((a, b) for a, b, _ in pairs), *links])
+
+
+def place_files(
+    source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], output: Path
+) -> tuple[list[str], Path]:
+    """Return the files' paths below a common folder, and that folder; write images without files to images/."""
+    files = [source.path(i) for i in kept]
+    if any(file is None for file in files):
+        folder = output / "images"
+        folder.mkdir(exist_ok=True)
+        names = []
+        for i, one in zip(kept, scanned, strict=True):
+            data, _ = source.read(i)
+            assert isinstance(data, bytes), "clips have files"
+            found = sniff(data)
+            name = f"images/{one.sha256[:16]}-{i:07d}{'.img' if found is None else found.suffixes[0]}"
+            (output / name).write_bytes(data)
+            names.append(name)
+        return names, output.resolve()
+    absolute = [Path(file).absolute() for file in files if file is not None]
+    root = Path(os.path.commonpath([path.parent for path in absolute]))
+    return [path.relative_to(root).as_posix() for path in absolute], root

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_har_jax.csv_files import has_times, list_csv
+from clip_har_jax.csv_files import MULTI_LABEL, has_times, list_csv
 from clip_har_jax.data import motion, synthetic
 from clip_har_jax.data.cache import CachedRecords
-from clip_har_jax.data.examples import ClipFile, Example, MotionClip, Source, fingerprint_of
+from clip_har_jax.data.examples import ClipFile, Example, MotionClip, Source, fingerprint_of, make_targets
 from clip_har_jax.data.manifest import lists_clips, read_split
-from clip_har_jax.data.tables import hf_source, tfds_source
+from clip_har_jax.data.tables import hf_source, parquet_source, tfds_source
 from clip_har_jax.data.windows import window_source
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import sha256
@@ -52,7 +52,7 @@ class FileSource(Source):
 
     def __getitem__(self, i: int) -> Example:
         with open(self.paths[i], "rb", buffering=0) as file:
-            return Example(file.read(), int(self.label_ids[i]), self.paths[i])
+            return Example(file.read(), self.label_of(i), self.paths[i])
 
     def path(self, i: int) -> str:
         return self.paths[i]
@@ -96,10 +96,15 @@ class VideoSource(FileSource):
 class ManifestSource(FileSource):
     """A split of a manifest: its files, checked when they are read, or its cached images."""
 
-    def __init__(self, spec: Spec, split: str, labels: Sequence[str]):
+    def __init__(self, spec: Spec, split: str, labels: Sequence[str], multi_label: bool = False):
         rows = read_split(spec, split)
         self.labels = tuple(labels) or rows.labels
-        self.label_ids = np.asarray(label_ids(rows.names, self.labels, str(spec)), np.int32)
+        if multi_label:
+            self.targets = make_targets(rows.sets, self.labels, str(spec))
+        elif rows.multi_label:
+            raise UserError(f"{spec}: its images have several labels each; set {MULTI_LABEL}")
+        else:
+            self.label_ids = np.asarray(label_ids([name for (name,) in rows.sets], self.labels, str(spec)), np.int32)
         self.paths, self.sha256, self.weights, self.clips = rows.paths, rows.sha256, rows.weights, rows.clips
         self.manifest_sha256, self.tally = rows.digest, Tally(len(rows.paths))
         cache = spec.options.get("cache")
@@ -109,7 +114,7 @@ class ManifestSource(FileSource):
 
     def __getitem__(self, i: int) -> Example:
         if self.records is not None:
-            return Example(self.records[i], int(self.label_ids[i]), self.paths[i])
+            return Example(self.records[i], self.label_of(i), self.paths[i])
         example = super().__getitem__(i)
         assert isinstance(example.data, bytes)
         if sha256(example.data) != self.sha256[i]:
@@ -173,7 +178,11 @@ class SubsetSource(Source):
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices = source, indices
-        self.labels, self.label_ids = source.labels, source.label_ids[indices]
+        self.labels = source.labels
+        if source.targets is None:
+            self.label_ids = source.label_ids[indices]
+        else:
+            self.targets = source.targets[indices]
         self.fingerprint = fingerprint_of(source.fingerprint, indices.tobytes())
         self.weights = None if source.weights is None else source.weights[indices]
         self.clips, self.manifest_sha256, self.tally = source.clips, source.manifest_sha256, source.tally
@@ -217,8 +226,9 @@ def make_source(text: str, default_split: str, labels: Sequence[str] = (), *, se
         "video": _videos,
         "tfds": tfds_source,
         "hf": hf_source,
+        "parquet": lambda spec, split, labels: parquet_source(spec, labels),
     }
-    if spec.kind in PAIRS:
+    if spec.kind in PAIRS and "label" not in spec.options:
         raise UserError(
             f"{spec}: image-text pairs have no classes, which are needed here; name labelled images, e.g. folder:PATH"
         )

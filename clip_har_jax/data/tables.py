@@ -1,4 +1,4 @@
-"""Data sets of other providers: TFDS (without TensorFlow) and Hugging Face."""
+"""Data sets of other providers: TFDS (without TensorFlow), Hugging Face, and labelled images in Parquet files."""
 
 import importlib
 import sys
@@ -9,45 +9,51 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax import remote
-from clip_har_jax.data.examples import Example, Source, fingerprint_of
-from clip_har_jax.errors import UserError
-from clip_har_jax.names import label_ids
+from clip_har_jax.csv_files import MULTI_LABEL
+from clip_har_jax.data.examples import Example, Source, fingerprint_of, make_targets
+from clip_har_jax.data.shards import list_shards
+from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.names import clean_name, label_ids, sort_labels, split_labels
 from clip_har_jax.specs import Spec, find_split
 
 
 class TableSource(Source):
-    """Rows of a prepared data set (TFDS, Hugging Face) with encoded images.
+    """Rows of a table (TFDS, Hugging Face, Parquet) with encoded images.
 
     Args:
       read: row number -> encoded image; opens its files at first use, so that it can be sent to a worker.
-      names: the data set's class names.
-      ids: the class of each row, an index into `names`.
-      labels: the classes and their order; empty: `names`.
+      sets: the labels of each row: one, or any number in multi-label data.
+      labels: the classes and their order.
       where: the data set's name in messages.
       identity: distinguishes this version of the data set from others.
+      multi_label: whether a row has any number of labels.
     """
 
     def __init__(
         self,
         read: Callable[[int], bytes],
-        names: Sequence[str],
-        ids: Sequence[int],
+        sets: Sequence[tuple[str, ...]],
         labels: Sequence[str],
         where: str,
         identity: str,
+        multi_label: bool = False,
     ):
-        self.labels = tuple(labels) or tuple(names)
-        self.label_ids = np.asarray(label_ids([names[i] for i in ids], self.labels, where), np.int32)
-        self.fingerprint = fingerprint_of(where, identity, self.labels, self.label_ids.tobytes())
+        self.labels, self._size = tuple(labels), len(sets)
+        if multi_label:
+            self.targets = make_targets(sets, self.labels, where)
+        else:
+            self.label_ids = np.asarray(label_ids([name for (name,) in sets], self.labels, where), np.int32)
+        held = self.label_ids if self.targets is None else self.targets
+        self.fingerprint = fingerprint_of(where, identity, self.labels, held.tobytes())
         self.read, self.where = read, where
 
     def __len__(self) -> int:
-        return len(self.label_ids)
+        return self._size
 
     def __getitem__(self, i: int) -> Example:
         name = f"{self.where}#{i}"
         try:
-            return Example(self.read(i), int(self.label_ids[i]), name)
+            return Example(self.read(i), self.label_of(i), name)
         except Exception as error:  # the library chooses the exceptions for damaged records
             raise OSError(None, str(error) or type(error).__name__, name) from error
 
@@ -113,9 +119,9 @@ def tfds_source(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     folder = str(builder.data_path)
     # ArrayRecord has no columns: each record is read once for its label, but no image is decoded.
     ids = [int(row[label]) for row in _encoded_rows(folder, split)]
-    return TableSource(
-        _TfdsReader(folder, split, image), features[label].names, ids, labels, str(spec), builder.info.full_name
-    )
+    names = features[label].names
+    sets, classes = [(names[i],) for i in ids], tuple(labels) or tuple(names)
+    return TableSource(_TfdsReader(folder, split, image), sets, classes, str(spec), builder.info.full_name)
 
 
 def _tfds_builder(spec: Spec, tfds: Any) -> Any:
@@ -144,14 +150,14 @@ def _tfds_builder(spec: Spec, tfds: Any) -> Any:
 
 
 class _HubReader:
-    """Read encoded images of a Hugging Face data set."""
+    """Read encoded images of a Hugging Face data set, or of Parquet files; relative paths are below `folder`."""
 
-    def __init__(self, rows: Any, key: str):
-        self.rows, self.key = rows, key
+    def __init__(self, rows: Any, key: str, folder: str = ""):
+        self.rows, self.key, self.folder = rows, key, folder
 
     def __call__(self, i: int) -> bytes:
         image = self.rows[i][self.key]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        return image["bytes"] if image["bytes"] is not None else Path(self.folder, image["path"]).read_bytes()
 
 
 def _hub(spec: Spec, datasets: Any) -> remote.RemoteService:
@@ -186,7 +192,8 @@ def hf_source(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     _check_labelled(spec, split, names, ids)
     identity = rows._fingerprint
     rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    return TableSource(_HubReader(rows, image), names, ids, labels, str(spec), identity)
+    sets, classes = [(names[i],) for i in ids], tuple(labels) or tuple(names)
+    return TableSource(_HubReader(rows, image), sets, classes, str(spec), identity)
 
 
 def _check_labelled(spec: Spec, split: str, names: Sequence[str], ids: Sequence[int | None]) -> None:
@@ -201,3 +208,62 @@ def _check_labelled(spec: Spec, split: str, names: Sequence[str], ids: Sequence[
         f"{spec}: the {split} split of {spec.path} carries no labels ({share} say {say}); use ?split=train, and hold a "
         "part of it out for validation (config.data.val_fraction)"
     )
+
+
+def parquet_source(spec: Spec, labels: Sequence[str], multi_label: bool = False) -> Source:
+    """Return the labelled images of `parquet:PATTERN?label=COLUMN`.
+
+    Images are bytes, a struct with `bytes` as Hugging Face writes it, or paths, relative to `?images=DIR` or else to
+    the first file. Labels are texts or Hugging Face's class labels; in multi-label data lists of these, or texts joined
+    by `|`. The rows are copied once into the cache of Hugging Face's `datasets`, which gives random access.
+
+    Raises:
+      UserError: no such files or columns, a damaged file, or labels that are missing or of another type.
+    """
+    column, image = spec.options.get("label"), spec.options.get("image", "image")
+    if column is None:
+        raise UserError(f"{spec}: image-text pairs; name the column of the labels by ?label=COLUMN")
+    if wrong := [name for name in ("caption", "weight") if name in spec.options]:
+        raise UserError(f"{spec}: {wrong[0]} is for image-text pairs, and ?label means classes; leave one out")
+    datasets = _require("datasets", spec)
+    files = list_shards(spec.path, (".parquet",), str(spec))
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        rows = datasets.Dataset.from_parquet([file.path for file in files])
+    except Exception as error:  # the library chooses the exceptions for damaged files
+        raise UserError(f"{spec}: can't be read ({_reason(error)}); copy the files again") from error
+    for option, name in (("image", image), ("label", column)):
+        if name not in rows.features:
+            raise UserError(
+                f"{spec}: no column {name!r}, which ?{option}=COLUMN names; {nearest(name, list(rows.features))}"
+            )
+    sets, names = _label_sets(spec, rows, column, multi_label)
+    classes = tuple(labels) or names or sort_labels(name for own in sets for name in own)
+    identity = fingerprint_of(column, image, [(file.path.rpartition("/")[2], file.size) for file in files])
+    images = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    folder = spec.options.get("images") or files[0].path.rpartition("/")[0]
+    return TableSource(_HubReader(images, image, folder), sets, classes, str(spec), identity, multi_label)
+
+
+def _label_sets(spec: Spec, rows: Any, column: str, multi_label: bool) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Return the labels of each row, and the class names that the file itself lists, if it does."""
+    feature = rows.features[column]
+    inner = getattr(feature, "feature", None)  # of a list
+    kind = feature if inner is None else inner
+    names = tuple(getattr(kind, "names", None) or ())
+    if inner is not None and not multi_label:
+        raise UserError(f"{spec}: the column {column!r} holds lists of labels; set {MULTI_LABEL}")
+    if not names and getattr(kind, "dtype", "") not in ("string", "large_string"):
+        raise UserError(f"{spec}: the column {column!r} holds {feature}; texts or class labels, or lists, are needed")
+    sets: list[tuple[str, ...]] = []
+    for row, value in enumerate(rows[column]):
+        given = (value if inner is not None else [value]) if value is not None else []
+        where = f"{spec}, row {row}"
+        own = [names[one] if names else one for one in given if one is not None and one != -1]
+        if multi_label and not names and inner is None:
+            own = [name for text in own for name in split_labels(text, where)]
+        if not multi_label and (not own or not own[0].strip()):
+            raise UserError(f"{where}: no label; give it one, or set {MULTI_LABEL}")
+        sets.append(tuple(clean_name(name, where) for name in own))
+    return sets, names

@@ -18,6 +18,7 @@ from clip_har_jax.video.sampling import FrameSampling
 SPLITS = ("train", "val", "test", "excluded")
 PER_CLASS = 24  # images of a contact sheet
 MAX_SHOWN = 30  # groups, suspects and bad files; the files list all of them
+NO_LABEL = "(no label)"  # the row of images without a label
 NOTABLE = 0.1  # distance above which a significant drift is marked
 
 
@@ -44,6 +45,7 @@ def make_data_report(
         headlines=_headlines(summary, "clips" if manifest.clips else "images"),
         splits=[split for split in SPLITS if summary["splits"][split]],
         classes=_classes(manifest),
+        num_classes=len({label for own in manifest.label_sets() for label in own}),
         measures=_measures(manifest),
         drifts=_drifts(manifest, reference),
         notable=NOTABLE,
@@ -80,10 +82,14 @@ def _headlines(summary: Mapping[str, Any], noun: str) -> list[tuple[str, int, st
 
 
 def _classes(manifest: Manifest) -> list[dict[str, Any]]:
-    labels, splits = manifest.column("label"), manifest.column("split")
-    counts: dict[str, dict[str, int]] = {label: dict.fromkeys(SPLITS, 0) for label in sorted(set(labels))}
-    for label, split in zip(labels, splits, strict=True):
-        counts[label][split] += 1
+    sets, splits = manifest.label_sets(), manifest.column("split")
+    labels = sorted({label for own in sets for label in own})
+    counts: dict[str, dict[str, int]] = {label: dict.fromkeys(SPLITS, 0) for label in labels}
+    for own, split in zip(sets, splits, strict=True):
+        for label in own:
+            counts[label][split] += 1
+    if unlabelled := [split for own, split in zip(sets, splits, strict=True) if not own]:
+        counts[NO_LABEL] = {split: unlabelled.count(split) for split in SPLITS}
     most = max(sum(row.values()) for row in counts.values())
     return [
         {"label": label, "total": sum(row.values()), "share": 100 * sum(row.values()) / most, **row}
@@ -96,7 +102,7 @@ def _columns(manifest: Manifest, split: str | None = None) -> tuple[dict[str, np
     rows = np.array([split in (None, name) for name in manifest.column("split")], bool)
     columns = {name: np.array(manifest.column(name))[rows] for name in MEASURES if name != "aspect"}
     columns["aspect"] = columns["width"] / columns["height"]
-    return columns, [label for label, chosen in zip(manifest.column("label"), rows, strict=True) if chosen]
+    return columns, [label for own, chosen in zip(manifest.label_sets(), rows, strict=True) if chosen for label in own]
 
 
 def _measures(manifest: Manifest) -> list[tuple[str, list[str]]]:
@@ -137,8 +143,9 @@ def _drift_row(row: Drift) -> dict[str, Any]:
 def _sheets(manifest: Manifest) -> list[tuple[str, str]]:
     """Return the contact sheet of each class, of images evenly spaced over its files."""
     paths: dict[str, list[str]] = {}
-    for path, label in zip(manifest.column("path"), manifest.column("label"), strict=True):
-        paths.setdefault(label, []).append(path)
+    for path, own in zip(manifest.column("path"), manifest.label_sets(), strict=True):
+        for label in own or (NO_LABEL,):
+            paths.setdefault(label, []).append(path)
     chosen = {
         label: [of[round(k)] for k in np.linspace(0, len(of) - 1, min(PER_CLASS, len(of)))]
         for label, of in sorted(paths.items())

@@ -1,7 +1,6 @@
 """Data preparation: labelled images or clips -> a leak-free split manifest, and a report on the data."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +14,25 @@ from clip_har_jax.config import DataConfig
 from clip_har_jax.data.cache import write_cache
 from clip_har_jax.data.findings import list_duplicates, list_undecided
 from clip_har_jax.data.manifest import Manifest, make_manifest, read_manifest, write_split_manifest
+from clip_har_jax.data.multi_label import make_multi_label_source
 from clip_har_jax.data.quality import find_suspects
-from clip_har_jax.data.scan import Pooled, Scanned, find_duplicates, find_groups, part_conflicts, recording_of, scan
+from clip_har_jax.data.scan import (
+    Pooled,
+    Scanned,
+    find_duplicates,
+    find_groups,
+    part_conflicts,
+    place_files,
+    recording_of,
+    scan,
+)
 from clip_har_jax.data.sources import make_source
-from clip_har_jax.data.splits import Shares, assign_splits
+from clip_har_jax.data.splits import Shares, assign_multi_label_splits, assign_splits
 from clip_har_jax.data.workers import MIN_FOR_WORKERS, map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.data_report import make_data_report, read_picture
 from clip_har_jax.files import write_json, write_text
 from clip_har_jax.folders import output_folder
-from clip_har_jax.image_formats import sniff
 
 MIN_CLIPS_FOR_WORKERS = 30  # with fewer clips, starting workers takes longer than reading them
 
@@ -76,6 +84,7 @@ class PrepareOptions:
       tfds_dir: folder for the splits as the TFDS data set har15; empty: none.
       max_bad_fraction: accepted share of unreadable files; above it nothing is written.
       num_workers: processes; None: one per core.
+      multi_label: an image has any number of labels.
     """
 
     test: str = ""
@@ -87,6 +96,7 @@ class PrepareOptions:
     tfds_dir: str = ""
     max_bad_fraction: float = DataConfig.max_bad_fraction
     num_workers: int | None = None
+    multi_label: bool = False
 
 
 def prepare_data(data: Sequence[str], output: Path, options: PrepareOptions = PrepareOptions()) -> Prepared:
@@ -105,7 +115,7 @@ def prepare_data(data: Sequence[str], output: Path, options: PrepareOptions = Pr
     if not (0 <= shares.val < 1 and 0 <= shares.test < 1 and shares.val + shares.test < 1):
         raise UserError(f"--val_fraction={shares.val:g} --test_fraction={shares.test:g}: nothing is left for training")
     earlier = read_manifest(Path(options.reference)) if options.reference else None
-    source = _open(data, options.test)
+    source = _open(data, options)
     specs = [*data, *([options.test] if options.test else [])]
     listing = dict(zip(specs, source.tallies, strict=True))
     for spec, tally in listing.items():
@@ -121,7 +131,7 @@ def prepare_data(data: Sequence[str], output: Path, options: PrepareOptions = Pr
         pairs, undecided = part_conflicts(find_duplicates(scanned, source.clips), ids)
         cut_from = [recording_of(source.path(i) or "", name) for i, name in zip(kept, names, strict=True)]
         copies, groups = find_groups(pairs, ids, cut_from if source.clips else [])
-        splits = assign_splits(ids, groups, Shares(shares.val, 0.0 if options.test else shares.test), options.seed)
+        splits = _split(source, kept, groups, Shares(shares.val, 0.0 if options.test else shares.test), options.seed)
         if options.test:
             splits = _keep_test(splits, groups, source.given[kept] == len(data))
         paths, root = place_files(source, kept, scanned, output)
@@ -161,12 +171,25 @@ def _about(data: Sequence[str], options: PrepareOptions, clips: bool) -> dict[st
         "seed": options.seed,
         **shares,
         **({"clips": True} if clips else {}),
+        **({"multi_label": True} if options.multi_label else {}),
     }
 
 
-def _open(data: Sequence[str], test: str) -> Pooled:
+def _open(data: Sequence[str], options: PrepareOptions) -> Pooled:
     """Return all examples, those of the test set last."""
-    return Pooled([*(make_source(spec, "train") for spec in data), *([make_source(test, "test")] if test else [])])
+    make = make_multi_label_source if options.multi_label else make_source
+    for flag, given in (("--model", options.model), ("--tfds_dir", options.tfds_dir)):
+        if options.multi_label and given:
+            raise UserError(f"{flag}={given}: is for images with one label each; leave it out with --multi_label")
+    test = [make(options.test, "test")] if options.test else []
+    return Pooled([*(make(spec, "train") for spec in data), *test])
+
+
+def _split(source: Pooled, kept: Sequence[int], groups: np.ndarray, shares: Shares, seed: int) -> list[str]:
+    """Return the split of each readable example."""
+    if source.targets is None:
+        return assign_splits(source.label_ids[kept], groups, shares, seed)
+    return assign_multi_label_splits(source.targets[kept], groups, shares, seed)
 
 
 def _refuse_for_clips(cache_px: int | None, tfds_dir: str) -> None:
@@ -221,28 +244,6 @@ def _keep_test(splits: list[str], groups: np.ndarray, in_test: np.ndarray) -> li
         "test" if test else "excluded" if touched else split
         for split, test, touched in zip(splits, in_test, near, strict=True)
     ]
-
-
-def place_files(
-    source: Pooled, kept: Sequence[int], scanned: Sequence[Scanned], output: Path
-) -> tuple[list[str], Path]:
-    """Return the files' paths below a common folder, and that folder; write images without files to images/."""
-    files = [source.path(i) for i in kept]
-    if any(file is None for file in files):
-        folder = output / "images"
-        folder.mkdir(exist_ok=True)
-        names = []
-        for i, one in zip(kept, scanned, strict=True):
-            data, _ = source.read(i)
-            assert isinstance(data, bytes), "clips have files"
-            found = sniff(data)
-            name = f"images/{one.sha256[:16]}-{i:07d}{'.img' if found is None else found.suffixes[0]}"
-            (output / name).write_bytes(data)
-            names.append(name)
-        return names, output.resolve()
-    absolute = [Path(file).absolute() for file in files if file is not None]
-    root = Path(os.path.commonpath([path.parent for path in absolute]))
-    return [path.relative_to(root).as_posix() for path in absolute], root
 
 
 def _find_suspects(

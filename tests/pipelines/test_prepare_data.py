@@ -31,13 +31,13 @@ from clip_har_jax.data.duplicates import (
 from clip_har_jax.data.examples import Example, Source
 from clip_har_jax.data.manifest import read_manifest
 from clip_har_jax.data.quality import Facts, find_drift, find_suspects
-from clip_har_jax.data.scan import Pooled, Scanned
+from clip_har_jax.data.scan import Pooled, Scanned, place_files
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.data.splits import Shares, assign_splits
 from clip_har_jax.data.workers import map_in_workers
 from clip_har_jax.errors import UserError
 from clip_har_jax.pipelines.evaluate import evaluate_model
-from clip_har_jax.pipelines.prepare_data import Prepared, PrepareOptions, place_files, prepare_data
+from clip_har_jax.pipelines.prepare_data import Prepared, PrepareOptions, prepare_data
 from clip_har_jax.trainer.features import examples_digest
 from clip_har_jax.trainer.train import train
 from tests.support.batches import read_bytes
