@@ -3,9 +3,12 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
 
 from clip_har_jax import bundle
 from clip_har_jax.errors import UserError, nearest
@@ -23,7 +26,7 @@ from clip_har_jax.models.pretrained import (
     resize_positions,
 )
 from clip_har_jax.models.resolve import is_hub_name, resolve_folder
-from clip_har_jax.models.two_towers import TwoTowers
+from clip_har_jax.models.two_towers import TwoTowers, TwoTowersOutput
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer
 from clip_har_jax.tokenization import TextTokenizer
@@ -57,12 +60,44 @@ class BaseHead:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer and preprocessing."""
+    """A model with its preprocessing and its tokenizer, which is read at its first use.
+
+    Called as transformers' models are, with arrays of any library:
+
+    >>> import numpy as np
+    >>> loaded = load("model")
+    >>> ids, mask = loaded.tokenizer(["a person is dancing.", "a person is running."], context_length=24)
+    >>> images = np.zeros((3, 3, 32, 32), np.float32)
+    >>> loaded(input_ids=ids, pixel_values=images, attention_mask=mask).logits_per_image.shape
+    (3, 2)
+    """
 
     model: TwoTowers
-    tokenizer: TextTokenizer
     preprocess: Preprocess
     path: Path
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """Return the folder's tokenizer.
+
+        Raises:
+          UserError: there is none, or it can't be read.
+        """
+        return read_folder_tokenizer(self.path)
+
+    def __call__(
+        self, input_ids: ArrayLike, pixel_values: ArrayLike, attention_mask: ArrayLike | None = None, **more: ArrayLike
+    ) -> TwoTowersOutput:
+        """Return the similarity of each image to each text, and their embeddings; see `TwoTowers.__call__`.
+
+        Args:
+          input_ids: token ids, [t, n].
+          pixel_values: normalised images, [i, 3, h, w].
+          attention_mask: [t, n], 1 for tokens; None: no padding is masked.
+          more: of a NaFlex model, `pixel_attention_mask` and `spatial_shapes`.
+        """
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask, **more}
+        return self.model(**{name: jnp.asarray(value) for name, value in inputs.items() if value is not None})
 
 
 def make_base(name: str, prompts: Sequence[str], image_size_px: int | None = None, temporal: str = "mean") -> BaseModel:
@@ -179,7 +214,6 @@ def load(name_or_folder: str, runtime: Runtime = Runtime()) -> LoadedModel:
     config = read_config(folder)
     return LoadedModel(
         make_model(config, on_device(read_params(folder, config)), runtime),
-        read_folder_tokenizer(folder),
         read_preprocess(folder, config.vision.image_size),
         folder,
     )

@@ -7,10 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_har_jax import load_model
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.families import NAMED_SIZES, config_to_hf
@@ -32,8 +32,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def errors(folder: Path, name: str) -> dict[str, float]:
-    inputs = {key: jnp.asarray(value) for key, value in make_inputs(CASES[name]).items()}
-    output = load_pretrained(str(folder))(**inputs)
+    output = load_model(str(folder))(**make_inputs(CASES[name]))
     expected = {key: golden()[f"{name}|{key}"] for key in ("image_embeds", "text_embeds", "logits_per_image")}
     return {
         key: float(np.abs(np.asarray(getattr(output, key)) - value).max() / np.abs(value).max())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from clip_har_jax import load_model
 from clip_har_jax.errors import UserError
 from clip_har_jax.models import factory
 from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel
@@ -55,10 +56,8 @@ def assert_equal_outputs(output: TwoTowersOutput, expected: dict[str, np.ndarray
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folder_gives_transformers_outputs(name: str) -> None:
-    model = FlaxCLIPModel.from_pretrained(str(GOLDEN / name))
-    inputs = make_inputs(config_to_hf(model.config))
-    output = model(**{key: jnp.asarray(value) for key, value in inputs.items()})
-    assert_equal_outputs(output, golden("torch", name))
+    model = load_model(str(GOLDEN / name))
+    assert_equal_outputs(model(**make_inputs(config_to_hf(model.model.config))), golden("torch", name))
 
 
 @pytest.mark.parametrize(("source", "name"), [("torch", "shortest_edge"), ("flax", "vocabulary_size_int")])

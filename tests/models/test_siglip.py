@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_har_jax import load_model
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import FlaxCLIPModel
 from clip_har_jax.models.explain import patch_embeds
@@ -19,7 +20,7 @@ from clip_har_jax.models.families import NAMED_SIZES, config_from_hf, config_to_
 from clip_har_jax.models.flops import forward_flops, matmul_flops
 from clip_har_jax.models.hf_layout import TABLES, params_from_hf, params_to_hf
 from clip_har_jax.models.params import Params, abstract_model, flat_params, init_params, make_model
-from clip_har_jax.models.pretrained import load_pretrained, write_params
+from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.models.siglip import FlaxSiglipModel, SiglipConfig
 from clip_har_jax.models.two_towers import TwoTowersOutput
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
@@ -110,10 +111,13 @@ def test_config_goes_back_unchanged() -> None:
 def test_saved_folder_opens_again(tmp_path: Path) -> None:
     config, params = case_params("tiny")
     write_params(tmp_path, config, params)
-    model = load_pretrained(str(tmp_path))
+    whole = load_model(str(tmp_path))  # without a tokenizer, which only texts need
+    model = whole.model
     assert isinstance(model, FlaxSiglipModel) and model.config == config
     for name, value in flat_params(model).items():
         np.testing.assert_array_equal(value, params[name], err_msg=name)
+    with pytest.raises(UserError, match="no tokenizer"):
+        _ = whole.tokenizer
     with pytest.raises(UserError, match="a FlaxSiglipModel, not a FlaxCLIPModel"):
         FlaxCLIPModel.from_pretrained(str(tmp_path))
 
