@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float64
 
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import read_object, sha256, sha256_file, write_json
@@ -17,6 +20,22 @@ VIDEO = ("num_frames", "sampling", "rate_hz", "num_views")  # the keys of config
 PREPROCESS = "clip_har_jax.preprocess"  # which prepares images for an exported model
 
 
+class Sigmoid(NamedTuple):
+    """The probability that an image shows an action, from the logit of this action alone (Platt 1999).
+
+    Attributes:
+      slope: factor of the logit, which is divided by the temperature; 0 or more.
+      bias: added to it.
+    """
+
+    slope: float
+    bias: float
+
+    def __call__(self, logits: Float[np.ndarray, "*b c"]) -> Float64[np.ndarray, "*b c"]:
+        """Return the probability of each class; they needn't add up to 1."""
+        return np.exp(-np.logaddexp(0.0, -(self.slope * logits.astype(np.float64) + self.bias)))
+
+
 @dataclass(frozen=True)
 class Actions:
     """The classes of a model folder, and how the model scores them.
@@ -28,6 +47,7 @@ class Actions:
       head: the module from image features to logits. "cosine" compares with the class embeddings, so any class names
         can be used. The weights of other heads stand in head.safetensors and fit the trained classes only.
       thresholds: probabilities by the names in `THRESHOLDS`, see `evaluation.calibration`; empty: not calibrated.
+      sigmoid: the calibrated sigmoid of a model with a logit bias; None: not calibrated.
       video: the sampling of frames from a clip, by the names in `VIDEO`; empty: trained on images.
       preprocess_version: for an exported model, the `preprocess.PREPROCESS_VERSION` that its images need; None: any.
     """
@@ -39,6 +59,7 @@ class Actions:
     thresholds: dict[str, float] = field(default_factory=dict)
     preprocess_version: int | None = None
     video: dict[str, Any] = field(default_factory=dict)
+    sigmoid: Sigmoid | None = None
 
 
 def write_actions(folder: str | Path, actions: Actions) -> None:
@@ -46,6 +67,8 @@ def write_actions(folder: str | Path, actions: Actions) -> None:
     fields = {key: getattr(actions, key) for key in ("labels", "prompts", "temperature", "head")}
     if actions.thresholds:
         fields["thresholds"] = actions.thresholds
+    if actions.sigmoid is not None:
+        fields["sigmoid"] = actions.sigmoid._asdict()
     if actions.video:
         fields["video"] = actions.video
     if actions.preprocess_version is not None:
@@ -66,7 +89,7 @@ def read_actions(folder: str | Path) -> Actions:
     """
     path = Path(folder) / "actions.json"
     values = read_object(path)
-    known = ("labels", "prompts", "temperature", "head", "thresholds", "preprocess", "video")
+    known = ("labels", "prompts", "temperature", "head", "thresholds", "preprocess", "video", "sigmoid")
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: key {unknown[0]!r} is unknown; {nearest(unknown[0], list(known))}")
     if missing := sorted({"labels", "prompts"} - set(values)):
@@ -87,7 +110,8 @@ def read_actions(folder: str | Path) -> Actions:
     thresholds = _thresholds(values.get("thresholds", {}), path)
     version = _preprocess_version(values.get("preprocess"), path)
     video = _video(values.get("video", {}), path)
-    return Actions(labels, texts, float(temperature), head, thresholds, version, video)
+    sigmoid = _sigmoid(values.get("sigmoid"), path)
+    return Actions(labels, texts, float(temperature), head, thresholds, version, video, sigmoid)
 
 
 def _video(value: Any, path: Path) -> dict[str, Any]:
@@ -113,6 +137,17 @@ def _thresholds(value: Any, path: Path) -> dict[str, float]:
         if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
             raise UserError(f"{path}: key 'thresholds.{name}' must be a probability, not {threshold!r}")
     return {name: float(threshold) for name, threshold in value.items()}
+
+
+def _sigmoid(value: Any, path: Path) -> Sigmoid | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != set(Sigmoid._fields):
+        raise UserError(f"{path}: key 'sigmoid' is {value!r}; an object with slope and bias is needed")
+    for name, given in value.items():
+        if type(given) not in (int, float) or not math.isfinite(given) or (name == "slope" and given < 0):
+            raise UserError(f"{path}: key 'sigmoid.{name}' is {given!r}; calibrate the model again")
+    return Sigmoid(float(value["slope"]), float(value["bias"]))
 
 
 def _preprocess_version(value: Any, path: Path) -> int | None:

@@ -164,7 +164,8 @@ def write_contract(model: OpenedModel, folder: Path) -> None:
         graph.name: {"inputs": graph.inputs, "outputs": graph.outputs, "params": sorted(graph.params)}
         for graph in model.graphs
     }
-    write_json(folder / SIGNATURE, {"logit_scale": model.logit_scale, "graphs": json.loads(json.dumps(graphs))})
+    scaling = {"logit_scale": model.logit_scale, "logit_bias": model.backend.logit_bias}
+    write_json(folder / SIGNATURE, scaling | {"graphs": json.loads(json.dumps(graphs))})
     write_json(folder / ORIGIN, describe_origin(model.folder))
 
 

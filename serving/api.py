@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 
 from clip_har_jax.image_formats import format_titles, readable_formats, sniff
-from clip_har_jax.inference.backends import softmax
+from clip_har_jax.inference.backends import ClassScores
 from clip_har_jax.video.decoding import is_video
 from serving.calls import Call, QueryCall, deadline_after, service_of
 from serving.classes import Prompts, TextClasses
@@ -86,19 +86,21 @@ async def choose_classes(call: Call, prompts: dict[str, Prompts] | None) -> Text
     return await call.model.open_vocabulary(prompts, call.service.batcher, call.deadline)
 
 
-async def _probs(call: Call, classes: TextClasses | None, pixels: np.ndarray) -> np.ndarray:
-    """Return the class probabilities of one decoded image."""
+async def _scores(call: Call, classes: TextClasses | None, pixels: np.ndarray) -> ClassScores:
+    """Return the scores of one decoded image."""
     batcher, model = call.service.batcher, call.model
     if classes is None:
-        return softmax(await batcher.run(model.classify, pixels, call.deadline))
-    return softmax(classes.logits(await batcher.run(model.embed, pixels, call.deadline)))
+        logits = await batcher.run(model.classify, pixels, call.deadline)
+    else:
+        logits = classes.logits(await batcher.run(model.embed, pixels, call.deadline))
+    return model.score(classes, logits[None])
 
 
-def make_answer(call: Call, classes: TextClasses | None, probs: np.ndarray, options: AnswerQuery) -> Answer:
-    """Return the answer of class probabilities, [c], and count it."""
+def make_answer(call: Call, classes: TextClasses | None, scores: ClassScores, options: AnswerQuery) -> Answer:
+    """Return the answer of the scores, and count it."""
     model, metrics = call.model, call.service.metrics
     labels = classes.labels if classes else model.labels
-    top = to_scored(labels, probs, options.top)
+    top = to_scored(labels, scores.probs, options.top, scores.sigmoid)
     own = labels == model.labels
     threshold = options.threshold if options.threshold is not None else (model.abstain_below if own else None)
     abstained = threshold is not None and top[0].score < threshold
@@ -122,15 +124,15 @@ async def predict(call: QueryCall, options: AnswerQuery) -> PredictionBody:
         classes = await choose_classes(call, prompts)
         async with service.batcher.admit(model.embed if classes else model.classify):
             pixels = await service.decode(upload.data, model, deadline)
-            probs = await _probs(call, classes, pixels)
-        return PredictionBody(**dict(make_answer(call, classes, probs, options)), model=model.ref)
+            scores = await _scores(call, classes, pixels)
+        return PredictionBody(**dict(make_answer(call, classes, scores, options)), model=model.ref)
 
     async def work_on_clip() -> PredictionBody:
         classes = await choose_classes(call, prompts)
         async with service.one_video():
-            probs, damage = await answer_clip(service, model, classes, upload.data, deadline)
+            scores, damage = await answer_clip(service, model, classes, upload.data, deadline)
         told = {"damage": damage} if damage else {}
-        return PredictionBody(**dict(make_answer(call, classes, probs, options)), model=model.ref, **told)
+        return PredictionBody(**dict(make_answer(call, classes, scores, options)), model=model.ref, **told)
 
     is_clip = sniff(upload.data) is None and is_video(upload.data)
     return await call.answer(work_on_clip() if is_clip else work())
@@ -146,10 +148,10 @@ async def predict_batch(call: QueryCall, options: AnswerQuery) -> BatchPredictio
     async def one(upload: Upload, classes: TextClasses | None) -> BatchItem:
         try:
             pixels = await service.decode(upload.data, model, deadline)
-            probs = await _probs(call, classes, pixels)
+            scores = await _scores(call, classes, pixels)
         except Problem as problem:
             return BatchItem(filename=upload.filename, error=problem.to_body(call.request.state.request_id))
-        return BatchItem(filename=upload.filename, **dict(make_answer(call, classes, probs, options)))
+        return BatchItem(filename=upload.filename, **dict(make_answer(call, classes, scores, options)))
 
     async def work() -> BatchPrediction:
         classes = await choose_classes(call, prompts)
@@ -201,7 +203,7 @@ async def explain(
         lane = model.explain_text if classes else model.explain
         async with service.batcher.admit(lane, 2):
             pixels = await service.decode(upload.data, model, deadline)
-            probs = await _probs(call, classes, pixels)
+            probs = (await _scores(call, classes, pixels)).probs
             index = int(np.argmax(probs)) if label is None else labels.index(label)
             direction = classes.embeddings[index] if classes else index
             heat = await service.batcher.run(lane, (pixels, direction), deadline)

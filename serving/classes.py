@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from clip_har_jax.bundle import Sigmoid
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import write_json
 from clip_har_jax.names import check_text, name_key
@@ -25,6 +26,7 @@ class TextClasses:
     prompts: dict[str, Prompts]  # label -> its texts
     embeddings: np.ndarray  # [c, d], L2-normalised
     scale: float
+    sigmoid: Sigmoid | None  # from these logits to the probability of each class alone
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_har_jax.inference.backends import clip_sampling, softmax
+from clip_har_jax.inference.backends import ClassScores, clip_sampling
 from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.video.clips import read_views
 from clip_har_jax.video.decoding import BadVideo, TooSlow
@@ -18,9 +18,9 @@ from serving.service import Service
 
 
 class ClipAnswer(NamedTuple):
-    """The class probabilities of a clip, and its unreadable part."""
+    """The scores of a clip, and its unreadable part."""
 
-    probs: np.ndarray  # [c]
+    scores: ClassScores
     damage: str | None
 
 
@@ -62,4 +62,4 @@ async def answer_clip(
     views, damage = await in_decoder(service, deadline, decode_clip, data, *limits)
     async with service.batcher.admit(clips.whole, len(views)):
         logits = [await model.clip_logits(classes, frames, service.batcher, deadline) for frames in views]
-    return ClipAnswer(softmax(np.stack(logits)).mean(axis=0), damage)
+    return ClipAnswer(model.score(classes, np.stack(logits)), damage)

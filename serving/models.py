@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from clip_har_jax.bundle import Actions
+from clip_har_jax.bundle import Actions, Sigmoid
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.backends import mean_by_class
+from clip_har_jax.inference.backends import ClassScores, mean_by_class, score_views
 from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.inference.runtimes import ORIGIN, exported_folder
 from serving.batcher import Batcher, Costs, Lane
@@ -157,10 +157,12 @@ class ServedModel:
     async def open_vocabulary(self, prompts: Mapping[str, Prompts], batcher: Batcher, deadline: float) -> TextClasses:
         """Return classes in free text; their embeddings are cached.
 
-        The temperature was fitted to the model's own classes, so it isn't used here.
+        Temperature and sigmoid were fitted to the model's own classes, so they aren't used here.
         """
         embeddings = await self._embed_classes(list(prompts.values()), batcher, deadline)
-        return TextClasses(dict(prompts), embeddings, self.backend.logit_scale)
+        backend = self.backend
+        own = None if backend.logit_bias is None else Sigmoid(1.0, backend.logit_bias)
+        return TextClasses(dict(prompts), embeddings, backend.logit_scale, own)
 
     async def _embed_classes(self, groups: list[Prompts], batcher: Batcher, deadline: float) -> np.ndarray:
         """Return class embeddings, [c, d]. Texts are embedded a few at a time, with other requests in between."""
@@ -214,7 +216,12 @@ class ServedModel:
     def changed(self, prompts: Mapping[str, Prompts], embeddings: np.ndarray, version: str) -> "ServedModel":
         """Return the same model with other classes, of embeddings [c, d]; they are scored like its own."""
         scale = self.backend.logit_scale / self.actions.temperature
-        return ServedModel(self._loaded, self.name, version, TextClasses(dict(prompts), embeddings, scale))
+        classes = TextClasses(dict(prompts), embeddings, scale, self.backend.sigmoid)
+        return ServedModel(self._loaded, self.name, version, classes)
+
+    def score(self, classes: TextClasses | None, logits: np.ndarray) -> ClassScores:
+        """Return the mean scores over the views of one input, from logits [v, c] of its own classes or others."""
+        return score_views(logits, classes.sigmoid if classes is not None else self.backend.sigmoid)
 
     async def clip_logits(
         self, classes: TextClasses | None, frames: np.ndarray, batcher: Batcher, deadline: float

@@ -35,6 +35,12 @@ class Scored(_Frozen):
 
     label: str = Field(examples=["cycling"])
     score: Probability = Field(examples=[0.91])
+    sigmoid: Probability | None = Field(
+        None,
+        examples=[0.87],
+        description="probability of this class alone, for a model with a logit bias (SigLIP); left out: it has none",
+        exclude_if=lambda value: value is None,
+    )
 
 
 class Answer(_Frozen):
@@ -220,9 +226,10 @@ class VideoAnswer(Answer):
     model: ModelRef
 
 
-def to_scored(labels: tuple[str, ...], probs: Any, top: int) -> list[Scored]:
-    """Return the `top` most probable classes."""
+def to_scored(labels: tuple[str, ...], probs: Any, top: int, sigmoid: Any = None) -> list[Scored]:
+    """Return the `top` most probable classes; `probs` and, for a model with a logit bias, `sigmoid` are [c]."""
     import numpy as np
 
     order = np.argsort(-probs, kind="stable")[:top]
-    return [Scored(label=labels[i], score=float(probs[i])) for i in order]
+    alone = [{} if sigmoid is None else {"sigmoid": float(sigmoid[i])} for i in order]
+    return [Scored(label=labels[i], score=float(probs[i]), **more) for i, more in zip(order, alone, strict=True)]

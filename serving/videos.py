@@ -180,9 +180,9 @@ async def _answer(call: Call, options: EventOptions, prompts: dict[str, Prompts]
     classes = await choose_classes(call, prompts)
     options = replace(options, max_delay_s=None)  # of streams
     path = WindowPath(model, classes, options, prompts is not None, service.batcher)
-    probs, damage = await answer_clip(service, model, classes, data, deadline)
+    scores, damage = await answer_clip(service, model, classes, data, deadline)
     seen = await look_through(service, model, path, data, deadline)
-    answer = make_answer(call, classes, probs, AnswerOptions(options.top, options.threshold))
+    answer = make_answer(call, classes, scores, AnswerOptions(options.top, options.threshold))
     return VideoAnswer(
         **dict(answer),
         segments=[SegmentBody(**segment._asdict()) for segment in seen.segments],

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
+from clip_har_jax.bundle import Sigmoid
 from clip_har_jax.evaluation.metrics import NUM_BINS, confidence_bins, log_softmax, softmax_float64
 
 COVERAGE = 0.9  # of the conformal sets
@@ -23,12 +24,14 @@ class CalibrationResult:
       thresholds: for `actions.json`: `abstain` (answers with a lower probability are withheld), `coverage` (of the
         conformal sets), `split_conformal` (the lowest probability of a class in a set) and `aps` (the cumulative
         probability of a set).
+      sigmoid: of a model with a logit bias; None: the model has none.
       report: the contents of calibration.json: the scores before and after, and the effect of abstaining.
     """
 
     temperature: float
     thresholds: dict[str, float]
     report: dict[str, Any]
+    sigmoid: Sigmoid | None = None
 
 
 def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:
@@ -49,6 +52,47 @@ def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n
     # Convex in 1 / T, so it has one minimum in log T.
     found = minimize_scalar(nll, bounds=tuple(np.log(TEMPERATURES)), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
+
+
+def fit_sigmoid(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> Sigmoid:
+    """Return the sigmoid that minimises the cross-entropy over all pairs of an example and a class (Platt 1999).
+
+    A pair is true if the class is the example's. With Platt's targets, which are a little above 0 and below 1, the
+    optimum is finite even if one threshold separates all pairs.
+    """
+    from scipy.optimize import minimize
+
+    true = is_own_class(logits, label)
+    count = int(true.sum())
+    target = np.where(true, (count + 1) / (count + 2), 1 / (true.size - count + 2))
+    mean, width = float(logits.mean(dtype=np.float64)), float(logits.std(dtype=np.float64)) or 1.0
+    x = (logits.astype(np.float64) - mean) / width  # so that both parameters have steps of like size
+
+    def loss(parameters: Float64[np.ndarray, "2"]) -> tuple[float, Float64[np.ndarray, "2"]]:
+        z = parameters[0] * x + parameters[1]
+        difference = np.exp(-np.logaddexp(0.0, -z)) - target
+        value = (np.logaddexp(0.0, z) - target * z).mean()
+        return float(value), np.asarray([(difference * x).mean(), difference.mean()])
+
+    start = np.asarray([1.0, np.log(count / (true.size - count))])
+    options = {"ftol": 1e-14, "gtol": 1e-9}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None), (None, None)], options=options)
+    slope = float(found.x[0]) / width
+    return Sigmoid(slope, float(found.x[1]) - slope * mean)
+
+
+def is_own_class(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> Bool[np.ndarray, "n c"]:
+    """Return for each pair of an example and a class whether the class is the example's."""
+    return np.arange(logits.shape[1]) == label[:, None]
+
+
+def sigmoid_scores(probs: Float[np.ndarray, "n c"], true: Bool[np.ndarray, "n c"]) -> dict[str, float]:
+    """Return the cross-entropy and the calibration error of probabilities of pairs; lower is better."""
+    own = np.where(true, probs, 1 - probs)
+    return {
+        "nll": float(-np.log(np.maximum(own, np.finfo(np.float64).tiny)).mean()),
+        "ece": calibration_error(probs.ravel(), true.ravel()),
+    }
 
 
 def calibration_error(
@@ -149,12 +193,15 @@ def fit_abstention(probs: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]
     return float(min(mistakes[int(WITHHELD * len(mistakes))], answers[int(MAX_WITHHELD * len(answers))]))
 
 
-def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> CalibrationResult:
-    """Fit temperature and thresholds.
+def calibrate(
+    logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"], logit_bias: float | None = None
+) -> CalibrationResult:
+    """Fit temperature and thresholds, and the sigmoid of a model with a logit bias.
 
     Args:
-      logits: of the validation examples, at temperature 1.
+      logits: of the validation examples, at temperature 1, without the bias.
       label: their true classes.
+      logit_bias: of a model whose texts are compared with images one by one; None: it has none.
     """
     temperature = fit_temperature(logits, label)
     before, probs = softmax_float64(logits), softmax_float64(logits / temperature)
@@ -179,4 +226,13 @@ def calibrate(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) ->
             "mistakes_withheld": int((~right & ~answered).sum()),
         },
     }
-    return CalibrationResult(temperature, thresholds, report)
+    sigmoid = None
+    if logit_bias is not None:
+        scaled, true = logits / temperature, is_own_class(logits, label)
+        sigmoid = fit_sigmoid(scaled, label)
+        report["sigmoid"] = {
+            **sigmoid._asdict(),
+            "before": sigmoid_scores(Sigmoid(1.0, logit_bias)(logits), true),
+            "after": sigmoid_scores(sigmoid(scaled), true),
+        }
+    return CalibrationResult(temperature, thresholds, report, sigmoid)

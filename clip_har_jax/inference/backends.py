@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8
@@ -26,6 +26,7 @@ class Backend(Protocol):
     actions: bundle.Actions
     labels: tuple[str, ...]
     preprocess: Preprocess
+    sigmoid: bundle.Sigmoid | None  # from logits to the probability of each class alone; None: no logit bias
 
     @property
     def takes_clips(self) -> bool:
@@ -172,3 +173,32 @@ def softmax(logits: Float[np.ndarray, "*b c"]) -> Float[np.ndarray, "*b c"]:
     """Return the softmax over the last dim, in the precision of the logits."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def choose_sigmoid(actions: bundle.Actions, logit_bias: float | None) -> bundle.Sigmoid | None:
+    """Return the calibrated sigmoid of these classes, else the model's own; None without a logit bias, or with a head.
+
+    Args:
+      actions: the classes, with their temperature.
+      logit_bias: the model's own, of logits at temperature 1.
+    """
+    if logit_bias is None or actions.head != "cosine":
+        return None
+    return actions.sigmoid or bundle.Sigmoid(actions.temperature, logit_bias)
+
+
+class ClassScores(NamedTuple):
+    """The scores of one input.
+
+    Attributes:
+      probs: the softmax over the classes.
+      sigmoid: the probability of each class alone; None: the model has no logit bias.
+    """
+
+    probs: Float[np.ndarray, " c"]
+    sigmoid: Float[np.ndarray, " c"] | None
+
+
+def score_views(logits: Float[np.ndarray, "v c"], sigmoid: bundle.Sigmoid | None) -> ClassScores:
+    """Return the mean scores over the views of one input."""
+    return ClassScores(softmax(logits).mean(axis=0), None if sigmoid is None else sigmoid(logits).mean(axis=0))

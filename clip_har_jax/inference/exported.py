@@ -16,6 +16,7 @@ from clip_har_jax.inference.backends import (
     check_finite,
     check_indices,
     choose_actions,
+    choose_sigmoid,
     mean_by_class,
     pad,
     rows_at_once,
@@ -65,7 +66,8 @@ class ExportedBackend:
         self.actions, self.labels = actions, actions.labels
         signature = read_signature(folder)
         self.preprocess = Preprocess.from_folder(folder, signature["graphs"]["classifier"]["inputs"]["image"][1][1])
-        self.logit_scale = signature["logit_scale"]
+        self.logit_scale, self.logit_bias = signature["logit_scale"], signature.get("logit_bias")
+        self.sigmoid = choose_sigmoid(actions, self.logit_bias)
         self._context_length = signature["graphs"]["text_encoder"]["inputs"]["input_ids"][1][1]
         self._tokenizer = read_tokenizer(folder)
         self._classes: np.ndarray | None = None

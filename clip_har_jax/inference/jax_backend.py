@@ -17,6 +17,7 @@ from clip_har_jax.inference.backends import (
     check_finite,
     check_indices,
     choose_actions,
+    choose_sigmoid,
     mean_by_class,
     pad,
     rows_at_once,
@@ -76,6 +77,9 @@ class JaxBackend:
         self._entry = KeptEntry(model_folder_digest(self.path, self.digest), self.actions, machine)
         self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._tensors = self._entry.tensors() or self._make_tensors()
+        bias = self._tensors.get("logit_bias")  # the backend's logits don't have it
+        self.logit_bias = None if bias is None else float(bias)
+        self.sigmoid = choose_sigmoid(self.actions, self.logit_bias)
         size = int(self._tensors["image_size_px"])
         self.preprocess = self._read_preprocess(size)
 
@@ -123,6 +127,7 @@ class JaxBackend:
             "class_embeddings": embeddings,
             "scale": np.asarray(float(np.exp(self._loaded.model.logit_scale[...])) / temperature),
             "image_size_px": np.asarray(config.vision.image_size),
+            **{name: np.asarray(value) for name, value in self._params.items() if name == "logit_bias"},
             **{f"head.{name}": np.asarray(value) for name, value in params.items()},
         }
         self._entry.write_tensors(tensors)

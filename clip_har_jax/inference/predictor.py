@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from clip_har_jax.errors import UserError
 from clip_har_jax.image_files import MAX_ASPECT, BadImage, decode, read_image
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
-from clip_har_jax.inference.backends import clip_sampling
+from clip_har_jax.inference.backends import clip_sampling, score_views
 from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.inference.sliding_windows import FoundSegments, Windows, choose_windows, find_video_segments
 from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files, read_path_lines
@@ -41,12 +41,15 @@ class Prediction:
     abstained: bool = False  # less confident than the model's threshold
     duration_s: float | None = None  # of a video
     damage: str | None = None  # a description of the unreadable part of a clip
+    sigmoid: tuple[float, ...] = ()  # of each class of `top`: its probability alone; empty: the model has no logit bias
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that `predict.py --json` prints."""
         if self.error is not None:
             return {"input": self.input, "error": self.error}
         top = [{"label": label, "score": score} for label, score in self.top]
+        if self.sigmoid:
+            top = [entry | {"sigmoid": alone} for entry, alone in zip(top, self.sigmoid, strict=True)]
         answer = {"input": self.input, "label": self.label, "score": self.score, "top": top}
         return answer | {"abstained": self.abstained} | ({"damage": self.damage} if self.damage else {})
 
@@ -95,14 +98,13 @@ class Predictor:
             names = [_name(item, position) for position, item in chunk]
             loaded = [None if _is_clip(item) else self.try_load(item) for _, item in chunk]
             images = [image for image in loaded if isinstance(image, np.ndarray)]
-            probs = iter(self.backend.predict(np.stack(images)) if images else ())
+            logits = iter(self.backend.logits(np.stack(images)) if images else ())
             for name, image in zip(names, loaded, strict=True):
                 if image is None:
                     yield self.predict_clip(name)
                 else:
-                    yield (
-                        Prediction(name, error=image) if isinstance(image, str) else self._prediction(name, next(probs))
-                    )
+                    bad = isinstance(image, str)
+                    yield Prediction(name, error=image) if bad else self._prediction(name, next(logits)[None])
 
     def predict_clip(self, path: str | Path) -> Prediction:
         """Return one prediction for a whole video; its frames are sampled with the model folder's settings.
@@ -110,16 +112,16 @@ class Predictor:
         An export of an earlier version, which takes single images, returns the mean over the frames.
         """
         sampling = clip_sampling(self.backend.actions)
-        probs, damage = [], None
+        logits, damage = [], None
         try:
             for view in range(sampling.num_views):
                 clip = read_clip(path, sampling, view, each=self._transform, num_threads=0)
                 frames, damage = np.stack(clip.frames), clip.damage or damage
                 whole = self.backend.takes_clips
-                probs.append(self.backend.predict(frames[None] if whole else frames).mean(axis=0))
+                logits.append(self.backend.logits(frames[None] if whole else frames))
         except BadImage as error:
             return Prediction(str(path), error=str(error))
-        prediction = self._prediction(str(path), np.mean(probs, axis=0))
+        prediction = self._prediction(str(path), np.concatenate(logits))
         return replace(prediction, damage=damage, duration_s=clip.duration_s)
 
     def segments(
@@ -158,11 +160,14 @@ class Predictor:
         """
         return self.backend.embed(np.stack([self._load(item) for item in inputs]))
 
-    def _prediction(self, name: str, probs: Float32[np.ndarray, " c"]) -> Prediction:
+    def _prediction(self, name: str, logits: Float32[np.ndarray, "v c"]) -> Prediction:
+        """Return the prediction from the logits of the views, or frames, of an input."""
+        probs, sigmoid = score_views(logits, self.backend.sigmoid)
         order = np.argsort(-probs, kind="stable")[:MAX_TOP]
         top = tuple((self.labels[i], float(probs[i])) for i in order)
         abstained = top[0][1] < self.backend.actions.thresholds.get("abstain", 0.0)
-        return Prediction(name, *top[0], top, abstained=abstained)
+        alone = () if sigmoid is None else tuple(float(sigmoid[i]) for i in order)
+        return Prediction(name, *top[0], top, abstained=abstained, sigmoid=alone)
 
     def try_load(self, item: ImageLike) -> np.ndarray | str:
         """Return the model's input, uint8 [size, size, 3], or the reason why `item` can't be read."""

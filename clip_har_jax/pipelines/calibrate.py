@@ -45,8 +45,10 @@ def calibrate_model(
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "bad_inputs.jsonl"
         predictions = run_backend(backend, ClassedSource(source, backend.labels, data), config.data, log).predictions
-    found = calibrate(predictions.logits * backend.actions.temperature, predictions.label)
-    actions = replace(backend.actions, temperature=found.temperature, thresholds=found.thresholds)
+    bias = backend.logit_bias if backend.actions.head == "cosine" else None
+    found = calibrate(predictions.logits * backend.actions.temperature, predictions.label, bias)
+    fitted = {"temperature": found.temperature, "thresholds": found.thresholds, "sigmoid": found.sigmoid}
+    actions = replace(backend.actions, **fitted)
 
     def fill(folder: Path) -> None:
         _check_output(output)  # again, since another process may have written it
@@ -77,11 +79,17 @@ def print_result(found: CalibrationResult, output: str | Path) -> None:
     report = found.report
     before, after, told = report["before"], report["after"], report["abstention"]
     scores = (("nll", "NLL"), ("ece", "ECE"), ("ece_adaptive", "adaptive ECE"), ("brier", "Brier"))
+    alone = report.get("sigmoid")
     cli.print_rows(
         [
             ("images", str(report["num_examples"])),
             ("temperature", f"{found.temperature:.3f}"),
             *((title, f"{before[name]:.3f} -> {after[name]:.3f}") for name, title in scores),
+            *(
+                (f"sigmoid's {title}", f"{alone['before'][name]:.3f} -> {alone['after'][name]:.3f}")
+                for name, title in scores[:2]
+                if alone
+            ),
             ("abstains", f"below {found.thresholds['abstain']:.3f}: on {1 - told['answered']:.1%} of the images"),
             ("", f"which holds {told['mistakes_withheld']} of {told['mistakes']} mistakes"),
             ("model", str(output)),

@@ -13,10 +13,10 @@ from etils import epath
 from clip_har_jax import bundle
 from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.calibration import CalibrationResult
+from clip_har_jax.evaluation.calibration import calibrate
 from clip_har_jax.evaluation.history import read_history
 from clip_har_jax.evaluation.output import write_result
-from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.evaluation.result import EvalResult, Predictions
 from clip_har_jax.files import is_local, write_json
 from clip_har_jax.folders import replace_folder
 from clip_har_jax.models.head_file import write_head
@@ -79,12 +79,13 @@ def write_report(validation: Validation, step: int, result: EvalResult) -> epath
     return folder
 
 
-def write_model(validation: Validation, weights: Params, calibration: CalibrationResult) -> epath.Path:
-    """Write the model folder and seal it; the old one stays until the new one is complete.
+def write_model(validation: Validation, weights: Params, predictions: Predictions) -> epath.Path:
+    """Calibrate the model, write its folder and seal it; the old one stays until the new one is complete.
 
     Args:
       validation: the run's, with its frozen parameters.
       weights: the trained parameters, on the mesh.
+      predictions: of the validation examples, for the calibration.
     """
     run = validation.run
     embeddings = np.asarray(jax.device_get(validation.classes(weights).embeddings))
@@ -93,6 +94,8 @@ def write_model(validation: Validation, weights: Params, calibration: Calibratio
     if not distributed.is_main():
         return target
     clip, head, head_params = run.program.method.export_params(params, embeddings)
+    bias = float(clip["logit_bias"]) if head == "cosine" and "logit_bias" in clip else None
+    calibration = calibrate(predictions.logits, predictions.label, bias)
 
     def fill(folder: Path) -> None:
         write_params(folder, run.base.config, clip)
@@ -101,7 +104,9 @@ def write_model(validation: Validation, weights: Params, calibration: Calibratio
         run.base.tokenizer.save(folder)
         run.base.preprocess.save(folder)
         temperature, thresholds = calibration.temperature, calibration.thresholds
-        actions = bundle.Actions(run.data.labels, run.data.prompts, temperature, head, thresholds)
+        actions = bundle.Actions(
+            run.data.labels, run.data.prompts, temperature, head, thresholds, sigmoid=calibration.sigmoid
+        )
         if run.data.train.clips:
             actions = replace(actions, video=asdict(run.config.data.video))
         bundle.write_actions(folder, actions)

@@ -14,7 +14,6 @@ from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import prefetch_to_mesh
 from clip_har_jax.errors import UserError
-from clip_har_jax.evaluation.calibration import calibrate
 from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.files import is_local
 from clip_har_jax.mlops.tracking import FINISHED, STOPPED, hand_over
@@ -186,7 +185,7 @@ def seal(job: Job, learned: Learned, chosen: Chosen) -> Result:
     model = run.workdir / "model"
     with job.times.measure("checkpoint"):
         if not distributed.on_main(lambda: job.is_repeated and _is_whole(model)):
-            write_model(learned.validation, chosen.weights, calibrate(predictions.logits, predictions.label))
+            write_model(learned.validation, chosen.weights, predictions)
     if distributed.is_main():
         write_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.csv")
     if run.config.trackers:

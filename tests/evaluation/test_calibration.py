@@ -11,13 +11,15 @@ from sklearn.calibration import calibration_curve
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import brier_score_loss, log_loss
 
-from clip_har_jax import bundle
+from clip_har_jax import bundle, load_model
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation import calibration
+from clip_har_jax.image_files import read_image
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.predictor import Predictor
 from clip_har_jax.pipelines.calibrate import calibrate_model
-from tests.support.model_folders import write_images, write_model
+from clip_har_jax.preprocess import evaluation_transform
+from tests.support.model_folders import write_images, write_model, write_siglip
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("running", "riding a bike", "sleeping")
@@ -60,6 +62,49 @@ def test_the_temperature_is_scikit_learns() -> None:
     probs = reference.predict_proba(logits)
     ours = calibration.softmax_float64(logits / calibration.fit_temperature(logits, label))
     np.testing.assert_allclose(ours, probs, atol=2e-4)
+
+
+def test_the_sigmoid_is_scikit_learns_over_all_pairs() -> None:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.calibration import CalibratedClassifierCV
+
+    logits, label = synthetic(10, 500, 2.5, classes=4)
+    logits = logits * 2 - 7  # a slope and a bias to find
+
+    class Given(ClassifierMixin, BaseEstimator):
+        def fit(self, x: np.ndarray, y: np.ndarray) -> "Given":
+            self.classes_ = np.unique(y)
+            return self
+
+        def decision_function(self, x: np.ndarray) -> np.ndarray:
+            return x[:, 0]
+
+        def predict(self, x: np.ndarray) -> np.ndarray:
+            return x[:, 0] > 0
+
+    pairs, true = logits.reshape(-1, 1), (label[:, None] == np.arange(4)).ravel()
+    given = FrozenEstimator(Given().fit(pairs, true))
+    reference = CalibratedClassifierCV(given, method="sigmoid", ensemble=False).fit(pairs, true)
+    found = calibration.calibrate(logits, label, logit_bias=-10.0)
+    assert found.sigmoid is not None
+    probs = found.sigmoid(logits / found.temperature)
+    np.testing.assert_allclose(probs.ravel(), reference.predict_proba(pairs)[:, 1], atol=1e-4)
+    told = found.report["sigmoid"]
+    assert told["after"]["nll"] == pytest.approx(log_loss(true, probs.ravel()))
+    before = 1 / (1 + np.exp(10.0 - logits.ravel().astype(np.float64)))
+    assert told["before"]["nll"] == pytest.approx(log_loss(true, before))
+    assert told["after"]["ece"] < told["before"]["ece"]
+
+
+def test_separable_pairs_and_a_useless_model_give_finite_sigmoids() -> None:
+    label = np.arange(12, dtype=np.int32) % 3
+    logits = 30 * np.eye(3, dtype=np.float32)[label]
+    apart = calibration.fit_sigmoid(logits, label)
+    # Platt's targets: 13/14 of 12 true pairs, 1/26 of 24 false ones
+    np.testing.assert_allclose(apart(logits[:1])[0], [13 / 14, 1 / 26, 1 / 26], atol=1e-5)
+    even = (12 * 13 / 14 + 24 / 26) / 36
+    for useless in (-logits, np.zeros_like(logits)):
+        np.testing.assert_allclose(calibration.fit_sigmoid(useless, label)(useless), even, atol=1e-5)
 
 
 def test_a_model_without_mistakes_keeps_its_temperature() -> None:
@@ -165,6 +210,13 @@ def test_wrong_thresholds_name_file_and_key(tmp_path: Path, thresholds: object, 
     assert named in str(error.value)
 
 
+@pytest.mark.parametrize("sigmoid", [0.5, {"slope": 1.0}, {"slope": -1.0, "bias": 0.0}, {"slope": 1.0, "bias": "0"}])
+def test_a_wrong_sigmoid_names_file_and_key(tmp_path: Path, sigmoid: object) -> None:
+    (tmp_path / "actions.json").write_text(json.dumps({"labels": ["x"], "prompts": {"x": ["y"]}, "sigmoid": sigmoid}))
+    with pytest.raises(UserError, match=r"actions\.json: key 'sigmoid"):
+        bundle.read_actions(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("calibrate")
@@ -220,3 +272,34 @@ def test_the_command(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "temperature" in done.stdout
     assert bundle.read_actions(tmp_path / "new").thresholds
+
+
+@pytest.mark.slow
+def test_a_siglip_has_the_sigmoid_of_each_action_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Before the calibration it is the sigmoid of the model's own logits, and afterwards the fitted one."""
+    plain, (_, images) = write_siglip(tmp_path / "siglip", LABELS), folders
+    prompts = {label: (f"a person {label}",) for label in LABELS}
+    bundle.write_actions(plain, bundle.Actions(LABELS, prompts, temperature=2.0))
+    photo = images / "running" / "0.png"
+    loaded, predictor = load_model(str(plain)), Predictor(plain)
+    pixels = evaluation_transform(read_image(photo), predictor.backend.preprocess)[None]
+    normalized = np.moveaxis((pixels / np.float32(255) - 0.5) / 0.5, -1, 1)
+    ids, _ = loaded.tokenizer([texts[0] for texts in prompts.values()], loaded.model.config.text.context_length)
+    own = np.asarray(loaded(input_ids=ids, pixel_values=normalized).logits_per_image)[0]
+
+    prediction = predictor.predict([photo])[0]
+    order = [LABELS.index(label) for label, _ in prediction.top]
+    np.testing.assert_allclose(prediction.sigmoid, 1 / (1 + np.exp(-own[order])), rtol=1e-4)
+    told = [entry["sigmoid"] for entry in prediction.to_dict()["top"]]
+    assert told == list(prediction.sigmoid)
+
+    found = calibrate_model(str(plain), f"folder:{images}", tmp_path / "new")
+    assert bundle.read_actions(tmp_path / "new").sigmoid == found.sigmoid is not None
+    prediction = Predictor(tmp_path / "new").predict([photo])[0]
+    cosines = own + 10.0  # a SigLIP that we make has a bias of -10
+    z = found.sigmoid.slope * cosines[order] / found.temperature + found.sigmoid.bias
+    np.testing.assert_allclose(sorted(prediction.sigmoid), sorted(1 / (1 + np.exp(-z))), rtol=1e-3)
+    # Other actions have the model's own sigmoid, not the one fitted to these.
+    free = Predictor(tmp_path / "new", ("eating", "drinking"))
+    assert free.backend.sigmoid == bundle.Sigmoid(1.0, -10.0)
+    assert Predictor(folders[0]).predict([photo])[0].sigmoid == ()  # a CLIP

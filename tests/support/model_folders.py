@@ -9,6 +9,7 @@ from PIL import Image
 from clip_har_jax import bundle
 from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.configuration import TextConfig, VisionConfig
+from clip_har_jax.models.factory import make_base
 from clip_har_jax.models.params import init_params
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.preprocess import Preprocess
@@ -42,6 +43,15 @@ def write_model(folder: Path, labels: Sequence[str] = (), temperature: float = 1
     if labels:
         bundle.write_actions(folder, bundle.Actions(tuple(labels), make_prompts(labels), temperature))
         bundle.seal(folder)
+    return folder
+
+
+def write_siglip(folder: Path, labels: Sequence[str]) -> Path:
+    """Return a random SigLIP in the Hugging Face layout; its tokenizer is trained on the labels."""
+    base = make_base("siglip-tiny", [f"a person {label}" for label in labels])
+    write_params(folder, base.config, init_params(base.config, 0))
+    base.tokenizer.save(folder)
+    base.preprocess.save(folder)
     return folder
 
 
