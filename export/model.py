@@ -87,10 +87,8 @@ def open_model(path: str, classes: Sequence[str] = (), clips: bool = False) -> O
     """
     backend = JaxBackend(path, classes)
     config = read_config(backend.path)
-    if config.vision.any_aspect:
-        raise UserError(f"{path}: a NaFlex model; exports take square images, so use a SigLIP of fixed resolution")
-    if not config.has_texts:
-        raise UserError(f"{path}: an image tower alone; exports have a text encoder, so use a model with a text tower")
+    if config.no_export:
+        raise UserError(f"{path}: {config.no_export}")
     actions = replace(backend.actions, preprocess_version=PREPROCESS_VERSION)
     logit_scale = backend.scale * actions.temperature
     if backend.head_params:

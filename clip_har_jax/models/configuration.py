@@ -97,6 +97,15 @@ class TwoTowerConfig:
         """Whether there is a text tower; without one, a model needs a head that knows its classes."""
         return self.text.num_layers > 0
 
+    @property
+    def no_export(self) -> str:
+        """The reason why such a model can't be exported; empty: it can."""
+        if self.vision.any_aspect:
+            return "a NaFlex model; exports take square images, so use a SigLIP of fixed resolution"
+        if not self.has_texts:
+            return "an image tower alone; exports have a text encoder, so use a model with a text tower"
+        return ""
+
 
 # our field -> the key in Hugging Face's config.json
 _TOWER_KEYS = {

@@ -16,9 +16,11 @@ from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.scan import refuse_drawn_clips
 from clip_har_jax.data.sources import make_source
+from clip_har_jax.errors import UserError
 from clip_har_jax.files import read_object, sha256
 from clip_har_jax.lock import FolderLock
 from clip_har_jax.mlops.gates import Check, Gates
+from clip_har_jax.models.factory import known_config
 from clip_har_jax.pipelines.auto_steps import StepFailedError, Steps
 from clip_har_jax.trainer.provenance import ROOT
 from clip_har_jax.trainer.workdir import make_workdir
@@ -79,6 +81,7 @@ class Auto:
             raise
 
     def _run(self) -> int:
+        self._check_model()
         data = self._data()
         train = self._train(data)
         digest = train["digest"]
@@ -93,6 +96,20 @@ class Auto:
         refused = self._failed(self._promote(version))
         self._summarise(f"not served: {refused}" if refused else f"version {version} is the champion")
         return EXIT_REFUSED if refused else 0
+
+    def _check_model(self) -> None:
+        """Check that the model can be exported, before it is trained.
+
+        Raises:
+          UserError: it can't.
+        """
+        name = self.settings.config.model.name
+        try:
+            reason = known_config(name).no_export
+        except UserError:  # a Hub name whose sizes need a download, or a wrong one, which the training refuses
+            return
+        if reason:
+            raise UserError(f"config.model.name={name}: {reason}")
 
     @staticmethod
     def _failed(checks: Iterable[Check]) -> str:

@@ -27,6 +27,7 @@ class Result:
       exit_code: 0, 128 + the signal's number, or `EXIT_RETENTION`.
       zero_shot: accuracy of the base model on the same data; None: not known.
       unseen: SPEC of test images that the run didn't use; None: its data have none.
+      exports: the model can be exported, and so served.
     """
 
     workdir: epath.Path
@@ -38,6 +39,7 @@ class Result:
     exit_code: int
     zero_shot: float | None = None
     unseen: str | None = None
+    exports: bool = True
 
 
 def print_result(result: Result) -> None:
@@ -65,7 +67,7 @@ def print_result(result: Result) -> None:
     cli.print_rows(rows)
     if result.model is not None:
         print("Next:")
-        cli.print_rows(_next_commands(result.workdir, result.model, result.unseen))
+        cli.print_rows(_next_commands(result, result.model))
 
 
 def _origin(steps: int) -> str:
@@ -73,14 +75,15 @@ def _origin(steps: int) -> str:
     return f" (step {steps}, the best on the validation images)" if steps else ""
 
 
-def _next_commands(workdir: epath.Path, model: epath.Path, test: str | None) -> list[tuple[str, str]]:
+def _next_commands(result: Result, model: epath.Path) -> list[tuple[str, str]]:
     """Return the next commands, by purpose; without known test images, the person must name some."""
-    exported, data = workdir / "export", test or "folder:YOUR_TEST_IMAGES"
+    exported, data = result.workdir / "export", result.unseen or "folder:YOUR_TEST_IMAGES"
     of_model = f"--model={model}"
     commands = {
-        "evaluate": ["scripts/evaluate.py", of_model, f"--data={data}", f"--output={workdir / 'test'}"],
+        "evaluate": ["scripts/evaluate.py", of_model, f"--data={data}", f"--output={result.workdir / 'test'}"],
         "predict": ["scripts/predict.py", of_model, "PHOTO.jpg"],
-        "export": ["-m", "export", of_model, "--formats=onnx", f"--output={exported}"],
-        "serve": ["-m", "serving", f"--model={exported}"],
     }
+    if result.exports:
+        commands["export"] = ["-m", "export", of_model, "--formats=onnx", f"--output={exported}"]
+        commands["serve"] = ["-m", "serving", f"--model={exported}"]
     return [(name, shlex.join(["python", *words])) for name, words in commands.items()]

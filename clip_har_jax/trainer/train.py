@@ -194,6 +194,7 @@ def seal(job: Job, learned: Learned, chosen: Chosen) -> Result:
             hand_over(job.trackers, model, report)
             job.trackers.status = FINISHED
     facts = {"metrics": chosen.result.metrics, "zero_shot": chosen.zero_shot, "unseen": unseen_spec(run.config)}
+    facts["exports"] = not run.base.config.no_export
     return job.end(learned.step, last_step=learned.last_step, model=model, **facts)
 
 

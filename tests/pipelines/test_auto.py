@@ -203,3 +203,8 @@ def test_mistakes_are_one_line(start, tmp_path):
     done = run(start, "--config.data.train=motion")
     assert done.returncode == 2 and done.stderr.startswith("error: motion: drawn clips need no preparation;")
     assert done.stderr.count("\n") == 1
+    done = run(start, "--config.model.name=siglip2-naflex-tiny")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: config.model.name=siglip2-naflex-tiny: a NaFlex model;"
+    )
+    assert not (start / "work" / "run").exists()
