@@ -103,8 +103,8 @@ class Predictor:
                 if image is None:
                     yield self.predict_clip(name)
                 else:
-                    bad = isinstance(image, str)
-                    yield Prediction(name, error=image) if bad else self._prediction(name, next(logits)[None])
+                    bad = Prediction(name, error=image) if isinstance(image, str) else None
+                    yield bad or self._prediction(name, next(logits)[None])
 
     def predict_clip(self, path: str | Path) -> Prediction:
         """Return one prediction for a whole video; its frames are sampled with the model folder's settings.

@@ -47,8 +47,9 @@ def calibrate_model(
         predictions = run_backend(backend, ClassedSource(source, backend.labels, data), config.data, log).predictions
     bias = backend.logit_bias if backend.actions.head == "cosine" else None
     found = calibrate(predictions.logits * backend.actions.temperature, predictions.label, bias)
-    fitted = {"temperature": found.temperature, "thresholds": found.thresholds, "sigmoid": found.sigmoid}
-    actions = replace(backend.actions, **fitted)
+    actions = replace(
+        backend.actions, temperature=found.temperature, thresholds=found.thresholds, sigmoid=found.sigmoid
+    )
 
     def fill(folder: Path) -> None:
         _check_output(output)  # again, since another process may have written it

@@ -278,7 +278,7 @@ def test_the_command(folders: tuple[Path, Path], tmp_path: Path) -> None:
 def test_a_siglip_has_the_sigmoid_of_each_action_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Before the calibration it is the sigmoid of the model's own logits, and afterwards the fitted one."""
     plain, (_, images) = write_siglip(tmp_path / "siglip", LABELS), folders
-    prompts = {label: (f"a person {label}",) for label in LABELS}
+    prompts: dict[str, tuple[str, ...]] = {label: (f"a person {label}",) for label in LABELS}
     bundle.write_actions(plain, bundle.Actions(LABELS, prompts, temperature=2.0))
     photo = images / "running" / "0.png"
     loaded, predictor = load_model(str(plain)), Predictor(plain)

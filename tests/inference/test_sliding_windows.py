@@ -34,6 +34,7 @@ class Levels:
     num_frames: int | None = None
     takes_clips = True
     digest: str | None = None
+    sigmoid: bundle.Sigmoid | None = None
     actions = bundle.Actions(LABELS, {label: (label,) for label in LABELS}, video={"num_frames": 4, "rate_hz": 4.0})
     preprocess, path = Preprocess(8), Path("levels")
 

@@ -90,9 +90,10 @@ def check_frames(client: httpx.Client, photo: Path) -> None:
 
 def check_video(client: httpx.Client, model: Path, video: Path) -> None:
     """The events in a video are those that the model folder itself finds."""
-    rules = {"start_score": 0.01, "end_score": 0.0, "min_duration_s": 0.1}
-    expected = find_events(iter_frames(video, 5.0), Predictor(model).backend, EventRules(**rules))
-    answer = client.post("/v1/stream", params={**rules, "rate_hz": 5, "threshold": 0}, content=video.read_bytes())
+    rules = EventRules(start_score=0.01, end_score=0.0, min_duration_s=0.1)
+    expected = find_events(iter_frames(video, 5.0), Predictor(model).backend, rules)
+    query = "start_score=0.01&end_score=0&min_duration_s=0.1&threshold=0&rate_hz=5"
+    answer = client.post(f"/v1/stream?{query}", content=video.read_bytes())
     assert answer.status_code == 200, answer.text
     assert answer.json()["frames"] == expected.frames == 10
     events = [(event["label"], event["start_s"]) for event in answer.json()["events"]]
