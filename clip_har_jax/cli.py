@@ -101,6 +101,14 @@ def add_batch_size(parser: argparse.ArgumentParser, default: int = 32) -> None:
     parser.add_argument("--batch_size", type=int, default=default, metavar="N", help=help)
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add --engine and --ray_address; `inference.ray_cluster.connected` takes the second one."""
+    help = "local: in this process; ray: on a Ray cluster, or on this machine (pip install 'clip-har-jax[ray]'), e.g. "
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help=f"{help}--engine=ray")
+    help = "HOST:PORT of a cluster's head, or auto for the cluster of this machine; default: an own Ray on this machine"
+    parser.add_argument("--ray_address", metavar="ADDRESS", help=f"{help}, e.g. --ray_address=10.0.0.1:6379")
+
+
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags with which the processes of one run find each other; `process_flags` reads them."""
     group = parser.add_argument_group(

@@ -2,8 +2,10 @@
 
   python scripts/predict_bulk.py --model=runs/demo/export --inputs=photos --output=predictions
   python scripts/predict_bulk.py --model=runs/demo/export --inputs=list.txt --output=predictions --shard=3/16
+  python scripts/predict_bulk.py --model=runs/demo/export --inputs=photos --output=predictions --engine=ray
 
-Writes predictions-III-of-NNN/*.parquet (input, label, score, probs) and bad_inputs-III-of-NNN/*.parquet (input, error).
+Writes predictions-III-of-NNN/*.parquet (input, label, score, probs), bad_inputs-III-of-NNN/*.parquet (input, error) and
+predictions-III-of-NNN/summary.json.
 The same command again continues. Exits 0 when all were read, 1 when some were not, 2 on a mistake.
 """
 
@@ -23,19 +25,41 @@ if TYPE_CHECKING:
 def main() -> int:
     arguments = _parse()
 
+    end = _predict_on_ray(arguments) if arguments.engine == "ray" else _predict(arguments)
+    if end.tally:
+        print(file=sys.stderr)
+        cli.print_tally("--inputs", end.tally)
+    busy = ", ".join(f"{stage} {share:.0%}" for stage, share in end.busy.items())
+    speed = f"{end.images_per_s:.0f} images/s" + (f" (busy: {busy})" if busy else "")
+    print(f"\n{end.done} inputs, {end.failed} of them unreadable, {speed}", file=sys.stderr)
+    return 1 if end.failed else 0
+
+
+def _predict(arguments: argparse.Namespace, on_ray: bool = False) -> "Progress":
     from clip_har_jax.inference.backends import split_classes
     from clip_har_jax.inference.bulk import predict_bulk
     from clip_har_jax.inference.predictor import Predictor
 
     shard = _own_shard(arguments) if arguments.distributed else arguments.shard
-    predictor = Predictor(arguments.model, split_classes(arguments.classes), arguments.batch_size)
+    classes = split_classes(arguments.classes)
+    predictor = Predictor(arguments.model, classes, arguments.batch_size)
+    engine = None
+    if on_ray:
+        from clip_har_jax.inference.ray_engine import RayEngine
+
+        engine = RayEngine(predictor, arguments.model, classes)
     output = Path(arguments.output)
-    end = predict_bulk(predictor, arguments.inputs, output, shard, arguments.part_size, arguments.workers, _Report())
-    if end.tally:
-        print(file=sys.stderr)
-        cli.print_tally("--inputs", end.tally)
-    print(f"\n{end.done} inputs, {end.failed} of them unreadable, {end.images_per_s:.0f} images/s", file=sys.stderr)
-    return 1 if end.failed else 0
+    return predict_bulk(
+        predictor, arguments.inputs, output, shard, arguments.part_size, arguments.workers, _Report(), engine
+    )
+
+
+def _predict_on_ray(arguments: argparse.Namespace) -> "Progress":
+    from clip_har_jax.inference.ray_cluster import connected
+
+    with connected(arguments.ray_address):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators are for the models of the nodes, which Ray has started
+        return _predict(arguments, on_ray=True)
 
 
 def _own_shard(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -94,9 +118,21 @@ def _parse() -> argparse.Namespace:
     cli.add_classes(parser)
     cli.add_batch_size(parser)
     add("--part_size", type=int, default=10_000, metavar="N", help="inputs per file, e.g. --part_size=10000 (default)")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads, e.g. --workers=2")
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="decoding threads of the local engine, e.g. --workers=2",
+    )
+    cli.add_engine(parser)
     cli.add_process_flags(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.engine == "local" and arguments.ray_address:
+        parser.error("--ray_address needs --engine=ray")
+    if arguments.engine == "ray" and arguments.distributed:
+        parser.error("--distributed starts a process on each host, --engine=ray finds the hosts itself; leave one out")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_two_writers_of_one_folder_do_each_other_no_harm(root: Path, seed: int) 
         "in_place": {"whole"},
         "hub": {".whole", "actions.json", "manifest.json", "README.md"},
         "bulk": {f"predictions-00000-of-00001/{i:06d}.parquet" for i in range(4)}
-        | {"predictions-00000-of-00001/about.json"},
+        | {f"predictions-00000-of-00001/{name}.json" for name in ("about", "summary")},
         "prepare": {"manifest.parquet", "prepare.json", "duplicates.json", "bad_inputs.jsonl", "report.html"},
     }[writer]
     assert names(root / "out") == expected

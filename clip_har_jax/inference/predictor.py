@@ -18,7 +18,7 @@ from clip_har_jax.inference.backends import clip_sampling, score_views
 from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.inference.sliding_windows import FoundSegments, Windows, choose_windows, find_video_segments
 from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files, read_path_lines
-from clip_har_jax.preprocess import evaluation_transform
+from clip_har_jax.preprocess import Preprocess, evaluation_transform
 from clip_har_jax.video.clips import TimedFrame, iter_frames, read_clip
 from clip_har_jax.video.segments import SegmentRules
 
@@ -158,7 +158,7 @@ class Predictor:
         Raises:
           BadImage: an input can't be read.
         """
-        return self.backend.embed(np.stack([self._load(item) for item in inputs]))
+        return self.backend.embed(np.stack([_load(item, self.backend.preprocess) for item in inputs]))
 
     def _prediction(self, name: str, logits: Float32[np.ndarray, "v c"]) -> Prediction:
         """Return the prediction from the logits of the views, or frames, of an input."""
@@ -171,19 +171,25 @@ class Predictor:
 
     def try_load(self, item: ImageLike) -> np.ndarray | str:
         """Return the model's input, uint8 [size, size, 3], or the reason why `item` can't be read."""
-        try:
-            return self._load(item)
-        except BadImage as error:
-            return str(error)
-
-    def _load(self, item: ImageLike) -> UInt8[np.ndarray, "a b 3"]:
-        image = _to_array(item)
-        if max(image.shape[:2]) > MAX_ASPECT * min(image.shape[:2]):
-            raise BadImage(f"{image.shape[1]}x{image.shape[0]} px, one side over {MAX_ASPECT} times the other; crop it")
-        return self._transform(image)
+        return try_load(item, self.backend.preprocess)
 
     def _transform(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "a b 3"]:
         return evaluation_transform(image, self.backend.preprocess)
+
+
+def try_load(item: ImageLike, preprocess: Preprocess) -> np.ndarray | str:
+    """Return the input of a model with these image settings, or the reason why `item` can't be read."""
+    try:
+        return _load(item, preprocess)
+    except BadImage as error:
+        return str(error)
+
+
+def _load(item: ImageLike, preprocess: Preprocess) -> UInt8[np.ndarray, "a b 3"]:
+    image = _to_array(item)
+    if max(image.shape[:2]) > MAX_ASPECT * min(image.shape[:2]):
+        raise BadImage(f"{image.shape[1]}x{image.shape[0]} px, one side over {MAX_ASPECT} times the other; crop it")
+    return evaluation_transform(image, preprocess)
 
 
 def _is_clip(item: ImageLike) -> bool:

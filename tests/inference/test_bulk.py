@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ import pytest
 
 from clip_har_jax.errors import UserError
 from clip_har_jax.inference.bulk import predict_bulk
+from clip_har_jax.inference.bulk_engine import LocalEngine, Part, Piece
 from clip_har_jax.inference.predictor import Predictor
 from tests.support.model_folders import write_image, write_model
 
@@ -43,6 +46,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(output: Path, what: str = "predictions") -> list[dict[str, object]]:
     return [row for path in sorted(output.glob(f"{what}-*/*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def files(output: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*.parquet")}
 
 
 def test_predicts_as_the_predictor_does(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
@@ -215,6 +222,53 @@ def test_another_format_of_the_folder_does_not_continue(predictor: Predictor, ph
         predict_bulk(predictor, str(photos), tmp_path, part_size=20)
 
 
+class OutOfOrderEngine(LocalEngine):
+    """Give pieces as machines that work side by side do, and end in the middle as a killed one does."""
+
+    name = "out of order"
+
+    def __init__(self, predictor: Predictor, most: int):
+        super().__init__(predictor, workers=1)
+        self._most = most
+
+    def run(self, parts: Iterator[Part]) -> Iterator[Piece]:
+        pieces = list(super().run(parts))
+        random.Random(0).shuffle(pieces)
+        yield from pieces[: self._most]
+        if self._most < len(pieces):
+            raise KeyboardInterrupt
+
+
+def test_pieces_in_any_order_give_the_same_files_and_holes_are_filled(
+    predictor: Predictor, photos: Path, tmp_path: Path
+) -> None:
+    predict_bulk(predictor, str(photos), tmp_path / "whole", part_size=8)
+    with pytest.raises(KeyboardInterrupt):
+        predict_bulk(predictor, str(photos), tmp_path / "out", part_size=8, engine=OutOfOrderEngine(predictor, 7))
+    folder = tmp_path / "out" / "predictions-00000-of-00001"
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    assert finished and sorted(int(path.stem) for path in finished) != list(range(len(finished)))
+    end = predict_bulk(predictor, str(photos), tmp_path / "out", part_size=8)
+    assert (end.done, end.failed) == (NUM_IMAGES, 2)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    ours, whole = (files(tmp_path / name) for name in ("out", "whole"))
+    assert ours == whole and len(whole) == 5 + 2
+
+
+def test_the_summary_tells_counts_speed_and_errors_by_kind(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    predict_bulk(predictor, str(photos), tmp_path, part_size=20)
+    summary = json.loads((tmp_path / "predictions-00000-of-00001" / "summary.json").read_text())
+    assert (summary["inputs"], summary["unreadable"]) == (NUM_IMAGES, 2)
+    assert sorted(summary["errors"].values()) == [1, 1] and "empty file" in summary["errors"]
+    start = summary["this_start"]
+    assert (start["engine"], start["inputs"]) == ("local", NUM_IMAGES)
+    assert set(start["stages"]) == {"decode", "model"} and start["bottleneck"] in start["stages"]
+    predict_bulk(predictor, str(photos), tmp_path, part_size=20)
+    again = json.loads((tmp_path / "predictions-00000-of-00001" / "summary.json").read_text())
+    assert again["inputs"] == NUM_IMAGES and again["errors"] == summary["errors"]
+    assert again["this_start"]["inputs"] == 0 and again["this_start"]["bottleneck"] is None
+
+
 def test_mistakes_are_one_line(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
     predict_bulk(predictor, str(photos), tmp_path / "out", part_size=9)
     with pytest.raises(UserError, match="another part_size"):
@@ -240,6 +294,16 @@ def test_mistakes_are_one_line(predictor: Predictor, photos: Path, tmp_path: Pat
     predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)
     listing.write_text("".join(f"{path}\n" for path in sorted(photos.glob("*.png"), reverse=True)))
     with pytest.raises(UserError, match="the inputs have changed since part 0"):
+        predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)
+    names = sorted(str(path) for path in photos.glob("*.png"))
+    listing.write_text("\n".join([names[1], names[0], *names[2:]]))  # in the middle of a part
+    with pytest.raises(UserError, match="the inputs have changed since part 0"):
+        predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)
+    listing.write_text("\n".join(names[:20]))
+    with pytest.raises(UserError, match="the inputs have changed since part 1"):
+        predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)
+    (tmp_path / "listed" / "predictions-00000-of-00001" / "000000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"000000.parquet: can't be read .*; remove it"):
         predict_bulk(predictor, str(listing), tmp_path / "listed", part_size=20)
 
 

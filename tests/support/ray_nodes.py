@@ -1,0 +1,43 @@
+"""A Ray cluster of several nodes on this machine, in a process of its own that ends with the test.
+
+  python -m tests.support.ray_nodes NUM_CPUS_OF_NODE ...
+
+Prints a line of JSON, {"address": HOST:PORT, "raylets": [process id of each node, the head first]}, once and again for
+each line of standard input, for which it adds a node of one CPU. It ends with standard input.
+"""
+
+import json
+import os
+import sys
+
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+from ray.cluster_utils import Cluster
+
+STORE_BYTES = 100 << 20
+
+
+def main() -> None:
+    first, *others = [int(text) for text in sys.argv[1:]]
+    fast = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = {"num_cpus": first, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": fast}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        raylets = [_raylet(cluster.head_node)]
+        raylets += [_raylet(cluster.add_node(num_cpus=count, object_store_memory=STORE_BYTES)) for count in others]
+        while True:
+            print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+            if not sys.stdin.readline():
+                break
+            raylets.append(_raylet(cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)))
+    finally:
+        cluster.shutdown()
+
+
+def _raylet(node: object) -> int:
+    (process,) = node.all_processes["raylet"]  # type: ignore[attr-defined]
+    return process.process.pid
+
+
+if __name__ == "__main__":
+    main()
