@@ -69,10 +69,7 @@ class PublishedTokenizer:
         settings: dict[str, Any],
     ):
         self._files, self._encode, self.pad_token_id, self._settings = files, encode, pad_token_id, settings
-        cleaning = settings.get("clean", "")
-        if cleaning not in CLEANING:
-            raise UserError(f"tokenizer_config.json: clean is {cleaning!r}; accepted: {', '.join(CLEANING)}")
-        self._clean = CLEANING[cleaning]
+        self._clean = _find_cleaning(settings.get("clean", ""))
         gemma = str(settings.get("tokenizer_class", "")).startswith(("Gemma", "Siglip2"))  # transformers' default
         self._left = settings.get("padding_side", "left" if gemma else "right") == "left"
 
@@ -115,6 +112,40 @@ class PublishedTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
+
+
+class CleanedTokenizer:
+    """CLIP's tokenizer as open_clip uses it: texts are cleaned first, and short ones may be padded with zeros.
+
+    It is saved as CLIP's own, since a causal tower doesn't see the padding.
+
+    Args:
+      tokenizer: CLIP's.
+      cleaning: a name in `CLEANING`.
+      pads_zeros: pad with zeros; otherwise as the tokenizer does.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, cleaning: str, pads_zeros: bool):
+        self._tokenizer, self._clean, self._pads_zeros = tokenizer, _find_cleaning(cleaning), pads_zeros
+
+    def __call__(self, texts: Sequence[str], context_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids and attention masks, int32 [n, context_length] each."""
+        ids, mask = self._tokenizer([self._clean(text) for text in texts], context_length)
+        return ids * mask if self._pads_zeros else ids, mask
+
+    def words(self, text: str) -> list[int]:
+        """Return the tokens of a text, without special ones."""
+        return self._tokenizer.words(self._clean(text))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files."""
+        self._tokenizer.save(folder)
+
+
+def _find_cleaning(name: str) -> Callable[[str], str]:
+    if name not in CLEANING:
+        raise UserError(f"the tokenizer's setting clean is {name!r}; accepted: {', '.join(CLEANING)}")
+    return CLEANING[name]
 
 
 class CheckedTokenizer:

@@ -20,7 +20,7 @@ from clip_har_jax.models.params import write_tensors
 from clip_har_jax.models.siglip import SIZES, SiglipConfig
 from clip_har_jax.preprocess import CLIP_MEAN, CLIP_STD, RESAMPLING, Preprocess, check_triple
 from clip_har_jax.text import Tokenizer
-from clip_har_jax.tokenization import PublishedTokenizer, read_tokenizer
+from clip_har_jax.tokenization import CleanedTokenizer, TextTokenizer, read_tokenizer
 
 CONFIG, WEIGHTS, PICKLE = "open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 HEAD_WIDTH = 64  # of the image tower, if the configuration has none
@@ -197,12 +197,13 @@ def read_open_clip_preprocess(folder: Path, image_size_px: int) -> Preprocess:
     )
 
 
-def read_open_clip_tokenizer(folder: Path) -> Tokenizer | PublishedTokenizer:
-    """Return the tokenizer of an open_clip folder, with open_clip's cleaning of texts."""
-    tokenizer = read_tokenizer(folder)
+def read_open_clip_tokenizer(folder: Path) -> TextTokenizer:
+    """Return the tokenizer of an open_clip folder, with open_clip's cleaning of texts and its padding."""
+    tokenizer, text = read_tokenizer(folder), _model_section(folder / CONFIG)["text_cfg"]
+    given = text.get("tokenizer_kwargs") or {}
     if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    given = _model_section(folder / CONFIG)["text_cfg"].get("tokenizer_kwargs") or {}
+        is_own = not text.get("hf_tokenizer_name")  # open_clip's SimpleTokenizer
+        return CleanedTokenizer(tokenizer, given.get("clean", "lower" if is_own else "whitespace"), is_own)
     settings: dict[str, Any] = {"clean": given.get("clean", "whitespace")}
     if given.get("strip_sep_token"):
         settings["zero_token_id"] = tokenizer.last_special_id
