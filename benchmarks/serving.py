@@ -56,7 +56,8 @@ FRAMES_PER_S = 30
 
 def ours(model: str, port: int, **settings: str) -> Any:
     command = [sys.executable, "-m", "serving", f"--model={model}", f"--port={port}"]
-    environment = {"HAR_RATE_LIMIT_PER_S": "0", "HAR_LOG_LEVEL": "ERROR"} | settings
+    many = {"HAR_MAX_CONNECTIONS": "20000", "HAR_MAX_CONNECTIONS_PER_ADDRESS": "20000"}  # all clients have one address
+    environment = {"HAR_RATE_LIMIT_PER_S": "0", "HAR_LOG_LEVEL": "ERROR"} | many | settings
     return server(command, port, "/v2/health/ready", **environment)
 
 
