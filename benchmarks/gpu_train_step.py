@@ -97,6 +97,7 @@ class Training:
         from clip_har_jax.preprocess import Preprocess
         from clip_har_jax.training.methods import ClassInputs
         from clip_har_jax.training.program import Program
+        from clip_har_jax.training.step_config import step_config
 
         config = make_config(
             {
@@ -107,7 +108,7 @@ class Training:
             }
         )
         mesh, preprocess = make_mesh(config.mesh, [device]), Preprocess(image_size_px=clip.vision.image_size)
-        program = Program(config, clip, preprocess, len(source.labels), num_steps=10_000, mesh=mesh)
+        program = Program(step_config(config), clip, preprocess, len(source.labels), num_steps=10_000, mesh=mesh)
         params = {name: np.asarray(value) for name, value in init_params(clip, seed=0).items()}
         self._state, frozen = program.place(params)
         ids = np.random.default_rng(0).integers(1, clip.text.vocab_size - 2, (NUM_PROMPTS, clip.text.context_length))

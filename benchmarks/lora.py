@@ -32,6 +32,7 @@ def make_side(method: str, arguments: Any) -> tuple[Any, list[Any], dict[str, in
     from clip_har_jax.preprocess import Preprocess
     from clip_har_jax.training.methods import ClassInputs
     from clip_har_jax.training.program import Program
+    from clip_har_jax.training.step_config import step_config
 
     config = make_config(
         {
@@ -41,7 +42,9 @@ def make_side(method: str, arguments: Any) -> tuple[Any, list[Any], dict[str, in
         }
     )
     clip = NAMED_SIZES["ViT-B/16"]
-    program = Program(config, clip, Preprocess(224), NUM_CLASSES, 1000, make_mesh(config.mesh, jax.devices()[:1]))
+    program = Program(
+        step_config(config), clip, Preprocess(224), NUM_CLASSES, 1000, make_mesh(config.mesh, jax.devices()[:1])
+    )
     params = {name: np.asarray(value) for name, value in init_params(clip, 0).items()}
     state, frozen = program.place(params | program.method.init_extra(params, program.shapes, None, None, 0))
     rng = np.random.default_rng(0)

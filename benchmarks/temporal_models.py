@@ -21,6 +21,7 @@ from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.planning.cost import step_memory
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.program import Program
+from clip_har_jax.training.step_config import step_config
 
 NUM_CLASSES = 15
 
@@ -37,7 +38,7 @@ def make_program(kind: str, arguments: Any) -> Program:
     )
     clip = dataclasses.replace(NAMED_SIZES[arguments.model], temporal=kind)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    return Program(config, clip, Preprocess(clip.vision.image_size), NUM_CLASSES, 1000, mesh)
+    return Program(step_config(config), clip, Preprocess(clip.vision.image_size), NUM_CLASSES, 1000, mesh)
 
 
 def main() -> None:

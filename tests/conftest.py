@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tests.support.shapes import modules_with_shapes
 from tests.support.xla import cpu_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -22,7 +23,7 @@ from jaxtyping import install_import_hook
 # Imported before the hook: checking each of its small drawing functions takes seven times as long as the drawing.
 for module in ("motion", "synthetic"):
     importlib.import_module(f"clip_har_jax.data.{module}")
-install_import_hook("clip_har_jax", "beartype.beartype").__enter__()
+install_import_hook(modules_with_shapes(), "beartype.beartype").__enter__()
 
 import jax
 import pytest

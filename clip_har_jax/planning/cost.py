@@ -24,6 +24,7 @@ from clip_har_jax.parallel.topology import Chip, find_chip, memory_bytes, tpu_de
 from clip_har_jax.planning.roofline import Times, estimate
 from clip_har_jax.planning.traffic import Traffic, read_traffic
 from clip_har_jax.training.program import Program
+from clip_har_jax.training.step_config import step_config
 
 LOCAL = "local"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -158,9 +159,8 @@ def make_program(planned_step: PlannedStep, machine: Machine, variant: Variant) 
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
     mesh = make_mesh(config.mesh, None if machine.is_here else machine.devices)
     preprocess = family_of(planned_step.sizes).preprocess(planned_step.sizes.vision.image_size)
-    return Program(
-        config, planned_step.sizes, preprocess, planned_step.num_classes, config.train.num_steps or 1000, mesh
-    )
+    num_steps = config.train.num_steps or 1000
+    return Program(step_config(config), planned_step.sizes, preprocess, planned_step.num_classes, num_steps, mesh)
 
 
 def compile_variant(

@@ -46,7 +46,7 @@ def initial_state(run: Run, checkpointer: Checkpointer) -> Initial:
     program = run.program
     if not run.first_step:
         params, probe = initial_params(run)
-        return Initial(*program.place(params), probe)
+        return Initial(*program.place(params, run.config.seed), probe)
     state = checkpointer.restore(program.abstract_state(), run.first_step)
     if any(map(_is_added, program.frozen)):
         params, probe = initial_params(run)

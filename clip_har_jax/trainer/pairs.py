@@ -19,7 +19,6 @@ from clip_har_jax.models.families import NAMED_SIZES
 from clip_har_jax.models.params import Params
 from clip_har_jax.parallel import sharding
 from clip_har_jax.trainer.run import Run
-from clip_har_jax.training.steps import make_caption_step
 
 TOKENIZER_CAPTIONS = 1000
 
@@ -49,13 +48,13 @@ def measure_recall(run: Run, params: Params) -> dict[str, Any] | None:
     size = run.config.eval.batch_size
     share = ProcessShare(*sharding.process_shard(run.mesh, size))
     bad_pairs = BadPairs(run.config.data.max_bad_fraction, run.bad_inputs_log)
-    rows, caption_step = sharding.batch_sharding(run.mesh), make_caption_step(run.program.method, run.mesh)
+    rows = sharding.batch_sharding(run.mesh)
 
     def embedded() -> Iterator[Embedded]:
         for local, pairs in eval_pair_batches(sources, pair_transform(run), size, bad_pairs, share):
             batch = sharding.put_local_rows(local, rows)
             image, rest = run.program.feature_step(params, batch)
-            text = caption_step(params, batch.input_ids)
+            text = run.program.caption_step(params, batch.input_ids)
             image, text, mask = jax.device_get((image, text, rest.mask))
             yield Embedded(image, text, np.asarray(mask) > 0, pairs)
 

@@ -25,7 +25,7 @@ from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.trainer.run_data import Data
 from clip_har_jax.training.loop import Timetable
 from clip_har_jax.training.methods import ClassInputs
-from clip_har_jax.training.program import Program
+from clip_har_jax.training.program import Program, make_program
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def setup(
         config.train.patience,
     )
     _check_profile(profile_steps, first_step, timetable.num_steps, workdir)
-    program = Program(
+    program = make_program(
         config,
         base.config,
         base.preprocess,

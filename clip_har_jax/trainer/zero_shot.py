@@ -11,7 +11,6 @@ from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.sources import Source
 from clip_har_jax.models.params import Params
 from clip_har_jax.trainer.run import Run
-from clip_har_jax.training.steps import make_text_step
 
 
 class ZeroShot:
@@ -27,7 +26,7 @@ class ZeroShot:
         texts = [text for label in labels for text in prompts[label]]
         self._class_of_prompt = [i for i, label in enumerate(labels) for _ in prompts[label]]
         self._ids, _ = run.base.tokenizer(texts, run.base.config.text.context_length)
-        self._text_step = make_text_step(run.program.method, len(labels), run.mesh)
+        self._text_step = run.program.text_step(len(labels))
         self._run, self._num_classes = run, len(labels)
 
     def right(self, params: Params, source: Source, bad_inputs: BadInputs) -> Bool[np.ndarray, " n"]:

@@ -3,6 +3,7 @@
 Making a program places no arrays and compiles nothing, so a planner can use it for a machine that isn't present.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,6 @@ from jaxtyping import Int
 
 from clip_har_jax.batch import Batch, PairBatch
 from clip_har_jax.config import RunConfig
-from clip_har_jax.data.pair_sources import has_pairs
-from clip_har_jax.data.sources import has_clips
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.configuration import TwoTowerConfig
 from clip_har_jax.models.flops import step_flops
@@ -36,14 +35,25 @@ from clip_har_jax.training.methods import ClassInputs, Method
 from clip_har_jax.training.optim import evaluated_weights, freeze_masks, make_optimizer, make_schedule
 from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState, make_state, state_shardings
-from clip_har_jax.training.steps import make_class_step, make_eval_step, make_feature_step, make_train_step
+from clip_har_jax.training.step_config import StepConfig, step_config
+from clip_har_jax.training.steps import (
+    make_caption_step,
+    make_class_step,
+    make_eval_step,
+    make_feature_step,
+    make_text_step,
+    make_train_step,
+)
+
+# Programs that a process keeps for its next runs. Their compiled steps take memory, on accelerators that of the device.
+NUM_KEPT = 2
 
 
 class Program:
     """The steps of a config on a mesh, with the shapes and shardings of their arguments.
 
     Args:
-      config: the run.
+      config: the settings of the steps.
       sizes: of the model.
       preprocess: mean, deviation and size of its images.
       num_classes: actions.
@@ -59,7 +69,7 @@ class Program:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: StepConfig,
         sizes: TwoTowerConfig,
         preprocess: Preprocess,
         num_classes: int,
@@ -70,15 +80,11 @@ class Program:
     ):
         self.config, self.sizes, self.preprocess, self.num_steps, self.mesh = config, sizes, preprocess, num_steps, mesh
         self.num_classes = num_classes
-        # Frames of a clip in training; None: images.
-        self.of_pairs = has_pairs(config.data.train)
-        with_frames = not self.of_pairs and has_clips(config.data.train)
-        self.num_frames = config.data.video.num_frames if with_frames else None
-        check_batch_size(config.train.global_batch_size, mesh, "train.global_batch_size")
-        check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
+        check_batch_size(config.batch_size, mesh, "train.global_batch_size")
+        check_batch_size(config.eval_batch_size, mesh, "eval.batch_size")
         _check_accumulation(config, mesh)
         rows = batch_sharding(mesh)
-        self.runtime = Runtime(config.model.compute_dtype, config.model.remat, config.model.attention, activations=rows)
+        self.runtime = Runtime(config.compute_dtype, config.remat, config.attention, activations=rows)
         model = abstract_model(sizes, self.runtime)
         balance = config.method.class_balance
         weights = balanced_weights(class_counts, balance) if balance and class_counts is not None else None
@@ -105,21 +111,24 @@ class Program:
             with_average=config.optim.ema_decay > 0 or evaluated_weights(config.optim) is not None,
         )
         self.train_step = make_train_step(
-            self.method, self.optimizer, self.schedule, config, preprocess, self.shardings, mesh, self.of_pairs
+            self.method, self.optimizer, self.schedule, config, preprocess, self.shardings, mesh
         )
         self.eval_step = make_eval_step(self.method, preprocess, mesh)
         self.feature_step = make_feature_step(self.method, preprocess, mesh)
         self.class_step = make_class_step(self.method, mesh)
+        self.caption_step = make_caption_step(self.method, mesh)
+        # By the number of classes.
+        self.text_step = functools.lru_cache(maxsize=4)(functools.partial(make_text_step, self.method, mesh=mesh))
 
     def _check_pairs(self) -> None:
-        if self.of_pairs and self.method.loss not in ("softmax", "sigmoid"):
+        if self.config.of_pairs and self.method.loss not in ("softmax", "sigmoid"):
             raise UserError(
                 f"config.method.loss: image-text pairs have no classes, so they train with softmax or sigmoid, not "
                 f"{self.method.loss!r}; add --config.method.loss=softmax"
             )
         if self.method.loss in PAIR_LOSSES and not self.trains_text:
             raise UserError(f"config.method.freeze leaves nothing of the texts that {self.method.loss} learns from")
-        if self.method.loss in PAIR_LOSSES and self.config.train.accumulation_steps > 1:
+        if self.method.loss in PAIR_LOSSES and self.config.accumulation_steps > 1:
             raise UserError(
                 f"config.train.accumulation_steps: {self.method.loss} compares all images of a batch; use 1, and "
                 "config.model.remat=full to save memory"
@@ -131,16 +140,17 @@ class Program:
             for name, shape in shapes.items()
         }
 
-    def place(self, params: Mapping[str, Any]) -> tuple[TrainState, Params]:
+    def place(self, params: Mapping[str, Any], seed: int = 0) -> tuple[TrainState, Params]:
         """Return the state before the first step and the frozen parameters, on the mesh.
 
         Args:
           params: host arrays, or arrays on the mesh, which the state takes over. Missing ones become 0: the head of a
             method that fits it to features, if these weren't computed.
+          seed: of the random key of the steps.
         """
         params = {name: params.get(name, np.zeros(shape, np.float32)) for name, shape in self.shapes.items()}
         trainable = {name: params[name] for name in self.trainable}
-        state = make_state(trainable, self.optimizer, self.config.seed, self.shardings)
+        state = make_state(trainable, self.optimizer, seed, self.shardings)
         return state, self.place_params({name: params[name] for name in self.frozen})
 
     def place_params(self, params: Mapping[str, Any]) -> Params:
@@ -186,7 +196,7 @@ class Program:
     def abstract_arguments(self, num_prompts: int) -> tuple[TrainState, Params, ClassInputs, Any]:
         """Return the shapes, types and shardings of the training step's arguments."""
         rows, whole, shape = batch_sharding(self.mesh), replicated(self.mesh), self.preprocess.shape
-        batch_size = self.config.train.global_batch_size
+        batch_size, num_frames = self.config.batch_size, self.config.num_frames
 
         def struct(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -197,10 +207,10 @@ class Program:
             classes = ClassInputs(ids, struct((count,), jnp.int32, rows), None)
         else:
             classes = ClassInputs(None, None, struct((self.num_classes, self.sizes.projection_dim), jnp.float32, whole))
-        image = (batch_size, *([self.num_frames] if self.num_frames else []), *shape)
+        image = (batch_size, *([num_frames] if num_frames else []), *shape)
         label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
         batch: Any = Batch(struct(image, jnp.uint8, rows), label, mask, label)
-        if self.of_pairs:
+        if self.config.of_pairs:
             texts = struct((batch_size, self.sizes.text.context_length), jnp.int32, rows)
             batch = PairBatch(batch.image, texts, mask, label)
         return self.abstract_state(), self.abstract_frozen(), classes, batch
@@ -213,17 +223,39 @@ class Program:
         trains_temporal = any(map(is_temporal, self.trainable))
         return step_flops(
             self.sizes,
-            self.config.train.global_batch_size,
-            self.config.train.global_batch_size if self.of_pairs else num_prompts,
+            self.config.batch_size,
+            self.config.batch_size if self.config.of_pairs else num_prompts,
             image_passes=image_passes if self.trains_image else 1,
             text_passes=text_passes if self.trains_text else 0,
-            num_frames=self.num_frames,
+            num_frames=self.config.num_frames,
             temporal_passes=3 if trains_temporal else 2 if self.trains_image else 1,
         )
 
 
-def _check_accumulation(config: RunConfig, mesh: Mesh) -> None:
-    size, parts, shards = config.train.global_batch_size, config.train.accumulation_steps, num_row_shards(mesh)
+def make_program(
+    config: RunConfig,
+    sizes: TwoTowerConfig,
+    preprocess: Preprocess,
+    num_classes: int,
+    num_steps: int,
+    mesh: Mesh,
+    class_counts: Sequence[int] | None = None,
+    cache_size: int = 0,
+) -> Program:
+    """Return the program of a run.
+
+    The last `NUM_KEPT` programs are kept, so a run whose steps are those of an earlier one compiles nothing. The
+    arguments and errors are those of `Program`.
+    """
+    counts = tuple(class_counts) if class_counts is not None and config.method.class_balance else None
+    return _make_program(step_config(config), sizes, preprocess, num_classes, num_steps, mesh, counts, cache_size)
+
+
+_make_program = functools.lru_cache(maxsize=NUM_KEPT)(Program)
+
+
+def _check_accumulation(config: StepConfig, mesh: Mesh) -> None:
+    size, parts, shards = config.batch_size, config.accumulation_steps, num_row_shards(mesh)
     if size % (parts * shards):
         raise UserError(
             f"config.train.accumulation_steps={parts}: a batch of {size} doesn't divide into {parts} parts on {shards} "

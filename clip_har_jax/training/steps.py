@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_har_jax.batch import Batch, PairBatch
-from clip_har_jax.config import RunConfig
 from clip_har_jax.models.params import Params
 from clip_har_jax.models.two_towers import mean_class_embeddings, normalize_images
 from clip_har_jax.parallel.sharding import batch_sharding, replicated
@@ -23,6 +22,7 @@ from clip_har_jax.training.methods import ClassInputs, Method
 from clip_har_jax.training.optim import evaluated_weights
 from clip_har_jax.training.recipes import PAIR_LOSSES
 from clip_har_jax.training.state import TrainState
+from clip_har_jax.training.step_config import StepConfig
 
 
 def _per_example(name: str) -> Callable[..., dict[str, jax.Array]]:
@@ -55,11 +55,10 @@ def make_train_step(
     method: Method,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    config: RunConfig,
+    config: StepConfig,
     preprocess: Preprocess,
     shardings: TrainState,
     mesh: Mesh,
-    of_pairs: bool = False,
 ) -> Callable[[TrainState, Params, ClassInputs, Any], tuple[TrainState, TrainMetrics | PairMetrics, Int[Array, ""]]]:
     """Return the jitted training step; it donates the state, so the caller must use the returned one.
 
@@ -68,14 +67,14 @@ def make_train_step(
 
     Args:
       schedule: the learning rate by step, the same as the optimiser's; logged as a metric.
+      config: with `of_pairs`, the batches are `PairBatch`es, and the classes aren't used.
       shardings: of the state.
-      of_pairs: the batches are `PairBatch`es, and the classes aren't used.
     """
-    if of_pairs:
+    if config.of_pairs:
         gradients: Callable[..., tuple[Params, jax.Array, jax.Array]] = make_pair_gradients(method, preprocess)
     else:
         gradients = make_gradients(method, config, preprocess, shardings.params, mesh)
-    of_step = PairMetrics if of_pairs else TrainMetrics
+    of_step = PairMetrics if config.of_pairs else TrainMetrics
     evaluated = evaluated_weights(config.optim)
 
     def train_step(
@@ -122,17 +121,17 @@ def _moving_average(state: TrainState, params: Params, decay: float) -> Params:
 
 def make_gradients(
     method: Method,
-    config: RunConfig,
+    config: StepConfig,
     preprocess: Preprocess,
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
 ) -> Callable[[Params, Params, ClassInputs, Batch, jax.Array], tuple[Params, Float[Array, " b"], Bool[Array, " b"]]]:
     """Return a function that gives the gradients of a batch's mean loss, each row's loss, and whether it was right.
 
-    With `config.train.accumulation_steps`, the parts of a batch pass the image tower one after the other. The class
+    With `config.accumulation_steps`, the parts of a batch pass the image tower one after the other. The class
     embeddings are computed once for all parts and differentiated once, with the sum of the parts' gradients.
     """
-    parts = config.train.accumulation_steps
+    parts = config.accumulation_steps
 
     def loss_fn(
         weights: tuple[Params, jax.Array],

@@ -23,7 +23,7 @@ from app import archive, main, own_service, video_frames, widgets
 from app.client import AppClient, Trouble
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
 from clip_har_jax.listing import SYSTEM_FILES, SYSTEM_FOLDERS
-from tests.support.serving_setup import LABELS, running, write_export
+from tests.support.serving_setup import LABELS, running
 
 APP = Path(__file__).parents[2] / "app"
 PAGES = [name for name, _, _ in main.PAGES]
@@ -35,13 +35,8 @@ main.show("{page}", lambda: runpy.run_path("{path}"), "{page}" not in main.WITHO
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_export(tmp_path_factory.mktemp("app"))
-
-
-@pytest.fixture(scope="module")
-def service(folder: Path) -> Iterator[str]:
-    with running(folder, max_classes=50) as (client, _):
+def service(served_folder: Path) -> Iterator[str]:
+    with running(served_folder, max_classes=50) as (client, _):
         yield str(client.base_url)
 
 
@@ -112,10 +107,10 @@ def test_without_a_model_the_commands_that_make_one_are_shown(
 
 
 def test_a_service_of_its_own_is_started_and_started_again_when_it_ended(
-    open_page: Callable[[str], AppTest], monkeypatch: pytest.MonkeyPatch, folder: Path
+    open_page: Callable[[str], AppTest], monkeypatch: pytest.MonkeyPatch, served_folder: Path
 ) -> None:
     monkeypatch.delenv("HAR_URL")
-    monkeypatch.setenv("APP_MODEL", str(folder))
+    monkeypatch.setenv("APP_MODEL", str(served_folder))
     started: list[subprocess.Popen[str]] = []
     original = subprocess.Popen
 
@@ -141,9 +136,13 @@ def test_a_service_of_its_own_is_started_and_started_again_when_it_ended(
             process.wait()
 
 
-def test_the_apps_own_service_stays_on_loopback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_apps_own_service_stays_on_loopback(served_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the environment says: it has no key."""
-    for name, value in (("APP_MODEL", str(folder)), ("HAR_HOST", "0.0.0.0"), ("HAR_API_KEYS", "a:use:" + "0" * 64)):
+    for name, value in (
+        ("APP_MODEL", str(served_folder)),
+        ("HAR_HOST", "0.0.0.0"),
+        ("HAR_API_KEYS", "a:use:" + "0" * 64),
+    ):
         monkeypatch.setenv(name, value)
     before = set(psutil.Process().children())
     url = own_service.start()
@@ -219,8 +218,8 @@ def test_a_set_of_words_is_saved_to_the_service(open_page: Callable[[str], AppTe
     assert not [button for button in run(page).button if "Back" in button.label]
 
 
-def test_two_models_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(folder, models={"other": folder}) as (client, _):
+def test_two_models_are_compared(served_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(served_folder, models={"other": served_folder}) as (client, _):
         monkeypatch.setenv("HAR_URL", str(client.base_url))
         page = run(AppTest.from_string(SCRIPT.format(page="compare", path=APP / "views" / "compare.py")))
     assert [box.index for box in page.selectbox] == [0, 1]

@@ -197,14 +197,12 @@ def test_a_delay_that_cannot_be_kept_is_refused() -> None:
         LiveSegments(LABELS, SegmentRules(), Windows(4, 2.0, 0.5), 1.0)
 
 
-def test_the_model_folder_and_its_export_find_the_same(tmp_path: Path) -> None:
-    from tests.support.serving_setup import write_export
+def test_the_model_folder_and_its_export_find_the_same(served_folder: Path, tmp_path: Path) -> None:
     from tests.support.videos import write_clip
 
-    export = write_export(tmp_path)
     write_clip(tmp_path / "clip.mp4", count=60)
     rules, found = SegmentRules(0.3, 0.2), []
-    for folder in (export.parent / "model", export):
+    for folder in (served_folder.parent / "model", served_folder):
         backend = Predictor(folder).backend
         from clip_har_jax.video.clips import iter_frames
 

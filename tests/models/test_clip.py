@@ -20,6 +20,7 @@ from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.optim import is_decayed
 from clip_har_jax.training.program import Program
+from clip_har_jax.training.step_config import step_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 HUB_SIZES = {
@@ -39,12 +40,12 @@ def test_a_training_step_of_each_config(path):
     config = load_config(path)
     size = NAMED_SIZES[(HUB_SIZES | TRAINED_SIZES).get(config.model.name, config.model.name)]
     preprocess = Preprocess(size.vision.image_size)
-    program = Program(config, size, preprocess, num_classes=15, num_steps=100, mesh=make_mesh(config.mesh))
+    program = Program(step_config(config), size, preprocess, num_classes=15, num_steps=100, mesh=make_mesh(config.mesh))
     arguments = program.abstract_arguments(num_prompts=15)
     after, metrics, skipped = jax.eval_shape(program.train_step, *arguments)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), arguments[0])
     assert {"loss", "grad_norm", "learning_rate"} <= set(vars(metrics))
-    assert ("top1" in vars(metrics)) != program.of_pairs  # a caption is of no class
+    assert ("top1" in vars(metrics)) != program.config.of_pairs  # a caption is of no class
     assert skipped.shape == ()
 
 

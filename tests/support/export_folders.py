@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from clip_har_jax import bundle
+from clip_har_jax.inference.runtimes import Graphs
 from clip_har_jax.models.head_file import write_head
 from clip_har_jax.models.heads import HEADS, init_head
 from clip_har_jax.models.params import init_params, init_temporal
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
 from clip_har_jax.text import HAR15_PHRASES
+from export.parity import Arrays, run_cases
 
 LABELS = tuple(HAR15_PHRASES)[:5]
 
@@ -35,6 +37,12 @@ CLIP_FAULTS = {
     "temporal": "head.out.kernel",
 }
 NUM_FRAMES = 4
+
+
+def run_format(folder: Path, name: str, cases: Arrays) -> Arrays:
+    """Return the outputs of a format for the cases, from this process; an export runs each in a process of its own."""
+    graphs = Graphs(folder, name, threads=1)
+    return run_cases(graphs.run, cases, graphs.signatures)
 
 
 def write_clip_folders(folder: Path, heads: dict[str, Path], root: Path) -> dict[str, Path]:

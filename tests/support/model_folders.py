@@ -1,5 +1,6 @@
 """Small model folders and image folders for tests."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from clip_har_jax import bundle
 from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.factory import make_base
-from clip_har_jax.models.params import init_params
+from clip_har_jax.models.params import Params, init_params
 from clip_har_jax.models.pretrained import write_params
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer, make_prompts
@@ -18,9 +19,9 @@ from clip_har_jax.text import Tokenizer, make_prompts
 IMAGE_SIZE_PX = 32
 
 
-def write_model(folder: Path, labels: Sequence[str] = (), temperature: float = 1.0) -> Path:
-    """Return a random CLIP in the Hugging Face layout; with labels, a sealed model folder."""
-    folder.mkdir(parents=True)
+@functools.cache
+def small_model() -> tuple[Tokenizer, CLIPConfig, Params]:
+    """Return the tokenizer, the sizes and the weights of the random model that tests share."""
     tokenizer = Tokenizer.train(["a photo of a person riding a bike."], 600)
     text = TextConfig(
         hidden_size=32,
@@ -37,7 +38,14 @@ def write_model(folder: Path, labels: Sequence[str] = (), temperature: float = 1
         hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=IMAGE_SIZE_PX, patch_size=16
     )
     config = CLIPConfig(text, vision, projection_dim=16)
-    write_params(folder, config, init_params(config, seed=0))
+    return tokenizer, config, {name: np.asarray(value) for name, value in init_params(config, seed=0).items()}
+
+
+def write_model(folder: Path, labels: Sequence[str] = (), temperature: float = 1.0) -> Path:
+    """Return a random CLIP in the Hugging Face layout; with labels, a sealed model folder."""
+    folder.mkdir(parents=True)
+    tokenizer, config, params = small_model()
+    write_params(folder, config, params)
     tokenizer.save(folder)
     Preprocess(IMAGE_SIZE_PX).save(folder)
     if labels:

@@ -20,6 +20,7 @@ from clip_har_jax.trainer.run_data import load_data
 from clip_har_jax.trainer.train import train
 from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.program import Program
+from clip_har_jax.training.step_config import step_config
 from tests.support.model_folders import write_images
 from tests.support.runs import config_with
 
@@ -82,7 +83,7 @@ def test_a_continued_run_holds_no_more_than_a_fresh_one(images, tmp_path, strate
     assert set(continued.steps) == {4, 5, 6}
     base = make_base("mini", load_data(config_for(images, 3)).texts)
     config = config_for(images, 3, **sections)
-    program = Program(config, base.config, base.preprocess, len(LABELS), 3, make_mesh(config.mesh))
+    program = Program(step_config(config), base.config, base.preprocess, len(LABELS), 3, make_mesh(config.mesh))
     state = bytes_per_device(program.abstract_state())
     for scales in (fresh, continued):
         # Beside the state: batches on their way to the devices, prompts, and what a step returns.
@@ -94,7 +95,7 @@ def test_random_weights_are_made_in_shards():
     """The program that makes them needs far less on a device than a whole copy takes, outputs and scratch together."""
     config = make_config({"mesh": {"strategy": "fsdp"}})
     base = make_base("tiny", ["running", "sleeping"])
-    program = Program(config, base.config, base.preprocess, 2, 10, make_mesh(config.mesh))
+    program = Program(step_config(config), base.config, base.preprocess, 2, 10, make_mesh(config.mesh))
     whole = sum(4 * int(np.prod(shape)) for shape in program.shapes.values())
     key = np.asarray(jax.random.key_data(jax.random.key(0)))
     needs = init_program(base.config, program.param_shardings).lower(key).compile().memory_analysis()

@@ -13,6 +13,7 @@ from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training import optim
 from clip_har_jax.training.program import Program
+from clip_har_jax.training.step_config import step_config
 
 SIZE = CLIPConfig(
     TextConfig(vocab_size=101, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, context_length=8),
@@ -27,7 +28,7 @@ def make_program(name: str, devices: int, **settings: object) -> Program:
     values = {"name": name, "schedule": schedule, "learning_rate": RATE, "warmup_fraction": 0.0, **settings}
     config = make_config({"mesh": {"strategy": "fsdp"}, "optim": values, "train": {"global_batch_size": 8}})
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    return Program(config, SIZE, Preprocess(16), num_classes=3, num_steps=10, mesh=mesh)
+    return Program(step_config(config), SIZE, Preprocess(16), num_classes=3, num_steps=10, mesh=mesh)
 
 
 def update(program: Program, steps: int = 2) -> tuple[dict[str, np.ndarray], object]:
@@ -108,7 +109,9 @@ def test_frozen_layers_and_lower_rates_hold_for_every_optimiser(name: str) -> No
     schedule = "constant" if name in optim.AVERAGES else "cosine"
     rates = {"name": name, "schedule": schedule, "learning_rate": RATE, "warmup_fraction": 0.0, "layer_decay": 0.5}
     config = make_config({"method": method, "train": train, "optim": rates})
-    program = Program(config, SIZE, Preprocess(16), 3, num_steps=10, mesh=make_mesh(config.mesh, jax.devices()[:1]))
+    program = Program(
+        step_config(config), SIZE, Preprocess(16), 3, num_steps=10, mesh=make_mesh(config.mesh, jax.devices()[:1])
+    )
     after, opt_state = update(program, steps=1)
     evaluated = optim.evaluated_weights(config.optim)
     weights = [after] if evaluated is None else [after, jax.device_get(evaluated(opt_state, after))]

@@ -20,6 +20,7 @@ from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.losses import masked_mean
 from clip_har_jax.training.methods import ClassInputs
 from clip_har_jax.training.program import Program
+from clip_har_jax.training.step_config import step_config
 from clip_har_jax.training.steps import make_pair_gradients
 from tests.support.dense_contrastive import dense_contrastive_loss
 
@@ -37,7 +38,7 @@ def make_program(devices: int = 8, **sections):
     values = {"data": {"train": "webdataset:a.tar"}, "train": {"global_batch_size": ROWS}, "eval": {"batch_size": 8}}
     config = make_config({**values, "method": method, **sections})
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    return Program(config, SIZE, Preprocess(16), num_classes=3, num_steps=10, mesh=mesh)
+    return Program(step_config(config), SIZE, Preprocess(16), num_classes=3, num_steps=10, mesh=mesh)
 
 
 @functools.cache

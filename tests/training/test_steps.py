@@ -23,6 +23,7 @@ from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.methods import ClassInputs
 from clip_har_jax.training.optim import freeze_masks, layer_scales
 from clip_har_jax.training.program import Program
+from clip_har_jax.training.step_config import step_config
 from clip_har_jax.training.steps import make_gradients
 
 SIZE = CLIPConfig(
@@ -41,7 +42,7 @@ def make_program(strategy="one", **sections):
     train = {"global_batch_size": BATCH_SIZE, **sections.pop("train", {})}
     config = make_config({"train": train, "eval": {"batch_size": 8}, **sections})
     mesh = make_mesh(config.mesh, jax.devices()[: MESHES.get(strategy, 8)])
-    return Program(config, SIZE, Preprocess(16), NUM_CLASSES, num_steps=10, mesh=mesh)
+    return Program(step_config(config), SIZE, Preprocess(16), NUM_CLASSES, num_steps=10, mesh=mesh)
 
 
 @functools.cache
@@ -230,7 +231,7 @@ def test_a_strategy_that_does_not_fit_names_the_parameter():
     odd = dataclasses.replace(SIZE, vision=dataclasses.replace(SIZE.vision, intermediate_size=60))
     config = make_config({"mesh": {"strategy": "tp"}})
     with pytest.raises(UserError, match=r"vision\.layers\.mlp\.fc1\.bias has 60 in its 'mlp' dimension, which 8"):
-        Program(config, odd, Preprocess(16), 5, 10, make_mesh(config.mesh))
+        Program(step_config(config), odd, Preprocess(16), 5, 10, make_mesh(config.mesh))
 
 
 def test_fsdp_needs_a_sixth_of_the_memory():
@@ -238,7 +239,7 @@ def test_fsdp_needs_a_sixth_of_the_memory():
 
     def bytes_per_device(strategy):
         config = make_config({"mesh": {"strategy": strategy}})
-        program = Program(config, NAMED_SIZES["ViT-B/32"], Preprocess(224), 15, 10, make_mesh(config.mesh))
+        program = Program(step_config(config), NAMED_SIZES["ViT-B/32"], Preprocess(224), 15, 10, make_mesh(config.mesh))
         return sum(4 * np.prod(program.param_shardings[name].shard_shape(shape)) for name, shape in shapes.items())
 
     assert bytes_per_device("fsdp") <= bytes_per_device("dp") / 6

@@ -19,6 +19,7 @@ from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.methods import ClassInputs
 from clip_har_jax.training.program import Program
+from clip_har_jax.training.step_config import step_config
 
 SIZE = CLIPConfig(
     TextConfig(vocab_size=101, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, context_length=8),
@@ -43,7 +44,7 @@ def make_program(kind, strategy="dp", **sections):
     )
     mesh = make_mesh(config.mesh, jax.devices()[: 4 if strategy == "tp" else 8])
     clip = dataclasses.replace(SIZE, temporal=kind)
-    return Program(config, clip, Preprocess(16), NUM_CLASSES, num_steps=10, mesh=mesh)
+    return Program(step_config(config), clip, Preprocess(16), NUM_CLASSES, num_steps=10, mesh=mesh)
 
 
 def start_of(program):
