@@ -24,8 +24,7 @@ def client(served_folder: Path) -> Iterator[httpx.Client]:
         (["--exclude-path=/v1/stream", "--exclude-path=/v1/videos"], 19),
         # The hooks put a real video into every upload, a wrong one too, which the one check would take for accepted.
         # Wrong videos have tests of their own (test_streams.py).
-        (["--include-path=/v1/stream", "--exclude-checks=negative_data_rejection"], 1),
-        (["--include-path=/v1/videos", "--exclude-checks=negative_data_rejection"], 1),
+        (["--include-path=/v1/stream", "--include-path=/v1/videos", "--exclude-checks=negative_data_rejection"], 2),
     ],
 )
 def test_schemathesis_with_every_check(client: httpx.Client, options: list[str], routes: int) -> None:

@@ -37,11 +37,19 @@ def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stream = container.add_stream("libx264", rate=1, options={"preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         stream.codec_context.gop_size = 30
-        for i in range(HOURS * 1800):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 32), 40 + i % 150, np.uint8), format="yuv420p")
+        encoded: list[av.Packet] = []
+        for i in range(150):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 32), 40 + i, np.uint8), format="yuv420p")
             frame.pts, frame.time_base = 2 * i, Fraction(1, 1)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            encoded += stream.encode(frame)
+        encoded += stream.encode(None)
+        for part in range(HOURS * 1800 // 150):  # encoded once, written again and again
+            for packet in encoded:
+                copy = av.Packet(bytes(packet))
+                copy.stream, copy.time_base, copy.is_keyframe = stream, packet.time_base, packet.is_keyframe
+                later = int(300 * part / packet.time_base)
+                copy.pts, copy.dts = (packet.pts or 0) + later, (packet.dts or 0) + later
+                container.mux(copy)
     return path
 
 
