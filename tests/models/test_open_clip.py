@@ -69,9 +69,9 @@ def test_outputs_equal_open_clip_and_go_back(name: str, theirs: Callable[[str], 
     if name != "custom_text":  # which is written as one without
         from safetensors.numpy import load_file
 
-        theirs, back = load_file(folder / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
-        assert theirs.keys() == back.keys()
-        for key, value in theirs.items():
+        tensors, back = load_file(folder / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+        assert tensors.keys() == back.keys()
+        for key, value in tensors.items():
             np.testing.assert_array_equal(value, back[key], err_msg=key)
 
 
