@@ -1,6 +1,8 @@
 """Top-1 accuracy compared with chance, the majority class and the base model's zero-shot accuracy."""
 
+import math
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any
 
 from clip_har_jax.evaluation.metrics import ClassificationState
@@ -9,11 +11,14 @@ TOO_WIDE = 0.2  # a wider 95% interval says little
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """Return the 95% interval of a share (Wilson 1927), valid for few examples and for shares of 0 or 1 too."""
-    from scipy.stats import binomtest
+    """Return the 95% interval of a share (Wilson 1927), valid for few examples and for shares of 0 or 1 too.
 
-    low, high = binomtest(correct, total).proportion_ci(method="wilson")
-    return float(low), float(high)
+    `scipy.stats` has it too, but its import takes longer than the first training step of a small model.
+    """
+    share, z2 = correct / total, NormalDist().inv_cdf(0.975) ** 2
+    center = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half_width = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * total)) / total) / (1 + z2 / total)
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def baselines_of(state: ClassificationState) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -42,8 +43,14 @@ def has_code_changes() -> bool | None:
 @functools.cache
 def environment_hash() -> str:
     """Return the SHA-256 of the names and versions of all installed distributions."""
-    names = sorted({f"{item.metadata['Name']}=={item.version}" for item in metadata.distributions()})
-    return sha256("\n".join(names))
+    return sha256("\n".join(sorted({_requirement(item) for item in metadata.distributions()})))
+
+
+def _requirement(item: metadata.Distribution) -> str:
+    """Return NAME==VERSION; `item.metadata` would parse the whole description, for hundreds of distributions."""
+    head = (item.read_text("METADATA") or item.read_text("PKG-INFO") or "").partition("\n\n")[0]
+    fields = dict(re.findall(r"^(Name|Version):[ \t]*(.*?)[ \t]*$", head, re.MULTILINE))
+    return f"{fields.get('Name')}=={fields.get('Version')}"
 
 
 def make_record(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:

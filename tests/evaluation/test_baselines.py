@@ -42,3 +42,12 @@ def test_the_interval_is_wilsons() -> None:
 )
 def test_the_verdict(correct: int, total: int, zero_shot: float | None, said: str) -> None:
     assert said in verdict(make_metrics(correct, total), zero_shot)
+
+
+@pytest.mark.parametrize("total", [1, 3, 30, 600, 100_000])
+def test_the_interval_equals_scipys(total: int) -> None:
+    from scipy.stats import binomtest
+
+    for correct in {0, 1, total // 2, total - 1, total}:
+        expected = binomtest(correct, total).proportion_ci(method="wilson")
+        assert accuracy_interval(correct, total) == pytest.approx(tuple(expected), abs=1e-12)
