@@ -37,7 +37,8 @@ def ours(folder: str, photos: str) -> None:
     from clip_har_jax.config import DataConfig
     from clip_har_jax.data.sources import make_source
     from clip_har_jax.inference.jax_backend import JaxBackend
-    from clip_har_jax.pipelines.evaluate import ClassedSource, run_backend
+    from clip_har_jax.pipelines.classed import ClassedSource
+    from clip_har_jax.pipelines.evaluate import run_backend
 
     source = make_source(f"folder:{photos}", "test")
     backend = JaxBackend(folder, (), source.labels, BATCH_SIZE)

@@ -1,6 +1,7 @@
 """The model folder: actions.json describes its classes; a manifest seals it, so that any change is detected."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ class Actions:
       thresholds: probabilities by the names in `THRESHOLDS`, see `evaluation.calibration`; empty: not calibrated.
       sigmoid: the calibrated sigmoid of a model with a logit bias; None: not calibrated.
       video: the sampling of frames from a clip, by the names in `VIDEO`; empty: trained on images.
+      label_thresholds: of a multi-label model, the probability from which on each label is given; its probabilities are
+        sigmoids, each by itself. Empty: an image has one label.
       preprocess_version: for an exported model, the `preprocess.PREPROCESS_VERSION` that its images need; None: any.
     """
 
@@ -60,6 +63,12 @@ class Actions:
     preprocess_version: int | None = None
     video: dict[str, Any] = field(default_factory=dict)
     sigmoid: Sigmoid | None = None
+    label_thresholds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def multi_label(self) -> bool:
+        """Return whether an image has any number of labels."""
+        return bool(self.label_thresholds)
 
 
 def write_actions(folder: str | Path, actions: Actions) -> None:
@@ -69,6 +78,8 @@ def write_actions(folder: str | Path, actions: Actions) -> None:
         fields["thresholds"] = actions.thresholds
     if actions.sigmoid is not None:
         fields["sigmoid"] = actions.sigmoid._asdict()
+    if actions.label_thresholds:
+        fields["label_thresholds"] = actions.label_thresholds
     if actions.video:
         fields["video"] = actions.video
     if actions.preprocess_version is not None:
@@ -90,6 +101,7 @@ def read_actions(folder: str | Path) -> Actions:
     path = Path(folder) / "actions.json"
     values = read_object(path)
     known = ("labels", "prompts", "temperature", "head", "thresholds", "preprocess", "video", "sigmoid")
+    known += ("label_thresholds",)
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: key {unknown[0]!r} is unknown; {nearest(unknown[0], list(known))}")
     if missing := sorted({"labels", "prompts"} - set(values)):
@@ -111,7 +123,11 @@ def read_actions(folder: str | Path) -> Actions:
     version = _preprocess_version(values.get("preprocess"), path)
     video = _video(values.get("video", {}), path)
     sigmoid = _sigmoid(values.get("sigmoid"), path)
-    return Actions(labels, texts, float(temperature), head, thresholds, version, video, sigmoid)
+    of_labels = _thresholds(values.get("label_thresholds", {}), path, "label_thresholds", labels)
+    if of_labels and set(of_labels) != set(labels):
+        lacking = next(label for label in labels if label not in of_labels)
+        raise UserError(f"{path}: key 'label_thresholds' lacks the label {lacking!r}")
+    return Actions(labels, texts, float(temperature), head, thresholds, version, video, sigmoid, of_labels)
 
 
 def _video(value: Any, path: Path) -> dict[str, Any]:
@@ -128,14 +144,14 @@ def _video(value: Any, path: Path) -> dict[str, Any]:
     return dict(value)
 
 
-def _thresholds(value: Any, path: Path) -> dict[str, float]:
+def _thresholds(value: Any, path: Path, key: str = "thresholds", known: Sequence[str] = THRESHOLDS) -> dict[str, float]:
     if not isinstance(value, dict):
-        raise UserError(f"{path}: key 'thresholds' is {value!r}; an object of probabilities is needed")
+        raise UserError(f"{path}: key {key!r} is {value!r}; an object of probabilities is needed")
     for name, threshold in value.items():
-        if name not in THRESHOLDS:
-            raise UserError(f"{path}: key 'thresholds.{name}' is unknown; {nearest(name, list(THRESHOLDS))}")
+        if name not in known:
+            raise UserError(f"{path}: key '{key}.{name}' is unknown; {nearest(name, list(known))}")
         if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
-            raise UserError(f"{path}: key 'thresholds.{name}' must be a probability, not {threshold!r}")
+            raise UserError(f"{path}: key '{key}.{name}' must be a probability, not {threshold!r}")
     return {name: float(threshold) for name, threshold in value.items()}
 
 

@@ -73,6 +73,7 @@ class DataConfig:
     shots: int | None = setting(None, POSITIVE, REFUSED)  # random training images of each class; None: all
     labels: tuple[str, ...] = setting((), ANYTHING, REFUSED)  # classes and their order; empty: as in the training data
     classes: tuple[str, ...] = setting((), ANYTHING, REFUSED)  # use only these classes of the data; empty: all
+    multi_label: bool = setting(False, ANYTHING, REFUSED)  # an image has any number of labels, not exactly one
     max_bad_fraction: float = setting(0.01, SHARE, FREE)  # a larger share of unreadable images ends the run
     max_megapixels: float = setting(50.0, POSITIVE, FREE)  # larger images are refused before decoding
     # Decoding threads of a process. None: one per core, at most 8; with worker processes one in each.
@@ -111,10 +112,14 @@ class MethodConfig:
     name: str = setting("full", ANYTHING, REFUSED)  # fine-tuning method, a key of training.recipes.METHODS
     towers: str = setting("both", one_of("image", "text", "both"), REFUSED)  # the trainable towers
     head: str = setting("", ANYTHING, REFUSED)  # cosine, linear, mlp, cross_attention ...; empty: the method's own
-    loss: str = setting("", ANYTHING, REFUSED)  # cross_entropy, class_aware, softmax, sigmoid; empty: the method's own
+    loss: str = setting("", ANYTHING, REFUSED)  # a name in docs/methods.md; empty: the method's own
     freeze: tuple[str, ...] = setting((), ANYTHING, REFUSED)  # patterns of frozen parameters: vision.layers.[0-5].*
     label_smoothing: float = setting(0.0, SHARE, WARNED)
     focal_gamma: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # weight of an example's loss: (1 - p)^gamma; 0: none
+    # Of the loss `asymmetric`: exponents for present and absent labels, and the probability below which these are free.
+    asymmetric_gamma_pos: float = setting(0.0, NOT_NEGATIVE, REFUSED)
+    asymmetric_gamma_neg: float = setting(4.0, NOT_NEGATIVE, REFUSED)
+    asymmetric_margin: float = setting(0.05, SHARE, REFUSED)
     class_balance: float = setting(0.0, SHARE, REFUSED)  # 0.99 to 0.9999: rare classes weigh more; 0: no weights
     mixup: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # mix two images, with weights from Beta(mixup, mixup); 0: never
     cutmix: float = setting(0.0, NOT_NEGATIVE, REFUSED)  # paste a box of another image, its area from Beta; 0: never
@@ -157,7 +162,8 @@ class TrainConfig:
     accumulation_steps: int = setting(1, POSITIVE, FREE)  # parts of a batch, computed in turn to save memory
     max_skipped_steps: int = setting(10, POSITIVE, FREE)  # end the run after more consecutive non-finite updates
     log_every_steps: int = setting(10, POSITIVE, FREE)
-    patience: int = setting(0, NOT_NEGATIVE, FREE)  # evaluations without a better val/top1 before a stop; 0: none
+    # Evaluations without a better val/top1, or val/map of multi-label data, before a stop; 0: none.
+    patience: int = setting(0, NOT_NEGATIVE, FREE)
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,7 @@ class OptimConfig:
 class CheckpointConfig:
     every_steps: int = setting(500, POSITIVE, FREE)
     keep_latest: int = setting(2, POSITIVE, FREE)
-    keep_best: int = setting(1, NOT_NEGATIVE, FREE)  # by val/top1
+    keep_best: int = setting(1, NOT_NEGATIVE, FREE)  # by val/top1; multi-label: val/map
     allow_new_batch_size: bool = setting(False, ANYTHING, FREE)  # continue a run with another train.global_batch_size
 
 
@@ -239,6 +245,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         given = get_config(overrides) if inspect.signature(get_config).parameters else get_config()
         values = given if isinstance(given, dict) else given.to_dict()
     return make_config(values, overrides)
+
+
+def refuse_multi_label(config: RunConfig, command: str) -> None:
+    """Refuse multi-label data in a command that judges models by top-1 accuracy.
+
+    Raises:
+      UserError: `config.data.multi_label` is set.
+    """
+    if config.data.multi_label:
+        raise UserError(
+            f"config.data.multi_label: {command} judges models by top-1 accuracy, which images with several labels "
+            "don't have; use train.py and evaluate.py"
+        )
 
 
 @contextmanager

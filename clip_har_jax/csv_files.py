@@ -16,7 +16,7 @@ from clip_har_jax.specs import Spec
 COLUMNS = ("filename", "label")
 DELIMITERS = (",", ";", "\t")  # spreadsheets write semicolons where a comma is the decimal point
 SHOWN_LINES = 3
-MULTI_LABEL = "--multi_label of prepare_data.py"  # which allows several labels of an image
+MULTI_LABEL = "data.multi_label=True (prepare_data.py: --multi_label)"  # which allows several labels of an image
 
 
 class Row(NamedTuple):
@@ -253,7 +253,7 @@ def _once_each(path: Path, rows: Sequence[Row], found: Sequence[Path], tally: Ta
         if earlier.label != row.label:
             raise UserError(
                 f"{path}: {row.filename!r} is {earlier.label!r} in line {earlier.line} and {row.label!r} in line "
-                f"{row.line}; an image has one label, so keep one of the lines, or use {MULTI_LABEL}"
+                f"{row.line}; an image has one label, so keep one of the lines, or set {MULTI_LABEL}"
             )
         if earlier is not row:
             repeated.append(row.line)

@@ -153,7 +153,8 @@ AT_RESUME = {
         method.label_smoothing model.compute_dtype""",
     "refused": """
         data.train data.val data.val_fraction data.split_seed data.shots data.labels data.classes data.sampling
-        data.shuffle_buffer data.num_streams
+        data.shuffle_buffer data.num_streams data.multi_label method.asymmetric_gamma_pos
+        method.asymmetric_gamma_neg method.asymmetric_margin
         data.video.num_frames data.video.sampling data.video.rate_hz data.video.num_views text.templates
         text.descriptions text.phrases model.name model.image_size_px model.temporal method.name method.towers
         method.head method.loss
@@ -171,10 +172,12 @@ RANGES = {
         optim.clip_norm mesh.data mesh.fsdp mesh.tensor checkpoint.every_steps checkpoint.keep_latest eval.every_steps
         eval.batch_size""",
     "0 or more": """data.num_workers data.augment.randaugment_operations optim.weight_decay method.focal_gamma
+        method.asymmetric_gamma_pos method.asymmetric_gamma_neg
         method.mixup method.cutmix train.patience data.split_seed checkpoint.keep_best seed""",
     "from 0 to 1": """data.val_fraction data.max_bad_fraction data.augment.crop_scale_min data.augment.color_jitter
         data.augment.erase_probability method.label_smoothing method.class_balance method.drop_path retention.max_drop
-        optim.warmup_fraction optim.decay_fraction optim.b1 optim.b2 optim.ema_decay method.wise_ft""",
+        optim.warmup_fraction optim.decay_fraction optim.b1 optim.b2 optim.ema_decay method.wise_ft
+        method.asymmetric_margin""",
     "from 0 to 30": "data.augment.randaugment_magnitude",
     "above 0 and at most 1": "optim.layer_decay",
     "uniform, tsn, dense": "data.video.sampling",
@@ -189,7 +192,7 @@ RANGES = {
     "lbfgs, adamw": "method.solver",
     "dp, fsdp, tp, fsdp_tp": "mesh.strategy",
     "tensorboard, mlflow, wandb": "trackers",
-    "": """data.train data.val data.retrieval data.labels data.classes
+    "": """data.multi_label data.train data.val data.retrieval data.labels data.classes
         data.augment.flip data.augment.no_flip_labels text.templates
         text.descriptions text.phrases model.name method.name method.head method.loss method.freeze method.lora_targets
         method.prompt_init method.prompt_per_class retention.data retention.classes retention.fail

@@ -34,12 +34,15 @@ def zero_shot_on(record: Mapping[str, Any], data: str) -> float | None:
 
 
 def verdict(metrics: Mapping[str, Any], zero_shot: float | None = None) -> str:
-    """Return a sentence or two that compare top-1 with the baselines.
+    """Return a sentence or two that compare top-1 with the baselines; of multi-label data, mAP with chance.
 
     Args:
-      metrics: the contents of metrics.json, with `top1`, `top1_interval`, `baselines` and `num_examples`.
+      metrics: the contents of metrics.json, with `top1`, `top1_interval`, `baselines` and `num_examples`; or with `map`
+        and `map_interval`.
       zero_shot: the base model's accuracy on the same images; None: not known.
     """
+    if "map" in metrics:
+        return _multi_label_verdict(metrics)
     top1, (low, high) = metrics["top1"], metrics["top1_interval"]
     named = {"guessing": metrics["baselines"]["chance"], "the most frequent class": metrics["baselines"]["majority"]}
     if zero_shot is not None:
@@ -55,6 +58,15 @@ def verdict(metrics: Mapping[str, Any], zero_shot: float | None = None) -> str:
     if high - low > TOO_WIDE:
         told += " There are too few images to tell small differences."
     return f"{said} {told}"
+
+
+def _multi_label_verdict(metrics: Mapping[str, Any]) -> str:
+    (low, high), chance = metrics["map_interval"], metrics["baselines"]["chance"]
+    told = "It is better than" if low > chance else "It isn't shown to be better than"
+    return (
+        f"mAP is {metrics['map']:.3f}, with a 95% interval of {low:.3f} to {high:.3f} over {metrics['num_examples']} "
+        f"images. {told} a ranking by chance ({chance:.3f})."
+    )
 
 
 def _listed(named: Mapping[str, float]) -> str:

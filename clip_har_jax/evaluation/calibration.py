@@ -1,6 +1,6 @@
 """Calibration of probabilities, conformal sets and abstention, fitted on validation data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,14 @@ class CalibrationResult:
         probability of a set).
       sigmoid: of a model with a logit bias; None: the model has none.
       report: the contents of calibration.json: the scores before and after, and the effect of abstaining.
+      label_thresholds: of multi-label data, the probability from which on each label is predicted.
     """
 
     temperature: float
     thresholds: dict[str, float]
     report: dict[str, Any]
     sigmoid: Sigmoid | None = None
+    label_thresholds: dict[str, float] = field(default_factory=dict)
 
 
 def fit_temperature(logits: Float[np.ndarray, "n c"], label: Int[np.ndarray, " n"]) -> float:

@@ -47,6 +47,8 @@ def read_predictions(folder: str) -> Evaluation:
     path = Path(folder) / "predictions.parquet"
     try:
         file = pq.ParquetFile(path)
+        if "predicted" in file.schema_arrow.names and "label" not in file.schema_arrow.names:
+            raise UserError(f"--compare: {path}: of images with several labels each; only top-1 answers are compared")
         labels = tuple(json.loads(file.schema_arrow.metadata[b"labels"]))
         index = {label: i for i, label in enumerate(labels)}
         inputs: list[str] = []
@@ -56,6 +58,8 @@ def read_predictions(folder: str) -> Evaluation:
             probs = np.asarray(rows["probs"].flatten(), np.float32).reshape(len(label), len(labels))
             parts.append(Scores.of_probs(label, probs))
             inputs += rows["input"].to_pylist()
+    except UserError:  # a ValueError
+        raise
     except FileNotFoundError as error:
         raise UserError(f"--compare: {path}: no such file; write it with --model, --data and --output") from error
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:

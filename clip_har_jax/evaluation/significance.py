@@ -34,9 +34,9 @@ def headline_metrics(scores: Scores, num_classes: int) -> Callable[[Int[np.ndarr
     return compute
 
 
-def _bootstrap(
-    compute: Callable[[Int[np.ndarray, " n"]], Float64[np.ndarray, " 5"]], count: int, resamples: int, seed: int
-) -> Float64[np.ndarray, "5 r"]:
+def resample_metrics(
+    compute: Callable[[Int[np.ndarray, " n"]], Float64[np.ndarray, " m"]], count: int, resamples: int, seed: int
+) -> Float64[np.ndarray, "m r"]:
     """Return the metrics of resamples of `count` examples, drawn with replacement (Efron 1979).
 
     One example has one resample, itself, which scipy refuses.
@@ -48,7 +48,7 @@ def _bootstrap(
 
     def statistic(rows: np.ndarray, axis: int) -> np.ndarray:
         flat = np.moveaxis(rows, axis, -1).reshape(-1, count)
-        return np.stack([compute(each) for each in flat], axis=-1).reshape(len(METRIC_NAMES), *rows.shape[:-1])
+        return np.stack([compute(each) for each in flat], axis=-1).reshape(-1, *rows.shape[:-1])
 
     found = bootstrap(
         (np.arange(count),),
@@ -62,7 +62,8 @@ def _bootstrap(
     return found.bootstrap_distribution
 
 
-def _interval(values: Float64[np.ndarray, " r"]) -> tuple[float, float]:
+def percentile_interval(values: Float64[np.ndarray, " r"]) -> tuple[float, float]:
+    """Return the 95% percentile interval of a metric's resamples."""
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(low), float(high)
 
@@ -76,9 +77,9 @@ def bootstrap_intervals(
     computed over bins.
     """
     compute, count = headline_metrics(scores, num_classes), len(scores.label)
-    draws = _bootstrap(compute, count, resamples, seed)
+    draws = resample_metrics(compute, count, resamples, seed)
     draws[ECE] = np.maximum(draws[ECE] - (draws[ECE].mean() - compute(np.arange(count))[ECE]), 0)
-    return {name: _interval(values) for name, values in zip(METRIC_NAMES, draws, strict=True)}
+    return {name: percentile_interval(values) for name, values in zip(METRIC_NAMES, draws, strict=True)}
 
 
 def paired_differences(
@@ -93,9 +94,10 @@ def paired_differences(
     """
     first, second, count = headline_metrics(a, num_classes), headline_metrics(b, num_classes), len(a.label)
     values = second(np.arange(count)) - first(np.arange(count))
-    draws = _bootstrap(lambda rows: second(rows) - first(rows), count, resamples, seed)
+    draws = resample_metrics(lambda rows: second(rows) - first(rows), count, resamples, seed)
     return {
-        name: (float(value), *_interval(drawn)) for name, value, drawn in zip(METRIC_NAMES, values, draws, strict=True)
+        name: (float(value), *percentile_interval(drawn))
+        for name, value, drawn in zip(METRIC_NAMES, values, draws, strict=True)
     }
 
 

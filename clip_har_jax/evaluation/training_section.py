@@ -9,6 +9,7 @@ from clip_har_jax.evaluation.history import History
 CURVES = (
     ("Loss", "loss, nats", {"training": "train/loss", "validation": "val/nll"}, True),
     ("Accuracy", "top-1", {"training": "train/top1", "validation": "val/top1"}, False),
+    ("Mean average precision", "mAP", {"validation": "val/map"}, False),
     ("Learning rate", "rate", {"learning rate": "train/learning_rate"}, False),
     ("Throughput", "images a second", {"images a second": "train/images_per_s"}, False),
 )

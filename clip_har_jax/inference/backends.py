@@ -92,19 +92,27 @@ def check_classes(classes: Sequence[str]) -> None:
         seen[key] = label
 
 
-def choose_actions(folder: Path, classes: Sequence[str], default_classes: Sequence[str] = ()) -> bundle.Actions:
+def choose_actions(
+    folder: Path, classes: Sequence[str], default_classes: Sequence[str] = (), multi_label: bool = False
+) -> bundle.Actions:
     """Return the classes to recognise: `classes` if given, else the folder's own, else `default_classes`.
 
     The frames of clips are sampled with the folder's settings for any classes.
 
     Raises:
-      UserError: there are none, they can't be told apart, or the folder's head knows only its own classes.
+      UserError: there are none, they can't be told apart, or the folder's head knows only its own classes; or a
+        multi-label model without `multi_label`.
     """
     video = {}
     if bundle.has_actions(folder):
         actions = bundle.read_actions(folder)
         video = actions.video
         if not classes:
+            if actions.multi_label and not multi_label:
+                raise UserError(
+                    f"{folder}: its images have any number of labels (data.multi_label); only evaluate.py takes such a "
+                    "model, not prediction, export, calibration or the service"
+                )
             return actions
         if actions.head != "cosine":
             raise UserError(

@@ -45,6 +45,7 @@ class JaxBackend:
       classes: the actions to recognise; empty: the folder's own.
       default_classes: the actions if neither is given.
       batch_size: images in one forward pass; smaller batches are padded, to avoid a new compilation.
+      multi_label: accept multi-label models too, whose probabilities don't sum to 1.
 
     Raises:
       UserError: an incomplete model, a sealed one with a changed file, or no classes.
@@ -59,6 +60,7 @@ class JaxBackend:
         classes: Sequence[str] = (),
         default_classes: Sequence[str] = (),
         batch_size: int = 32,
+        multi_label: bool = False,
     ):
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
@@ -71,7 +73,7 @@ class JaxBackend:
 
             keep_compiled()
         self.digest = verifying.result()
-        self.actions = choose_actions(self.path, classes, default_classes)
+        self.actions = choose_actions(self.path, classes, default_classes, multi_label)
         self.labels = self.actions.labels
         machine = (jax.default_backend(), jax.devices()[0].device_kind, jax.__version__, np.__version__)
         self._entry = KeptEntry(model_folder_digest(self.path, self.digest), self.actions, machine)

@@ -80,7 +80,8 @@ def _outputs(actions: Actions, features: "Features", classes: Any) -> tuple["jax
         logits = scale * features.image @ embeddings.T
     else:
         logits = make_head(actions.head, classes)(features) / actions.temperature
-    return logits, jax.nn.softmax(logits), features.image
+    probs = jax.nn.sigmoid(logits) if actions.multi_label else jax.nn.softmax(logits)
+    return logits, probs, features.image
 
 
 def make_explain(restore: Restore, preprocess: Preprocess) -> Callable[..., Any]:

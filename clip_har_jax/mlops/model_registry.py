@@ -84,7 +84,7 @@ class ModelRegistry:
             tags |= {"export_digest": _verify_export(export, digest)}
         if evaluation is not None:
             metrics = read_metrics(evaluation, digest)
-            tags |= {key: f"{metrics[key]:.4f}" for key in ("top1", "macro_f1", "ece") if key in metrics}
+            tags |= {key: f"{metrics[key]:.4f}" for key in ("top1", "map", "macro_f1", "ece") if key in metrics}
         if (there := self._find_same(tags)) is not None:
             return there
         folders = {"model": model, "export": export, "evaluation": evaluation}

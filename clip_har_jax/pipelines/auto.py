@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from clip_har_jax import bundle
-from clip_har_jax.config import RunConfig
+from clip_har_jax.config import RunConfig, refuse_multi_label
 from clip_har_jax.data.scan import refuse_drawn_clips
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
@@ -81,6 +81,7 @@ class Auto:
             raise
 
     def _run(self) -> int:
+        refuse_multi_label(self.settings.config, "auto_train.py")
         self._check_model()
         data = self._data()
         train = self._train(data)

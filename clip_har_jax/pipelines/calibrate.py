@@ -13,7 +13,8 @@ from clip_har_jax.evaluation.calibration import CalibrationResult, calibrate
 from clip_har_jax.files import write_json
 from clip_har_jax.folders import replace_folder
 from clip_har_jax.inference.jax_backend import JaxBackend
-from clip_har_jax.pipelines.evaluate import ClassedSource, run_backend
+from clip_har_jax.pipelines.classed import ClassedSource
+from clip_har_jax.pipelines.evaluate import run_backend
 
 REWRITTEN = (bundle.MANIFEST, "actions.json", "calibration.json")
 

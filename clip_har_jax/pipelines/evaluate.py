@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -10,75 +11,37 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from clip_har_jax import cli
+from clip_har_jax import bundle, cli
+from clip_har_jax.batch import Batch
 from clip_har_jax.config import DataConfig, EvalConfig, make_config
 from clip_har_jax.data.bad_inputs import BadInputs
+from clip_har_jax.data.multi_label import make_multi_label_source
 from clip_har_jax.data.pipeline import eval_batches
-from clip_har_jax.data.sources import Example, Source, make_source
-from clip_har_jax.errors import UserError, nearest
+from clip_har_jax.data.sources import make_source
 from clip_har_jax.evaluation.baselines import verdict
 from clip_har_jax.evaluation.evaluator import evaluate
 from clip_har_jax.evaluation.history import read_history
+from clip_har_jax.evaluation.multi_label import MultiLabelResult, evaluate_multi_label
+from clip_har_jax.evaluation.multi_label_report import MULTI_LABEL_HEADLINES, write_multi_label_pages
 from clip_har_jax.evaluation.output import predictions_file, write_pages
 from clip_har_jax.evaluation.report import HEADLINE_METRICS, Details
 from clip_har_jax.evaluation.report_sums import ReportSums
 from clip_har_jax.evaluation.result import EvalResult, Predictions, Shown
+from clip_har_jax.evaluation.significance import RESAMPLES
 from clip_har_jax.folders import output_folder
 from clip_har_jax.inference.jax_backend import JaxBackend
+from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.patches import unpack_patches
-from clip_har_jax.text import phrase
+from clip_har_jax.pipelines.classed import ClassedSource
 
 T = TypeVar("T")
 NUM_SHOWN = 8  # examples of each kind in the report
 
 
-class ClassedSource(Source):
-    """A source with a model's classes; it stores the names of read examples until they are taken.
-
-    Raises:
-      UserError: an example's label isn't one of the classes.
-    """
-
-    def __init__(self, source: Source, classes: Sequence[str], where: str):
-        self.labels, self.fingerprint = tuple(classes), source.fingerprint
-        self.label_ids = _match_labels(source, classes, where)[source.label_ids]
-        self.names: dict[int, str] = {}
-        self.source = source
-        self.clips, self.tally, self.manifest_sha256 = source.clips, source.tally, source.manifest_sha256
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> Example:
-        example = self.source[i]
-        self.names[i] = example.name.encode(errors="backslashreplace").decode()  # names may not be UTF-8
-        return example._replace(label=int(self.label_ids[i]))
-
-    def take_name(self, i: int) -> str:
-        """Return the name of a read example and forget it, so that memory stays bounded."""
-        return self.names.pop(i)
-
-    def find_name(self, i: int) -> str:
-        """Return the name of an example by reading it again."""
-        return self[i].name.encode(errors="backslashreplace").decode()
-
-    def name(self, i: int) -> str:
-        return self.source.name(i)
-
-
-def _match_labels(source: Source, classes: Sequence[str], where: str) -> np.ndarray:
-    """Return the class of each label of the source, by equal names or phrases; -1 for labels without examples."""
-    by_name = {label: i for i, label in enumerate(classes)}
-    by_phrase = {phrase(label): i for i, label in enumerate(classes)}
-    counts = np.bincount(source.label_ids, minlength=len(source.labels))
-    matched = [by_name.get(label, by_phrase.get(phrase(label), -1)) for label in source.labels]
-    for label, count, match in zip(source.labels, counts, matched, strict=True):
-        if count and match < 0:
-            raise UserError(
-                f"--data={where}: label {label!r} ({count} images) is none of the {len(classes)} classes; "
-                f"{nearest(label, list(classes))}"
-            )
-    return np.asarray(matched, np.int32)
+def is_multi_label(model: str) -> bool:
+    """Return whether a model folder or Hub name gives an image any number of labels, by its actions.json alone."""
+    folder = resolve_folder(model)
+    return bundle.has_actions(folder) and bundle.read_actions(folder).multi_label
 
 
 def evaluate_model(
@@ -89,7 +52,7 @@ def evaluate_model(
     batch_size: int = EvalConfig.batch_size,
     max_bad_fraction: float = DataConfig.max_bad_fraction,
     num_views: int | None = None,
-) -> EvalResult:
+) -> EvalResult | MultiLabelResult:
     """Evaluate a model folder, or any CLIP in the Hugging Face layout, and write metrics, predictions and report.
 
     >>> result = evaluate_model("model", "folder:images", "evaluation")
@@ -109,9 +72,10 @@ def evaluate_model(
       UserError: a mistake in the arguments, the model or the data.
     """
     config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
-    data_source = make_source(data, "test")
+    multi_label = is_multi_label(model)
+    data_source = (make_multi_label_source if multi_label else make_source)(data, "test")
     cli.print_tally("--data", data_source.tally)
-    backend = JaxBackend(model, classes, data_source.labels, batch_size)
+    backend = JaxBackend(model, classes, data_source.labels, batch_size, multi_label)
     source = ClassedSource(data_source, backend.labels, data)
     about = {
         "model": str(backend.path),
@@ -121,6 +85,8 @@ def evaluate_model(
         "manifest SHA-256": data_source.manifest_sha256 or "none: the data is no manifest",
         "command": _command(model, data, Path(output), classes, batch_size, max_bad_fraction, num_views),
     }
+    if multi_label:
+        return _evaluate_multi_label(backend, source, config.data, Path(output), about, num_views)
     sums = ReportSums(backend.actions.temperature, backend.actions.thresholds)
     with output_folder(output) as folder:
         log = folder / "bad_inputs.jsonl"
@@ -133,6 +99,28 @@ def evaluate_model(
         if backend.preprocess.max_num_patches:
             result = _unpacked(result)
         write_pages(result, folder, source.find_name, about, details)
+    return result
+
+
+def _evaluate_multi_label(
+    backend: JaxBackend,
+    source: ClassedSource,
+    config: DataConfig,
+    output: Path,
+    about: Mapping[str, str],
+    num_views: int | None,
+) -> MultiLabelResult:
+    """Evaluate a multi-label model with the thresholds of its folder, and write metrics, predictions and report."""
+    with output_folder(output) as folder:
+        with open_batches(backend, source, config, folder / "bad_inputs.jsonl", num_views) as batches:
+            thresholds = backend.actions.label_thresholds
+            result = evaluate_multi_label(
+                lambda batch: _logits(backend, batch.image), batches, backend.labels, thresholds, RESAMPLES
+            )
+        result.metrics.update(model_digest=backend.digest, data=about["data"], data_fingerprint=source.fingerprint)
+        result.metrics["listing"] = source.tally.to_json()
+        names = [source.take_name(i) for i in result.index.tolist()]
+        write_multi_label_pages(result, folder, names, about, read_history(backend.path))
     return result
 
 
@@ -194,7 +182,7 @@ def run_backend(
     num_views: int | None = None,
     sinks: Sequence[Callable[[Predictions], None]] = (),
 ) -> EvalResult:
-    """Pass labelled images through a model, with progress on the terminal.
+    """Evaluate a model on labelled images, with progress on the terminal.
 
     Args:
       backend: the model.
@@ -208,14 +196,22 @@ def run_backend(
     Raises:
       UserError: too many unreadable images.
     """
+    with open_batches(backend, source, config, log, num_views) as batches:
+        return evaluate(lambda batch: _logits(backend, batch.image), batches, backend.labels, num_shown, sinks)
+
+
+@contextmanager
+def open_batches(
+    backend: JaxBackend, source: ClassedSource, config: DataConfig, log: Path, num_views: int | None
+) -> Iterator[Iterator[Batch]]:
+    """Open the batches of an evaluation, with progress on the terminal; see `run_backend` for the arguments."""
     size = backend.batch_size
     views = {} if num_views is None else {"num_views": num_views}
     config = replace(config, video=replace(config.video, **(backend.actions.video | views)))
     log.unlink(missing_ok=True)  # of an earlier evaluation
     bad_inputs = BadInputs(source, config.max_bad_fraction, log, "--max_bad_fraction")
     with eval_batches(source, config, backend.preprocess, batch_size=size, bad_inputs=bad_inputs) as batches:
-        shown = with_progress(batches, -(-len(source) // size))
-        return evaluate(lambda batch: _logits(backend, batch.image), shown, backend.labels, num_shown, sinks)
+        yield with_progress(batches, -(-len(source) // size))
 
 
 def _logits(backend: JaxBackend, images: np.ndarray) -> np.ndarray:
@@ -252,12 +248,13 @@ def with_progress(batches: Iterable[T], total: int | None) -> Iterator[T]:
     yield from track(batches, "evaluating", total, console=console, transient=True, disable=not console.is_terminal)
 
 
-def print_result(result: EvalResult, output: str | Path) -> None:
+def print_result(result: EvalResult | MultiLabelResult, output: str | Path) -> None:
     """Print the result and the paths of the files."""
     metrics, output = result.metrics, Path(output)
     rows = [("images", str(metrics["num_examples"]))]
     if metrics["num_unreadable"]:
         rows.append(("unreadable", f"{metrics['num_unreadable']}, listed in {output / 'bad_inputs.jsonl'}"))
-    rows += [(title, f"{metrics[name]:.3f}") for name, title, _ in HEADLINE_METRICS]
+    headlines = HEADLINE_METRICS if isinstance(result, EvalResult) else MULTI_LABEL_HEADLINES
+    rows += [(title, f"{metrics[name]:.3f}") for name, title, _ in headlines]
     cli.print_rows([*rows, ("report", str(output / "report.html"))])
     print(verdict(metrics))

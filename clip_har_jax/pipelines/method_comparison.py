@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clip_har_jax import bundle
-from clip_har_jax.config import RunConfig
+from clip_har_jax.config import RunConfig, refuse_multi_label
 from clip_har_jax.data.bad_inputs import BadInputs
 from clip_har_jax.data.pipeline import eval_batches
 from clip_har_jax.data.sources import Source, make_source
@@ -98,6 +98,7 @@ def compare_methods(
 
 
 def check_comparison(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    refuse_multi_label(config, "compare.py")
     for method in methods:
         if method not in METHODS:
             raise UserError(f"--methods: {method!r} is unknown; {nearest(method, list(METHODS))}")

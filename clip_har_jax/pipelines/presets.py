@@ -106,7 +106,7 @@ def choose_values(start: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def _class_counts(data: Data) -> Int[np.ndarray, " c"]:
-    return np.bincount(data.classified.label_ids, minlength=len(data.labels))
+    return data.classified.class_counts
 
 
 def _describe(values: dict[str, Any], given: dict[str, Any], keys: tuple[str, ...]) -> str:

@@ -15,8 +15,9 @@ from clip_har_jax.data.sources import Source
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import calibrate
 from clip_har_jax.evaluation.history import read_history
+from clip_har_jax.evaluation.multi_label import MultiLabelResult, calibrate_labels
 from clip_har_jax.evaluation.output import write_result
-from clip_har_jax.evaluation.result import EvalResult, Predictions
+from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.files import is_local, write_json
 from clip_har_jax.folders import replace_folder
 from clip_har_jax.models.head_file import write_head
@@ -59,14 +60,21 @@ def write_examples(
     return f"the examples stand in {path}. Lower config.optim.learning_rate, or look at them"
 
 
-def write_report(validation: Validation, step: int, result: EvalResult) -> epath.Path:
+def write_report(validation: Validation, step: int, result: EvalResult | MultiLabelResult) -> epath.Path:
     """Write the report of an evaluation to eval/<step>/, for the trackers; without images, which the devices held."""
     run = validation.run
     folder = run.workdir / "eval" / str(step)
     if distributed.is_main():
         about = {"run": str(run.workdir), "step": str(step), "data": validation.data_name}
-        names = [find_name(run.data.val, int(i)) for i in result.scores.index]
-        if is_local(folder):
+        index = result.index if isinstance(result, MultiLabelResult) else result.scores.index
+        names = [find_name(run.data.val, int(i)) for i in index]
+        if isinstance(result, MultiLabelResult):
+            from clip_har_jax.evaluation.multi_label_report import write_multi_label_pages  # draws, as above
+
+            with tempfile.TemporaryDirectory() as scratch:
+                write_multi_label_pages(result, Path(scratch), names, about)
+                _copy_files(Path(scratch), folder)
+        elif is_local(folder):
             from clip_har_jax.evaluation.report import Details  # draws: its imports take a second on the way to a step
 
             details = Details(history=read_history(Path(run.workdir / "model")))
@@ -74,18 +82,22 @@ def write_report(validation: Validation, step: int, result: EvalResult) -> epath
         else:
             with tempfile.TemporaryDirectory() as scratch:
                 write_result(result, scratch, names, about)
-                for path in Path(scratch).iterdir():
-                    (folder / path.name).write_bytes(path.read_bytes())
+                _copy_files(Path(scratch), folder)
     return folder
 
 
-def write_model(validation: Validation, weights: Params, predictions: Predictions) -> epath.Path:
+def _copy_files(source: Path, folder: epath.Path) -> None:
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def write_model(validation: Validation, weights: Params, result: EvalResult | MultiLabelResult) -> epath.Path:
     """Calibrate the model, write its folder and seal it; the old one stays until the new one is complete.
 
     Args:
       validation: the run's, with its frozen parameters.
       weights: the trained parameters, on the mesh.
-      predictions: of the validation examples, for the calibration.
+      result: of the validation examples, for the calibration.
     """
     run = validation.run
     embeddings = np.asarray(jax.device_get(validation.classes(weights).embeddings))
@@ -95,7 +107,10 @@ def write_model(validation: Validation, weights: Params, predictions: Prediction
         return target
     clip, head, head_params = run.program.method.export_params(params, embeddings)
     bias = float(clip["logit_bias"]) if head == "cosine" and "logit_bias" in clip else None
-    calibration = calibrate(predictions.logits, predictions.label, bias)
+    if isinstance(result, MultiLabelResult):
+        calibration = calibrate_labels(result.labels, result.logits, result.target)
+    else:
+        calibration = calibrate(result.predictions.logits, result.predictions.label, bias)
 
     def fill(folder: Path) -> None:
         write_params(folder, run.base.config, clip)
@@ -107,6 +122,7 @@ def write_model(validation: Validation, weights: Params, predictions: Prediction
         actions = bundle.Actions(
             run.data.labels, run.data.prompts, temperature, head, thresholds, sigmoid=calibration.sigmoid
         )
+        actions = replace(actions, label_thresholds=calibration.label_thresholds)
         if run.data.train.clips:
             actions = replace(actions, video=asdict(run.config.data.video))
         bundle.write_actions(folder, actions)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.data.bad_inputs import BadInputs
@@ -69,11 +69,33 @@ def initial_params(run: Run) -> tuple[Params, dict[str, float]]:
     read = ["logit_scale", *(["text.token_embedding"] if method.context_length else [])]
     on_host = distributed.fetch_to_all({name: base[name] for name in read})
     added = method.init_extra(on_host, program.shapes, embeddings, run.context_ids(), run.config.seed)
+    if run.config.data.multi_label:
+        added |= start_multi_label(added, run.data.classified.class_counts, len(run.data.classified))
     if method.recipe.learns_from != "features" and not method.recipe.probes_first:
         return base | added, {}
     assert embeddings is not None
     fit = fit_head(run, base, embeddings)
     return base | added | {HEAD + name: value for name, value in fit.params.items()}, fit.about
+
+
+def start_multi_label(
+    params: Mapping[str, Any], class_counts: Int64[np.ndarray, " c"], num_examples: int
+) -> dict[str, Float32[np.ndarray, "..."]]:
+    """Return a linear head's parameters from which labels with sigmoid probabilities can be learned.
+
+    CLIP's logits are all far above 0, so every label would seem present. The mean of the class embeddings is
+    subtracted, which changes no difference between two logits, and the bias is the log-odds of each label's share of
+    the images, as in Lin et al. 2017, section 4.1.
+
+    Args:
+      params: with the head's kernel.
+      class_counts: training images of each label.
+      num_examples: training images.
+    """
+    kernel = np.asarray(params[HEAD + "classes.kernel"])
+    share = (class_counts + 1) / (num_examples + 2)  # never 0 or 1
+    bias = np.log(share / (1 - share)).astype(np.float32)
+    return {HEAD + "classes.kernel": kernel - kernel.mean(axis=1, keepdims=True), HEAD + "classes.bias": bias}
 
 
 def _is_added(name: str) -> bool:

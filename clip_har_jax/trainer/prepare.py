@@ -73,7 +73,7 @@ def prepare(stack: ExitStack, config: RunConfig, workdir: str | os.PathLike[str]
     """Return the run with its work folder locked and everything open; closing `stack` closes it."""
     keep_compiled()
     check_trackers(config.trackers, workdir)
-    check_method(config.method)
+    check_method(config.method, config.data.multi_label)
     data, retention_data = load_data(config), load_retention(config)
     if not options.quiet and validates_on_test(config):
         screen.warn(

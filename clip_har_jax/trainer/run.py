@@ -155,7 +155,7 @@ def setup(
     batch_size, first_step = config.train.global_batch_size, position.get("step", 0)
     first_example = position.get("examples_seen", 0) - first_step * batch_size
     labelled = {} if isinstance(data.train, PairSources) else {"train": data.train}
-    counts = np.bincount(data.classified.label_ids, minlength=len(data.labels)) if labelled else None
+    counts = data.classified.class_counts if labelled else None
     timetable = Timetable(
         config.train.num_steps or _steps_of_epochs(config, data.train.num_examples, first_example),
         config.train.log_every_steps,

@@ -8,9 +8,10 @@ from operator import attrgetter
 import numpy as np
 
 from clip_har_jax.config import RunConfig
+from clip_har_jax.data.multi_label import make_multi_label_source
 from clip_har_jax.data.pair_sources import PairSources, has_pairs, make_pair_sources
 from clip_har_jax.data.sources import Example, Source, SubsetSource, make_source
-from clip_har_jax.data.splits import hold_out, take_shots
+from clip_har_jax.data.splits import hold_out, hold_out_multi_label, take_shots
 from clip_har_jax.data.windows import WindowSource
 from clip_har_jax.errors import UserError, nearest
 from clip_har_jax.files import sha256
@@ -62,20 +63,31 @@ def load_data(config: RunConfig) -> Data:
     """
     retrieval = _load_retrieval(config)
     if has_pairs(config.data.train):
+        if config.data.multi_label:
+            raise UserError(
+                f"config.data.train={config.data.train}: image-text pairs have no labels; for data.multi_label name "
+                "labelled images, e.g. parquet:FILE?label=COLUMN"
+            )
         return replace(_load_pairs(config), retrieval=retrieval)
     classes = config.data.classes
+    if config.data.multi_label:
+        _refuse_one_label(config)
     with _named("data.train"):
-        train_source = make_source(config.data.train, "train", config.data.labels, several_classes=True)
+        train_source = _open(config, config.data.train, "train", config.data.labels, for_training=True)
     if config.data.val:
         with _named("data.val"):
-            val_source = make_source(config.data.val, "val", train_source.labels)
+            val_source = _open(config, config.data.val, "val", train_source.labels)
     elif isinstance(train_source, WindowSource):
         raise UserError(
             "config.data.val: windows of untrimmed videos need validation videos of their own, as windows of one video "
             "are alike; name some"
         )
     else:
-        train_ids, val_ids = hold_out(train_source.label_ids, config.data.val_fraction, config.data.split_seed)
+        fraction, seed = config.data.val_fraction, config.data.split_seed
+        if train_source.targets is None:
+            train_ids, val_ids = hold_out(train_source.label_ids, fraction, seed)
+        else:
+            train_ids, val_ids = hold_out_multi_label(train_source.targets, fraction, seed)
         train_source, val_source = SubsetSource(train_source, train_ids), SubsetSource(train_source, val_ids)
     if classes:
         train_source = select_classes(train_source, classes, "data.classes")
@@ -88,6 +100,8 @@ def load_data(config: RunConfig) -> Data:
         )
     if not len(val_source):
         raise UserError("config.data.val_fraction leaves no validation images; raise it, or set config.data.val")
+    if val_source.targets is not None and not val_source.targets.any():
+        raise UserError("config.data.val: none of the validation images has a label; name others")
     if config.data.shots is not None:
         positions = take_shots(train_source.label_ids, labels, config.data.shots, config.seed)
         train_source = SubsetSource(train_source, positions)
@@ -95,6 +109,32 @@ def load_data(config: RunConfig) -> Data:
     templates = ("{}.",) if config.method.name == "prompt" else config.text.templates
     prompts = _fill(config, templates, labels)
     return Data(train_source, val_source, labels, prompts, retrieval)
+
+
+def _open(
+    config: RunConfig, spec: str, split: str, labels: Sequence[str] = (), *, for_training: bool = False
+) -> Source:
+    """Return the examples of a SPEC, each with one label or, by `data.multi_label`, with any number."""
+    if config.data.multi_label:
+        return make_multi_label_source(spec, split, labels, for_training=for_training)
+    return make_source(spec, split, labels, several_classes=for_training)
+
+
+def _refuse_one_label(config: RunConfig) -> None:
+    """Refuse settings that treat images by their one label.
+
+    Raises:
+      UserError: such a setting beside `data.multi_label`.
+    """
+    if config.data.classes:
+        raise UserError("config.data.classes chooses images by their one label; with data.multi_label leave it out")
+    if config.data.shots is not None:
+        raise UserError("config.data.shots counts images by their one label; with data.multi_label leave it out")
+    if config.data.sampling not in ("shuffle", "weights"):
+        raise UserError(
+            f"config.data.sampling={config.data.sampling} draws images by their one label; with data.multi_label use "
+            "shuffle or weights, and method.class_balance for rare labels"
+        )
 
 
 # Keys that treat training examples by their classes, with the value that doesn't.
@@ -148,7 +188,7 @@ def validates_on_test(config: RunConfig) -> bool:
     if not text or parse_spec(text).kind not in ("folder", "video", "manifest") or "split" in parse_spec(text).options:
         return False
     try:
-        train, val, test = (make_source(text, split).fingerprint for split in ("train", "val", "test"))
+        train, val, test = (_open(config, text, split).fingerprint for split in ("train", "val", "test"))
     except UserError:  # it has no such split
         return False
     return val == test != train  # all equal: a folder without splits, whose images are all for validation
@@ -230,7 +270,7 @@ def unseen_spec(config: RunConfig) -> str | None:
     text = str(replace(spec, options={name: value for name, value in spec.options.items() if name != "split"}))
     try:
         test, *seen = (
-            make_source(given, split).fingerprint
+            _open(config, given, split).fingerprint
             for given, split in ((text, "test"), (text, "train"), (config.data.val, "val"))
             if given
         )

@@ -14,7 +14,9 @@ from clip_har_jax import bundle
 from clip_har_jax.config import RunConfig
 from clip_har_jax.data.pipeline import prefetch_to_mesh
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.multi_label import MultiLabelResult
 from clip_har_jax.evaluation.result import EvalResult
+from clip_har_jax.evaluation.significance import RESAMPLES
 from clip_har_jax.files import is_local
 from clip_har_jax.mlops.tracking import FINISHED, STOPPED, hand_over
 from clip_har_jax.models.params import Params
@@ -57,7 +59,7 @@ class Chosen:
     """The chosen weights and their accuracy."""
 
     weights: Params
-    result: EvalResult
+    result: EvalResult | MultiLabelResult
     zero_shot: float | None  # accuracy of the base model on the same images; None: random weights, or itself
     passed: bool  # whether the retention gate passed
 
@@ -140,7 +142,8 @@ def learn(job: Job) -> Learned:
     del state  # before the best one is restored: never two on the devices
     if last_step < run.num_steps and not job.options.quiet:
         patience = run.timetable.patience
-        print(f"ended   at step {last_step}: no better top-1 in {patience} evaluations (train.patience)")
+        metric = "mAP" if run.config.data.multi_label else "top-1"
+        print(f"ended   at step {last_step}: no better {metric} in {patience} evaluations (train.patience)")
     with times.measure("checkpoint"):
         best = job.checkpointer.best_whole()
         weights = job.checkpointer.restore(run.program.abstract_state(), best).weights
@@ -151,20 +154,26 @@ def choose(job: Job, learned: Learned) -> Chosen:
     """Return the chosen weights, between the initial and the best ones, evaluated and compared with the baselines."""
     run, validation = job.run, learned.validation
     with job.times.measure("evaluation"):
-        weights, result = choose_wise_ft(validation, learned.weights, job.retention, job.options.quiet)
+        result: EvalResult | MultiLabelResult
+        if run.config.data.multi_label:
+            weights, result = learned.weights, validation.evaluate_multi_label(learned.weights, RESAMPLES)
+        else:
+            weights, result = choose_wise_ft(validation, learned.weights, job.retention, job.options.quiet)
         passed = True
         if job.retention:
             after = job.retention.top1({**weights, **validation.frozen})
             passed = job.retention.check(learned.retained_before, after)
         zero_shot = None
-        if run.base.params is not None and run.base.config.has_texts and run.config.method.name != "zero_shot":
+        compares = run.base.params is not None and run.base.config.has_texts and not run.config.data.multi_label
+        if compares and run.config.method.name != "zero_shot":
             classifier = ZeroShot(run, run.data.labels, zero_shot_prompts(run.config, run.data.labels))
             zero_shot = float(classifier.right(place_start(run), run.data.val, run.bad_inputs["val"]).mean())
         if recall := measure_recall(run, {**weights, **validation.frozen}):
             result.metrics["retrieval"] = recall
     # With the name of the data: a report on other data must not show this zero-shot accuracy beside its result.
     baselines = {**result.metrics["baselines"], "zero_shot": zero_shot, "data": validation.data_name}
-    facts = {"top1": result.metrics["top1"], "top1_interval": result.metrics["top1_interval"], "baselines": baselines}
+    headline = "map" if run.config.data.multi_label else "top1"
+    facts = {name: result.metrics[name] for name in (headline, f"{headline}_interval")} | {"baselines": baselines}
     facts |= {"retrieval": recall} if recall else {}
     update_record(run, job.times, **facts)
     return Chosen(weights, result, zero_shot, passed or not run.config.retention.fail)
@@ -181,11 +190,11 @@ def refuse(job: Job, learned: Learned, chosen: Chosen) -> Result:
 
 def seal(job: Job, learned: Learned, chosen: Chosen) -> Result:
     """Write the model folder, upload it to the trackers, and end the run."""
-    run, predictions = job.run, chosen.result.predictions
+    run = job.run
     model = run.workdir / "model"
     with job.times.measure("checkpoint"):
         if not distributed.on_main(lambda: job.is_repeated and _is_whole(model)):
-            write_model(learned.validation, chosen.weights, predictions)
+            write_model(learned.validation, chosen.weights, chosen.result)
     if distributed.is_main():
         write_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.csv")
     if run.config.trackers:

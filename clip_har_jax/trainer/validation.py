@@ -1,11 +1,14 @@
 """Evaluation of a run's weights on its validation data."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from jaxtyping import Bool
 
 from clip_har_jax.batch import Batch
 from clip_har_jax.evaluation.evaluator import evaluate
+from clip_har_jax.evaluation.multi_label import MultiLabelResult, evaluate_multi_label
 from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.files import write_json
 from clip_har_jax.models.params import Params
@@ -13,6 +16,9 @@ from clip_har_jax.parallel import distributed
 from clip_har_jax.trainer.run import Run
 from clip_har_jax.training.methods import ClassInputs
 from clip_har_jax.training.state import TrainState
+
+METRICS = ("top1", "top5", "macro_f1", "nll", "ece")  # in metrics.jsonl, with the prefix val/
+MULTI_LABEL_METRICS = ("map", "map_micro", "coverage_error", "nll", "label_ece")
 
 
 class Validation:
@@ -44,22 +50,38 @@ class Validation:
 
     def evaluate(self, weights: Params) -> EvalResult:
         """Return the result of trainable parameters on the mesh."""
+        return evaluate(lambda batch: batch.image, self._logits(weights), self.run.data.labels)
+
+    def evaluate_multi_label(self, weights: Params, resamples: int = 0) -> MultiLabelResult:
+        """Return the result on multi-label data, with thresholds fitted to it.
+
+        Args:
+          weights: trainable parameters on the mesh.
+          resamples: of the bootstrap intervals; 0: none.
+        """
+        labels = self.run.data.labels
+        return evaluate_multi_label(lambda batch: batch.image, self._logits(weights), labels, None, resamples)
+
+    def _logits(self, weights: Params) -> Iterator[Batch]:
+        """Yield the validation batches with class logits in place of the images."""
         program, classes = self.run.program, self.classes(weights)
 
         def logits(batch: Batch) -> tuple[jax.Array, Batch]:
             return program.eval_step(weights, self.frozen, classes, batch)
 
-        batches = self.run.map_batches(logits, self.run.data.val, self.run.bad_inputs["val"])
-        return evaluate(lambda batch: batch.image, batches, self.run.data.labels)
+        return self.run.map_batches(logits, self.run.data.val, self.run.bad_inputs["val"])
 
     def validate(self, state: TrainState) -> dict[str, float]:
         """Return the main metrics of a state, and write all of them to eval/<step>/metrics.json."""
-        metrics = self.evaluate(state.weights).metrics
+        if self.run.config.data.multi_label:
+            metrics, names = self.evaluate_multi_label(state.weights).metrics, MULTI_LABEL_METRICS
+        else:
+            metrics, names = self.evaluate(state.weights).metrics, METRICS
         if distributed.is_main():
             folder = self.run.workdir / "eval" / str(int(jax.device_get(state.step)))
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "metrics.json", metrics)
-        return {f"val/{name}": metrics[name] for name in ("top1", "top5", "macro_f1", "nll", "ece")}
+        return {f"val/{name}": metrics[name] for name in names}
 
 
 def is_right(result: EvalResult) -> Bool[np.ndarray, " n"]:

@@ -28,7 +28,7 @@ from clip_har_jax.parallel import distributed
 from clip_har_jax.training import checkpoint_seals
 from clip_har_jax.training.state import TrainState, abstract_state
 
-BEST_BY = "val/top1"
+BEST_BY = ("val/top1", "val/map")  # the metric that chooses the best step: of one label, of several
 # A replicated array is written by all of its replicas together, a slice each. For less than this, cutting it up costs
 # more than it saves: a ViT has hundreds of small arrays.
 MIN_SLICE_BYTES = 2**20
@@ -72,12 +72,12 @@ class Checkpointer:
         _write_small_arrays_whole()
         policies: list[Any] = [checkpoint_managers.LatestN(self._config.keep_latest)]
         if self._config.keep_best:
-            policies.append(checkpoint_managers.BestN(get_metric_fn=_best_by, n=self._config.keep_best))
+            policies.append(checkpoint_managers.BestN(get_metric_fn=best_by, n=self._config.keep_best))
         return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=_best_by,
+                best_fn=best_by,
                 cleanup_tmp_directories=True,  # leftovers of a killed save
                 async_options=ocp.options.AsyncOptions(
                     timeout_secs=SAVE_TIMEOUT_S,
@@ -100,7 +100,7 @@ class Checkpointer:
     def best_metric(self) -> float | None:
         """Return the highest validation accuracy of a kept checkpoint."""
         step = self._manager.best_step()
-        value = _best_by(self._manager.metrics(step)) if step is not None else -1.0
+        value = best_by(self._manager.metrics(step)) if step is not None else -1.0
         return value if value >= 0 else None
 
     def save(self, state: TrainState, position: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -224,7 +224,7 @@ class Checkpointer:
         Raises:
           UserError: none is intact.
         """
-        rank = {step: (_best_by(self._manager.metrics(step)), step) for step in self._manager.all_steps()}
+        rank = {step: (best_by(self._manager.metrics(step)), step) for step in self._manager.all_steps()}
         for step in sorted(rank, key=lambda step: rank[step], reverse=True):
             damaged = self._sweep([step])
             if not damaged:
@@ -332,5 +332,6 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _best_by(metrics: Any) -> float:
-    return (metrics or {}).get(BEST_BY, -1.0)
+def best_by(metrics: Mapping[str, float] | None) -> float:
+    """Return the validation metric that chooses the best step, higher is better; -1 without one."""
+    return next((metrics[name] for name in BEST_BY if name in metrics), -1.0) if metrics else -1.0

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from clip_har_jax.parallel import distributed
-from clip_har_jax.training.checkpoint import BEST_BY, Checkpointer
+from clip_har_jax.training.checkpoint import Checkpointer, best_by
 from clip_har_jax.training.guards import SkipGuard, StopSignal
 from clip_har_jax.training.meter import Meter
 from clip_har_jax.training.profiler import Profiler
@@ -51,9 +51,9 @@ class Best:
 
     def improve(self, step: int, values: Mapping[str, float]) -> bool:
         """Return whether these validation metrics are the best so far, and store them if so."""
-        if not values or (self.value is not None and values[BEST_BY] <= self.value):
+        if not values or (self.value is not None and best_by(values) <= self.value):
             return False
-        self.value, self.step = values[BEST_BY], step
+        self.value, self.step = best_by(values), step
         return True
 
 

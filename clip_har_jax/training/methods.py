@@ -25,7 +25,7 @@ from clip_har_jax.models.params import Params, unflatten
 from clip_har_jax.models.temporal import is_temporal
 from clip_har_jax.models.two_towers import TwoTowers, mean_class_embeddings
 from clip_har_jax.training.contrastive import contrastive_loss, even_bias
-from clip_har_jax.training.losses import cross_entropy
+from clip_har_jax.training.losses import make_class_loss, make_target
 from clip_har_jax.training.mixing import mix
 from clip_har_jax.training.recipes import CONTEXT, PAIR_LOSSES, check_method
 
@@ -50,6 +50,7 @@ class Method:
       model: abstract model, into which LoRA's low-rank updates are inserted.
       mesh: the devices over which contrastive losses compare images with texts.
       class_weights: weight of each class in the loss; None: all equal.
+      multi_label: an image has any number of labels.
 
     Raises:
       UserError: an unknown name; a head, loss, tower or setting that doesn't fit the method.
@@ -63,8 +64,9 @@ class Method:
         model: TwoTowers,
         mesh: Mesh,
         class_weights: Float[np.ndarray, " c"] | None = None,
+        multi_label: bool = False,
     ):
-        self.recipe, self.head, self.loss = check_method(config)
+        self.recipe, self.head, self.loss = check_method(config, multi_label)
         if self.head != "linear" and not sizes.has_texts:
             raise UserError(
                 f"config.method.head is {self.head!r}, which starts from texts, but the model has an image tower "
@@ -227,18 +229,11 @@ class Method:
             return losses, scale * image @ mean_class_embeddings(
                 embeddings, classes.class_of_prompt, self.num_classes
             ).T
-        target = jax.nn.one_hot(batch.label, self.num_classes)
+        target = make_target(batch.label, self.num_classes)
         if config.mixup or config.cutmix:
             images, target = mix(images, target, batch.mask, mix_key, config.mixup, config.cutmix)
         logits = self.logits(params, images, embeddings, drop)
-        losses = cross_entropy(
-            logits,
-            target,
-            label_smoothing=config.label_smoothing,
-            focal_gamma=config.focal_gamma,
-            class_weights=None if self.class_weights is None else jnp.asarray(self.class_weights),
-        )
-        return losses, logits
+        return make_class_loss(self.loss, config, self.class_weights)(logits, target), logits
 
     def pair_losses(
         self,

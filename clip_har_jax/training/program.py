@@ -88,7 +88,7 @@ class Program:
         model = abstract_model(sizes, self.runtime)
         balance = config.method.class_balance
         weights = balanced_weights(class_counts, balance) if balance and class_counts is not None else None
-        self.method = Method(config.method, sizes, num_classes, model, mesh, weights)
+        self.method = Method(config.method, sizes, num_classes, model, mesh, weights, config.multi_label)
         own_shapes, own_axes = self.method.extra_parameters(cache_size)
         self.shapes = {name: value.shape for name, value in flat_params(model).items()} | own_shapes
         self.param_shardings = param_shardings(self.shapes, axis_names(model) | own_axes, mesh)
@@ -208,11 +208,12 @@ class Program:
         else:
             classes = ClassInputs(None, None, struct((self.num_classes, self.sizes.projection_dim), jnp.float32, whole))
         image = (batch_size, *([num_frames] if num_frames else []), *shape)
-        label, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
-        batch: Any = Batch(struct(image, jnp.uint8, rows), label, mask, label)
+        index, mask = struct((batch_size,), jnp.int32, rows), struct((batch_size,), jnp.float32, rows)
+        label = struct((batch_size, self.num_classes), jnp.uint8, rows) if self.config.multi_label else index
+        batch: Any = Batch(struct(image, jnp.uint8, rows), label, mask, index)
         if self.config.of_pairs:
             texts = struct((batch_size, self.sizes.text.context_length), jnp.int32, rows)
-            batch = PairBatch(batch.image, texts, mask, label)
+            batch = PairBatch(batch.image, texts, mask, index)
         return self.abstract_state(), self.abstract_frozen(), classes, batch
 
     def flops_per_step(self, num_prompts: int) -> int:

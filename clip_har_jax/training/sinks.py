@@ -135,6 +135,7 @@ _SHOWN = {
     "train/data_wait_fraction": "waiting for data {:.0%}",
     "train/mfu": "MFU {:.1%}",
     "val/top1": "val top-1 {:.3f}",
+    "val/map": "val mAP {:.3f}",
     "val/nll": "val nll {:.3f}",
 }
 

@@ -15,6 +15,7 @@ class StepConfig:
       batch_size: rows of a training batch, over all devices.
       of_pairs: the batches are image-text pairs.
       num_frames: frames of a clip in training; None: images.
+      multi_label: an image has any number of labels.
     """
 
     method: MethodConfig
@@ -27,6 +28,7 @@ class StepConfig:
     eval_batch_size: int
     of_pairs: bool
     num_frames: int | None
+    multi_label: bool
 
 
 def step_config(config: RunConfig) -> StepConfig:
@@ -48,4 +50,5 @@ def step_config(config: RunConfig) -> StepConfig:
         config.eval.batch_size,
         of_pairs,
         config.data.video.num_frames if with_frames else None,
+        config.data.multi_label,
     )

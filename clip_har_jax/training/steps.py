@@ -17,7 +17,7 @@ from clip_har_jax.models.params import Params
 from clip_har_jax.models.two_towers import mean_class_embeddings, normalize_images
 from clip_har_jax.parallel.sharding import batch_sharding, replicated
 from clip_har_jax.preprocess import Preprocess
-from clip_har_jax.training.losses import masked_mean
+from clip_har_jax.training.losses import is_right, masked_mean
 from clip_har_jax.training.methods import ClassInputs, Method
 from clip_har_jax.training.optim import evaluated_weights
 from clip_har_jax.training.recipes import PAIR_LOSSES
@@ -144,7 +144,7 @@ def make_gradients(
         params, embeddings = weights
         images = normalize_images(batch.image, preprocess.mean, preprocess.std)
         losses, logits = method.losses(params | frozen, images, embeddings, classes, batch, key)
-        return jnp.sum(losses * batch.mask) / count, (losses, jnp.argmax(logits, -1) == batch.label)
+        return jnp.sum(losses * batch.mask) / count, (losses, is_right(logits, batch.label))
 
     def gradients(
         params: Params, frozen: Params, classes: ClassInputs, batch: Batch, key: jax.Array

@@ -337,6 +337,7 @@ def test_probabilities_follow_the_published_rule(model: Path, tmp_path: Path) ->
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     table = pq.read_table(tmp_path / "out" / "predictions.parquet")
     np.testing.assert_allclose(table["probs"].to_pylist(), probs, rtol=1e-4, atol=1e-6)
+    assert isinstance(result, EvalResult)
     np.testing.assert_allclose(result.scores.score, probs.max(axis=1), rtol=1e-4)
     assert table["input"].to_pylist() == [str(path) for path in paths]
     assert table["label"].to_pylist() == [path.parent.name for path in paths]
@@ -354,6 +355,7 @@ def test_labels_match_classes_that_are_said_alike(model: Path, tmp_path: Path) -
     images = write_images(tmp_path / "images", ["cycling", "running"])
     result = evaluate_model(str(model), f"folder:{images}", tmp_path / "out")
     assert result.labels == LABELS
+    assert isinstance(result, EvalResult)
     assert [LABELS[i] for i in result.scores.label] == ["riding a bike"] * 3 + ["running"] * 3
     assert result.metrics["per_class"]["sleeping"]["support"] == 0
     assert str(bundle.verify(model)) in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -363,6 +365,7 @@ def test_named_classes_go_before_the_folders_own(model: Path, tmp_path: Path) ->
     images = write_images(tmp_path / "images", ["cycling"])
     result = evaluate_model(str(model), f"folder:{images}", tmp_path / "out", classes=("dancing", "riding a bike"))
     assert result.labels == ("dancing", "riding a bike")
+    assert isinstance(result, EvalResult)
     assert set(result.scores.label) == {1}
 
 

@@ -14,6 +14,7 @@ from clip_har_jax import Predictor
 from clip_har_jax.config import make_config
 from clip_har_jax.data.augment import augment
 from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.result import EvalResult
 from clip_har_jax.image_files import read_image
 from clip_har_jax.models.factory import load, make_base
 from clip_har_jax.models.families import NAMED_SIZES, config_from_hf, config_to_hf
@@ -194,6 +195,7 @@ def test_a_folder_is_trained_evaluated_and_predicts(
     assert any(name.startswith("vision.") for name in moved)
     found_on = evaluate_model(str(result.model), f"folder:{photos}", tmp_path / "report")
     assert 0 <= found_on.metrics["top1"] <= 1 and (tmp_path / "report" / "report.html").is_file()
+    assert isinstance(found_on, EvalResult)
     shown = {one.image.shape[:2] for one in (*found_on.sample, *found_on.mistakes)}
     assert len(shown) > 1 and all(height % 16 == width % 16 == 0 for height, width in shown)  # pictures of many aspects
     photo = photos / LABELS[0] / "3.png"

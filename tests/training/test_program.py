@@ -47,6 +47,7 @@ def test_runs_that_differ_in_seed_or_data_share_a_program() -> None:
         ({"model": {"compute_dtype": "bfloat16"}}, {}),
         ({"train": {"accumulation_steps": 2}}, {}),
         ({"data": {"train": "motion"}}, {}),
+        ({"data": {"multi_label": True}}, {}),
         ({}, {"num_steps": 11}),
         ({"method": {"class_balance": 0.9}}, {"counts": (1, 9)}),
     ],

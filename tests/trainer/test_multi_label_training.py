@@ -1,0 +1,148 @@
+"""A model of several labels from training to evaluation, and the commands that refuse it."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from clip_har_jax import bundle
+from clip_har_jax.config import make_config
+from clip_har_jax.errors import UserError
+from clip_har_jax.evaluation.multi_label import MultiLabelResult
+from clip_har_jax.evaluation.paired import read_predictions
+from clip_har_jax.inference.predictor import Predictor
+from clip_har_jax.pipelines.calibrate import calibrate_model
+from clip_har_jax.pipelines.evaluate import evaluate_model, print_result
+from clip_har_jax.pipelines.method_comparison import check_comparison
+from clip_har_jax.trainer.result import Result
+from clip_har_jax.trainer.result import print_result as print_training
+from clip_har_jax.trainer.run_data import load_data
+from clip_har_jax.trainer.train import train
+from export.model import open_model
+from tests.support.model_folders import write_model
+from tests.support.multi_label_images import COLOURS, write_multi_label_images
+
+
+class Trained(NamedTuple):
+    result: Result
+    workdir: Path
+    data: str
+
+
+def config_of(spec: str, model: object, **sections: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "data": {"train": spec, "val_fraction": 0.25, "multi_label": True, "num_workers": 0},
+        "model": {"name": str(model)},
+        "train": {"num_steps": 60, "global_batch_size": 16, "log_every_steps": 20},
+        "optim": {"learning_rate": 3e-3},
+        "eval": {"every_steps": 30, "batch_size": 16},
+        "checkpoint": {"every_steps": 30},
+    }
+    values["data"]["augment"] = {"crop_scale_min": 1.0, "flip": False}
+    return values | {name: {**values.get(name, {}), **section} for name, section in sections.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp("multi_label")
+    data = write_multi_label_images(root / "images", 120)
+    config = make_config(config_of(data, write_model(root / "start")))
+    return Trained(train(config, root / "run", quiet=True), root / "run", data)
+
+
+@pytest.mark.slow
+def test_labels_are_learned_and_each_gets_a_threshold(trained: Trained) -> None:
+    metrics = trained.result.metrics
+    assert metrics["map_interval"][0] > metrics["baselines"]["chance"]
+    assert metrics["map"] > 0.9
+    actions = bundle.read_actions(str(trained.result.model))
+    assert (actions.labels, actions.head, actions.multi_label) == (tuple(COLOURS), "linear", True)
+    assert set(actions.label_thresholds) == set(COLOURS)
+    assert actions.thresholds == {}
+    calibration = json.loads((trained.workdir / "model" / "calibration.json").read_text())
+    assert calibration["label_thresholds"] == actions.label_thresholds
+    lines = [json.loads(line) for line in (trained.workdir / "metrics.jsonl").read_text().splitlines()]
+    validated = [line for line in lines if "val/map" in line]
+    assert [line["step"] for line in validated] == [30, 60]
+    assert {"val/map_micro", "val/coverage_error", "val/nll", "val/label_ece"} <= set(validated[0])
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < losses[0] < 3.0  # near ln 2 for each of three labels, since the head starts at their shares
+    record = json.loads((trained.workdir / "run.json").read_text())
+    assert record["map"] == metrics["map"]
+
+
+@pytest.mark.slow
+def test_the_result_names_map(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    print_training(trained.result)
+    assert f"mAP is {trained.result.metrics['map']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_evaluation_uses_the_thresholds_of_the_folder(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_multi_label_images(tmp_path / "test", 60, seed=1)
+    model = str(trained.result.model)
+    result = evaluate_model(model, data, tmp_path / "out", batch_size=16)
+    assert isinstance(result, MultiLabelResult)
+    thresholds = bundle.read_actions(model).label_thresholds
+    assert {name: row["threshold"] for name, row in result.metrics["per_class"].items()} == thresholds
+    assert result.metrics["map"] > 0.9
+    assert result.metrics["data"] == data
+    print_result(result, tmp_path / "out")
+    assert "coverage" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Mean average precision" in page  # the run's curve
+    assert "data.multi_label" in page  # a setting that differs from the default
+    (tmp_path / "test" / "data.csv").write_text("filename,label\n0.png,run|jump\n")
+    with pytest.raises(UserError, match=r"label 'jump' \(1 images\) is none of the 3 classes"):
+        evaluate_model(model, data, tmp_path / "other")
+    with pytest.raises(UserError, match="of images with several labels each"):
+        read_predictions(str(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_commands_for_one_label_refuse_the_model(trained: Trained, tmp_path: Path) -> None:
+    model = str(trained.result.model)
+    for use in (
+        lambda: Predictor(model),
+        lambda: open_model(model),
+        lambda: calibrate_model(model, "synthetic", tmp_path / "calibrated"),
+    ):
+        with pytest.raises(UserError, match=r"only evaluate[.]py takes such a model"):
+            use()
+    assert not (tmp_path / "calibrated").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"shots": 2}}, "config.data.shots counts images by their one label"),
+        ({"data": {"classes": ("run", "sit")}}, "config.data.classes chooses images by their one label"),
+        ({"data": {"sampling": "class_balanced"}}, "draws images by their one label"),
+        ({"data": {"train": "synthetic"}}, "config.data.train: synthetic: gives each image one label"),
+        ({"data": {"train": "webdataset:x.tar"}}, "image-text pairs have no labels"),
+        ({"data": {"labels": ("run", "sit")}}, "label 'wave'"),
+    ],
+)
+def test_settings_that_need_one_label_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    data = write_multi_label_images(tmp_path, 12)
+    config = make_config(config_of(data, "tiny", **changes))
+    with pytest.raises(UserError) as info:
+        load_data(config)
+    assert said in str(info.value)
+
+
+def test_validation_images_without_any_label_are_refused(tmp_path: Path) -> None:
+    data = write_multi_label_images(tmp_path, 12)
+    (tmp_path / "val.csv").write_text("filename,label\n0.png,\n")
+    values = config_of(data, "tiny")
+    values["data"]["val"] = f"csv:{tmp_path}/val.csv"
+    with pytest.raises(UserError, match="none of the validation images has a label"):
+        load_data(make_config(values))
+
+
+def test_comparisons_refuse_multi_label_data() -> None:
+    with pytest.raises(UserError, match=r"compare[.]py judges models by top-1 accuracy"):
+        check_comparison(make_config({"data": {"multi_label": True}}), ["full"], [0])
