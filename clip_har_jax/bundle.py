@@ -100,8 +100,8 @@ def read_actions(folder: str | Path) -> Actions:
     """
     path = Path(folder) / "actions.json"
     values = read_object(path)
-    known = ("labels", "prompts", "temperature", "head", "thresholds", "preprocess", "video", "sigmoid")
-    known += ("label_thresholds",)
+    fitted = ("temperature", "thresholds", "label_thresholds", "sigmoid")
+    known = ("labels", "prompts", "head", "preprocess", "video", *fitted)
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: key {unknown[0]!r} is unknown; {nearest(unknown[0], list(known))}")
     if missing := sorted({"labels", "prompts"} - set(values)):

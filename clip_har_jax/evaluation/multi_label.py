@@ -185,7 +185,7 @@ def calibrate_labels(
             "label_ece": float(np.mean(label_errors(after, target))),
         },
     }
-    return CalibrationResult(temperature, {}, report, thresholds)
+    return CalibrationResult(temperature, {}, report, label_thresholds=thresholds)
 
 
 def label_errors(probs: Float[np.ndarray, "n c"], target: Bool[np.ndarray, "n c"]) -> list[float]:

@@ -82,8 +82,7 @@ class JaxBackend:
         bias = self._tensors.get("logit_bias")  # the backend's logits don't have it
         self.logit_bias = None if bias is None else float(bias)
         self.sigmoid = choose_sigmoid(self.actions, self.logit_bias)
-        size = int(self._tensors["image_size_px"])
-        self.preprocess = self._read_preprocess(size)
+        self.preprocess = self._read_preprocess(int(self._tensors["image_size_px"]))
 
     def release(self) -> None:
         """Free the weights and the compiled programs; they are read again when they are needed."""
@@ -169,8 +168,7 @@ class JaxBackend:
         """Return the second argument of the program: a head's parameters, or class embeddings and their scale."""
         import jax
 
-        classes = self.head_params or (self.class_embeddings, np.float32(self.scale))
-        return jax.tree.map(jax.numpy.asarray, classes)
+        return jax.tree.map(jax.numpy.asarray, self.head_params or (self.class_embeddings, np.float32(self.scale)))
 
     def _program(self, shape: tuple[int, ...]) -> Callable[..., Any]:
         """Return the function from images of this shape to logits, probabilities and embeddings."""

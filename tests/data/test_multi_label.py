@@ -118,13 +118,13 @@ def test_a_label_outside_the_list_is_refused(tmp_path: Path) -> None:
 def test_data_with_one_label_each_says_how_to_give_several(tmp_path: Path) -> None:
     write_files(tmp_path, ["a.png"])
     spec = write_csv(tmp_path / "data.csv", ["a.png,run", "a.png,sit"])
-    with pytest.raises(UserError, match=r"--multi_label"):
+    with pytest.raises(UserError, match=r"data[.]multi_label=True"):
         make_source(spec, "train")
     write_csv(tmp_path / "data.csv", ["a.png,run|sit"])
     source = make_source(spec, "train")
     assert source.labels == ("run|sit",)
-    assert "--multi_label" in source.tally.notes[0]
-    with pytest.raises(UserError, match=r"holds lists of labels; set --multi_label"):
+    assert "data.multi_label=True" in source.tally.notes[0]
+    with pytest.raises(UserError, match=r"holds lists of labels; set data[.]multi_label=True"):
         make_source(make_parquet(tmp_path), "train")
 
 
@@ -219,7 +219,7 @@ def test_prepared_data_keeps_all_labels(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "14 images of 3 classes" in page
     assert "(no label)" in page
-    with pytest.raises(UserError, match=r"several labels each; set --multi_label"):
+    with pytest.raises(UserError, match=r"several labels each; set data[.]multi_label=True"):
         make_source(spec, "train")
     with pytest.raises(UserError, match=r"--model=x: is for images with one label each"):
         prepare_data([f"csv:{tmp_path}/data.csv"], tmp_path / "other", PrepareOptions(model="x", multi_label=True))
