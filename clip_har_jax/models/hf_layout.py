@@ -15,6 +15,7 @@ from clip_har_jax.errors import UserError
 Params = dict[str, Any]  # dotted path -> array
 TEMPORAL_FILE = "temporal.safetensors"  # what a model of clips adds to CLIP, under our names
 BUFFER = ".position_ids"  # end of the name of a buffer of older files, which isn't a weight
+SHOWN = 12  # weights that an error names
 IMAGE_ALONE = "_vision_model"  # end of the `model_type` of an image tower alone, as CLIPVisionModelWithProjection's
 
 
@@ -263,7 +264,7 @@ def params_from_hf(
       table: of the family's weights.
 
     Raises:
-      UserError: missing, unexpected or misshapen weights; names all of them in one message.
+      UserError: missing, unexpected or misshapen weights; names the first `SHOWN` of them.
     """
     rest = {name for name in tensors if not name.endswith(BUFFER)}
     problems: dict[str, None] = {}  # in order, each once: several of our parameters may be pieces of one tensor
@@ -283,7 +284,9 @@ def params_from_hf(
         fitting[ours] = names
     problems |= dict.fromkeys(f"unexpected {name}" for name in sorted(rest))
     if problems:
-        raise UserError(f"{where}: the weights don't fit config.json: {'; '.join(problems)}")
+        named, more = list(problems)[:SHOWN], len(problems) - SHOWN
+        listed = "; ".join([*named, *([f"and {more} more"] if more > 0 else [])])
+        raise UserError(f"{where}: the weights don't fit config.json: {listed}; copy both files of one model")
 
     def convert(ours: str) -> np.ndarray:
         weight = table[ours]

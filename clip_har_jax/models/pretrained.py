@@ -153,7 +153,8 @@ def _read_tensors(folder: Path) -> dict[str, Any]:
     found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
     raise UserError(
         f"{folder}: no model.safetensors or flax_model.msgpack (pickled weights found: {found}; they can run code "
-        "when read, save the model again with safe_serialization=True)"
+        "when read: save the model again with safe_serialization=True, or install torch, which reads "
+        "pytorch_model.bin without that)"
     )
 
 

@@ -19,6 +19,7 @@ from clip_har_jax.models import factory
 from clip_har_jax.models.clip import CLIPConfig, FlaxCLIPModel
 from clip_har_jax.models.factory import load
 from clip_har_jax.models.families import config_from_hf, config_to_hf
+from clip_har_jax.models.hf_layout import SHOWN
 from clip_har_jax.models.pretrained import read_config, read_params, resize_positions
 from clip_har_jax.models.resolve import resolve_folder
 from clip_har_jax.models.two_towers import TwoTowersOutput
@@ -153,6 +154,15 @@ def test_all_weights_that_do_not_fit_are_listed(folder: Path) -> None:
     ):
         assert problem in message
     assert "fc1.weight" not in message
+    assert message.endswith("; copy both files of one model")
+
+
+def test_of_many_weights_that_do_not_fit_only_the_first_are_named(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config["vision_config"].update(num_hidden_layers=9))
+    message = load_fails(folder)
+    assert message.count("missing vision_model.encoder.layers.") == SHOWN
+    missing = (9 - 2) * 16  # layers, and the weights of each
+    assert f"; and {missing - SHOWN} more; copy both files" in message
 
 
 def test_misshapen_weights_of_too_few_dims_are_listed(folder: Path) -> None:
