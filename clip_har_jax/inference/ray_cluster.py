@@ -15,7 +15,7 @@ from clip_har_jax.errors import UserError
 
 FLAG = "--ray_address"
 ANSWER_S = 5.0
-OBJECT_STORE_BYTES = 512 << 20  # of the own Ray; pieces in progress hold some 20 MB each
+STORE_BYTES, STORE_BYTES_PER_CORE = 256 << 20, 128 << 20  # of the own Ray; a piece in progress holds some 20 MB
 # A client of HTTP/2 begins so (RFC 9113, 3.4), here with empty settings; a server answers with its own settings.
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 HTTP2_SETTINGS = 4
@@ -42,7 +42,8 @@ def connected(address: str | None) -> Iterator[None]:
     ray = import_ray()
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if found is None:
-        options |= {"num_cpus": usable_cores(), "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        options |= {"num_cpus": usable_cores(), "include_dashboard": False}
+        options["object_store_memory"] = STORE_BYTES + STORE_BYTES_PER_CORE * usable_cores()
     try:
         ray.init(address=found or "local", **options)
     except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:

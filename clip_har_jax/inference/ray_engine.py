@@ -5,7 +5,10 @@ actors don't retry by themselves: the driver repeats a piece whose worker, model
 arrives once. If a decoding process ends, the inputs of its task are halved until the file that ends it is alone.
 """
 
+import errno
 import os
+import re
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +25,9 @@ from clip_har_jax.preprocess import Preprocess
 
 PIECE_SIZE = 128  # inputs, rounded to whole batches: some 20 MB of pixels
 TRIES = 3  # of a file that ends the process that decodes it
+IMPORT_FAILED = "failed to import on the worker"  # Ray's words
+NODE = re.compile(r"\bip=([\w.:]+)")
+MISSING_MODULE = re.compile(r"No module named '[\w.]+'")
 SKIPPED = f"its decoding ended the process {TRIES} times; convert or remove it"
 
 
@@ -160,6 +166,9 @@ class _Job:
     def collect(self) -> Iterator[Piece]:
         """Wait for results, for a second at most, and yield the finished pieces."""
         waiting = [*self._decoding, *self._predicting, *self._pool.opening]
+        if not waiting:  # all models were lost; the pool soon starts others
+            time.sleep(0.1)
+            return
         done, _ = self._ray.wait(waiting, num_returns=1, timeout=1.0, fetch_local=False)
         for reference in done:
             if reference in self._decoding:
@@ -218,13 +227,16 @@ def explained() -> Iterator[None]:
     try:
         yield
     except errors.RayTaskError as error:
-        cause, node = error.cause, getattr(error, "ip", None) or "of a worker"
+        cause, found = error.cause, NODE.search(str(error))
+        node = found[1] if found else "of a worker"
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from error
-        if isinstance(cause, ModuleNotFoundError):
-            raise UserError(f"node {node}: {cause}; install the same version of this project on all nodes") from error
-        if isinstance(cause, errors.OutOfDiskError | OSError):
-            raise UserError(f"node {node}: {' '.join(str(cause).split())[:300]}; free space there") from error
+        if isinstance(cause, ModuleNotFoundError) or IMPORT_FAILED in str(cause):
+            missing = MISSING_MODULE.search(str(cause))
+            said = missing[0] if missing else "a module is missing"
+            raise UserError(f"node {node}: {said}; install the same version of this project on all nodes") from error
+        if isinstance(cause, errors.OutOfDiskError) or getattr(cause, "errno", None) == errno.ENOSPC:
+            raise UserError(f"node {node}: {' '.join(str(cause).split())[:200]}; free space there") from error
         if isinstance(cause, _lost_errors()):
             raise cause from error
         raise

@@ -150,6 +150,9 @@ class ModelPool:
         """
         if model not in self._models:
             return
+        if getattr(error, "actor_init_failed", False):  # before its first line: the project isn't there
+            node = model.node["NodeManagerAddress"]
+            raise UserError(f"node {node}: a worker can't start; install the same version of this project on all nodes")
         self._models.remove(model)
         self._ray.kill(model.actor)  # unavailable ones too, so that none computes beside its successor
         self._losses += 1
