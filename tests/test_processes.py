@@ -104,10 +104,12 @@ def test_a_script_without_a_guard(script: str) -> None:
     assert run(script).splitlines() == [EXPECTED]
 
 
+@pytest.mark.slow
 def test_python_c() -> None:
     assert run("-c", PROGRAM).splitlines() == [EXPECTED]
 
 
+@pytest.mark.slow
 def test_a_program_on_standard_input() -> None:
     assert run("-", given=PROGRAM).splitlines() == [EXPECTED]
 

@@ -72,7 +72,9 @@ def test_cases_are_the_published_sizes(name: str) -> None:
     assert config_from_hf(CASES[name]) == dataclasses.replace(size, **one_layer)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("ViT-L") else ()) for name in CASES]
+)
 def test_outputs_equal_hugging_face(name: str) -> None:
     config, params = case_params(name)
     output, tokens = run(config, params, case_inputs(name))

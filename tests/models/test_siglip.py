@@ -31,6 +31,7 @@ from tests.support.normalization import normalize
 
 TABLE, TOLERANCE = TABLES["siglip"], 1e-5  # largest error over largest value of the reference, in float32
 OUTPUTS = ("logits_per_image", "text_embeds", "image_embeds")
+LARGE = ("siglip-large-patch16-256", "siglip-so400m-patch14-384")
 
 
 @cache
@@ -77,7 +78,9 @@ def test_cases_are_the_published_sizes(name: str) -> None:
     assert case == dataclasses.replace(size, text=text, vision=dataclasses.replace(size.vision, num_layers=1))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in CASES]
+)
 def test_outputs_equal_hugging_face(name: str) -> None:
     errors = run(*case_params(name), name)
     print(f"{name}: {errors}")

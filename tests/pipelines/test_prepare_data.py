@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from clip_har_jax.trainer.features import examples_digest
 from clip_har_jax.trainer.train import train
 from tests.support.batches import read_bytes
 from tests.support.model_folders import write_image, write_images, write_model
+from tests.support.squares import Deadly, square
 
 ROOT = Path(__file__).parents[2]
 COUNT, SIDE_PX = 150, 160
@@ -352,26 +352,15 @@ def test_suspects_are_those_among_another_class() -> None:
     assert {(suspect.position, suspect.suggested) for suspect in suspects} == {(3, 0), (40, 1)}
 
 
-def _square(shared: int, i: int) -> int:
-    return shared * i * i
-
-
 def test_workers_give_the_results_in_order() -> None:
     for count, workers in ((10, 2), (1500, 2)):
-        assert list(map_in_workers(_square, 3, count, workers, "squaring")) == [3 * i * i for i in range(count)]
-
-
-class Deadly:
-    """Ends the process that it is sent to."""
-
-    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
-        return os._exit, (1,)
+        assert list(map_in_workers(square, 3, count, workers, "squaring")) == [3 * i * i for i in range(count)]
 
 
 @pytest.mark.timeout(90)
 def test_a_worker_that_dies_before_it_has_read_all_is_told() -> None:
     with pytest.raises(UserError, match="a worker process was killed"):
-        deque(map_in_workers(_square, (Deadly(), bytes(10**6)), 1000, 2, "squaring"), maxlen=0)
+        deque(map_in_workers(square, (Deadly(), bytes(10**6)), 1000, 2, "squaring"), maxlen=0)
 
 
 def test_command(photos: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from clip_har_jax.training.checkpoint import Checkpointer
 from clip_har_jax.training.program import Program
 from clip_har_jax.training.step_config import step_config
 from tests.support.model_folders import write_images
-from tests.support.runs import config_with
+from tests.support.runs import StopAt, config_with
 
 LABELS = ("cycling", "running", "sleeping")
 
@@ -77,10 +77,10 @@ class Scales:
 def test_a_continued_run_holds_no_more_than_a_fresh_one(images, tmp_path, strategy, ema_decay):
     sections = {"mesh": {"strategy": strategy}, "optim": {"ema_decay": ema_decay}}
     fresh = Scales()
-    train(config_for(images, 3, **sections), tmp_path, sinks=[fresh], quiet=True)
+    assert train(config_for(images, 6, **sections), tmp_path, sinks=[fresh, StopAt(2)], quiet=True).exit_code
     continued = Scales()
     train(config_for(images, 6, **sections), tmp_path, sinks=[continued], quiet=True)
-    assert set(continued.steps) == {4, 5, 6}
+    assert {1, 2} <= set(fresh.steps) and set(continued.steps) == {4, 5, 6}
     base = make_base("mini", load_data(config_for(images, 3)).texts)
     config = config_for(images, 3, **sections)
     program = Program(step_config(config), base.config, base.preprocess, len(LABELS), 3, make_mesh(config.mesh))

@@ -243,33 +243,35 @@ import sys
 from clip_har_jax.config import CheckpointConfig
 from clip_har_jax.errors import UserError
 from clip_har_jax.training.checkpoint import Checkpointer
-try:
-    Checkpointer(sys.argv[1], CheckpointConfig())
-except UserError as error:
-    print(error)
+for folder in sys.argv[1:]:
+    try:
+        Checkpointer(folder, CheckpointConfig())
+    except UserError as error:
+        print(error)
 """
+FORBIDDEN = [
+    (".", 0o555, "checkpoints can't be written there (Permission denied)"),
+    ("2/state/d", 0o000, "checkpoint 2 may not be read"),
+    ("2.manifest.json", 0o000, "checkpoint 2 may not be read"),
+]
 
 
-@pytest.mark.parametrize(
-    ("place", "mode", "message"),
-    [
-        (".", 0o555, "c: checkpoints can't be written there (Permission denied)"),
-        ("2/state/d", 0o000, "2/state/d: checkpoint 2 may not be read"),
-        ("2.manifest.json", 0o000, "2.manifest.json: checkpoint 2 may not be read"),
-    ],
-)
-def test_a_lack_of_permission_is_said_at_once_and_no_damage(saved, tmp_path, place, mode, message):
-    folder = tmp_path / "c"
-    shutil.copytree(saved, folder)
-    before = (folder / place).stat().st_mode
-    (folder / place).chmod(mode)
-    command = [sys.executable, "-c", WITHOUT_PRIVILEGES, OPEN, str(folder)]
+def test_a_lack_of_permission_is_said_at_once_and_no_damage(saved, tmp_path):
+    folders = [tmp_path / str(i) for i in range(len(FORBIDDEN))]
+    modes = []
+    for folder, (place, mode, _) in zip(folders, FORBIDDEN, strict=True):
+        shutil.copytree(saved, folder)
+        modes.append((folder / place).stat().st_mode)
+        (folder / place).chmod(mode)
+    command = [sys.executable, "-c", WITHOUT_PRIVILEGES, OPEN, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True)
-    (folder / place).chmod(before)
-    assert done.stdout.endswith(f"/{message}\n"), (done.stdout, done.stderr)
-    assert done.stdout.count("\n") == 1
-    with Checkpointer(folder, KEEP) as kept:
-        assert kept.newest_whole() == 2
+    for folder, (place, _, _), mode in zip(folders, FORBIDDEN, modes, strict=True):
+        (folder / place).chmod(mode)
+    expected = [f"{folder / place}: {message}" for folder, (place, _, message) in zip(folders, FORBIDDEN, strict=True)]
+    assert done.stdout.splitlines() == expected, done.stderr
+    for folder in folders:
+        with Checkpointer(folder, KEEP) as kept:
+            assert kept.newest_whole() == 2
 
 
 def test_another_mesh_restores_the_same_bits(saved):

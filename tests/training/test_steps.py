@@ -107,7 +107,9 @@ def assert_equal_gradients(found, wanted, tolerance=1e-5):
         np.testing.assert_allclose(found[0][name], value, rtol=0, atol=tolerance * largest, err_msg=name)
 
 
-@pytest.mark.parametrize("strategy", ["dp", "fsdp", "tp", "fsdp_tp"])
+@pytest.mark.parametrize(
+    "strategy", ["dp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "tp")), "fsdp_tp"]
+)
 def test_gradients_of_all_strategies_equal_those_of_one_device(strategy):
     assert_equal_gradients(gradients_of(make_program(strategy)), expected())
 
@@ -118,7 +120,7 @@ def test_gradients_of_an_explicit_mesh_equal_those_of_one_device():
 
 METHODS = {name: {"name": name} for name in ("lora", "prompt", "adapter", "bitfit", "flyp", "lp_ft")}
 METHODS["sigmoid"] = {"name": "full", "loss": "sigmoid"}
-FAST = ("lora", "prompt", "adapter")
+FAST = ("lora",)
 
 
 def trained(strategy, name):
