@@ -11,6 +11,7 @@ from clip_har_jax.evaluation.baselines import verdict
 from clip_har_jax.evaluation.retrieval import describe
 from clip_har_jax.training.time_account import describe_seconds
 
+USES = ("evaluate", "predict", "export", "serve")
 EXIT_RETENTION = 3  # zero-shot accuracy dropped more than the config allows
 
 
@@ -27,7 +28,7 @@ class Result:
       exit_code: 0, 128 + the signal's number, or `EXIT_RETENTION`.
       zero_shot: accuracy of the base model on the same data; None: not known.
       unseen: SPEC of test images that the run didn't use; None: its data have none.
-      exports: the model can be exported, and so served.
+      uses: the next commands that take the model, by their names in `USES`.
     """
 
     workdir: epath.Path
@@ -39,7 +40,7 @@ class Result:
     exit_code: int
     zero_shot: float | None = None
     unseen: str | None = None
-    exports: bool = True
+    uses: tuple[str, ...] = USES
 
 
 def print_result(result: Result) -> None:
@@ -82,8 +83,7 @@ def _next_commands(result: Result, model: epath.Path) -> list[tuple[str, str]]:
     commands = {
         "evaluate": ["scripts/evaluate.py", of_model, f"--data={data}", f"--output={result.workdir / 'test'}"],
         "predict": ["scripts/predict.py", of_model, "PHOTO.jpg"],
+        "export": ["-m", "export", of_model, "--formats=onnx", f"--output={exported}"],
+        "serve": ["-m", "serving", f"--model={exported}"],
     }
-    if result.exports:
-        commands["export"] = ["-m", "export", of_model, "--formats=onnx", f"--output={exported}"]
-        commands["serve"] = ["-m", "serving", f"--model={exported}"]
-    return [(name, shlex.join(["python", *words])) for name, words in commands.items()]
+    return [(name, shlex.join(["python", *commands[name]])) for name in result.uses]

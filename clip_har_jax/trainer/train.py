@@ -29,7 +29,7 @@ from clip_har_jax.trainer.initial_state import initial_state, place_start
 from clip_har_jax.trainer.pairs import measure_recall
 from clip_har_jax.trainer.prepare import Job, TrainOptions, prepare
 from clip_har_jax.trainer.record import update_record
-from clip_har_jax.trainer.result import EXIT_RETENTION, Result
+from clip_har_jax.trainer.result import EXIT_RETENTION, USES, Result
 from clip_har_jax.trainer.retention import choose_wise_ft
 from clip_har_jax.trainer.run_data import unseen_spec, zero_shot_prompts
 from clip_har_jax.trainer.validation import Validation
@@ -203,8 +203,10 @@ def seal(job: Job, learned: Learned, chosen: Chosen) -> Result:
             hand_over(job.trackers, model, report)
             job.trackers.status = FINISHED
     facts = {"metrics": chosen.result.metrics, "zero_shot": chosen.zero_shot, "unseen": unseen_spec(run.config)}
-    facts["exports"] = not run.base.config.no_export
-    return job.end(learned.step, last_step=learned.last_step, model=model, **facts)
+    uses: tuple[str, ...] = ("evaluate", "predict") if run.base.config.no_export else USES
+    if run.config.data.multi_label:
+        uses = ("evaluate",)
+    return job.end(learned.step, last_step=learned.last_step, model=model, uses=uses, **facts)
 
 
 def _make_steps(job: Job, validation: Validation, state: TrainState) -> tuple[TrainState, bool]:

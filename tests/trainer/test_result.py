@@ -47,7 +47,7 @@ def test_the_next_commands_name_the_paths_of_this_run(capsys):
         assert command in said
     print_result(result_of())  # there are no test images that the run didn't see
     assert "--data=folder:YOUR_TEST_IMAGES" in capsys.readouterr().out
-    print_result(result_of(exports=False))  # a NaFlex model, an image tower alone
+    print_result(result_of(uses=("evaluate", "predict")))  # a NaFlex model, an image tower alone
     said = capsys.readouterr().out
     assert "scripts/evaluate.py" in said and "export" not in said and "serving" not in said
 
