@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -214,7 +213,7 @@ class Nodes:
         self.address, self.raylets = said["address"], said["raylets"]
 
     def add(self) -> None:
-        """Add a node and wait until it is there."""
+        """Add a node."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -272,7 +271,9 @@ def listing(served_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     root = tmp_path_factory.mktemp("listed")
     photos = sorted(path for path in (served_folder.parent / "photos").rglob("*") if path.is_file())
     (root / "bad.jpg").write_bytes(b"not an image")
-    (root / "list.txt").write_text("".join(f"{path}\n" for path in [*photos, root / "bad.jpg"] * 150))
+    (root / "last.jpg").write_bytes(photos[0].read_bytes())
+    paths = [*[*photos, root / "bad.jpg"] * 150, root / "last.jpg"]
+    (root / "list.txt").write_text("".join(f"{path}\n" for path in paths))
     return root / "list.txt"
 
 
@@ -298,7 +299,11 @@ def test_a_killed_driver_continues_and_the_files_are_those_of_the_local_engine(
     served_folder: Path, listing: Path, tmp_path: Path, by_local_engine: dict[str, bytes]
 ) -> None:
     ray = command(served_folder, listing, tmp_path, "--engine=ray")
-    process = subprocess.Popen(ray, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment(), text=True)
+    last = listing.parent / "last.jpg"
+    photo = last.read_bytes()
+    last.unlink()
+    os.mkfifo(last)  # who reads it waits, so the job can't end before it is killed
+    process = subprocess.Popen(ray, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment())
     started: list[psutil.Process] = []
     try:
         end = time.monotonic() + WAIT_S
@@ -316,8 +321,10 @@ def test_a_killed_driver_continues_and_the_files_are_those_of_the_local_engine(
             with suppress(psutil.NoSuchProcess):
                 other.kill()
         end_tree(process)
+        last.unlink()
+        last.write_bytes(photo)
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions-*/*.parquet")}
-    assert 2 <= len(finished) < len(by_local_engine) / 2
+    assert 2 <= len(finished) < 14  # of 1,351 inputs, 100 each
     done = subprocess.run(ray, cwd=ROOT, capture_output=True, text=True, env=environment())
     assert done.returncode == 1, done.stderr
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
@@ -359,7 +366,11 @@ def kill_one(nodes: Nodes, chance: random.Random, wants_node: bool) -> list[str]
     """
     if wants_node:
         living = [pid for pid in nodes.raylets[1:] if psutil.pid_exists(pid) and name_of(psutil.Process(pid))]
-        os.kill(chance.choice(living), signal.SIGKILL)
+        raylet = psutil.Process(chance.choice(living))
+        others = raylet.children(recursive=True)
+        for process in (raylet, *others):  # as with a machine
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         nodes.add()
         return ["raylet"]
     name = chance.choice(("ray::decode_all", "ray::decode_all", "ray::_Model"))

@@ -24,14 +24,19 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         raylets = [_raylet(cluster.head_node)]
-        raylets += [_raylet(cluster.add_node(num_cpus=count, object_store_memory=STORE_BYTES)) for count in others]
+        raylets += [_add_node(cluster, count) for count in others]
         while True:
             print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
             if not sys.stdin.readline():
                 break
-            raylets.append(_raylet(cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)))
+            raylets.append(_add_node(cluster, 1))
     finally:
         cluster.shutdown()
+
+
+def _add_node(cluster: Cluster, num_cpus: int) -> int:
+    """Start a node and return its process id. It isn't waited for: the cluster takes it in when it is there."""
+    return _raylet(cluster.add_node(wait=False, num_cpus=num_cpus, object_store_memory=STORE_BYTES))
 
 
 def _raylet(node: object) -> int:
