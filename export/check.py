@@ -22,7 +22,7 @@ def main() -> int:
     folder, name, inputs, outputs = sys.argv[1:]
     graphs, fault = Graphs(Path(folder), name), ""
     if (Path(folder) / golden.FILE).is_file():
-        backend = ExportedBackend(Path(folder), name)
+        backend = ExportedBackend(Path(folder), name, multi_label=True)
         graphs = backend.graphs
         graphs.one_at_a_time = sum(path.stat().st_size for path in graphs.folder.iterdir()) > LARGE_BYTES
         try:

@@ -45,7 +45,14 @@ def _from_graphs(write: Callable[..., None]) -> Write:
 
 
 def _torchscript(model: OpenedModel, folder: Path, images: np.ndarray) -> None:
-    graphs = TorchGraphs(model.folder, model.backend.preprocess, model.head, model.head_params, model.temperature)
+    graphs = TorchGraphs(
+        model.folder,
+        model.backend.preprocess,
+        model.head,
+        model.head_params,
+        model.temperature,
+        model.actions.multi_label,
+    )
     write_torchscript(graphs, [graph.name for graph in model.graphs], folder)
 
 

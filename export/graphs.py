@@ -84,11 +84,15 @@ class GraphMaker:
       preprocess: its normalisation is part of the graphs.
       head: from image features to class logits.
       temperature: divides the logits.
+      multi_label: probabilities are the sigmoid of each label by itself, and not the softmax.
     """
 
-    def __init__(self, model: TwoTowers, preprocess: Preprocess, head: Head, temperature: float):
+    def __init__(
+        self, model: TwoTowers, preprocess: Preprocess, head: Head, temperature: float, multi_label: bool = False
+    ):
         whole: Any = model  # its layers are lists from here on
         self.config, self.head, self.temperature = model.config, head, temperature
+        self._to_probs = jax.nn.sigmoid if multi_label else jax.nn.softmax
         whole.head = head
         for tower in (whole.vision, whole.text):
             tower.layers = nnx.List(unstack(tower.layers))
@@ -130,7 +134,7 @@ class GraphMaker:
             model = restore(given)
             features = image_features(model, images.astype(jnp.float32), model.head.needs_patches)
             logits = model.head(features) / self.temperature
-            return jax.nn.softmax(logits), logits
+            return self._to_probs(logits), logits
 
         def explain(
             given: Params, images: UInt8[Array, "b h w 3"], class_weights: Float[Array, "b c"]
@@ -169,7 +173,7 @@ class GraphMaker:
 
         def answer(model: Any, features: Features) -> tuple[jax.Array, jax.Array, jax.Array]:
             logits = model.head(features) / self.temperature
-            return jax.nn.softmax(logits), logits, features.image
+            return self._to_probs(logits), logits, features.image
 
         def classify(given: Params, frames: UInt8[Array, "b t h w 3"]) -> tuple[jax.Array, jax.Array, jax.Array]:
             model = restore(given)
@@ -195,10 +199,15 @@ class GraphMaker:
 
 
 def make_graphs(
-    model: TwoTowers, preprocess: Preprocess, head: Head, temperature: float, clips: ClipShape | None = None
+    model: TwoTowers,
+    preprocess: Preprocess,
+    head: Head,
+    temperature: float,
+    clips: ClipShape | None = None,
+    multi_label: bool = False,
 ) -> tuple[Graph, ...]:
     """Return the graphs of a model, see `GraphMaker`; without `clips`, only those of images."""
-    maker = GraphMaker(model, preprocess, head, temperature)
+    maker = GraphMaker(model, preprocess, head, temperature, multi_label)
     return maker.of_images() + (maker.of_clips(clips) if clips is not None else ())
 
 

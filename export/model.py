@@ -14,6 +14,7 @@ from jaxtyping import Int32, UInt8
 
 from clip_har_jax import bundle
 from clip_har_jax.data.examples import ClipData, ClipViews, Source
+from clip_har_jax.data.multi_label import MULTI_LABEL_KINDS, make_multi_label_source
 from clip_har_jax.data.sources import make_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import read_object, write_json
@@ -25,6 +26,7 @@ from clip_har_jax.models.heads import HEADS, init_head, make_head
 from clip_har_jax.models.params import make_model
 from clip_har_jax.models.pretrained import read_config, read_folder_tokenizer, read_params
 from clip_har_jax.preprocess import PREPROCESS_VERSION, evaluation_transform
+from clip_har_jax.specs import parse_spec
 from clip_har_jax.video.sampling import FrameSampling
 from export.graphs import ClipShape, Graph, make_graphs
 
@@ -64,7 +66,8 @@ class OpenedModel:
         params = read_params(self.folder, config)
         # The layers hold nearly all weights. Unstacking a host array makes views instead of copies.
         own = {name: value if ".layers." in name else jax.numpy.asarray(value) for name, value in params.items()}
-        return make_graphs(make_model(config, own), self.backend.preprocess, head, self.temperature, self.clips)
+        model, preprocess = make_model(config, own), self.backend.preprocess
+        return make_graphs(model, preprocess, head, self.temperature, self.clips, self.actions.multi_label)
 
     def release(self) -> None:
         """Free all weights; they are read again when they are needed."""
@@ -85,7 +88,7 @@ def open_model(path: str, classes: Sequence[str] = (), clips: bool = False) -> O
     Raises:
       UserError: an incomplete model, a changed file, or no classes.
     """
-    backend = JaxBackend(path, classes)
+    backend = JaxBackend(path, classes, multi_label=True)
     config = read_config(backend.path)
     if config.no_export:
         raise UserError(f"{path}: {config.no_export}")
@@ -119,12 +122,14 @@ def read_images(
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], Int32[np.ndarray, " n"]]:
     """Return evenly spaced images of a data set, or all frames of clips, transformed for the model, and their classes.
 
-    Unreadable examples are left out. Images whose label isn't one of the model's classes come last and have no class.
+    Unreadable examples are left out. Images whose label isn't one of the model's classes come last and have no class,
+    as do all images of a multi-label model.
 
     Raises:
       UserError: a SPEC without images, or without readable ones.
     """
-    source = make_source(data, "test")
+    several = model.actions.multi_label and parse_spec(data).kind in MULTI_LABEL_KINDS
+    source = (make_multi_label_source if several else make_source)(data, "test")
     classes = {label: i for i, label in enumerate(model.actions.labels)}
     images: list[np.ndarray] = []
     true: list[int] = []
@@ -136,7 +141,8 @@ def read_images(
         except (BadImage, OSError):
             continue
         images += frames
-        true += [classes.get(source.labels[source.label_ids[i]], -1)] * len(frames)
+        own = -1 if model.actions.multi_label else classes.get(source.names_of(int(i))[0], -1)
+        true += [own] * len(frames)
     if not images:
         raise UserError(f"--data={data}: none of its {'clips' if source.clips else 'images'} can be read")
     # An image without a class also shows differences between runtimes; only calibration needs the true class.

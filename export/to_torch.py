@@ -55,6 +55,7 @@ class TorchGraphs:
       head: name of the head, a key of `models.heads.HEADS`.
       head_params: its parameters.
       temperature: the divisor of its logits.
+      multi_label: probabilities are the sigmoid of each label by itself.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class TorchGraphs:
         head: str,
         head_params: Mapping[str, np.ndarray],
         temperature: float,
+        multi_label: bool = False,
     ):
         import torch
         from transformers import CLIPModel
@@ -73,7 +75,7 @@ class TorchGraphs:
         self.mean, self.std = (
             torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (preprocess.mean, preprocess.std)
         )
-        self.head, self.temperature = head, temperature
+        self.head, self.temperature, self.multi_label = head, temperature, multi_label
         self.params = {name: torch.tensor(np.asarray(value)) for name, value in head_params.items()}
         self.class_rows = self.params["classes.kernel"].T
 
@@ -113,7 +115,7 @@ class TorchGraphs:
 
     def answer(self, image: Any, patches: Any) -> Any:
         logits = head_logits(self.head, self.params, image, patches) / self.temperature
-        return logits.softmax(-1), logits
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1), logits
 
     def classify(self, image: Any) -> Any:
         embeds = self.embed_tokens(image)

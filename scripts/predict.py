@@ -5,7 +5,8 @@
   python scripts/predict.py --model=runs/demo/model --events clip.mp4
   find photos -name '*.jpg' | python scripts/predict.py --model=runs/demo/model --json -
 
-Prints a line for each image or video: probability, action, file. Of a video some frames are read, by default 8 spread
+Prints a line for each image or video: probability, action, file; of a multi-label model all labels that reach their
+thresholds. Of a video some frames are read, by default 8 spread
 over it. For a long video, the lines below it are the actions with their times, found by sliding windows (--whole leaves
 them out). --events smooths the scores of single frames instead. A file that can't be read is reported, and the others
 are still predicted. Exits 0 when all were read, 1 when some were not, 2 on a mistake.
@@ -68,6 +69,8 @@ def _segment_finder(
     from clip_har_jax.inference.sliding_windows import choose_windows
     from clip_har_jax.video.segments import SegmentRules
 
+    if predictor.backend.actions.multi_label and arguments.window_s is None and arguments.hop_s is None:
+        return lambda prediction: None  # windows follow one action at a time
     if not predictor.backend.takes_clips:
         if arguments.window_s is not None or arguments.hop_s is not None:
             raise UserError(f"{arguments.model}: an export for images only has no windows; export the model again")
@@ -135,6 +138,10 @@ def _print_line(prediction: "Prediction", width: int) -> None:
     else:
         if prediction.damage is not None:
             print(f"warning: {name}: {prediction.damage}", file=sys.stderr)
+        if prediction.labels is not None:
+            told = ", ".join(f"{score:.3f} {label}" for label, score in prediction.labels)
+            print(f"{told or 'no label'}  {name}", flush=True)
+            return
         print(f"{prediction.score:.3f}  {prediction.label:<{width}}  {name}", flush=True)
 
 

@@ -34,40 +34,6 @@ class MultiLabelFiles(FileSource):
         return len(self.paths)
 
 
-def make_multi_label_source(
-    text: str, default_split: str, labels: Sequence[str] = (), *, for_training: bool = False
-) -> Source:
-    """Return the examples of a SPEC with all their labels; see `sources.make_source`.
-
-    In a folder, files of equal contents are one image with the labels of all their class folders. Labels of a CSV are
-    joined by `|`, and rows of one file add up; an empty cell means no label.
-
-    Args:
-      text: the SPEC.
-      default_split: train, val or test, if the SPEC names no split.
-      labels: the classes and their order; empty: the data's own.
-      for_training: refuse data in which no image has a label.
-
-    Raises:
-      UserError: the SPEC or its data can't be used, or a label is none of `labels`; says what to do.
-    """
-    spec = parse_spec(text)
-    makers: dict[str, Callable[[Spec, str, Sequence[str]], Source]] = {
-        "csv": _csv,
-        "folder": _folder,
-        "manifest": lambda spec, split, labels: ManifestSource(spec, split, labels, multi_label=True),
-        "parquet": lambda spec, split, labels: parquet_source(spec, labels, multi_label=True),
-    }
-    if spec.kind not in makers:
-        raise UserError(f"{spec}: gives each image one label; multi-label data is read from {', '.join(makers)}")
-    source = makers[spec.kind](spec, spec.options.get("split", default_split), labels)
-    if not len(source):
-        raise UserError(f"{spec}: no examples in it; choose another split")
-    if for_training and not source.class_counts.any():
-        raise UserError(f"{spec}: none of its {len(source)} images has a label; training needs some")
-    return source
-
-
 def _csv(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     if wrong := [name for name in spec.options if name != "images"]:
         raise UserError(f"{spec}: {wrong[0]} isn't for multi-label data; leave it out")
@@ -111,3 +77,41 @@ def _size(path: Path) -> int:
         return os.stat(path).st_size if os.access(path, os.R_OK) else -1
     except OSError:
         return -1
+
+
+MULTI_LABEL_KINDS: dict[str, Callable[[Spec, str, Sequence[str]], Source]] = {
+    "csv": _csv,
+    "folder": _folder,
+    "manifest": lambda spec, split, labels: ManifestSource(spec, split, labels, multi_label=True),
+    "parquet": lambda spec, split, labels: parquet_source(spec, labels, multi_label=True),
+}
+
+
+def make_multi_label_source(
+    text: str, default_split: str, labels: Sequence[str] = (), *, for_training: bool = False
+) -> Source:
+    """Return the examples of a SPEC with all their labels; see `sources.make_source`.
+
+    In a folder, files of equal contents are one image with the labels of all their class folders. Labels of a CSV are
+    joined by `|`, and rows of one file add up; an empty cell means no label.
+
+    Args:
+      text: the SPEC.
+      default_split: train, val or test, if the SPEC names no split.
+      labels: the classes and their order; empty: the data's own.
+      for_training: refuse data in which no image has a label.
+
+    Raises:
+      UserError: the SPEC or its data can't be used, or a label is none of `labels`; says what to do.
+    """
+    spec = parse_spec(text)
+    if spec.kind not in MULTI_LABEL_KINDS:
+        raise UserError(
+            f"{spec}: gives each image one label; multi-label data is read from {', '.join(MULTI_LABEL_KINDS)}"
+        )
+    source = MULTI_LABEL_KINDS[spec.kind](spec, spec.options.get("split", default_split), labels)
+    if not len(source):
+        raise UserError(f"{spec}: no examples in it; choose another split")
+    if for_training and not source.class_counts.any():
+        raise UserError(f"{spec}: none of its {len(source)} images has a label; training needs some")
+    return source

@@ -110,8 +110,8 @@ def choose_actions(
         if not classes:
             if actions.multi_label and not multi_label:
                 raise UserError(
-                    f"{folder}: its images have any number of labels (data.multi_label); only evaluate.py takes such a "
-                    "model, not prediction, export, calibration or the service"
+                    f"{folder}: a multi-label model, and one label for each image is needed here; evaluate.py, "
+                    "predict.py, predict_bulk.py and export take it"
                 )
             return actions
         if actions.head != "cosine":
@@ -199,7 +199,7 @@ class ClassScores(NamedTuple):
     """The scores of one input.
 
     Attributes:
-      probs: the softmax over the classes.
+      probs: the softmax over the classes; of a multi-label model the sigmoid of each label by itself.
       sigmoid: the probability of each class alone; None: the model has no logit bias.
     """
 
@@ -207,6 +207,31 @@ class ClassScores(NamedTuple):
     sigmoid: Float[np.ndarray, " c"] | None
 
 
-def score_views(logits: Float[np.ndarray, "v c"], sigmoid: bundle.Sigmoid | None) -> ClassScores:
-    """Return the mean scores over the views of one input."""
-    return ClassScores(softmax(logits).mean(axis=0), None if sigmoid is None else sigmoid(logits).mean(axis=0))
+def score_views(
+    logits: Float[np.ndarray, "v c"], sigmoid: bundle.Sigmoid | None, multi_label: bool = False
+) -> ClassScores:
+    """Return the mean scores over the views of one input; see `probabilities` for `multi_label`."""
+    probs = probabilities(logits, multi_label).mean(axis=0)
+    return ClassScores(probs, None if sigmoid is None else sigmoid(logits).mean(axis=0))
+
+
+def probabilities(logits: Float[np.ndarray, "*b c"], multi_label: bool) -> Float[np.ndarray, "*b c"]:
+    """Return the softmax over the classes; of a multi-label model the sigmoid of each label by itself."""
+    return bundle.Sigmoid(1.0, 0.0)(logits).astype(logits.dtype) if multi_label else softmax(logits)
+
+
+def above_thresholds(probs: Float[np.ndarray, " c"], actions: bundle.Actions) -> tuple[tuple[str, float], ...]:
+    """Return the labels of a multi-label model that reach their thresholds, the most probable first."""
+    order = np.argsort(-probs, kind="stable")
+    found = ((actions.labels[i], float(probs[i])) for i in order)
+    return tuple((label, prob) for label, prob in found if prob >= actions.label_thresholds[label])
+
+
+def need_one_label(actions: bundle.Actions, what: str) -> None:
+    """Refuse a multi-label model.
+
+    Raises:
+      UserError: the model gives an image any number of labels.
+    """
+    if actions.multi_label:
+        raise UserError(f"{what} follow one action at a time, and the model gives several labels; use one without")

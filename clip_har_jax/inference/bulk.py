@@ -71,7 +71,7 @@ def predict_bulk(
     read = open_inputs(source)
     name = f"{index:05d}-of-{count:05d}"
     with output_folder(output / f"predictions-{name}") as folder:
-        files = PartFiles(folder, output / f"bad_inputs-{name}", predictor.labels)
+        files = PartFiles(folder, output / f"bad_inputs-{name}", predictor.backend.actions)
         files.check_same_run(_about(predictor, source, part_size))
         meter, tally = _Meter(engine or LocalEngine(predictor, workers), report), Tally()
         with ThreadPoolExecutor(1) as counter:

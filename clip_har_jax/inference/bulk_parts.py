@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clip_har_jax.bundle import Actions
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import atomic, sha256, write_json
+from clip_har_jax.inference.backends import above_thresholds
 from clip_har_jax.inference.bulk_engine import Outcome, Part
 
 ANOTHER_OUTPUT = "name another --output"
@@ -22,13 +24,14 @@ class PartFiles:
     """The files of one shard: `PPPPPP.parquet` in both folders.
 
     Args:
-      folder: for predictions (input, label, score, probs).
+      folder: for predictions (input, label, score, probs; of a multi-label model also labels).
       bad_folder: for unreadable inputs (input, error).
-      labels: of the model.
+      actions: of the model.
     """
 
-    def __init__(self, folder: Path, bad_folder: Path, labels: Sequence[str]):
-        self._folder, self._bad_folder, self._labels = folder, bad_folder, tuple(labels)
+    def __init__(self, folder: Path, bad_folder: Path, actions: Actions):
+        self._folder, self._bad_folder, self._labels = folder, bad_folder, actions.labels
+        self._actions = actions
         self.finished = {int(path.stem) for path in folder.glob("*.parquet") if path.stem.isdecimal()}
         bad_folder.mkdir(exist_ok=True)
 
@@ -99,12 +102,15 @@ class PartFiles:
             bad_path.unlink(missing_ok=True)
         probs = np.stack([outcome for _, outcome in good]) if good else np.zeros((0, len(self._labels)), np.float32)
         best = probs.argmax(axis=-1)
-        columns = {
+        columns: dict[str, Any] = {
             "input": [name for name, _ in good],
             "label": [self._labels[i] for i in best],
             "score": probs[np.arange(len(probs)), best].astype(np.float32),
             "probs": pa.FixedSizeListArray.from_arrays(pa.array(probs.astype(np.float32).ravel()), len(self._labels)),
         }
+        if self._actions.multi_label:
+            given = [[label for label, _ in above_thresholds(row, self._actions)] for row in probs]
+            columns["labels"] = pa.array(given, pa.list_(pa.string()))
         about = {"labels": json.dumps(self._labels), "count": str(len(rows)), **_describe(part.inputs)}
         _write_table(self._folder / _name(part.number), columns, about)
         self.finished.add(part.number)

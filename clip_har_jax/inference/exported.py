@@ -19,8 +19,8 @@ from clip_har_jax.inference.backends import (
     choose_sigmoid,
     mean_by_class,
     pad,
+    probabilities,
     rows_at_once,
-    softmax,
 )
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.runtimes import Graphs, exported_folder, first_that_runs, providers, read_signature
@@ -37,6 +37,7 @@ class ExportedBackend:
       classes: the actions to recognise, with the text encoder; empty: the folder's own.
       batch_size: images in one forward pass.
       threads: as for `Graphs`.
+      multi_label: accept multi-label models too, whose probabilities don't sum to 1.
 
     Raises:
       UserError: a changed file, another version of the image preprocessing, or no format that runs here.
@@ -49,13 +50,14 @@ class ExportedBackend:
         classes: Sequence[str] = (),
         batch_size: int = 32,
         threads: int | None = None,
+        multi_label: bool = False,
     ):
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size}; 1 or more is needed")
         self.path, self.batch_size = folder, batch_size
         self.digest = bundle.verify(folder)
         self.model_digest = read_object(folder / bundle.MANIFEST).get("source") if self.digest else None
-        actions = choose_actions(folder, classes)
+        actions = choose_actions(folder, classes, multi_label=multi_label)
         version = bundle.read_actions(folder).preprocess_version
         if version not in (None, PREPROCESS_VERSION):
             raise UserError(
@@ -141,7 +143,7 @@ class ExportedBackend:
 
     def predict(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b c"]:
         """Return class probabilities of images or clips."""
-        return softmax(self.logits(images))
+        return probabilities(self.logits(images), self.actions.multi_label)
 
     def embed(self, images: UInt8[np.ndarray, "b *t h w 3"]) -> Float32[np.ndarray, "b d"]:
         """Return L2-normalised embeddings of images or clips."""
@@ -203,12 +205,16 @@ class ExportedBackend:
         return heat.reshape(len(heat), grid, grid)
 
 
-def open_backend(path: str | os.PathLike[str], classes: Sequence[str] = (), batch_size: int = 32) -> Backend:
+def open_backend(
+    path: str | os.PathLike[str], classes: Sequence[str] = (), batch_size: int = 32, multi_label: bool = False
+) -> Backend:
     """Return the backend of `path`: an exported folder or one of its formats; else JAX, for a model folder or Hub name.
+
+    Multi-label models are refused unless `multi_label`.
 
     Raises:
       UserError: no usable model there, or no classes.
     """
     if found := exported_folder(Path(path).expanduser()):
-        return ExportedBackend(*found, classes, batch_size)
-    return JaxBackend(path, classes, batch_size=batch_size)
+        return ExportedBackend(*found, classes, batch_size, multi_label=multi_label)
+    return JaxBackend(path, classes, batch_size=batch_size, multi_label=multi_label)

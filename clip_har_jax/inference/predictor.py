@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from clip_har_jax.errors import UserError
 from clip_har_jax.image_files import MAX_ASPECT, BadImage, decode, read_image
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
-from clip_har_jax.inference.backends import clip_sampling, score_views
+from clip_har_jax.inference.backends import above_thresholds, clip_sampling, score_views
 from clip_har_jax.inference.exported import open_backend
 from clip_har_jax.inference.sliding_windows import FoundSegments, Windows, choose_windows, find_video_segments
 from clip_har_jax.listing import VIDEO_SUFFIXES, Tally, find_files, read_path_lines
@@ -38,9 +38,10 @@ class Prediction:
     score: float | None = None  # probability of the label
     top: tuple[tuple[str, float], ...] = ()  # at most 5 (label, probability), the most probable first
     error: str | None = None
-    abstained: bool = False  # less confident than the model's threshold
+    abstained: bool = False  # less confident than the model's threshold; none of several labels reaches its own
     duration_s: float | None = None  # of a video
     damage: str | None = None  # a description of the unreadable part of a clip
+    labels: tuple[tuple[str, float], ...] | None = None  # of a multi-label model, those that reach their thresholds
     sigmoid: tuple[float, ...] = ()  # of each class of `top`: its probability alone; empty: the model has no logit bias
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +51,9 @@ class Prediction:
         top = [{"label": label, "score": score} for label, score in self.top]
         if self.sigmoid:
             top = [entry | {"sigmoid": alone} for entry, alone in zip(top, self.sigmoid, strict=True)]
-        answer = {"input": self.input, "label": self.label, "score": self.score, "top": top}
+        answer: dict[str, Any] = {"input": self.input, "label": self.label, "score": self.score, "top": top}
+        if self.labels is not None:
+            answer["labels"] = [{"label": label, "score": score} for label, score in self.labels]
         return answer | {"abstained": self.abstained} | ({"damage": self.damage} if self.damage else {})
 
 
@@ -71,7 +74,7 @@ class Predictor:
     """
 
     def __init__(self, path: str | os.PathLike[str], classes: Sequence[str] | None = None, batch_size: int = 32):
-        self.backend = open_backend(path, classes or (), batch_size)
+        self.backend = open_backend(path, classes or (), batch_size, multi_label=True)
         self.batch_size = batch_size
 
     @property
@@ -162,12 +165,14 @@ class Predictor:
 
     def _prediction(self, name: str, logits: Float32[np.ndarray, "v c"]) -> Prediction:
         """Return the prediction from the logits of the views, or frames, of an input."""
-        probs, sigmoid = score_views(logits, self.backend.sigmoid)
+        actions = self.backend.actions
+        probs, sigmoid = score_views(logits, self.backend.sigmoid, actions.multi_label)
         order = np.argsort(-probs, kind="stable")[:MAX_TOP]
         top = tuple((self.labels[i], float(probs[i])) for i in order)
-        abstained = top[0][1] < self.backend.actions.thresholds.get("abstain", 0.0)
+        labels = above_thresholds(probs, actions) if actions.multi_label else None
+        abstained = labels == () or top[0][1] < actions.thresholds.get("abstain", 0.0)
         alone = () if sigmoid is None else tuple(float(sigmoid[i]) for i in order)
-        return Prediction(name, *top[0], top, abstained=abstained, sigmoid=alone)
+        return Prediction(name, *top[0], top, abstained=abstained, labels=labels, sigmoid=alone)
 
     def try_load(self, item: ImageLike) -> np.ndarray | str:
         """Return the model's input, uint8 [size, size, 3], or the reason why `item` can't be read."""

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from clip_har_jax.errors import UserError
-from clip_har_jax.inference.backends import Backend, clip_sampling, softmax
+from clip_har_jax.inference.backends import Backend, clip_sampling, need_one_label, softmax
 from clip_har_jax.preprocess import evaluation_transform
 from clip_har_jax.video.clips import TimedFrame
 from clip_har_jax.video.decoding import BadVideo
@@ -62,8 +62,9 @@ def choose_windows(backend: Backend, window_s: float | None = None, hop_s: float
       hop_s: None: a quarter of the window.
 
     Raises:
-      UserError: invalid lengths.
+      UserError: invalid lengths, or a multi-label model.
     """
+    need_one_label(backend.actions, "segments")
     sampling = clip_sampling(backend.actions)
     num_frames = backend.num_frames or sampling.num_frames
     if window_s is None:

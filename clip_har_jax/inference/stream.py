@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from clip_har_jax.errors import UserError, nearest
-from clip_har_jax.inference.backends import Backend
+from clip_har_jax.inference.backends import Backend, need_one_label
 from clip_har_jax.preprocess import evaluation_transform
 from clip_har_jax.video.clips import TimedFrame
 from clip_har_jax.video.decoding import BadVideo
@@ -242,7 +242,9 @@ def find_events(frames: Iterable[TimedFrame], backend: Backend, rules: EventRule
 
     Raises:
       BadVideo: no frame can be read.
+      UserError: a multi-label model.
     """
+    need_one_label(backend.actions, "events")
     watched, detector = Watched(), EventDetector(backend.labels, rules)
     try:
         for moment in watch(frames, backend, detector, batch_size):

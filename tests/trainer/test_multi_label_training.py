@@ -1,17 +1,24 @@
 """A model of several labels from training to evaluation, and the commands that refuse it."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from onnxruntime import InferenceSession
 
 from clip_har_jax import bundle
 from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.multi_label import MultiLabelResult
 from clip_har_jax.evaluation.paired import read_predictions
+from clip_har_jax.inference.backends import above_thresholds, probabilities
+from clip_har_jax.inference.bulk import predict_bulk
 from clip_har_jax.inference.predictor import Predictor
+from clip_har_jax.inference.stream import EventRules, find_events
 from clip_har_jax.pipelines.calibrate import calibrate_model
 from clip_har_jax.pipelines.evaluate import evaluate_model, print_result
 from clip_har_jax.pipelines.method_comparison import check_comparison
@@ -19,9 +26,12 @@ from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.result import print_result as print_training
 from clip_har_jax.trainer.run_data import load_data
 from clip_har_jax.trainer.train import train
-from export.model import open_model
+from export.run import ExportOptions, export_model
+from serving.models import open_exported
 from tests.support.model_folders import write_model
 from tests.support.multi_label_images import COLOURS, write_multi_label_images
+
+pytestmark = pytest.mark.filterwarnings("default")  # the exporter's dependencies warn of their own
 
 
 class Trained(NamedTuple):
@@ -104,16 +114,92 @@ def test_an_evaluation_uses_the_thresholds_of_the_folder(
 
 
 @pytest.mark.slow
-def test_commands_for_one_label_refuse_the_model(trained: Trained, tmp_path: Path) -> None:
+def test_commands_for_one_label_refuse_the_model(trained: Trained, exported: Path, tmp_path: Path) -> None:
     model = str(trained.result.model)
     for use in (
-        lambda: Predictor(model),
-        lambda: open_model(model),
         lambda: calibrate_model(model, "synthetic", tmp_path / "calibrated"),
+        lambda: open_exported(exported, threads=1),  # the service
     ):
-        with pytest.raises(UserError, match=r"only evaluate[.]py takes such a model"):
+        with pytest.raises(UserError, match=r"a multi-label model, and one label for each image is needed here"):
             use()
     assert not (tmp_path / "calibrated").exists()
+    predictor = Predictor(model)
+    with pytest.raises(UserError, match="segments follow one action at a time"):
+        predictor.segments("clip.mp4")
+    with pytest.raises(UserError, match="events follow one action at a time"):
+        find_events([], predictor.backend, EventRules())
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Trained) -> Path:
+    folder = trained.workdir / "export"
+    parity = export_model(str(trained.result.model), ["onnx"], folder, ExportOptions(trained.data, num_examples=16))
+    assert parity["onnx"]["passed"], parity
+    return folder
+
+
+@pytest.mark.slow
+def test_predictions_are_the_labels_that_reach_their_thresholds(trained: Trained, exported: Path) -> None:
+    model, images = str(trained.result.model), sorted((trained.workdir.parent / "images").glob("*.png"))[:30]
+    predictor = Predictor(model)
+    predicted = predictor.predict(images)
+    thresholds = bundle.read_actions(model).label_thresholds
+    assert bundle.read_actions(exported).label_thresholds == thresholds
+    pixels = np.stack([predictor.try_load(path) for path in images])
+    assert all(isinstance(row, np.ndarray) for row in pixels)
+    probs = 1 / (1 + np.exp(-predictor.backend.logits(pixels).astype(np.float64)))
+    assert {len(one.labels or ()) for one in predicted} >= {1, 2}
+    for one, own in zip(predicted, probs, strict=True):
+        wanted = {name: p for name, p in zip(COLOURS, own, strict=True) if p >= thresholds[name]}
+        assert one.labels is not None
+        assert dict(one.labels) == pytest.approx(wanted, abs=1e-5)
+        scores = [score for _, score in one.labels]
+        assert scores == sorted(scores, reverse=True)
+        assert one.score == pytest.approx(own.max(), abs=1e-5)
+        assert one.abstained == (not wanted)
+        written = one.to_dict()
+        assert list(written) == ["input", "label", "score", "top", "labels", "abstained"]
+        assert written["labels"] == [{"label": name, "score": score} for name, score in one.labels]
+    for one, other in zip(predicted, Predictor(exported).predict(images), strict=True):
+        assert dict(one.labels or ()) == pytest.approx(dict(other.labels or ()), abs=1e-4)
+
+
+def test_labels_reach_their_thresholds_or_not() -> None:
+    actions = bundle.Actions(("run", "sit"), {"run": ("a",), "sit": ("b",)}, label_thresholds={"run": 0.5, "sit": 0.2})
+    assert above_thresholds(np.array([0.5, 0.7]), actions) == (("sit", 0.7), ("run", 0.5))
+    assert above_thresholds(np.array([0.49, 0.1]), actions) == ()
+    np.testing.assert_allclose(probabilities(np.zeros((1, 2), np.float32), True), 0.5)
+    np.testing.assert_allclose(probabilities(np.zeros((1, 4), np.float32), False), 0.25)
+
+
+@pytest.mark.slow
+def test_an_exported_graph_gives_sigmoids(exported: Path) -> None:
+    session = InferenceSession(exported / "onnx" / "classifier.onnx", providers=["CPUExecutionProvider"])
+    side = session.get_inputs()[0].shape[1]
+    image = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    probs, logits = session.run(["probs", "logits"], {"image": image})
+    np.testing.assert_allclose(probs, 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_bulk_predictions_and_the_command_give_the_labels(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = trained.workdir.parent / "images"
+    predictor = Predictor(str(trained.result.model))
+    predict_bulk(predictor, str(images), tmp_path / "bulk", part_size=50)
+    parts = sorted((tmp_path / "bulk").glob("predictions-*/*.parquet"))
+    rows = {row["input"]: row["labels"] for part in parts for row in pq.read_table(part).to_pylist()}
+    some = [str(images / f"{i}.png") for i in range(8)]
+    for one in predictor.predict(some):
+        assert rows[one.input] == [label for label, _ in one.labels or ()]
+    monkeypatch.setattr("sys.argv", ["predict.py", f"--model={trained.result.model}", *some])
+    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "predict.py"))["main"]
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    for one, line in zip(predictor.predict(some), lines, strict=True):
+        told = ", ".join(f"{score:.3f} {label}" for label, score in one.labels or ())
+        assert line == f"{told or 'no label'}  {one.input}"
 
 
 @pytest.mark.parametrize(
