@@ -17,12 +17,12 @@ from clip_har_jax.models.factory import base_params, load, make_base
 from clip_har_jax.models.families import config_from_hf
 from clip_har_jax.models.hf_layout import TEMPORAL_FILE
 from clip_har_jax.models.layers import Runtime
-from clip_har_jax.models.params import abstract_model, axis_names, flat_params, init_params, init_temporal, make_model
+from clip_har_jax.models.params import abstract_model, axis_names, flat_params, init_temporal, make_model
 from clip_har_jax.models.pretrained import read_params, write_params
 from clip_har_jax.models.temporal import KINDS, TimeAttention, depthwise_conv, is_temporal, split_temporal
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.parallel.sharding import param_shardings
-from tests.support.model_folders import write_model
+from tests.support.model_folders import random_params, write_model
 
 SIZE = CLIPConfig(
     TextConfig(vocab_size=101, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, context_length=8),
@@ -39,7 +39,7 @@ def size_of(kind):
 def lively(kind, seed=0):
     """Weights of which nothing that a kind adds is 0."""
     rng = np.random.default_rng(seed)
-    params = init_params(size_of(kind), seed)
+    params = random_params(size_of(kind), seed)
     return {
         name: jnp.asarray(rng.normal(size=value.shape) * 0.3, jnp.float32) if is_temporal(name) else value
         for name, value in params.items()
@@ -69,7 +69,7 @@ def test_what_does_not_move_is_answered_as_an_image(kind, clips):
 
 @pytest.mark.parametrize("kind", ADDING)
 def test_an_untrained_model_is_the_mean_of_the_frames(kind, clips):
-    params = init_params(size_of(kind), 0)
+    params = random_params(size_of(kind))
     plain = make_model(SIZE, split_temporal(params)[0])
     np.testing.assert_allclose(
         make_model(size_of(kind), params).encode_image(clips), plain.encode_image(clips), atol=1e-6

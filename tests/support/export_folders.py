@@ -10,10 +10,11 @@ from clip_har_jax import bundle
 from clip_har_jax.inference.runtimes import Graphs
 from clip_har_jax.models.head_file import write_head
 from clip_har_jax.models.heads import HEADS, init_head
-from clip_har_jax.models.params import init_params, init_temporal
+from clip_har_jax.models.params import init_temporal
 from clip_har_jax.models.pretrained import read_config, read_params, write_params
 from clip_har_jax.text import HAR15_PHRASES
 from export.parity import Arrays, run_cases
+from tests.support.model_folders import random_params
 
 LABELS = tuple(HAR15_PHRASES)[:5]
 
@@ -71,7 +72,7 @@ def write_clip_folders(folder: Path, heads: dict[str, Path], root: Path) -> dict
 def lively(folder: Path) -> Path:
     """Grow the folder's random weights, so that images differ in what the model sees in them."""
     config = read_config(folder)
-    params = init_params(config, seed=1)
+    params = random_params(config, seed=1)
     params = {
         name: np.asarray(value) * (1.5 if name.endswith("kernel") else 1)
         + (

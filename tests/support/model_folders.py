@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_har_jax import bundle
 from clip_har_jax.models.clip import CLIPConfig
-from clip_har_jax.models.configuration import TextConfig, VisionConfig
+from clip_har_jax.models.configuration import TextConfig, TwoTowerConfig, VisionConfig
 from clip_har_jax.models.factory import make_base
 from clip_har_jax.models.params import Params, init_params
 from clip_har_jax.models.pretrained import write_params
@@ -17,6 +17,16 @@ from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.text import Tokenizer, make_prompts
 
 IMAGE_SIZE_PX = 32
+
+
+@functools.cache
+def _random_params(config: TwoTowerConfig, seed: int) -> Params:
+    return {name: np.asarray(value) for name, value in init_params(config, seed).items()}
+
+
+def random_params(config: TwoTowerConfig, seed: int = 0) -> Params:
+    """Return the random weights of these sizes as host arrays; making them takes longer than most tests of them."""
+    return dict(_random_params(config, seed))
 
 
 @functools.cache
@@ -38,7 +48,7 @@ def small_model() -> tuple[Tokenizer, CLIPConfig, Params]:
         hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=IMAGE_SIZE_PX, patch_size=16
     )
     config = CLIPConfig(text, vision, projection_dim=16)
-    return tokenizer, config, {name: np.asarray(value) for name, value in init_params(config, seed=0).items()}
+    return tokenizer, config, random_params(config)
 
 
 def write_model(folder: Path, labels: Sequence[str] = (), temperature: float = 1.0) -> Path:

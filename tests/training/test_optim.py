@@ -1,5 +1,7 @@
 """Optimisers and schedules by name: what they do to weights, how their state is sharded, and that a run continues."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -8,12 +10,12 @@ from clip_har_jax.config import OPTIMIZERS, SCHEDULES, OptimConfig, make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.configuration import TextConfig, VisionConfig
-from clip_har_jax.models.params import init_params
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training import optim
 from clip_har_jax.training.program import Program
 from clip_har_jax.training.step_config import step_config
+from tests.support.model_folders import random_params
 
 SIZE = CLIPConfig(
     TextConfig(vocab_size=101, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, context_length=8),
@@ -23,6 +25,7 @@ SIZE = CLIPConfig(
 RATE = 0.01
 
 
+@functools.cache
 def make_program(name: str, devices: int, **settings: object) -> Program:
     schedule = "constant" if name in optim.AVERAGES else "cosine"
     values = {"name": name, "schedule": schedule, "learning_rate": RATE, "warmup_fraction": 0.0, **settings}
@@ -34,7 +37,7 @@ def make_program(name: str, devices: int, **settings: object) -> Program:
 def update(program: Program, steps: int = 2) -> tuple[dict[str, np.ndarray], object]:
     """Return the weights after `steps` updates by fixed gradients, and the optimiser's state."""
     rng = np.random.default_rng(0)
-    state, _ = program.place(init_params(SIZE, 0))
+    state, _ = program.place(random_params(SIZE))
     grads = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in state.params.items()}
 
     @jax.jit
@@ -60,13 +63,13 @@ def test_a_sharded_optimiser_does_the_same_as_one_device(name: str) -> None:
     eight, _ = update(make_program(name, 8))
     for key, value in one.items():
         np.testing.assert_allclose(eight[key], value, atol=2e-5, err_msg=key)
-    assert any(np.any(one[key] != np.asarray(value)) for key, value in init_params(SIZE, 0).items())
+    assert any(np.any(one[key] != value) for key, value in random_params(SIZE).items())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_are_sharded_as_their_parameters(name: str) -> None:
     program = make_program(name, 8)
-    state, _ = program.place(init_params(SIZE, 0))
+    state, _ = program.place(random_params(SIZE))
     kernel = state.params["vision.layers.mlp.fc1.kernel"]
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
     assert moments
@@ -76,7 +79,7 @@ def test_moments_are_sharded_as_their_parameters(name: str) -> None:
 
 def test_muon_takes_steps_of_one_size_in_every_direction_of_a_matrix() -> None:
     program = make_program("muon", 1, weight_decay=0.0, clip_norm=1e6)
-    before = init_params(SIZE, 0)
+    before = random_params(SIZE)
     after, _ = update(program, steps=1)
     name = "vision.layers.attention.query.kernel"
     for layer in range(2):
@@ -95,7 +98,7 @@ def test_muon_takes_steps_of_one_size_in_every_direction_of_a_matrix() -> None:
 def test_weight_decay_pulls_kernels_by_the_learning_rate_and_nothing_else(name: str) -> None:
     without, _ = update(make_program(name, 1, weight_decay=0.0), steps=1)
     with_decay, _ = update(make_program(name, 1, weight_decay=0.5), steps=1)
-    start = {key: np.asarray(value) for key, value in init_params(SIZE, 0).items()}
+    start = random_params(SIZE)
     for key in ("vision.layers.mlp.fc1.kernel", "visual_projection.kernel"):
         np.testing.assert_allclose(without[key] - with_decay[key], 0.5 * RATE * start[key], atol=1e-6, err_msg=key)
     for key in ("vision.layers.mlp.fc1.bias", "text.token_embedding", "logit_scale"):
@@ -104,7 +107,7 @@ def test_weight_decay_pulls_kernels_by_the_learning_rate_and_nothing_else(name: 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_layers_and_lower_rates_hold_for_every_optimiser(name: str) -> None:
-    start = {key: np.asarray(value) for key, value in init_params(SIZE, 0).items()}
+    start = random_params(SIZE)
     method, train = {"freeze": ("text.layers.0.*",)}, {"global_batch_size": 8}
     schedule = "constant" if name in optim.AVERAGES else "cosine"
     rates = {"name": name, "schedule": schedule, "learning_rate": RATE, "warmup_fraction": 0.0, "layer_decay": 0.5}

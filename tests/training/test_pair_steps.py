@@ -12,7 +12,6 @@ from clip_har_jax.config import make_config
 from clip_har_jax.errors import UserError
 from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.configuration import TextConfig, VisionConfig
-from clip_har_jax.models.params import init_params
 from clip_har_jax.models.two_towers import normalize_images
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
@@ -23,6 +22,7 @@ from clip_har_jax.training.program import Program
 from clip_har_jax.training.step_config import step_config
 from clip_har_jax.training.steps import make_pair_gradients
 from tests.support.dense_contrastive import dense_contrastive_loss
+from tests.support.model_folders import random_params
 
 SIZE = CLIPConfig(
     TextConfig(vocab_size=101, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, context_length=8),
@@ -64,7 +64,7 @@ def dense(program, params, batch, loss):
 def test_gradients_are_those_of_the_whole_matrix(loss: str, strategy: str) -> None:
     program = make_program(method={"loss": loss}, mesh={"strategy": strategy})
     alone = make_program(devices=1, method={"loss": loss})
-    host = {name: np.asarray(value) for name, value in init_params(SIZE, 0).items()}
+    host = random_params(SIZE)
     state, frozen = program.place(host)
     batch = put_local_rows(host_batch(), batch_sharding(program.mesh))
     gradients = jax.jit(make_pair_gradients(program.method, program.preprocess))
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_the_whole_matrix(loss: str, strategy: str) -> No
 
 def test_a_step_updates_both_towers_and_reports_no_accuracy() -> None:
     program = make_program(optim={"warmup_fraction": 0.0})
-    state, frozen = program.place({name: np.asarray(value) for name, value in init_params(SIZE, 0).items()})
+    state, frozen = program.place(random_params(SIZE))
     before = jax.device_get(state.params)
     batch = put_local_rows(host_batch(), batch_sharding(program.mesh))
     state, metrics, skipped = program.train_step(state, frozen, NO_CLASSES, batch)

@@ -12,7 +12,7 @@ from clip_har_jax.config import make_config
 from clip_har_jax.models.clip import CLIPConfig
 from clip_har_jax.models.configuration import TextConfig, VisionConfig
 from clip_har_jax.models.flops import clip_flops, forward_flops, matmul_flops, temporal_flops
-from clip_har_jax.models.params import init_params, make_model
+from clip_har_jax.models.params import make_model
 from clip_har_jax.models.temporal import KINDS, is_temporal
 from clip_har_jax.parallel.mesh import make_mesh
 from clip_har_jax.parallel.sharding import batch_sharding, put_local_rows
@@ -20,6 +20,7 @@ from clip_har_jax.preprocess import Preprocess
 from clip_har_jax.training.methods import ClassInputs
 from clip_har_jax.training.program import Program
 from clip_har_jax.training.step_config import step_config
+from tests.support.model_folders import random_params
 
 SIZE = CLIPConfig(
     TextConfig(vocab_size=101, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, context_length=8),
@@ -50,7 +51,7 @@ def make_program(kind, strategy="dp", **sections):
 def start_of(program):
     """Host weights of which nothing that the kind or the method adds is 0, and class embeddings."""
     rng = np.random.default_rng(2)
-    params = {name: np.asarray(value) for name, value in init_params(program.sizes, 0).items()}
+    params = random_params(program.sizes)
     classes = rng.normal(size=(NUM_CLASSES, SIZE.projection_dim)).astype(np.float32)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
     own = program.method.init_extra(params, program.shapes, classes, np.asarray([5, 6], np.int32), 0)
@@ -165,7 +166,7 @@ def test_a_linear_probe_learns_from_the_features_of_clips(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_of_a_clip_are_those_of_the_traced_program(kind, num_frames):
     config = dataclasses.replace(SIZE, temporal=kind)
-    model = make_model(config, init_params(config, 0))
+    model = make_model(config, random_params(config))
     traced = jax.make_jaxpr(model.encode_image)(jnp.zeros((2, num_frames, 16, 16, 3)))
     assert matmul_flops(traced) == 2 * clip_flops(config, num_frames)
     assert temporal_flops(config, num_frames) == clip_flops(config, num_frames) - num_frames * forward_flops(
