@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from clip_har_jax.inference.exported import ExportedBackend
 from clip_har_jax.inference.jax_backend import JaxBackend
 from clip_har_jax.inference.runtimes import SIGNATURE
 from clip_har_jax.mlops.model_repository import write_model_repository
-from export.model import open_model, read_images, write_contract
-from export.parity import FLOAT16, FLOAT32, INT8, check_parity, make_cases
-from export.run import ExportOptions, export_model, reference
+from export.model import OpenedModel, open_model, read_images, write_contract
+from export.parity import FLOAT16, FLOAT32, INT8, check_parity
+from export.run import ExportOptions, Proof, export_model, make_proof
 from export.to_onnx import HEADS, NUM_CALIBRATION, QUANTIZED, CalibrationFeeds, write_fp16, write_int8, write_onnx
 from export.to_xla import write_saved_model, write_stablehlo
 from tests.support.export_folders import CLIP_FAULTS, LABELS, NUM_FRAMES, run_format
@@ -32,6 +34,7 @@ WRITERS = {
     "onnx_int8": (write_int8, INT8),
     "saved_model": (write_saved_model, FLOAT32),
 }
+Proven = tuple[OpenedModel, Proof]
 IN_TOWER = ("st_adapter", "divided")  # each frame's features depend on the other frames
 SHARED_WEIGHTS = ("stablehlo", "saved_model")  # formats that store the weights of all graphs once
 
@@ -115,16 +118,24 @@ def format_cases() -> list[Any]:
     ]
 
 
+@pytest.fixture(scope="module")
+def proofs(clip_folders: dict[str, Path], photos: Path) -> Callable[[str], Proven]:
+    """Return a function that gives a model of clips and its answers; the formats of a model follow one another."""
+
+    def proof(kind: str) -> Proven:
+        model = open_model(str(clip_folders[kind]))
+        return model, make_proof(model, *read_images(model, f"folder:{photos}", 20))
+
+    return lru_cache(maxsize=1)(proof)
+
+
 @pytest.mark.parametrize(("kind", "name"), format_cases())
 def test_every_model_passes_in_every_format_and_a_fault_is_caught(
-    clip_folders: dict[str, Path], photos: Path, tmp_path: Path, kind: str, name: str
+    proofs: Callable[[str], Proven], tmp_path: Path, kind: str, name: str
 ) -> None:
     write, bounds = WRITERS[name]
-    model = open_model(str(clip_folders[kind]))
-    images, true = read_images(model, f"folder:{photos}", 20)
-    ids = model.backend.tokenize([text for label in LABELS for text in model.actions.prompts[label]])
-    cases = make_cases(images, ids, len(LABELS), NUM_FRAMES)
-    expected = reference(model, cases)
+    model, proof = proofs(kind)
+    cases = proof.cases
     write_contract(model, tmp_path)
     factor = -20 if name == "onnx_int8" else -2  # eight bits of random weights err by more than a small fault does
     lost = CLIP_FAULTS[kind]
@@ -145,7 +156,7 @@ def test_every_model_passes_in_every_format_and_a_fault_is_caught(
             shutil.rmtree(tmp_path / name)
             (tmp_path / name).mkdir()
         write(graphs, tmp_path / name, cases["image"])
-        entry = check_parity(expected, run_format(tmp_path, name, cases), bounds, LABELS, true)
+        entry = check_parity(proof.expected, run_format(tmp_path, name, cases), bounds, LABELS, proof.true)
         assert entry["passed"] != faulty, entry
         assert ("clips_by_frame" in entry) == (kind not in IN_TOWER)
         if faulty:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from export import formats
 from export.graphs import Graph, NotExpressible, make_graphs
 from export.model import OpenedModel, open_model, read_images, write_contract
 from export.parity import FLOAT16, FLOAT32, INT8, check_parity, make_cases
-from export.run import ExportOptions, export_model, reference
+from export.run import ExportOptions, Proof, export_model, make_proof, reference
 from export.to_onnx import convert, write_fp16, write_int8, write_onnx
 from export.to_xla import write_saved_model, write_stablehlo
 from tests.support.export_folders import HEAD_FAULTS, LABELS, run_format
@@ -263,15 +264,23 @@ def head_formats(names: tuple[str, ...]) -> list[Any]:
     ]
 
 
+@pytest.fixture(scope="module")
+def head_proofs(head_folders: dict[str, Path], photos: Path) -> Callable[[str], tuple[OpenedModel, Proof]]:
+    """Return a function that gives a model with a head and its answers; the formats of a head follow one another."""
+
+    def proof(head: str) -> tuple[OpenedModel, Proof]:
+        model = open_model(str(head_folders[head]))
+        return model, make_proof(model, *read_images(model, f"folder:{photos}", 12))
+
+    return lru_cache(maxsize=1)(proof)
+
+
 @pytest.mark.parametrize(("head", "name"), head_formats(("onnx", "stablehlo", "saved_model", "onnx_fp16", "onnx_int8")))
 def test_every_head_is_in_the_graph_and_a_fault_in_it_is_caught(
-    head_folders: dict[str, Path], photos: Path, tmp_path: Path, head: str, name: str
+    head_proofs: Callable[[str], tuple[OpenedModel, Proof]], tmp_path: Path, head: str, name: str
 ) -> None:
-    model = open_model(str(head_folders[head]))
-    images, true = read_images(model, f"folder:{photos}", 12)
-    ids = model.backend.tokenize([text for label in LABELS for text in model.actions.prompts[label]])
-    cases = make_cases(images, ids, len(LABELS))
-    expected, bounds = reference(model, cases), BOUNDS.get(name, FLOAT32)
+    model, proof = head_proofs(head)
+    cases, bounds = proof.cases, BOUNDS.get(name, FLOAT32)
     write_contract(model, tmp_path)
     factor = -20 if name == "onnx_int8" else -2  # eight bits of random weights err by more than a small fault does
     lost = f"head.{HEAD_FAULTS[head]}"
@@ -290,7 +299,7 @@ def test_every_head_is_in_the_graph_and_a_fault_in_it_is_caught(
             shutil.rmtree(tmp_path / name)
             (tmp_path / name).mkdir()
         WRITERS[name](graphs, tmp_path / name, cases["image"])
-        entry = check_parity(expected, run_format(tmp_path, name, cases), bounds, LABELS, true)
+        entry = check_parity(proof.expected, run_format(tmp_path, name, cases), bounds, LABELS, proof.true)
         assert entry["passed"] != faulty, entry
 
 

@@ -89,7 +89,14 @@ def test_clips_of_a_batch_do_not_see_one_another(kind, clips):
     np.testing.assert_allclose(model.encode_image(clips)[1:2], model.encode_image(clips[1:2]), atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "remat"), [("head", "full"), ("st_adapter", "dots"), ("divided", "full")])
+@pytest.mark.parametrize(
+    ("kind", "remat"),
+    [
+        pytest.param("head", "full", marks=pytest.mark.slow),
+        ("st_adapter", "dots"),
+        pytest.param("divided", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_recomputing_activations_changes_no_gradient(kind, remat, clips):
     params = lively(kind)
 

@@ -94,7 +94,9 @@ def test_muon_takes_steps_of_one_size_in_every_direction_of_a_matrix() -> None:
     assert RATE <= moved[0, 0] < 1.5 * RATE
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("adamw", "muon") else pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_weight_decay_pulls_kernels_by_the_learning_rate_and_nothing_else(name: str) -> None:
     without, _ = update(make_program(name, 1, weight_decay=0.0), steps=1)
     with_decay, _ = update(make_program(name, 1, weight_decay=0.5), steps=1)
@@ -105,7 +107,10 @@ def test_weight_decay_pulls_kernels_by_the_learning_rate_and_nothing_else(name: 
         np.testing.assert_array_equal(without[key], with_decay[key], err_msg=key)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("lion", "adafactor") else ()) for name in OPTIMIZERS],
+)
 def test_frozen_layers_and_lower_rates_hold_for_every_optimiser(name: str) -> None:
     start = random_params(SIZE)
     method, train = {"freeze": ("text.layers.0.*",)}, {"global_batch_size": 8}
