@@ -16,6 +16,7 @@ from clip_har_jax.errors import UserError
 FLAG = "--ray_address"
 ANSWER_S = 5.0
 STORE_BYTES, STORE_BYTES_PER_CORE = 256 << 20, 128 << 20  # of the own Ray; a piece in progress holds some 20 MB
+MAX_FOLDER = 40  # characters; Ray's sockets lie in it, whose paths have at most 107
 # A client of HTTP/2 begins so (RFC 9113, 3.4), here with empty settings; a server answers with its own settings.
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 HTTP2_SETTINGS = 4
@@ -41,17 +42,22 @@ def connected(address: str | None) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = import_ray()
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    # Of its own, so that no logs stay behind and `auto` of another command doesn't take this Ray for a cluster.
+    folder = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
     if found is None:
+        if len(folder.name) <= MAX_FOLDER:
+            options["_temp_dir"] = folder.name
         options |= {"num_cpus": usable_cores(), "include_dashboard": False}
         options["object_store_memory"] = STORE_BYTES + STORE_BYTES_PER_CORE * usable_cores()
-    try:
-        ray.init(address=found or "local", **options)
-    except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
-        raise UserError(f"{FLAG}={address}: {explain_start(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with folder:
+        try:
+            ray.init(address=found or "local", **options)
+        except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
+            raise UserError(f"{FLAG}={address}: {explain_start(error)}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def import_ray() -> Any:
