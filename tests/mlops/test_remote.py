@@ -18,6 +18,7 @@ import pytest
 
 from clip_har_jax import remote
 from clip_har_jax.errors import UserError
+from clip_har_jax.mlops.model_registry import open_registry
 from tests.support.model_folders import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -131,12 +132,12 @@ def test_a_certificate_of_an_unknown_authority_is_an_answer(tmp_path):
         thread.join()
 
 
-def test_a_store_that_is_no_store_is_one_line(models, tmp_path):
+def test_a_store_that_is_no_store_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "text.db").write_text("no database")
-    process = start_register(models[0], f"sqlite:///{tmp_path / 'text.db'}", tmp_path)
-    _, said = process.communicate()
-    assert process.returncode == 2
-    assert said.startswith("error: MLflow at sqlite:///") and said.count("\n") == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'text.db'}")
+    with pytest.raises(UserError, match=r"^MLflow at sqlite:///") as told:
+        open_registry()
+    assert "\n" not in str(told.value)
 
 
 def test_a_race_is_tried_again_and_other_errors_are_not():

@@ -95,7 +95,7 @@ def test_a_single_process_joins_nothing_and_touches_no_device():
     assert json.loads(stdout) == {"value": [1], "stop": [False, True], "is_main": True, "touched_devices": False}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(number):
     launcher = start_launcher(WORKER, "stop")
     pids: dict[str, int] = {}

@@ -202,7 +202,7 @@ def test_all_strategies_give_equal_losses(folders, finished, strategy, tmp_path)
     assert bytes_of[0] < bytes_of[1] * (0.2 if strategy == "fsdp" else 0.8)  # tp leaves an odd vocabulary whole
 
 
-@pytest.mark.parametrize("towers", ["image", "text"])
+@pytest.mark.parametrize("towers", ["image", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_frozen_tower_does_not_change(folders, towers, tmp_path):
     result = train(config_for(folders, num_steps=2, method={"towers": towers}), tmp_path, quiet=True)
     before, after = params_of(folders[0]), params_of(result.model)

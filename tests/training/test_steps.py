@@ -185,14 +185,20 @@ def test_activations_stay_with_their_rows(strategy, rows):
     assert f"f32[{BATCH_SIZE},{tokens}," not in text
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("strategy", ["one", "fsdp_tp"])
+@pytest.mark.parametrize(
+    ("strategy", "parts"),
+    [
+        ("one", 4),
+        ("fsdp_tp", 2),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("one", 2), ("fsdp_tp", 4))),
+    ],
+)
 def test_accumulated_gradients_equal_those_of_the_whole_batch(strategy, parts):
     program = make_program(strategy, train={"accumulation_steps": parts})
     assert_equal_gradients(gradients_of(program), expected())
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_rematerialisation_changes_no_gradient(remat):
     assert_equal_gradients(gradients_of(make_program("fsdp", model={"remat": remat})), expected())
 
