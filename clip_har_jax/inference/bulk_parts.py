@@ -63,7 +63,7 @@ class PartFiles:
         written = _metadata(self._folder / _name(part.number))
         count = int(written["count"])
         now = _describe(part.inputs[:count])
-        if any(written.get(key, value) != value for key, value in now.items()):
+        if len(part.inputs) < count or any(written.get(key, value) != value for key, value in now.items()):
             raise self.changed(part.number)
         if len(part.inputs) > count:
             raise UserError(f"{self._folder}: more inputs have come behind the last part; {ANOTHER_OUTPUT} for them")

@@ -255,6 +255,23 @@ def test_pieces_in_any_order_give_the_same_files_and_holes_are_filled(
     assert ours == whole and len(whole) == 5 + 2
 
 
+def test_parts_of_an_earlier_version_are_checked_by_their_count_and_last_input(
+    predictor: Predictor, photos: Path, tmp_path: Path
+) -> None:
+    one = str(sorted(photos.glob("*.png"))[0])
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"{one}\n" * 5)
+    predict_bulk(predictor, str(listing), tmp_path / "out", part_size=5)
+    part = tmp_path / "out" / "predictions-00000-of-00001" / "000000.parquet"
+    table = pq.read_table(part)
+    del (metadata := dict(table.schema.metadata))[b"inputs_sha256"]
+    pq.write_table(table.replace_schema_metadata(metadata), part)
+    assert predict_bulk(predictor, str(listing), tmp_path / "out", part_size=5).done == 5
+    listing.write_text(f"{one}\n" * 4)
+    with pytest.raises(UserError, match="the inputs have changed since part 0"):
+        predict_bulk(predictor, str(listing), tmp_path / "out", part_size=5)
+
+
 def test_the_summary_tells_counts_speed_and_errors_by_kind(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
     predict_bulk(predictor, str(photos), tmp_path, part_size=20)
     summary = json.loads((tmp_path / "predictions-00000-of-00001" / "summary.json").read_text())

@@ -9,6 +9,7 @@ each line of standard input, for which it adds a node of one CPU. It ends with s
 import json
 import os
 import sys
+import tempfile
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
@@ -21,7 +22,12 @@ def main() -> None:
     first, *others = [int(text) for text in sys.argv[1:]]
     fast = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
     head = {"num_cpus": first, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": fast}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short path
+        serve(Cluster(initialize_head=True, head_node_args={**head, "temp_dir": folder}), others)
+
+
+def serve(cluster: Cluster, others: list[int]) -> None:
+    """Add the other nodes, and further ones as they are asked for."""
     try:
         raylets = [_raylet(cluster.head_node)]
         raylets += [_add_node(cluster, count) for count in others]
