@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 
 from clip_har_jax.image_formats import format_titles, readable_formats, sniff
-from clip_har_jax.inference.backends import ClassScores
+from clip_har_jax.inference.backends import ClassScores, above_thresholds
 from clip_har_jax.video.decoding import is_video
 from serving.calls import Call, QueryCall, deadline_after, service_of
 from serving.classes import Prompts, TextClasses
@@ -31,6 +31,7 @@ from serving.schemas import (
     Models,
     ModelStatus,
     PredictionBody,
+    Scored,
     to_scored,
 )
 from serving.service import Service
@@ -103,11 +104,15 @@ def make_answer(call: Call, classes: TextClasses | None, scores: ClassScores, op
     top = to_scored(labels, scores.probs, options.top, scores.sigmoid)
     own = labels == model.labels
     threshold = options.threshold if options.threshold is not None else (model.abstain_below if own else None)
-    abstained = threshold is not None and top[0].score < threshold
+    best, several, abstained = top[0], {}, threshold is not None and top[0].score < threshold
+    if model.actions.multi_label:
+        found = above_thresholds(scores.probs, model.actions, options.threshold)
+        several["labels"] = [Scored(label=label, score=score) for label, score in found]
+        best, abstained = (several["labels"] or top)[0], not found
     metrics.predictions.labels(model.name, top[0].label if own else "(free text)").inc()
     if abstained:
         metrics.abstentions.labels(model.name).inc()
-    return Answer(label=None if abstained else top[0].label, score=top[0].score, top=top, abstained=abstained)
+    return Answer(label=None if abstained else best.label, score=best.score, top=top, abstained=abstained, **several)
 
 
 @router.post("/predict", responses=CLIP_ERRORS, openapi_extra=IMAGE_OR_CLIP, response_model_exclude_unset=True)

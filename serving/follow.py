@@ -120,11 +120,15 @@ class FramePath:
       classes: None: the model's own.
       rules: the rules of events.
       batcher: runs the model.
+
+    Raises:
+      Problem: the model gives several labels.
     """
 
     rate_hz = None  # analyses as many frames as come
 
     def __init__(self, model: ServedModel, classes: TextClasses | None, rules: EventRules, batcher: Batcher):
+        model.need_one_label()
         self._model, self._classes, self._batcher = model, classes, batcher
         self.detector = EventDetector(classes.labels if classes else model.labels, rules)
         self.lane = model.embed if classes is not None else model.classify
@@ -159,12 +163,13 @@ class WindowPath:
       free: the classes are free text.
 
     Raises:
-      Problem: options that contradict each other, or a model that takes only images.
+      Problem: options that contradict each other, or a model that takes only images or gives several labels.
     """
 
     def __init__(
         self, model: ServedModel, classes: TextClasses | None, options: EventOptions, free: bool, batcher: Batcher
     ):
+        model.need_one_label()
         self._model, self._classes, self._batcher, clips = model, classes, batcher, model.need_clips()
         self.windows, self.rules = options.windows(model), options.segment_rules(model, free)
         self._frame = clips.frame

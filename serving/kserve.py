@@ -11,7 +11,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, Field
 
-from clip_har_jax.inference.backends import softmax
+from clip_har_jax.inference.backends import probabilities
 from serving.api import ALWAYS, BODY, COMPUTED, ModelName
 from serving.calls import LONGEST_MS, Call, Timeout, open_call, service_of
 from serving.models import ServedModel
@@ -203,6 +203,6 @@ async def _compute(call: Call, images: Sequence[np.ndarray | bytes], names: Sequ
     elif model.classes is not None:
         arrays["logits"] = model.classes.logits(arrays["image_embeds"])
     if "logits" in arrays:
-        arrays["probs"] = softmax(arrays["logits"])
+        arrays["probs"] = probabilities(arrays["logits"], model.actions.multi_label)
         arrays["label"] = np.asarray([model.labels[i] for i in arrays["logits"].argmax(axis=-1)], object)
     return arrays

@@ -32,7 +32,7 @@ def open_exported(path: Path, threads: int) -> ExportedBackend:
       UserError: another kind of folder, a changed file, or no format that runs here.
     """
     if found := exported_folder(path.expanduser()):
-        return ExportedBackend(*found, threads=threads)
+        return ExportedBackend(*found, threads=threads, multi_label=True)
     raise UserError(f"{path}: not an exported folder; write one by `python -m export --model=... --output=...`")
 
 
@@ -221,7 +221,8 @@ class ServedModel:
 
     def score(self, classes: TextClasses | None, logits: np.ndarray) -> ClassScores:
         """Return the mean scores over the views of one input, from logits [v, c] of its own classes or others."""
-        return score_views(logits, classes.sigmoid if classes is not None else self.backend.sigmoid)
+        sigmoid = classes.sigmoid if classes is not None else self.backend.sigmoid
+        return score_views(logits, sigmoid, self.actions.multi_label)
 
     async def clip_logits(
         self, classes: TextClasses | None, frames: np.ndarray, batcher: Batcher, deadline: float
@@ -242,6 +243,17 @@ class ServedModel:
         if classes is None:
             return await batcher.run(clips.head, features, deadline)
         return classes.logits(await batcher.run(clips.head_embeds, features, deadline))
+
+    def need_one_label(self) -> None:
+        """Refuse streams and videos of a multi-label model: their events follow one action at a time.
+
+        Raises:
+          Problem: the model gives an image any number of labels.
+        """
+        if self.actions.multi_label:
+            raise Problem(
+                "unsupported_media_type", "this model gives several labels, and events follow one action: send images"
+            )
 
     def need_clips(self) -> ClipLanes:
         """Return the lanes of clips.

@@ -49,7 +49,14 @@ class Answer(_Frozen):
     label: str | None = Field(examples=["cycling"], description="the most probable class; null: abstained")
     score: Probability = Field(examples=[0.91], description="probability of the most probable class")
     top: list[Scored] = Field(description="the most probable classes, the first one first")
-    abstained: bool = Field(description="whether the score is below the threshold")
+    abstained: bool = Field(
+        description="whether the score is below the threshold; of a multi-label model, all labels below theirs"
+    )
+    labels: list[Scored] | None = Field(
+        None,
+        description="of a multi-label model, the labels that reach their thresholds; left out: an image has one label",
+        exclude_if=lambda value: value is None,
+    )
 
 
 class PredictionBody(Answer):
@@ -67,6 +74,7 @@ class BatchItem(_Frozen):
     score: Probability | None = None
     top: list[Scored] | None = None
     abstained: bool | None = None
+    labels: list[Scored] | None = Field(None, exclude_if=lambda value: value is None)
     error: ProblemBody | None = None
 
 

@@ -164,6 +164,7 @@ async def answer_video(request: Request, choice: ModelQuery, options: EventQuery
     """Return the most probable actions in a video as one clip, and the actions with their times, by sliding windows."""
     service = service_of(request)
     model = service.begin(request.state.client, choice)
+    model.need_one_label()
     model.need_clips()
     async with service.one_video():
         (upload,), field = await read_uploads(request, "video")

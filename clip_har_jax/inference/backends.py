@@ -220,11 +220,20 @@ def probabilities(logits: Float[np.ndarray, "*b c"], multi_label: bool) -> Float
     return bundle.Sigmoid(1.0, 0.0)(logits).astype(logits.dtype) if multi_label else softmax(logits)
 
 
-def above_thresholds(probs: Float[np.ndarray, " c"], actions: bundle.Actions) -> tuple[tuple[str, float], ...]:
-    """Return the labels of a multi-label model that reach their thresholds, the most probable first."""
+def above_thresholds(
+    probs: Float[np.ndarray, " c"], actions: bundle.Actions, threshold: float | None = None
+) -> tuple[tuple[str, float], ...]:
+    """Return the labels of a multi-label model that reach their thresholds, the most probable first.
+
+    Args:
+      probs: of the model's labels.
+      actions: with the thresholds.
+      threshold: for all labels, in place of their own; None: their own.
+    """
+    limits = actions.label_thresholds if threshold is None else dict.fromkeys(actions.labels, threshold)
     order = np.argsort(-probs, kind="stable")
     found = ((actions.labels[i], float(probs[i])) for i in order)
-    return tuple((label, prob) for label, prob in found if prob >= actions.label_thresholds[label])
+    return tuple((label, prob) for label, prob in found if prob >= limits[label])
 
 
 def need_one_label(actions: bundle.Actions, what: str) -> None:

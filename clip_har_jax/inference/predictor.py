@@ -172,7 +172,8 @@ class Predictor:
         labels = above_thresholds(probs, actions) if actions.multi_label else None
         abstained = labels == () or top[0][1] < actions.thresholds.get("abstain", 0.0)
         alone = () if sigmoid is None else tuple(float(sigmoid[i]) for i in order)
-        return Prediction(name, *top[0], top, abstained=abstained, labels=labels, sigmoid=alone)
+        label, score = (labels or top)[0]
+        return Prediction(name, label, score, top, abstained=abstained, labels=labels, sigmoid=alone)
 
     def try_load(self, item: ImageLike) -> np.ndarray | str:
         """Return the model's input, uint8 [size, size, 3], or the reason why `item` can't be read."""

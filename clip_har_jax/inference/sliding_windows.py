@@ -62,9 +62,8 @@ def choose_windows(backend: Backend, window_s: float | None = None, hop_s: float
       hop_s: None: a quarter of the window.
 
     Raises:
-      UserError: invalid lengths, or a multi-label model.
+      UserError: invalid lengths.
     """
-    need_one_label(backend.actions, "segments")
     sampling = clip_sampling(backend.actions)
     num_frames = backend.num_frames or sampling.num_frames
     if window_s is None:
@@ -195,7 +194,9 @@ def find_video_segments(
 
     Raises:
       BadVideo: no frame of it can be read.
+      UserError: a multi-label model.
     """
+    need_one_label(backend.actions, "segments")
     found = FoundSegments()
     times: list[float] = []
     scores: list[np.ndarray] = []

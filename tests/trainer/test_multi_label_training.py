@@ -18,6 +18,7 @@ from clip_har_jax.evaluation.paired import read_predictions
 from clip_har_jax.inference.backends import above_thresholds, probabilities
 from clip_har_jax.inference.bulk import predict_bulk
 from clip_har_jax.inference.predictor import Predictor
+from clip_har_jax.inference.sliding_windows import choose_windows, find_video_segments
 from clip_har_jax.inference.stream import EventRules, find_events
 from clip_har_jax.pipelines.calibrate import calibrate_model
 from clip_har_jax.pipelines.evaluate import evaluate_model, print_result
@@ -26,10 +27,11 @@ from clip_har_jax.trainer.result import Result
 from clip_har_jax.trainer.result import print_result as print_training
 from clip_har_jax.trainer.run_data import load_data
 from clip_har_jax.trainer.train import train
+from clip_har_jax.video.segments import SegmentRules
 from export.run import ExportOptions, export_model
-from serving.models import open_exported
 from tests.support.model_folders import write_model
 from tests.support.multi_label_images import COLOURS, write_multi_label_images
+from tests.support.serving_setup import running
 
 pytestmark = pytest.mark.filterwarnings("default")  # the exporter's dependencies warn of their own
 
@@ -114,18 +116,14 @@ def test_an_evaluation_uses_the_thresholds_of_the_folder(
 
 
 @pytest.mark.slow
-def test_commands_for_one_label_refuse_the_model(trained: Trained, exported: Path, tmp_path: Path) -> None:
+def test_commands_for_one_label_refuse_the_model(trained: Trained, tmp_path: Path) -> None:
     model = str(trained.result.model)
-    for use in (
-        lambda: calibrate_model(model, "synthetic", tmp_path / "calibrated"),
-        lambda: open_exported(exported, threads=1),  # the service
-    ):
-        with pytest.raises(UserError, match=r"a multi-label model, and one label for each image is needed here"):
-            use()
+    with pytest.raises(UserError, match=r"a multi-label model, and one label for each image is needed here"):
+        calibrate_model(model, "synthetic", tmp_path / "calibrated")
     assert not (tmp_path / "calibrated").exists()
     predictor = Predictor(model)
     with pytest.raises(UserError, match="segments follow one action at a time"):
-        predictor.segments("clip.mp4")
+        find_video_segments([], predictor.backend, choose_windows(predictor.backend), SegmentRules(), 4)
     with pytest.raises(UserError, match="events follow one action at a time"):
         find_events([], predictor.backend, EventRules())
 
@@ -155,7 +153,8 @@ def test_predictions_are_the_labels_that_reach_their_thresholds(trained: Trained
         assert dict(one.labels) == pytest.approx(wanted, abs=1e-5)
         scores = [score for _, score in one.labels]
         assert scores == sorted(scores, reverse=True)
-        assert one.score == pytest.approx(own.max(), abs=1e-5)
+        best = one.labels[0] if one.labels else one.top[0]
+        assert (one.label, one.score) == best
         assert one.abstained == (not wanted)
         written = one.to_dict()
         assert list(written) == ["input", "label", "score", "top", "labels", "abstained"]
@@ -179,6 +178,32 @@ def test_an_exported_graph_gives_sigmoids(exported: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     probs, logits = session.run(["probs", "logits"], {"image": image})
     np.testing.assert_allclose(probs, 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_service_gives_the_labels(trained: Trained, exported: Path) -> None:
+    images = [trained.workdir.parent / "images" / f"{i}.png" for i in range(6)]
+    with running(exported) as (client, _):
+        for path, wanted in zip(images, Predictor(exported).predict(images), strict=True):
+            answer = client.post("/v1/predict", content=path.read_bytes()).json()
+            given = {entry["label"]: entry["score"] for entry in answer["labels"]}
+            assert given == pytest.approx(dict(wanted.labels or ()), abs=1e-5)
+            assert answer["abstained"] == wanted.abstained
+            assert answer["label"] == (None if wanted.abstained else wanted.label)
+            assert len(answer["top"]) == 3
+        every = client.post("/v1/predict?threshold=0", content=images[0].read_bytes()).json()
+        assert {entry["label"] for entry in every["labels"]} == set(COLOURS)
+        none = client.post("/v1/predict?threshold=1", content=images[0].read_bytes()).json()
+        assert (none["labels"], none["label"], none["abstained"]) == ([], None, True)
+        files = [("image", (path.name, path.read_bytes(), "image/png")) for path in images]
+        batch = client.post("/v1/predict/batch", files=files).json()["predictions"]
+        single = client.post("/v1/predict", content=images[1].read_bytes()).json()
+        assert batch[1]["labels"] == [
+            {"label": e["label"], "score": pytest.approx(e["score"])} for e in single["labels"]
+        ]
+        refused = client.post("/v1/videos", content=b"x")
+        assert refused.status_code == 415
+        assert "gives several labels" in refused.json()["detail"]
 
 
 @pytest.mark.slow
