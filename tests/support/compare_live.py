@@ -119,11 +119,9 @@ def make_patches(patch_size: int, rng: np.random.Generator) -> dict[str, np.ndar
 
 def errors(folder: Path, inputs: dict[str, np.ndarray]) -> list[float]:
     """Return our largest error of each output over the reference's largest value."""
-    import jax.numpy as jnp
+    from clip_har_jax import load_model
 
-    from clip_har_jax.models.pretrained import load_pretrained
-
-    output = load_pretrained(str(folder))(**{name: jnp.asarray(value) for name, value in inputs.items()})
+    output = load_model(str(folder))(**inputs)
     with np.load(folder / "outputs.npz") as expected:
         pairs = [(np.asarray(getattr(output, name)), expected[name]) for name in OUTPUTS]
     return [float(np.abs(ours - theirs).max() / np.abs(theirs).max()) for ours, theirs in pairs]
