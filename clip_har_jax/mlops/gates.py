@@ -83,7 +83,10 @@ def _check_gain(least: float, candidate: Path, champion: Path) -> Check:
     for folder, who in ((candidate, "the candidate"), (champion, "the champion")):
         if not (folder / "metrics.json").is_file():
             return Check("gain", False, f"{who} was registered without its evaluation")
-    data = [read_object(folder / "metrics.json").get("data_fingerprint") for folder in (candidate, champion)]
+    metrics = [read_object(folder / "metrics.json") for folder in (candidate, champion)]
+    if any("map" in each for each in metrics):
+        return Check("gain", False, "of images with several labels each, and only top-1 answers are compared")
+    data = [each.get("data_fingerprint") for each in metrics]
     if None in data or data[0] != data[1]:
         return Check(
             "gain", False, f"evaluated on other data ({str(data[0])[:12]}) than the champion ({str(data[1])[:12]})"

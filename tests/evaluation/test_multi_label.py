@@ -22,6 +22,7 @@ from clip_har_jax.evaluation.multi_label import (
     sigmoid,
 )
 from clip_har_jax.evaluation.multi_label_report import write_multi_label_pages
+from clip_har_jax.mlops.gates import Gates, check_evaluation
 
 LABELS = ("run", "sit", "using_phone", "wave")
 
@@ -160,3 +161,14 @@ def test_files_of_an_evaluation(tmp_path: Path) -> None:
     assert "<3>" not in page  # names are escaped
     low, high = result.metrics["map_interval"]
     assert f"a 95% interval of {low:.3f} to {high:.3f}" in verdict(result.metrics)
+
+
+def test_a_champion_of_several_labels_is_no_gate_for_top1(tmp_path: Path) -> None:
+    logits, target = draw(40)
+    for name in ("candidate", "champion"):
+        (tmp_path / name).mkdir()
+        result = evaluate(logits, target, resamples=20)
+        write_multi_label_pages(result, tmp_path / name, [f"{i}.png" for i in range(40)], {})
+    (check,) = check_evaluation(Gates(), tmp_path / "candidate", tmp_path / "champion", tmp_path / "none.json")
+    assert not check.passed
+    assert "several labels" in check.detail
