@@ -2,9 +2,9 @@
 
 # The files that take longest, longest first: a long one that begins last keeps the others waiting.
 LONGEST = (
-    "trainer/test_methods.py",
-    "export/test_run.py",
     "trainer/test_train.py",
+    "export/test_run.py",
+    "trainer/test_methods.py",
     "training/test_steps.py",
     "training/test_temporal_steps.py",
     "export/test_clips.py",
