@@ -133,9 +133,12 @@ def choose_picture(key: str, camera: bool = True) -> tuple[str, bytes, Image.Ima
 
 
 def show_answer(answer: Answer) -> None:
-    """Show the prediction, or that the model isn't sure enough."""
+    """Show the prediction, of a multi-label model all its labels, or that the model isn't sure enough."""
     best = answer.top[0]
-    if answer.abstained:
+    if answer.labels:  # of a multi-label model
+        what = html.escape(", ".join(words(one.label) for one in answer.labels))
+        sure = f"Above the limit of each: {', '.join(percent(one.score) for one in answer.labels)}."
+    elif answer.abstained:
         what = "Not sure"
         guess = f"<b>{html.escape(words(best.label))}</b>, at {percent(best.score)}"
         sure = f"The best guess would be {guess}. That is below the model's limit for an answer."

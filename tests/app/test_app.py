@@ -23,6 +23,7 @@ from app import archive, main, own_service, video_frames, widgets
 from app.client import AppClient, Trouble
 from clip_har_jax.image_formats import IMAGE_SUFFIXES
 from clip_har_jax.listing import SYSTEM_FILES, SYSTEM_FOLDERS
+from serving.schemas import Answer, Scored
 from tests.support.serving_setup import LABELS, running
 
 APP = Path(__file__).parents[2] / "app"
@@ -413,3 +414,18 @@ def test_moments_of_a_video() -> None:
     frame = video_frames.frame_at((widgets.SAMPLES / "actions.mp4").read_bytes(), 5.0)
     assert frame is not None and frame.size == (384, 384)
     assert video_frames.clock(61.25) == "1:01.2"
+
+
+def test_an_answer_of_several_labels_names_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(widgets.st, "html", shown.append)
+    top = [
+        Scored(label=label, score=score) for label, score in (("using_phone", 0.9), ("sitting", 0.6), ("running", 0.1))
+    ]
+    widgets.show_answer(Answer(label="using_phone", score=0.9, top=top, abstained=False, labels=top[:2]))
+    assert "using phone, sitting" in shown[0]
+    assert f"{widgets.percent(0.9)}, {widgets.percent(0.6)}" in shown[0]
+    assert "running" not in shown[0]
+    assert "running" in shown[1]  # among the bars
+    widgets.show_answer(Answer(label=None, score=0.1, top=top, abstained=True, labels=[]))
+    assert "Not sure" in shown[2]
