@@ -47,6 +47,7 @@ def in_place():
 def bulk():
     from types import SimpleNamespace
     import numpy as np
+    from clip_har_jax.bundle import Actions
     from clip_har_jax.inference.bulk import predict_bulk
 
     def load(path):
@@ -54,7 +55,12 @@ def bulk():
         time.sleep(seconds / 8)
         return np.zeros((2, 2, 3), np.uint8)
 
-    backend = SimpleNamespace(path=root, digest="d", predict=lambda images: np.full((len(images), 2), 0.5, np.float32))
+    backend = SimpleNamespace(
+        path=root,
+        digest="d",
+        actions=Actions(("a", "b"), {"a": ("a",), "b": ("b",)}),
+        predict=lambda images: np.full((len(images), 2), 0.5, np.float32),
+    )
     predictor = SimpleNamespace(backend=backend, labels=("a", "b"), batch_size=2, try_load=load)
     (root / "list.txt").write_text("".join(f"{i}.png\\n" for i in range(8)))
     predict_bulk(predictor, str(root / "list.txt"), root / "out", part_size=2, workers=1)
