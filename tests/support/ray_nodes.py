@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
@@ -23,6 +24,8 @@ def main() -> None:
     fast = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
     head = {"num_cpus": first, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": fast}
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short path
+        os.environ["RAY_TMPDIR"] = folder  # the address is written to its folder `ray`, which must exist
+        Path(folder, "ray").mkdir()
         serve(Cluster(initialize_head=True, head_node_args={**head, "temp_dir": folder}), others)
 
 
