@@ -109,7 +109,7 @@ def make_answer(call: Call, classes: TextClasses | None, scores: ClassScores, op
         found = above_thresholds(scores.probs, model.actions, options.threshold)
         several["labels"] = [Scored(label=label, score=score) for label, score in found]
         best, abstained = (several["labels"] or top)[0], not found
-    metrics.predictions.labels(model.name, top[0].label if own else "(free text)").inc()
+    metrics.predictions.labels(model.name, best.label if own else "(free text)").inc()
     if abstained:
         metrics.abstentions.labels(model.name).inc()
     return Answer(label=None if abstained else best.label, score=best.score, top=top, abstained=abstained, **several)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
@@ -22,7 +23,11 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from clip_har_jax import Predictor
+from clip_har_jax.bundle import Actions
 from clip_har_jax.image_formats import readable_formats
+from clip_har_jax.inference.backends import ClassScores
+from serving.api import make_answer
+from serving.requests import AnswerOptions
 from serving.security import PUBLIC, needed_scope, new_key
 from serving.service import Service
 from serving.settings import Settings
@@ -211,6 +216,17 @@ def test_errors_have_one_form_and_an_id(client: httpx.Client) -> None:
     forged = client.get("/nowhere", headers={"X-Request-ID": 'x"}\\n{"level'})
     assert re.fullmatch("[0-9a-f]{32}", forged.headers["x-request-id"])
     assert answer.headers["x-content-type-options"] == "nosniff" and "server" not in answer.headers
+
+
+def test_the_counted_class_of_a_multi_label_model_is_that_of_the_answer() -> None:
+    """Its most probable label may stay below its own threshold."""
+    labels = ("run", "sit")
+    actions = Actions(labels, {label: (label,) for label in labels}, label_thresholds={"run": 0.9, "sit": 0.3})
+    call = MagicMock()
+    call.model.configure_mock(name="m", labels=labels, actions=actions, abstain_below=None)
+    answer = make_answer(call, None, ClassScores(np.array([0.8, 0.5]), None), AnswerOptions())
+    assert (answer.label, answer.score, answer.top[0].label) == ("sit", 0.5, "run")
+    call.service.metrics.predictions.labels.assert_called_once_with("m", "sit")
 
 
 def test_metrics_count(client: httpx.Client, photo: Path) -> None:
