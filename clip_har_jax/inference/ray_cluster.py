@@ -32,7 +32,7 @@ def connected(address: str | None) -> Iterator[None]:
         can run code.
 
     Raises:
-      UserError: Ray isn't installed, nothing answers at the address, or its versions are others.
+      UserError: Ray isn't installed or can't start, nothing answers at the address, or its versions are others.
     """
     found = None if address in (None, "local") else find_address(address)
     if found is None:
@@ -53,7 +53,9 @@ def connected(address: str | None) -> Iterator[None]:
         try:
             ray.init(address=found or "local", **options)
         except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
-            raise UserError(f"{FLAG}={address}: {explain_start(error)}") from error
+            if found is None:
+                raise UserError(f"--engine=ray: Ray can't start on this machine ({remote.one_line(error)})") from error
+            raise UserError(f"{FLAG}={address}: {explain_refusal(error)}") from error
         try:
             yield
         finally:
@@ -118,8 +120,8 @@ def _check_answers(host: str, port: int, flag: str) -> None:
         raise UserError(f"{flag}: {host}:{port} isn't the head of a Ray cluster; {advice}")
 
 
-def explain_start(error: BaseException) -> str:
-    """Return in one line why Ray didn't start or refused the connection."""
+def explain_refusal(error: BaseException) -> str:
+    """Return in one line why a cluster refused the connection."""
     text = " ".join(str(error).split())
     if "Version mismatch" in text or "version mismatch" in text:
         return f"{text}; install the same versions of Ray and Python here and on all nodes"

@@ -82,6 +82,17 @@ def test_without_ray_the_command_that_installs_it_is_told(monkeypatch: pytest.Mo
         ray_cluster.import_ray()
 
 
+def test_an_own_ray_that_does_not_start_is_not_called_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("no free port")
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(ray_cluster, "import_ray", lambda: MagicMock(init=init, **{"exceptions.RayError": OSError}))
+    with pytest.raises(UserError) as refused, ray_cluster.connected(None):
+        pass
+    assert str(refused.value) == "--engine=ray: Ray can't start on this machine (no free port)"
+
+
 @contextmanager
 def listening(answer: bytes | None) -> Iterator[str]:
     """Give the address of a port that answers each connection with some bytes, or not at all."""
