@@ -6,10 +6,10 @@
   find photos -name '*.jpg' | python scripts/predict.py --model=runs/demo/model --json -
 
 Prints a line for each image or video: probability, action, file; of a multi-label model all labels that reach their
-thresholds. Of a video some frames are read, by default 8 spread
-over it. For a long video, the lines below it are the actions with their times, found by sliding windows (--whole leaves
-them out). --events smooths the scores of single frames instead. A file that can't be read is reported, and the others
-are still predicted. Exits 0 when all were read, 1 when some were not, 2 on a mistake.
+thresholds. Of a video some frames are read, by default 8 spread over it. For a long video, the lines below it are the
+actions with their times, found by sliding windows (--whole leaves them out). --events smooths the scores of single
+frames instead. A file that can't be read is reported, and the others are still predicted. Exits 0 when all were read, 1
+when some were not, 2 on a mistake.
 """
 
 import argparse
