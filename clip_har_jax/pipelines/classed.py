@@ -23,7 +23,8 @@ class ClassedSource(Source):
             self.label_ids = matched[source.label_ids]
         else:
             self.targets = np.zeros((len(source), len(self.labels)), bool)
-            self.targets[:, matched[matched >= 0]] = source.targets[:, matched >= 0]
+            for k in np.flatnonzero(matched >= 0):
+                self.targets[:, matched[k]] |= source.targets[:, k]  # two labels of the data can mean one class
         self.names: dict[int, str] = {}
         self.source = source
         self.clips, self.tally, self.manifest_sha256 = source.clips, source.tally, source.manifest_sha256

@@ -16,6 +16,7 @@ from clip_har_jax.data.multi_label import make_multi_label_source
 from clip_har_jax.data.sources import SubsetSource, make_source
 from clip_har_jax.data.splits import Shares, assign_multi_label_splits, hold_out_multi_label, stratify
 from clip_har_jax.errors import UserError
+from clip_har_jax.pipelines.classed import ClassedSource
 from clip_har_jax.pipelines.prepare_data import PrepareOptions, prepare_data
 from tests.support.batches import evaluation, train
 from tests.support.listings import write_csv
@@ -63,6 +64,14 @@ def test_labels_become_rows_of_targets(tmp_path: Path, make) -> None:
     part = SubsetSource(source, np.array([3, 0]))
     assert part.targets is not None
     assert part.targets.tolist() == [TARGETS[3], TARGETS[0]]
+
+
+def test_two_labels_of_one_class_of_a_model_add_up(tmp_path: Path) -> None:
+    write_files(tmp_path, ["a.png", "b.png", "c.png"])
+    spec = write_csv(tmp_path / "data.csv", ["a.png,cycling", "b.png,riding_a_bike|sit", "c.png,sit"])
+    classed = ClassedSource(make_multi_label_source(spec, "test"), ("sit", "riding a bike"), spec)
+    assert classed.targets is not None
+    assert classed.targets.tolist() == [[0, 1], [1, 1], [1, 0]]
 
 
 def test_labels_change_the_fingerprint(tmp_path: Path) -> None:
