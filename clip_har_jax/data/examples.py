@@ -12,7 +12,7 @@ from clip_har_jax.data.motion import DrawnClip
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import sha256
 from clip_har_jax.listing import Tally
-from clip_har_jax.names import label_ids
+from clip_har_jax.names import SEPARATOR, label_ids
 from clip_har_jax.video.clips import Clip, read_views
 from clip_har_jax.video.sampling import FrameSampling, sample_times
 
@@ -167,8 +167,11 @@ def make_targets(sets: Sequence[Collection[str]], labels: Sequence[str], where: 
       where: the data's name in messages.
 
     Raises:
-      UserError: a label that is none of the classes, or two classes that a reader can't tell apart.
+      UserError: a label that is none of the classes, two classes that a reader can't tell apart, or a class with a `|`,
+        which a manifest would read as several.
     """
+    if joined := [label for label in labels if SEPARATOR in label]:
+        raise UserError(f"{where}: the label {joined[0]!r} holds {SEPARATOR!r}, which divides labels; rename it")
     ids = label_ids([name for own in sets for name in own], labels, where)
     targets = np.zeros((len(sets), len(labels)), bool)
     targets[np.repeat(np.arange(len(sets)), [len(own) for own in sets]), ids] = True

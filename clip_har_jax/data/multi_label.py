@@ -13,7 +13,7 @@ from clip_har_jax.data.tables import parquet_source
 from clip_har_jax.errors import UserError
 from clip_har_jax.files import sha256_file
 from clip_har_jax.listing import Tally, list_folder
-from clip_har_jax.names import SEPARATOR, join_labels, sort_labels
+from clip_har_jax.names import join_labels, sort_labels
 from clip_har_jax.specs import Spec, parse_spec
 
 LabelledFiles = Sequence[tuple[Path, tuple[str, ...]]]  # each file with its labels
@@ -44,8 +44,6 @@ def _csv(spec: Spec, split: str, labels: Sequence[str]) -> Source:
 def _folder(spec: Spec, split: str, labels: Sequence[str]) -> Source:
     tally = Tally()
     files = list_folder(spec, split, tally=tally)
-    if wrong := sorted({label for _, label in files if SEPARATOR in label}):
-        raise UserError(f"{spec}: the folder {wrong[0]!r} holds {SEPARATOR!r}, which divides labels; rename it")
     return MultiLabelFiles(join_copies(files, tally), labels, str(spec), tally)
 
 

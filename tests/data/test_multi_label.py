@@ -119,6 +119,15 @@ def test_bad_tables_are_refused(tmp_path: Path, rows: list[str], said: str) -> N
     assert "\n" not in str(info.value)
 
 
+def test_a_label_that_would_be_read_as_several_is_refused(tmp_path: Path) -> None:
+    """A manifest joins labels by a bar, so the label `run|wave` would come back as two."""
+    write_files(tmp_path, ["run|wave/1.png", "sit/1.png"])
+    pq.write_table(pa.table({"image": [encoded(0)], "actions": [["run|wave"]]}), tmp_path / "data.parquet")
+    for spec in (f"folder:{tmp_path}", f"parquet:{tmp_path}/data.parquet?label=actions"):
+        with pytest.raises(UserError, match=r"the label 'run[|]wave' holds '[|]', which divides labels"):
+            make_multi_label_source(spec, "train")
+
+
 def test_a_label_outside_the_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"label 'wave' \(1 images\) is none of the 2 classes"):
         make_multi_label_source(make_csv(tmp_path), "val", ("run", "sit"))
