@@ -251,7 +251,7 @@ def _label_sets(spec: Spec, rows: Any, column: str, multi_label: bool) -> tuple[
     feature = rows.features[column]
     inner = getattr(feature, "feature", None)  # of a list
     kind = feature if inner is None else inner
-    names = tuple(getattr(kind, "names", None) or ())
+    names = tuple(clean_name(name, str(spec)) for name in getattr(kind, "names", None) or ())
     if inner is not None and not multi_label:
         raise UserError(f"{spec}: the column {column!r} holds lists of labels; set {MULTI_LABEL}")
     if not names and getattr(kind, "dtype", "") not in ("string", "large_string"):

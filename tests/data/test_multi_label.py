@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
 from clip_har_jax.config import AugmentConfig, DataConfig
@@ -162,6 +163,14 @@ def test_parquet_with_one_label_a_row(tmp_path: Path) -> None:
         make_source(f"{spec}?label=verb", "train")
     with pytest.raises(UserError, match=r"name the column of the labels by [?]label=COLUMN"):
         make_multi_label_source(spec, "train")
+
+
+def test_class_labels_of_a_parquet_file_are_without_invisible_differences(tmp_path: Path) -> None:
+    features = Features({"image": Value("binary"), "action": ClassLabel(names=["wave ", "run"])})
+    rows = Dataset.from_dict({"image": [encoded(0), encoded(40)], "action": [0, 1]}, features)
+    rows.to_parquet(tmp_path / "data.parquet")
+    source = make_source(f"parquet:{tmp_path}/data.parquet?label=action", "train")
+    assert (source.labels, source.label_ids.tolist()) == (("wave", "run"), [0, 1])
 
 
 def test_batches_have_rows_of_targets(tmp_path: Path) -> None:
