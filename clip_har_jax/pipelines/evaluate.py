@@ -38,12 +38,6 @@ T = TypeVar("T")
 NUM_SHOWN = 8  # examples of each kind in the report
 
 
-def is_multi_label(model: str) -> bool:
-    """Return whether a model folder or Hub name gives an image any number of labels, by its actions.json alone."""
-    folder = resolve_folder(model)
-    return bundle.has_actions(folder) and bundle.read_actions(folder).multi_label
-
-
 def evaluate_model(
     model: str,
     data: str,
@@ -72,10 +66,11 @@ def evaluate_model(
       UserError: a mistake in the arguments, the model or the data.
     """
     config = make_config({"data": {"max_bad_fraction": max_bad_fraction}, "eval": {"batch_size": batch_size}})
-    multi_label = is_multi_label(model)
+    model_folder = resolve_folder(model)
+    multi_label = bundle.has_actions(model_folder) and bundle.read_actions(model_folder).multi_label
     data_source = (make_multi_label_source if multi_label else make_source)(data, "test")
     cli.print_tally("--data", data_source.tally)
-    backend = JaxBackend(model, classes, data_source.labels, batch_size, multi_label)
+    backend = JaxBackend(model_folder, classes, data_source.labels, batch_size, multi_label)
     source = ClassedSource(data_source, backend.labels, data)
     about = {
         "model": str(backend.path),
