@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
 
 from clip_har_jax.batch import Batch
+from clip_har_jax.bundle import Sigmoid
 from clip_har_jax.errors import UserError
 from clip_har_jax.evaluation.calibration import TEMPERATURES, CalibrationResult, calibration_error
 from clip_har_jax.evaluation.significance import percentile_interval, resample_metrics
@@ -44,7 +45,7 @@ class MultiLabelResult:
 
 def sigmoid(logits: Float[np.ndarray, "*b c"]) -> Float64[np.ndarray, "*b c"]:
     """Return the probability of each label in float64."""
-    return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
+    return Sigmoid(1.0, 0.0)(logits)
 
 
 class _Ranking:
