@@ -13,7 +13,7 @@ TOO_WIDE = 0.2  # a wider 95% interval says little
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
     """Return the 95% interval of a share (Wilson 1927), valid for few examples and for shares of 0 or 1 too.
 
-    `scipy.stats` has it too, but its import takes longer than the first training step of a small model.
+    `scipy.stats` has it too, but takes about a second to import.
     """
     share, z2 = correct / total, NormalDist().inv_cdf(0.975) ** 2
     center = (share + z2 / (2 * total)) / (1 + z2 / total)

@@ -201,7 +201,9 @@ def evaluate_multi_label(
     thresholds: Mapping[str, float] | None = None,
     resamples: int = 0,
 ) -> MultiLabelResult:
-    """Evaluate in one pass over the data; memory grows by 5 bytes for each example and label.
+    """Evaluate in one pass over the data.
+
+    The pass holds 5 bytes for each example and label; the metrics then need several float64 arrays of this size.
 
     Args:
       logits_fn: batch -> logits [b, c] of its rows, divided by the temperature.
@@ -243,7 +245,10 @@ def _metrics(
     thresholds: Float64[np.ndarray, " c"],
     resamples: int,
 ) -> dict[str, Any]:
-    """Return the contents of metrics.json. A label that no example has counts in no mean over labels."""
+    """Return the contents of metrics.json.
+
+    A label that no example has doesn't count in `map` and the chance, and in `macro_f1` only if it was predicted, as 0.
+    """
     if not target.any():
         raise UserError("none of the examples has a label, so no precision can be measured; choose others")
     predicted, support = probs >= thresholds[None], target.sum(axis=0)

@@ -95,10 +95,14 @@ def test_thresholds_give_the_best_f1_of_all() -> None:
         assert found[k] not in probs[:, k]  # between two probabilities, so that rounding changes no answer
 
 
-def test_images_without_a_label_and_labels_without_an_image_count_in_no_mean() -> None:
+def test_a_label_without_an_image_has_no_precision_and_an_image_without_a_label_needs_none() -> None:
     logits, target = draw(60)
     target[:, 2], target[:5] = False, False
-    found = evaluate(logits, target, resamples=50).metrics
+    result = evaluate(logits, target, resamples=50)
+    found, predicted = result.metrics, result.probs >= result.thresholds
+    assert predicted[:, 2].any()
+    f1 = sk.f1_score(target, predicted, average="macro", zero_division=0)  # 0 for a label that is only predicted
+    assert found["macro_f1"] == pytest.approx(f1, abs=1e-12)
     assert found["per_class"]["using_phone"]["ap"] is None
     assert found["per_class"]["using_phone"]["ap_interval"] is None
     known = [0, 1, 3]
