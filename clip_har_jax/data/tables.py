@@ -1,6 +1,7 @@
 """Data sets of other providers: TFDS (without TensorFlow), Hugging Face, and labelled images in Parquet files."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -242,7 +243,7 @@ def parquet_source(spec: Spec, labels: Sequence[str], multi_label: bool = False)
     classes = tuple(labels) or names or sort_labels(name for own in sets for name in own)
     identity = fingerprint_of(column, image, [(file.path.rpartition("/")[2], file.size) for file in files])
     images = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    folder = spec.options.get("images") or files[0].path.rpartition("/")[0]
+    folder = os.path.expanduser(spec.options.get("images") or files[0].path.rpartition("/")[0])
     return TableSource(_HubReader(images, image, folder), sets, classes, str(spec), identity, multi_label)
 
 

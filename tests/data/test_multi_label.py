@@ -165,6 +165,14 @@ def test_parquet_with_one_label_a_row(tmp_path: Path) -> None:
         make_multi_label_source(spec, "train")
 
 
+def test_paths_in_a_parquet_file_are_below_the_images_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path / "pictures", ["a.png", "b.png"])
+    pq.write_table(pa.table({"image": ["a.png", "b.png"], "action": ["sit", "run"]}), tmp_path / "data.parquet")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = make_source(f"parquet:{tmp_path}/data.parquet?label=action&images=~/pictures", "train")
+    assert [source[i].data for i in range(2)] == [encoded(0), encoded(40)]
+
+
 def test_class_labels_of_a_parquet_file_are_without_invisible_differences(tmp_path: Path) -> None:
     features = Features({"image": Value("binary"), "action": ClassLabel(names=["wave ", "run"])})
     rows = Dataset.from_dict({"image": [encoded(0), encoded(40)], "action": [0, 1]}, features)
