@@ -20,7 +20,7 @@ from clip_har_jax.errors import UserError
 from clip_har_jax.inference.bulk_engine import DECODE, MODEL, Loaded, Part, Piece, timed
 from clip_har_jax.inference.predictor import Predictor, try_load
 from clip_har_jax.inference.ray_cluster import import_ray
-from clip_har_jax.inference.ray_models import ModelFlags, ModelPool, PooledModel, identify
+from clip_har_jax.inference.ray_models import ModelFlags, ModelPool, PooledModel, identify, model_ended_errors
 from clip_har_jax.preprocess import Preprocess
 
 PIECE_SIZE = 128  # inputs, rounded to whole batches: some 20 MB of pixels
@@ -201,7 +201,7 @@ class _Job:
         try:
             with explained():
                 outcomes, model_s = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
+        except model_ended_errors() as error:
             self._pool.lose(model, error)
             self._decoded.appendleft(work)
         except _lost_errors():  # pixels or results of a lost node

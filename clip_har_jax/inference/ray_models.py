@@ -54,6 +54,12 @@ def identify(predictor: Predictor) -> dict[str, Any]:
     }
 
 
+def model_ended_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of a model whose process or node has ended, or whose node ended before it was there."""
+    errors = import_ray().exceptions
+    return errors.RayActorError, errors.ActorUnschedulableError, errors.OutOfMemoryError
+
+
 @dataclass(eq=False)
 class PooledModel:
     """A model of the pool, as the driver sees it."""
@@ -125,7 +131,7 @@ class ModelPool:
         model = self.opening.pop(reference)
         try:
             identity = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
+        except model_ended_errors() as error:
             self.lose(model, error)
             return
         for key, value in self._identity.items():

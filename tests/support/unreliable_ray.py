@@ -5,8 +5,16 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-NAMES = ("RayTaskError", "WorkerCrashedError", "OutOfMemoryError", "RayActorError", "NodeDiedError", "ObjectLostError")
-ERRORS = {name: type(name, (Exception,), {}) for name in (*NAMES, "LocalRayletDiedError", "OutOfDiskError")}
+NAMES = (
+    *("RayTaskError", "WorkerCrashedError", "OutOfMemoryError", "RayActorError", "ActorUnschedulableError"),
+    *("NodeDiedError", "LocalRayletDiedError", "ObjectLostError", "OutOfDiskError"),
+)
+ERRORS = {name: type(name, (Exception,), {}) for name in NAMES}
+ENDS = {  # by function or method
+    "decode_all": ("WorkerCrashedError", "NodeDiedError"),
+    "open": ("RayActorError", "ActorUnschedulableError", "OutOfMemoryError"),
+    "predict": ("RayActorError", "ObjectLostError", "OutOfMemoryError"),
+}
 
 
 class UnreliableRay:
@@ -20,7 +28,7 @@ class UnreliableRay:
 
     exceptions = SimpleNamespace(**ERRORS)
 
-    def __init__(self, seed: int, loss: float, lost: Sequence[str] = ("decode_all", "predict")):
+    def __init__(self, seed: int, loss: float, lost: Sequence[str] = tuple(ENDS)):
         self._chance, self._loss, self._lost = random.Random(seed), loss, lost
         self._results: dict[int, Any] = {}
         self.losses: list[str] = []
@@ -36,21 +44,20 @@ class UnreliableRay:
 
         def wrap(target: Any) -> Any:
             if not isinstance(target, type):
-                return SimpleNamespace(remote=lambda *arguments: self._call(target, arguments, num_returns, "task"))
+                return SimpleNamespace(remote=lambda *arguments: self._call(target, arguments, num_returns))
             return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: self._actor(target())))
 
         return wrap
 
     def _actor(self, instance: Any) -> Any:
         def method(name: str) -> Any:
-            return SimpleNamespace(remote=lambda *values: self._call(getattr(instance, name), values, 1, "actor"))
+            return SimpleNamespace(remote=lambda *values: self._call(getattr(instance, name), values, 1))
 
         return SimpleNamespace(open=method("open"), predict=method("predict"))
 
-    def _call(self, function: Any, arguments: Any, num_returns: int, kind: str) -> Any:
-        kinds = {"task": ("WorkerCrashedError", "NodeDiedError"), "actor": ("RayActorError", "ObjectLostError")}
+    def _call(self, function: Any, arguments: Any, num_returns: int) -> Any:
         if self._chance.random() < self._loss and function.__name__ in self._lost:
-            self.losses.append(self._chance.choice(kinds[kind]))
+            self.losses.append(self._chance.choice(ENDS[function.__name__]))
             results = [ERRORS[self.losses[-1]]()] * num_returns
         else:
             values = [self._results.get(value, value) if isinstance(value, int) else value for value in arguments]
