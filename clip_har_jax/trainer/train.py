@@ -203,9 +203,7 @@ def seal(job: Job, learned: Learned, chosen: Chosen) -> Result:
             hand_over(job.trackers, model, report)
             job.trackers.status = FINISHED
     facts = {"metrics": chosen.result.metrics, "zero_shot": chosen.zero_shot, "unseen": unseen_spec(run.config)}
-    uses: tuple[str, ...] = ("evaluate", "predict") if run.base.config.no_export else USES
-    if run.config.data.multi_label:
-        uses = ("evaluate",)
+    uses = ("evaluate", "predict") if run.base.config.no_export else USES
     return job.end(learned.step, last_step=learned.last_step, model=model, uses=uses, **facts)
 
 

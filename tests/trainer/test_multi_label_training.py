@@ -68,7 +68,7 @@ def test_labels_are_learned_and_each_gets_a_threshold(trained: Trained) -> None:
     metrics = trained.result.metrics
     assert metrics["map_interval"][0] > metrics["baselines"]["chance"]
     assert metrics["map"] > 0.75  # chance is 0.4
-    assert trained.result.uses == ("evaluate",)  # the other commands refuse its model
+    assert trained.result.uses == ("evaluate", "predict", "export", "serve")
     actions = bundle.read_actions(str(trained.result.model))
     assert (actions.labels, actions.head, actions.multi_label) == (tuple(COLOURS), "linear", True)
     assert set(actions.label_thresholds) == set(COLOURS)
