@@ -69,7 +69,7 @@ def write_report(validation: Validation, step: int, result: EvalResult | MultiLa
         index = result.index if isinstance(result, MultiLabelResult) else result.scores.index
         names = [find_name(run.data.val, int(i)) for i in index]
         if isinstance(result, MultiLabelResult):
-            from clip_har_jax.evaluation.multi_label_report import write_multi_label_pages  # draws, as above
+            from clip_har_jax.evaluation.multi_label_report import write_multi_label_pages  # draws, as below
 
             with tempfile.TemporaryDirectory() as scratch:
                 write_multi_label_pages(result, Path(scratch), names, about)
@@ -120,9 +120,14 @@ def write_model(validation: Validation, weights: Params, result: EvalResult | Mu
         run.base.preprocess.save(folder)
         temperature, thresholds = calibration.temperature, calibration.thresholds
         actions = bundle.Actions(
-            run.data.labels, run.data.prompts, temperature, head, thresholds, sigmoid=calibration.sigmoid
+            run.data.labels,
+            run.data.prompts,
+            temperature,
+            head,
+            thresholds,
+            sigmoid=calibration.sigmoid,
+            label_thresholds=calibration.label_thresholds,
         )
-        actions = replace(actions, label_thresholds=calibration.label_thresholds)
         if run.data.train.clips:
             actions = replace(actions, video=asdict(run.config.data.video))
         bundle.write_actions(folder, actions)
