@@ -58,7 +58,7 @@ def config_of(spec: str, model: object, **sections: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("multi_label")
-    data = write_multi_label_images(root / "images", 120)
+    data = write_multi_label_images(root / "images", 240)
     config = make_config(config_of(data, write_model(root / "start")))
     return Trained(train(config, root / "run", quiet=True), root / "run", data)
 
@@ -67,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def test_labels_are_learned_and_each_gets_a_threshold(trained: Trained) -> None:
     metrics = trained.result.metrics
     assert metrics["map_interval"][0] > metrics["baselines"]["chance"]
-    assert metrics["map"] > 0.75  # chance is 0.4
+    assert metrics["map"] > 0.9  # chance is 0.4
     assert trained.result.uses == ("evaluate", "predict", "export", "serve")
     actions = bundle.read_actions(str(trained.result.model))
     assert (actions.labels, actions.head, actions.multi_label) == (tuple(COLOURS), "linear", True)
@@ -101,7 +101,7 @@ def test_an_evaluation_uses_the_thresholds_of_the_folder(
     assert isinstance(result, MultiLabelResult)
     thresholds = bundle.read_actions(model).label_thresholds
     assert {name: row["threshold"] for name, row in result.metrics["per_class"].items()} == thresholds
-    assert result.metrics["map"] > 0.75  # chance is 0.4
+    assert result.metrics["map"] > 0.9  # chance is 0.4
     assert result.metrics["data"] == data
     print_result(result, tmp_path / "out")
     assert "coverage" in capsys.readouterr().out
