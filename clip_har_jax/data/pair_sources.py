@@ -89,6 +89,8 @@ def make_pair_sources(text: str) -> PairSources:
     for spec in specs:
         if spec.kind not in READERS:
             raise UserError(f"{spec}: not image-text pairs; use webdataset:PATTERN, parquet:PATTERN or csv:FILE")
+        if "label" in spec.options:
+            raise UserError(f"{spec}: labelled images, not image-text pairs; name the column of captions, not label")
     weights = [_weight(spec) for spec in specs]
     readers = tuple(READERS[spec.kind](spec) for spec in specs)
     return PairSources(readers, tuple(weight / sum(weights) for weight in weights))

@@ -110,6 +110,7 @@ def test_an_unknown_store_and_other_data_are_refused(tmp_path: Path) -> None:
     for spec, reason in (
         ("webdataset:gopher://x/a.tar", "no such kind of store"),
         ("synthetic", "not image-text pairs"),
+        ("parquet:a.parquet?label=action", "labelled images, not image-text pairs; name the column of captions"),
         ("webdataset:a.tar?weight=-1", "weight must be a number above 0, not '-1'"),
     ):
         with pytest.raises(UserError, match=reason):
