@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import logging
 import os
 import shutil
 import tempfile
@@ -37,6 +38,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("quick", max_examples=15, deadline=None)
 settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+class Loggers(dict[str, logging.Logger | logging.PlaceHolder]):
+    """All loggers by name; pytest goes through them before each test, while threads of a service may make others."""
+
+    def values(self) -> list[logging.Logger | logging.PlaceHolder]:  # type: ignore[override]
+        """Return those of now."""
+        return list(super().values())
+
+
+logging.root.manager.loggerDict = Loggers(logging.root.manager.loggerDict)
 
 
 def pytest_collection_finish() -> None:

@@ -14,10 +14,7 @@ import yaml
 
 from clip_har_jax import bundle
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
-]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TINY = {"num_steps": 8, "global_batch_size": 16, "eval_every_steps": 4}
 

@@ -25,7 +25,6 @@ from tests.support.registry_versions import LABELS, make_version
 
 ROOT = Path(__file__).parents[2]
 # MLflow's own query of its database.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from clip_har_jax.mlops.model_registry import open_registry
 from tests.support.registry_versions import make_version
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from tests.support.model_folders import write_images, write_model
 ROOT = Path(__file__).parents[2]
 LABELS = ("cycling", "running", "sleeping")
 # MLflow's own query of its database.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 TRACKER_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL")
 
 

@@ -17,10 +17,7 @@ import pytest
 
 from tests.support.model_folders import write_images, write_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
-]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LABELS = ("cycling", "running", "sleeping")
 STEPS = ("data", "train", "evaluate", "export", "card", "register")
